@@ -68,7 +68,8 @@ def refuse_as_start(weights: Weights) -> None:
         method = weights.model_args["copied"]["method"]
         raise CheckpointError(
             f"{weights.origin} runs with its teacher's attention, and another model cannot start from that: write its "
-            f"own weights alone with `graftvit save SOURCE DIR --bare`, and start from DIR by transfer.method={method}"
+            "own weights alone with `graftvit checkpoint save SOURCE DIR --bare`, and start from DIR by "
+            f"transfer.method={method}"
         )
 
 
@@ -122,7 +123,7 @@ def _load_part(weights: Weights, load_pretrained: Callable[..., Pretrained]) -> 
     except (LookupError, TypeError, AttributeError) as error:
         raise CheckpointError(
             f"{weights.origin} copies the attention of a teacher that it does not hold, and does not say where it is: "
-            "take the bare student (`graftvit save SOURCE DIR --bare`)"
+            "take the bare student (`graftvit checkpoint save SOURCE DIR --bare`)"
         ) from error
     try:
         size = weights.model_args["copied"]["teacher"]["model_args"].get("img_size")
@@ -132,12 +133,13 @@ def _load_part(weights: Weights, load_pretrained: Callable[..., Pretrained]) -> 
     except GraftError as error:
         raise CheckpointError(
             f"{weights.origin} copies the attention of {source!r}, which it does not hold and which does not "
-            f"load ({error}): put it back, or take the bare student (`graftvit save SOURCE DIR --bare`)"
+            f"load ({error}): put it back, or take the bare student (`graftvit checkpoint save SOURCE DIR --bare`)"
         ) from error
     if teacher.digest != known.get("digest"):
         raise CheckpointError(
             f"{weights.origin} copies the attention of {source!r}, which holds other weights than those that "
-            "it was trained with: put those back, or take the bare student (`graftvit save SOURCE DIR --bare`)"
+            "it was trained with: put those back, or take the bare student "
+            "(`graftvit checkpoint save SOURCE DIR --bare`)"
         )
     found = teacher.model.state_dict()
     within = {**weights.tensors, **{f"{TEACHER}{name}": tensor for name, tensor in found.items()}}

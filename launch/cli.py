@@ -15,38 +15,38 @@ from ..transfer.data.loader_deaths import loader_deaths
 from .say import log_plainly
 from .submitted import SUBMITTED, Interrupted, ended_by_signals
 
-COMMANDS = {
-    "demo": "pretrain a small teacher on digits, transfer its attention, write a report; minutes on a CPU",
-    "train": "train a student: transfer a teacher's attention, fine-tune, or start from scratch",
-    "submit": "run a training, a sweep, a comparison or another long command on a SLURM cluster",
-    "jobs": "show the runs on a cluster: state, restarts and their reasons, nodes, progress, time left, errors",
-    "logs": "`graftvit logs RUN --follow`: print the logs of a run",
-    "stop": "`graftvit stop RUN`: save and end a running job, cancel a waiting one",
-    "resume": "`graftvit resume RUN`: submit a run again from its last state, on the same nodes or on others",
-    "forget": "`graftvit forget RUN`: remove a run from the list of `graftvit jobs`; keep its folder",
-    "pretrain": "pretrain a teacher by masked autoencoding, without labels",
-    "evaluate": "measure top-1, top-5 and loss of one or more checkpoints, and of their ensemble",
-    "data": "describe a data set, and draw training images as the model sees them",
-    "teacher": "`graftvit teacher info SOURCE`: describe a teacher, and check whether its weights fit",
-    "push": "publish a student on the Hugging Face hub, with its card and its license",
-    "convert": "replace the attention of a model by a plan, and write the folder that recovery starts from",
-    "operators": "list the attention operators that a plan can name, with their options and costs",
-    "programs": "draw attention programs and check them, or explain one: cost, LaTeX, PyTorch",
-    "search": "search for attention programs that take over a teacher's attention, without training",
-    "attnbench": "`graftvit attnbench run | extend | merge | query | verify`: a benchmark of attention programs",
-    "save": "write one model, from a run or any other source, as a folder that timm loads",
-    "checkpoint": "`graftvit checkpoint inspect | strip | convert FILE`: handle weights files of any origin",
-    "export": "write a model as an ONNX or torch.export file, checked against the model",
-    "layers": "find the layers of a converted student to keep as softmax, and what each choice costs",
-    "benchmark": "`graftvit benchmark operators | models`: measure speed, memory and cost against fused softmax",
-    "compare": "compare many attention operators on one teacher and one budget: accuracy, cost, tables, plots",
-    "summary": "summarize the results of a sweep: mean ± std over seeds as CSV, Markdown and a plot",
-    "visualize": "draw attention over images, rollout and numbers by layer, in a page to click through",
-    "recipes": "list the recipes that come with the package, or print one",
+GROUPS = {
+    "start": {
+        "demo": "pretrain a small teacher on digits, transfer its attention, write a report; minutes on a CPU",
+        "list": "list the recipes that come with the package, and the operators that a plan can name",
+        "data": "describe a data set, and draw training images as the model sees them",
+    },
+    "train": {
+        "train": "train a student: transfer a teacher's attention, fine-tune, pretrain, or start from scratch",
+        "convert": "replace the attention of a model by a plan, and write the folder that recovery starts from",
+        "layers": "find the layers of a converted student to keep as softmax, and what each choice costs",
+        "compare": "compare many attention operators on one teacher and one budget: accuracy, cost, tables, plots",
+    },
+    "models": {
+        "checkpoint": "describe a source of weights; inspect, strip, convert and save weights",
+        "programs": "draw and check attention programs, search for them, and benchmark them",
+        "export": "write a model as an ONNX or torch.export file, checked against the model",
+        "push": "publish a student on the Hugging Face hub, with its card and its license",
+    },
+    "cluster": {
+        "submit": "run a training, a sweep, a comparison or another long command on a SLURM cluster",
+        "jobs": "show the runs on a cluster; print their logs, stop, resume, forget and summarize them",
+    },
+    "analyze": {
+        "evaluate": "measure top-1, top-5 and loss of one or more checkpoints, and of their ensemble",
+        "visualize": "draw attention over images, rollout and numbers by layer, in a page to click through",
+        "benchmark": "measure speed, memory and cost of operators and models against fused softmax",
+    },
 }
-DISTRIBUTED = ("train", "pretrain", "evaluate")
+COMMANDS = {name: what for group in GROUPS.values() for name, what in group.items()}
+DISTRIBUTED = ("train", "evaluate")
 """Commands that several processes can run together."""
-ALONE = ("attnbench", "compare", "demo", *(command for command in SUBMITTED if command not in DISTRIBUTED))
+ALONE = ("compare", "demo", *(command for command in SUBMITTED if command not in DISTRIBUTED))
 """Commands that run in one process. Several processes would each run the whole command."""
 HARMLESS = (
     r"torch\.searchsorted\(\): input value tensor is non-contiguous",
@@ -55,7 +55,7 @@ HARMLESS = (
 )
 """Beginnings of torch's warnings to timm's authors: timm resamples a relative position bias, and a sharded block of
 Swin returns a view, which nothing changes in place."""
-SAVING = ("train", "pretrain")
+SAVING = ("train",)
 """Commands that save their state before a signal stops them."""
 
 
@@ -75,7 +75,7 @@ def main(argv: list[str] | None = None) -> int:
         return error.exit_code
     except OSError as error:
         if isinstance(error, BrokenPipeError):
-            # the reader of our output has closed the pipe (`graftvit recipes | head`); Python must not flush into it
+            # the reader of the output closed the pipe (`graftvit list recipes | head`): Python must not flush into it
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 141
         if error.filename is None:
@@ -144,7 +144,7 @@ def _log(command: str) -> None:
     log_plainly(logging.WARNING)
     for words in HARMLESS:
         warnings.filterwarnings("ignore", words, UserWarning)
-    reports = command in ("train", "pretrain", "data", "export") and os.environ.get("RANK", "0") == "0"
+    reports = command in ("train", "data", "export") and os.environ.get("RANK", "0") == "0"
     logging.getLogger("graftvit").setLevel(logging.INFO if reports else logging.WARNING)
     # if the hub cannot be reached, one error is enough; its client would warn at each of its ten attempts
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")
@@ -152,7 +152,9 @@ def _log(command: str) -> None:
 
 def _overview() -> str:
     width = max(map(len, COMMANDS))
-    lines = [f"  {name:<{width}}  {what}" for name, what in COMMANDS.items()]
+    lines = []
+    for group, commands in GROUPS.items():
+        lines += [f"{group}:", *(f"  {name:<{width}}  {what}" for name, what in commands.items()), ""]
     return "\n".join(
         [
             "usage: graftvit COMMAND ...",
@@ -160,7 +162,6 @@ def _overview() -> str:
             "Make one vision transformer attend like another.",
             "",
             *lines,
-            "",
             "`graftvit COMMAND --help` explains a command. Start with:",
             "  graftvit demo --quick",
             "  graftvit train attention_distill_vit_large --data_path /data/imagenet --dry_run",

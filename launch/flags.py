@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -34,6 +35,16 @@ class Parser(argparse.ArgumentParser):
         words = sys.argv[1:] if args is None else args
         return super().parse_args([_underscored(word) for word in words], namespace)
 
+    def flag(self, name: str, text: str, **more: Any) -> None:
+        """Add a flag with a value; its help ends with its default, if it has one."""
+        default = more.get("default")
+        shown = " ".join(map(str, default)) if isinstance(default, (list, tuple)) else default
+        self.add_argument(name, help=text if shown in (None, "") else f"{text} (default: {shown})", **more)
+
+    def switch(self, name: str, text: str) -> None:
+        """Add a flag without a value."""
+        self.add_argument(name, action="store_true", help=text)
+
     def error(self, message: str) -> NoReturn:
         """Raise ConfigError instead of printing the usage and exiting."""
         raise ConfigError(f"{message}; see `{self.prog} --help`")
@@ -46,7 +57,8 @@ class _Formatter(argparse.RawDescriptionHelpFormatter):
         if not action.option_strings:
             return super()._format_action_invocation(action)
         names = ", ".join(sorted(action.option_strings, key=len, reverse=True))
-        value = action.dest.upper() if action.metavar is None else action.metavar
+        choices = "{" + ",".join(map(str, action.choices)) + "}" if action.choices else action.dest.upper()
+        value = choices if action.metavar is None else action.metavar
         return names if action.nargs == 0 else f"{names} {value}".rstrip()
 
 
@@ -62,30 +74,55 @@ def command_parser(command: str, description: str, examples: Iterable[str], usag
     )
 
 
-def run_action(
-    argv: Sequence[str],
-    actions: Mapping[str, str],
-    parser_of: Callable[[str, str], Parser],
-    run: Callable[[str, list[str]], int],
-) -> int:
-    """Run the action that the first word names with the other words, or print the help of all actions.
+@dataclass(frozen=True)
+class Action:
+    """An action of a command, such as `stop` of `graftvit jobs`."""
 
-    Args:
-        argv: The words after the command's name.
-        actions: What each action does, by name.
-        parser_of: Returns the parser for an action, or for all of them (""), and a description.
-        run: Runs an action with its words; returns the exit code.
+    does: str
+    """What it does, in a few words."""
+    run: Callable[[list[str]], int]
+    """Runs it with the words after its name; returns the exit code."""
+
+
+def run_action(command: str, argv: list[str], actions: Mapping[str, Action], examples: Sequence[str]) -> int:
+    """Run the action that the first word names with the other words, or print the help of all actions.
 
     Raises:
         ConfigError: there is no such action.
     """
     if not argv or argv[0] in ("-h", "--help"):
-        parser_of("", "\n".join(f"{name}: {words}" for name, words in actions.items())).print_help(sys.stdout)
+        text = f"{describe_actions(actions)}\n\n`graftvit {command} ACTION --help` explains an action."
+        command_parser(command, text, examples, usage="ACTION ...").print_help(sys.stdout)
         return 0 if argv else 2
-    action, *rest = argv
+    action, words = find_action(argv, actions)
+    return actions[action].run(words)
+
+
+def find_action(argv: Sequence[str], actions: Mapping[str, Action]) -> tuple[str, list[str]]:
+    """Return the action that the first word names, and the other words. Raises ConfigError: there is no such action."""
+    action, *words = argv or [""]
     if action not in actions:
         raise ConfigError(f"unknown action {action!r}; {did_you_mean(action, actions)}")
-    return run(action, rest)
+    return action, words
+
+
+def describe_actions(actions: Mapping[str, Action]) -> str:
+    """Return a line for each action."""
+    width = max(map(len, actions))
+    return "\n".join(f"{name:<{width}}  {action.does}" for name, action in actions.items())
+
+
+def whole(least: int, most: int | None = None) -> Callable[[str], int]:
+    """Return the parser of a whole number from `least` to `most`, as the `type` of an argument."""
+
+    def parse(text: str) -> int:
+        value = int(text) if re.fullmatch(r"[+-]?\d{1,20}", text) else None
+        if value is None or value < least or (most is not None and value > most):
+            valid = f", {least} or more" if most is None else f" from {least:,} to {most:,}"
+            raise argparse.ArgumentTypeError(f"give a whole number{valid}, not {text!r}")
+        return value
+
+    return parse
 
 
 def local_path(text: str) -> Path:

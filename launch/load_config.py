@@ -224,7 +224,7 @@ class Recipe:
     compare: JsonDict | None = None
     """The section `compare`, which only `graftvit compare` reads."""
     attnbench: JsonDict | None = None
-    """The section `attnbench`, which only `graftvit attnbench` reads."""
+    """The section `attnbench`, which only `graftvit programs bench` reads."""
 
 
 def read_settings(source: str | Path) -> list[Setting]:

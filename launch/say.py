@@ -26,6 +26,12 @@ def say_aside(text: str) -> None:
     sys.stderr.write(escaped(text))
 
 
+def tell(line: str) -> None:
+    """Write a line about the progress of a command to standard error, at once."""
+    say_aside(f"{line}\n")
+    sys.stderr.flush()
+
+
 class PlainFormatter(logging.Formatter):
     """Format a record as its message alone."""
 

@@ -2,7 +2,7 @@
 
 To add a command, add its name to `SUBMITTED` and a function `check(argv, here)` to its module. The function checks the
 arguments, raises their errors and returns the `Work`. These commands save no state: a restarted job starts from the
-beginning, except for the layers and cells that `convert` and `search` keep.
+beginning, except for the layers and cells that `convert` and `programs search` keep.
 """
 
 from __future__ import annotations
@@ -18,7 +18,12 @@ from types import FrameType
 
 from ..transfer.engine import early_signals
 
-SUBMITTED = ("evaluate", "data", "convert", "export", "layers", "benchmark", "search")
+SUBMITTED = ("evaluate", "data", "convert", "export", "layers", "benchmark", "programs")
+
+
+def command_name(words: Sequence[str]) -> str:
+    """Return the command that words begin with, and its action: `evaluate`, `programs search`."""
+    return " ".join(words[: 2 if words[0] == "programs" else 1])
 
 
 @dataclass(frozen=True)

@@ -290,7 +290,6 @@ def test_documents_name_no_setting_that_is_gone() -> None:
 
 OTHER_NAMES = {
     "checkpoints/formats/containers.py": {"copy"},  # a mode of the official code, in its checkpoints
-    "launch/cli.py": {"pretrain"},  # a command
     "transfer/analysis/demo/demo_cells.py": {"scratch"},  # rows of the demo
     "transfer/analysis/demo/demo_report.py": {"copy"},
     "transfer/engine/runlog.py": {"transfer"},  # a loss

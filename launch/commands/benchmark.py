@@ -1,19 +1,17 @@
-"""`graftvit benchmark operators | models`: measure latency, memory and cost against what they replace."""
+"""`graftvit benchmark operators | models | energy`: measure latency, memory and cost against what is replaced."""
 
 from __future__ import annotations
 
 import argparse
 import os
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
-from ...models.errors import ConfigError, did_you_mean
-from .. import benchmark_energy
-from ..flags import SOURCE_HELP, Parser, command_parser
-from ..say import say, say_aside
+from ...models.errors import ConfigError
+from ..flags import SOURCE_HELP, Action, Parser, command_parser, find_action, run_action, whole
+from ..say import say, tell
 from ..submitted import Work
 
 if TYPE_CHECKING:
@@ -21,12 +19,6 @@ if TYPE_CHECKING:
 
     Measure = Callable[[Case], Row]
 
-ACTIONS = {
-    "operators": "single attention operators on random projections, over the number of tokens",
-    "models": "whole models, converted by one plan or several, over the image size",
-}
-ENERGY = ("energy", "--energy")
-"""The action that counts and measures nothing, which has a parser of its own."""
 EXAMPLES = (
     "graftvit benchmark operators",
     "graftvit benchmark operators --operators linear monarch 'kernel(feature=relu)' --tokens 196 1024 4096 --backward",
@@ -35,6 +27,9 @@ EXAMPLES = (
     "graftvit benchmark models vit_small_patch16_224 --plan '*: linear' '*: linear; 9-11: softmax'",
     "graftvit benchmark models swin_tiny_patch4_window7_224 --plan 'stage1: none; stage3: linear' --without bias",
     "graftvit benchmark models runs/distill --plan '*: monarch' --img_size 224 448 896 --batch 1 16",
+    "graftvit benchmark energy vit_base_patch16_224 --plan '*: linear' '*: hash'",
+    "graftvit benchmark energy pvt_v2_b0 --plan '*: softmax' '0-5: hash' --accounting published",
+    "graftvit benchmark energy runs/student --multiplication_pj 1.1 --addition_pj 0.4",
 )
 METHOD = (
     "After a warm-up, each case is timed in turn with fused softmax attention, or with the model before its "
@@ -42,72 +37,64 @@ METHOD = (
     "Peak memory comes from torch's allocator on a GPU, and from the allocations in torch's profiler on a CPU. "
     "Results are written after each case; repeat the command to continue a stopped benchmark."
 )
+ENERGY = (
+    "Count the multiplications and additions of one image while the model runs on the meta device, and what they "
+    "cost in energy and chip area: by default those of 32-bit floats at 45 nm. Products with the codes of hashed "
+    "attention are additions. Accounting 'true' counts what is computed, 'published' follows the rules of EcoFormer's "
+    "tables."
+)
 
 
 def run(argv: list[str]) -> int:
-    """Measure operators or models."""
-    if not argv or argv[0] in ("-h", "--help"):
-        energy_words = "energy: multiplications, additions, energy and area of whole models; nothing is timed"
-        text = "\n".join([*(f"{name}: {words}" for name, words in ACTIONS.items()), energy_words, "", METHOD])
-        command_parser("benchmark", text, EXAMPLES, usage="ACTION [--flag value ...]").print_help(sys.stdout)
-        return 0 if argv else 2
-    if argv[0] in ENERGY:
-        return benchmark_energy.run(argv[1:])
+    """Run one action."""
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch's profiler writes each start and stop to stderr
-    action, arguments = _parse(argv)
-    if action == "operators":
-        cases, measure = _operators(arguments)
-    else:
-        cases, measure = _models(arguments)
-    return _run(action, cases, measure, arguments.out, arguments.device, arguments.force)
+    return run_action("benchmark", argv, ACTIONS, EXAMPLES)
 
 
 def check(argv: list[str], *, here: bool = True) -> Work:
     """Check the arguments and, with `here`, the models."""
-    if argv[:1] and argv[0] in ENERGY:
-        benchmark_energy.parse(argv[1:])
+    action, words = find_action(argv, ACTIONS)
+    if action == "energy":
+        _parse_energy(words)
         return Work()
-    action, arguments = _parse(argv)
     if action == "operators":
+        arguments = _parse_operators(words)
         _operators(arguments)
-    elif here:
-        _models(arguments)
+    else:
+        arguments = _parse_models(words)
+        if here:
+            _models(arguments)
     return Work(arguments.out)
 
 
-def _parse(argv: list[str]) -> tuple[Kind, argparse.Namespace]:
-    action, *rest = argv or [""]
-    if action not in ACTIONS:
-        raise ConfigError(f"unknown action {action!r}; {did_you_mean(action, (*ACTIONS, 'energy'))}")
-    parser = _operators_parser() if action == "operators" else _models_parser()
-    return cast("Kind", action), parser.parse_args(rest)
+def _parser(action: str, description: str, usage: str) -> Parser:
+    examples = [example for example in EXAMPLES if f"benchmark {action}" in example]
+    return command_parser(f"benchmark {action}", description, examples, usage)
 
 
-def _operators_parser() -> Parser:
-    parser = _parser("operators", "[--operators NAME ...] [--flag value ...]")
+def _measure_operators(argv: list[str]) -> int:
+    arguments = _parse_operators(argv)
+    return _measure("operators", *_operators(arguments), arguments)
+
+
+def _parse_operators(argv: list[str]) -> argparse.Namespace:
+    text = f"Measure single attention operators on random projections, over the number of tokens. {METHOD}"
+    parser = _parser("operators", text, "[--operators NAME ...] [--flag value ...]")
     parser.add_argument(
         "--operators", nargs="+", metavar="NAME",
         help="operators, with options as in a plan (default: all except softmax)",
     )  # fmt: skip
-    parser.add_argument(
-        "--tokens", nargs="+", type=_whole, default=[64, 196, 576, 1024, 2304, 4096], metavar="N",
-        help="patches of the image (default: 64 196 576 1024 2304 4096)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--heads", type=_whole, default=6, metavar="H", help="heads of the layer (default: 6)"
+    tokens = [64, 196, 576, 1024, 2304, 4096]
+    parser.flag("--tokens", "patches of the image", type=whole(1), nargs="+", default=tokens, metavar="N")
+    parser.flag("--heads", "heads of the layer", type=whole(1), default=6, metavar="H")
+    parser.flag("--head_dim", "width of a head", type=whole(1), default=64, metavar="D")
+    parser.flag("--prefix", "prefix tokens before the patches", type=whole(0), default=0, metavar="P")
+    parser.switch(
+        "--peers",
+        "also time each operator's straight-line form and its public implementation (the extra peers)",
     )
-    parser.add_argument(
-        "--head_dim", type=_whole, default=64, metavar="D", help="width of a head (default: 64)"
-    )
-    parser.add_argument(
-        "--prefix", type=_count, default=0, metavar="P", help="prefix tokens before the patches (default: 0)"
-    )
-    parser.add_argument(
-        "--peers", action="store_true",
-        help="also time each operator's straight-line form and its public implementation (the extra peers)",
-    )  # fmt: skip
     _add_common(parser, [1, 8])
-    return parser
+    return parser.parse_args(argv)
 
 
 def _operators(arguments: argparse.Namespace) -> tuple[list[Case], Measure]:
@@ -122,23 +109,29 @@ def _operators(arguments: argparse.Namespace) -> tuple[list[Case], Measure]:
     return cases, lambda case: measure_operator(case, layer, arguments.repeats)
 
 
-def _models_parser() -> Parser:
-    parser = _parser("models", "SOURCE [SOURCE ...] --plan PLAN [PLAN ...] [--flag value ...]")
+def _measure_models(argv: list[str]) -> int:
+    arguments = _parse_models(argv)
+    return _measure("models", *_models(arguments), arguments)
+
+
+def _parse_models(argv: list[str]) -> argparse.Namespace:
+    text = f"Measure whole models, converted by one plan or several, over the image size. {METHOD}"
+    parser = _parser("models", text, "SOURCE [SOURCE ...] --plan PLAN [PLAN ...] [--flag value ...]")
     parser.add_argument(
         "sources", nargs="+", metavar="SOURCE", help=f"{SOURCE_HELP}; timm names get random weights"
     )
     parser.add_argument("--plan", nargs="+", required=True, help="layer plans to measure, e.g. '*: linear'")
-    parser.add_argument(
-        "--img_size", nargs="+", type=_whole, default=[224, 448], metavar="PIXELS",
-        help="sides of square images (default: 224 448)",
-    )  # fmt: skip
+    sizes = [224, 448]
+    parser.flag(
+        "--img_size", "sides of square images", type=whole(1), nargs="+", default=sizes, metavar="PIXELS"
+    )
     parser.add_argument(
         "--without", nargs="+", choices=["bias"], default=[], metavar="PART",
         help="parts of a pyramid's layers to give up where an operator does not take them: bias, the relative position "
         "bias (Swin)",
     )  # fmt: skip
     _add_common(parser, [1, 16])
-    return parser
+    return parser.parse_args(argv)
 
 
 def _models(arguments: argparse.Namespace) -> tuple[list[Case], Measure]:
@@ -155,66 +148,84 @@ def _ways(arguments: argparse.Namespace) -> Ways:
     return Ways(arguments.batch, arguments.dtype, arguments.device, arguments.backward, arguments.compile)
 
 
-def _parser(action: str, usage: str) -> Parser:
-    examples = [example for example in EXAMPLES if f" {action}" in example]
-    return command_parser(f"benchmark {action}", f"{ACTIONS[action]}. {METHOD}", examples, usage=usage)
-
-
 def _add_common(parser: Parser, batches: list[int]) -> None:
-    shown = " ".join(map(str, batches))
-    parser.add_argument(
-        "--batch",
-        nargs="+",
-        type=_whole,
-        default=batches,
-        metavar="B",
-        help=f"batch sizes (default: {shown})",
-    )
-    parser.add_argument(
-        "--dtype", nargs="+", choices=["float32", "bfloat16", "float16"], default=["float32"],
-        help="dtypes of weights and inputs: float32, bfloat16, float16 (default: float32)",
+    parser.flag("--batch", "batch sizes", type=whole(1), nargs="+", default=batches, metavar="B")
+    dtypes = ["float32", "bfloat16", "float16"]
+    parser.flag("--dtype", "dtypes of weights and inputs", nargs="+", choices=dtypes, default=dtypes[:1])
+    parser.flag("--device", "cpu or cuda", choices=["cpu", "cuda"], default="cpu")
+    parser.switch("--compile", "also measure with torch.compile")
+    parser.switch("--backward", "also measure forward with backward")
+    parser.flag("--repeats", "rounds, at least two", type=whole(1), default=15, metavar="R")
+    parser.flag(
+        "--out", "folder for results.json, results.csv, table.md and latency.png",
+        type=Path, default=Path("benchmark"), metavar="DIR",
     )  # fmt: skip
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="cpu or cuda (default: cpu)")
-    parser.add_argument("--compile", action="store_true", help="also measure with torch.compile")
-    parser.add_argument("--backward", action="store_true", help="also measure forward with backward")
-    parser.add_argument(
-        "--repeats", type=_whole, default=15, metavar="R", help="rounds, at least two (default: 15)"
-    )
-    parser.add_argument(
-        "--out", type=Path, default=Path("benchmark"), metavar="DIR",
-        help="folder for results.json, results.csv, table.md and latency.png (default: benchmark)",
-    )  # fmt: skip
-    parser.add_argument("--force", action="store_true", help="delete the results in DIR and measure again")
+    parser.switch("--force", "delete the results in DIR and measure again")
 
 
-def _run(kind: Kind, cases: list[Case], measure: Measure, out: Path, device: str, force: bool) -> int:
+def _measure(kind: Kind, cases: list[Case], measure: Measure, arguments: argparse.Namespace) -> int:
     from ...transfer.analysis.benchmark.benchmark import check_device, render, run_cases
 
-    check_device(device)
-    results = run_cases(kind, cases, measure, out, force=force, tell=_tell)
+    check_device(arguments.device)
+    results = run_cases(kind, cases, measure, arguments.out, force=arguments.force, tell=tell)
     say(render(results))
-    say(f"\n{out / 'table.md'}, latency.png, results.csv, results.json\n")
+    say(f"\n{arguments.out / 'table.md'}, latency.png, results.csv, results.json\n")
     return 0
 
 
-def _tell(line: str) -> None:
-    say_aside(f"{line}\n")
-    sys.stderr.flush()
+def _count_energy(argv: list[str]) -> int:
+    """Print the table."""
+    arguments = _parse_energy(argv)
+    from ...transfer.analysis.benchmark.cases import Prices, energy_rows, energy_table
+
+    prices = Prices(
+        arguments.multiplication_pj,
+        arguments.addition_pj,
+        arguments.multiplication_area,
+        arguments.addition_area,
+    )
+    rows = energy_rows(arguments.sources, arguments.plan, arguments.img_size, arguments.accounting)
+    say(energy_table(rows, prices) + "\n")
+    return 0
 
 
-def _whole(text: str) -> int:
-    return _at_least(text, 1)
+def _parse_energy(argv: list[str]) -> argparse.Namespace:
+    """Parse the arguments. Raises ConfigError: one is invalid."""
+    parser = _parser("energy", ENERGY, "SOURCE [SOURCE ...] [--flag value ...]")
+    parser.add_argument(
+        "sources", nargs="+", metavar="SOURCE", help=f"{SOURCE_HELP}; timm names are built without weights"
+    )
+    parser.add_argument(
+        "--plan",
+        nargs="+",
+        default=[],
+        help="layer plans to count beside the model as it is, e.g. '*: linear'",
+    )
+    parser.add_argument(
+        "--img_size", type=whole(1), metavar="PIXELS", help="side of the image (default: the model's)"
+    )
+    parser.flag(
+        "--accounting", "count what is computed (true), or by the rules of EcoFormer's tables (published)",
+        choices=["true", "published"], default="true",
+    )  # fmt: skip
+    for operation, energy, area in (("multiplication", 3.7, 7700), ("addition", 0.9, 4184)):
+        parser.flag(
+            f"--{operation}_pj", f"energy of one {operation} in pJ", type=float, default=energy, metavar="PJ"
+        )
+        text = f"area of a unit for one {operation} in µm²"
+        parser.flag(f"--{operation}_area", text, type=float, default=area, metavar="UM2")
+    arguments = parser.parse_args(argv)
+    for name in ("multiplication_pj", "addition_pj", "multiplication_area", "addition_area"):
+        value = getattr(arguments, name)
+        if not 0 <= value < float("inf"):
+            raise ConfigError(f"--{name} {value}: give a number, 0 or more")
+    return arguments
 
 
-def _count(text: str) -> int:
-    return _at_least(text, 0)
-
-
-def _at_least(text: str, least: int) -> int:
-    value = int(text)
-    if value < least:
-        raise ValueError
-    return value
-
-
-_whole.__name__ = _count.__name__ = "whole number"
+ACTIONS = {
+    "operators": Action("measure single attention operators, over the number of tokens", _measure_operators),
+    "models": Action("measure whole models, converted by plans, over the image size", _measure_models),
+    "energy": Action(
+        "count multiplications, additions, energy and area of whole models; no timing", _count_energy
+    ),
+}

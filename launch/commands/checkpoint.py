@@ -1,44 +1,73 @@
-"""`graftvit checkpoint inspect | strip | convert`: handle weights files of any origin."""
+"""`graftvit checkpoint info | inspect | strip | convert | save`: handle weights of any origin."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 from ...models.errors import ConfigError
-from ..flags import Parser, command_parser, run_action
+from ..flags import (
+    SOURCE_HELP,
+    SOURCE_SETTINGS,
+    Action,
+    Parser,
+    command_parser,
+    keywords_of,
+    parse_command,
+    run_action,
+)
 from ..say import say
 
-ACTIONS = {
-    "inspect": "list keys, shapes, dtypes, sizes and other content of the file; no tensor is read",
-    "strip": "write the weights of one model only: no teacher, optimizer, average or settings",
-    "convert": "do the same, and write a .safetensors file",
-}
 EXAMPLES = (
+    "graftvit checkpoint info vit_large_patch16_224.mae",
+    "graftvit checkpoint info mae_finetuned_vit_base.pth --teacher.model vit_base_patch16_224",
+    "graftvit checkpoint info hf-hub:facebook/dinov2-base",
+    "graftvit checkpoint info runs/pretrain#ema",
     "graftvit checkpoint inspect dino_vitsmall16_pretrain_full_checkpoint.pth",
     "graftvit checkpoint strip dino_full.pth backbone.pth --part teacher",
     "graftvit checkpoint convert mae_pretrain_vit_base.pth mae.safetensors",
     "graftvit checkpoint convert vit.onnx vit.safetensors",
     "graftvit checkpoint convert runs/distill/checkpoints/best.safetensors ema.safetensors --part ema",
+    "graftvit checkpoint save runs/distill student",
+    "graftvit checkpoint save runs/distill#ema student --dtype bfloat16",
+    "graftvit checkpoint save runs/distill/checkpoints/best.safetensors#ema student --max_shard_size 2GB",
+    "graftvit checkpoint save mae_finetuned_vit_base.pth mae_vit_base",
+    "graftvit checkpoint save runs/copy student --bare",
 )
+DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
 def run(argv: list[str]) -> int:
-    """Inspect, strip or convert one file."""
-    return run_action(argv, ACTIONS, _parser, _run_one)
+    """Run one action."""
+    return run_action("checkpoint", argv, ACTIONS, EXAMPLES)
 
 
-def _run_one(action: str, argv: list[str]) -> int:
-    return _inspect(argv) if action == "inspect" else _extract(action, argv)
+def _parser(action: str, description: str, usage: str) -> Parser:
+    examples = [example for example in EXAMPLES if f"checkpoint {action} " in example]
+    return command_parser(f"checkpoint {action}", description, examples, usage)
 
 
-def _parser(action: str, description: str) -> Parser:
-    usage = {"inspect": "FILE", "": "ACTION FILE …"}.get(action, "FILE OUT [--part PART] [--force]")
-    examples = [example for example in EXAMPLES if f" {action}" in example]
-    return command_parser(f"checkpoint {action}".strip(), description, examples, usage=usage)
+def _info(argv: list[str]) -> int:
+    """Load a source and print what is known about it."""
+    parser = _parser(
+        "info",
+        "Describe a source: format, architecture, input, license, the weights that load and those that do not.",
+        "SOURCE [--teacher.key value ...]",
+    )
+    parser.add_argument("source", metavar="SOURCE", help=SOURCE_HELP)
+    arguments, settings = parse_command(parser, argv, only=SOURCE_SETTINGS)
+    how = keywords_of(settings)
+    from ...checkpoints.describe import describe_source
+
+    text, error = describe_source(arguments.source, **how)
+    say(text)
+    if error is not None:
+        raise error
+    return 0
 
 
 def _inspect(argv: list[str]) -> int:
-    parser = _parser("inspect", ACTIONS["inspect"])
+    """Print what is in a file, without reading a tensor."""
+    parser = _parser("inspect", "List keys, shapes, dtypes, sizes and other content of the file.", "FILE")
     parser.add_argument(
         "file",
         metavar="FILE",
@@ -52,8 +81,17 @@ def _inspect(argv: list[str]) -> int:
     return 0
 
 
+def _strip(argv: list[str]) -> int:
+    return _extract("strip", argv)
+
+
+def _convert(argv: list[str]) -> int:
+    return _extract("convert", argv)
+
+
 def _extract(action: str, argv: list[str]) -> int:
-    parser = _parser(action, ACTIONS[action])
+    """Write one model of a file to another file."""
+    parser = _parser(action, f"{ACTIONS[action].does.capitalize()}.", "FILE OUT [--part PART] [--force]")
     parser.add_argument("file", metavar="FILE", type=Path, help="weights file, or the state of a run")
     parser.add_argument(
         "out", metavar="OUT", type=Path, help="the file to write; its suffix chooses the container"
@@ -61,7 +99,7 @@ def _extract(action: str, argv: list[str]) -> int:
     parser.add_argument(
         "--part", choices=["student", "teacher", "ema"], help="model to write (default: the one that loads)"
     )
-    parser.add_argument("--force", action="store_true", help="replace OUT if it exists")
+    parser.switch("--force", "replace OUT if it exists")
     arguments = parser.parse_args(argv)
     if action == "convert" and arguments.out.suffix != ".safetensors":
         raise ConfigError(
@@ -76,3 +114,71 @@ def _extract(action: str, argv: list[str]) -> int:
     if done.left_out:
         say(f"left out: {some(done.left_out, 8)}\n")
     return 0
+
+
+def _save(argv: list[str]) -> int:
+    """Write the model of any source to a folder, without teacher, optimizer, average or pickle."""
+    parser = _parser(
+        "save",
+        "Write the model of a run, or of any other source, to its own folder: safetensors and config.json. Plain timm "
+        "loads it as local-dir:DIR; graftvit.load loads models whose attention is converted or copied.",
+        "SOURCE DIR [--flag value ...]",
+    )
+    parser.add_argument("source", metavar="SOURCE", help=SOURCE_HELP)
+    parser.add_argument("folder", metavar="DIR", type=Path, help="a new folder")
+    parser.flag("--dtype", "dtype of the weights", choices=DTYPES, default="float32")
+    parser.flag("--max_shard_size", "split larger weights into several files", default="5GB", metavar="SIZE")
+    parser.switch(
+        "--bare",
+        "for a student that copies attention: write only its own weights; their own attention is untrained",
+    )
+    parser.switch("--force", "replace an existing model folder")
+    arguments, settings = parse_command(parser, argv, only=SOURCE_SETTINGS)
+    how = keywords_of(settings)
+    import torch
+
+    from ...checkpoints.student import save_student
+
+    folder = save_student(
+        arguments.source,
+        arguments.folder,
+        dtype=getattr(torch, arguments.dtype),
+        max_shard_size=_size(arguments.max_shard_size),
+        overwrite=arguments.force,
+        bare=arguments.bare,
+        **how,
+    )
+    for path in sorted(folder.iterdir()):
+        say(f"{path}  {path.stat().st_size:,} bytes\n")
+    say(_how_to_load(folder))
+    if arguments.bare:
+        from ...checkpoints.copying_students import BARE_WORDS
+
+        say(f"{folder} is {BARE_WORDS}\n")
+    return 0
+
+
+def _size(text: str) -> str:
+    """Return the size as huggingface_hub takes it. Raises ConfigError for any other text."""
+    number = text.upper().removesuffix("B").rstrip("KMGT")
+    unit = text.upper()[len(number) :]
+    if not number.isdigit() or unit not in ("KB", "MB", "GB", "TB") or int(number) == 0:
+        raise ConfigError(f"--max_shard_size is {text!r}; write a number with KB, MB, GB or TB, such as 5GB")
+    return number + unit
+
+
+def _how_to_load(folder: Path) -> str:
+    from ...checkpoints.model_folders import loads_in_plain_timm
+
+    if loads_in_plain_timm(folder):
+        return f'load it: timm.create_model("local-dir:{folder}", pretrained=True)\n'
+    return f'load it: graftvit.load("{folder}")\n'
+
+
+ACTIONS = {
+    "info": Action("describe a source, and check whether its weights fit", _info),
+    "inspect": Action("list keys, shapes, dtypes and other content of a file; no tensor is read", _inspect),
+    "strip": Action("write one model of a file: no teacher, optimizer, average or settings", _strip),
+    "convert": Action("write one model of a file as a .safetensors file", _convert),
+    "save": Action("write one model, from a run or any other source, as a folder that timm loads", _save),
+}

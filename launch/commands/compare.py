@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import os
-import sys
 from typing import TYPE_CHECKING
 
 from ...models.errors import ConfigError
 from ..flags import command_parser, parse_command
-from ..say import hint, say, say_aside
+from ..say import hint, say, tell
 
 if TYPE_CHECKING:
     from ...transfer.analysis.compare.compare import Comparison
@@ -74,7 +73,7 @@ def run(argv: list[str]) -> int:
     if arguments.speed is not None:
         from ...transfer.analysis.compare.student_cell import measure_again
 
-        measure_again(comparison, arguments.speed, _tell)
+        measure_again(comparison, arguments.speed, tell)
     if arguments.report or arguments.speed is not None:
         say(f"report: {write_report(comparison)}\n")
         return 0
@@ -92,9 +91,9 @@ def run(argv: list[str]) -> int:
         if not alone:  # jobs of other cells would write the same files at the same time
             write_report(comparison, figures=False)
 
-    failed = run_compare(comparison, cells, tell=_tell, after_cell=after_cell)
+    failed = run_compare(comparison, cells, tell=tell, after_cell=after_cell)
     if alone:
-        _tell(f"when all jobs are done, `{hint('compare', arguments.config, '--report')}` makes the tables")
+        tell(f"when all jobs are done, `{hint('compare', arguments.config, '--report')}` makes the tables")
     else:
         say(f"report: {write_report(comparison)}\n")
     raise_failed(failed, comparison.folder)
@@ -108,8 +107,3 @@ def _listing(comparison: Comparison, cells: list[Cell]) -> str:
     table = aligned([[cell.folder, comparison.state(cell), cell.plan or "unchanged"] for cell in cells])
     stages = ", ".join(f"{stage.name} ({stage.config.mode})" for stage in comparison.stages)
     return f"{table}stages of each student: {stages}\nin {comparison.folder}\n"
-
-
-def _tell(line: str) -> None:
-    say_aside(f"{line}\n")
-    sys.stderr.flush()

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ...models.errors import ConfigError
-from ..flags import command_parser, parse_command
+from ..flags import command_parser, parse_command, whole
 from ..load_config import Setting, load_config, load_stages
 from ..say import say
 from ..submitted import Work
@@ -74,17 +74,15 @@ def _parse(argv: list[str]) -> tuple[argparse.Namespace, RunConfig, list[Setting
     parser.add_argument(
         "--out", type=Path, metavar="PNG", help="write a picture of augmented training images"
     )
-    parser.add_argument(
-        "--images", type=int, default=32, metavar="N", help="images in the picture (default: 32)"
-    )
+    parser.flag("--images", "images in the picture", type=whole(1), default=32, metavar="N")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the numbers to a file")
     parser.add_argument("--decode", action="store_true", help="decode whole files; by default only headers")
     parser.add_argument(
-        "--limit", type=int, metavar="N",
+        "--limit", type=whole(1), metavar="N",
         help="images of each split to open, evenly spaced (default: all; the first 1,000 of a stream)",
     )  # fmt: skip
     arguments, given = parse_command(parser, argv, only=SETTINGS)
-    _check(arguments.images, arguments.limit, arguments.out, arguments.json)
+    _check_files(arguments.out, arguments.json)
     return arguments, _config(arguments.recipe, [*_source(arguments.source), *given]), given
 
 
@@ -106,12 +104,8 @@ def _config(recipe: str | None, settings: list[Setting]) -> RunConfig:
     return stages[-1].config if stages else load_config(recipe, settings)
 
 
-def _check(images: int, limit: int | None, *files: Path | None) -> None:
-    """Raise ConfigError for invalid flags before any file is read."""
-    if images < 1:
-        raise ConfigError(f"--images {images}: must be at least 1")
-    if limit is not None and limit < 1:
-        raise ConfigError(f"--limit {limit}: must be at least 1")
+def _check_files(*files: Path | None) -> None:
+    """Raise ConfigError if a file to write has no folder."""
     for file in files:
         if file is not None and not file.resolve().parent.is_dir():
             raise ConfigError(f"{str(file)!r} cannot be written: its folder does not exist; create it first")

@@ -1,4 +1,4 @@
-"""`graftvit programs [PROGRAM]`: draw attention programs and check them, or explain one."""
+"""`graftvit programs draw | check | search | bench`: attention programs, written as formulas."""
 
 from __future__ import annotations
 
@@ -7,44 +7,66 @@ from typing import TYPE_CHECKING
 
 from ...models.errors import ConfigError, did_you_mean
 from ...transfer.analysis.report.tables import aligned
-from ..flags import command_parser
-from ..say import say
+from ..flags import Action, command_parser, run_action, whole
+from ..say import hint, say
+from ..submitted import Work
+from . import bench, search
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from ...models.programs.program_checks import Verdict
 
-COUNT, MOST = 100, 100_000
+EXAMPLES = (
+    "graftvit programs draw --count 200 --seed 1",
+    "graftvit programs check attnzero_105",
+    "graftvit programs check 'mm(softmax(q) mm(softmax(t(k)) v))'",
+    *search.EXAMPLES[:1],
+    *bench.EXAMPLES[:1],
+)
 WIDEST = 90
 """Characters of a reason in the table."""
 
 
 def run(argv: list[str]) -> int:
-    """Print the outcome of checks of drawn programs, or one program in all its forms."""
-    parser = command_parser(
-        "programs",
-        "Draw attention programs, check each, and print the part that passes and the reasons against the others; or "
-        "explain one program: its cost, LaTeX, PyTorch and the first check that it fails.",
-        [
-            "graftvit programs --count 200 --seed 1",
-            "graftvit programs attnzero_105",
-            "graftvit programs 'mm(softmax(q) mm(softmax(t(k)) v))'",
-        ],
-        usage="[PROGRAM] [--count N] [--seed S]",
-    )
-    parser.add_argument("program", nargs="?", metavar="PROGRAM", help="text of a program, or attnzero_...")
-    parser.add_argument("--count", type=int, metavar="N", help=f"programs to draw (default: {COUNT})")
-    parser.add_argument("--seed", type=int, metavar="S", help="seed of the draws (default: 0)")
-    arguments = parser.parse_args(argv)
-    program, count, seed = arguments.program, arguments.count, arguments.seed
-    if program is not None and (count, seed) != (None, None):
+    """Run one action."""
+    return run_action("programs", argv, ACTIONS, EXAMPLES)
+
+
+def check(argv: list[str], *, here: bool = True) -> Work:
+    """Check the arguments of `search`, the only action that can be submitted."""
+    if argv[:1] != ["search"]:
         raise ConfigError(
-            f"--count and --seed are of drawn programs: leave them out, or leave {program!r} out"
+            f"`{hint('programs', *argv[:1])}` cannot be submitted: of its actions only `search` can"
         )
-    if count is not None and not 1 <= count <= MOST:
-        raise ConfigError(f"--count {count}: give a number from 1 to {MOST:,}")
-    say(_survey(count or COUNT, seed or 0) if program is None else _explained(program))
+    return search.check(argv[1:], here=here)
+
+
+def _draw(argv: list[str]) -> int:
+    """Print the outcome of checks of drawn programs."""
+    parser = command_parser(
+        "programs draw",
+        "Draw attention programs, check each, and print those that pass and the reasons against the others.",
+        EXAMPLES[:1],
+        "[--count N] [--seed S]",
+    )
+    parser.flag("--count", "programs to draw", type=whole(1, bench.MOST), default=100, metavar="N")
+    parser.flag("--seed", "seed of the draws", type=int, default=0, metavar="S")
+    arguments = parser.parse_args(argv)
+    say(_survey(arguments.count, arguments.seed))
+    return 0
+
+
+def _check(argv: list[str]) -> int:
+    """Print one program in all its forms."""
+    parser = command_parser(
+        "programs check",
+        "Explain one attention program: its cost, LaTeX, PyTorch and the first check that it fails.",
+        EXAMPLES[1:3],
+        "PROGRAM",
+    )
+    parser.add_argument("program", metavar="PROGRAM", help="text of a program, or attnzero_...")
+    say(_explained(parser.parse_args(argv).program))
     return 0
 
 
@@ -79,13 +101,13 @@ def _cut(refused: Sequence[Verdict]) -> str:
 def _explained(text: str) -> str:
     """Return the canonical text, identity, cost, LaTeX, code and verdict of one program."""
     from ...models.programs.program import FOUND, latex, parse_program, torch_code
-    from ...models.programs.program_checks import check
+    from ...models.programs.program_checks import check as check_program
     from ...models.programs.value_map import why_no_map
 
     if text.startswith("attnzero") and text not in FOUND:
         raise ConfigError(f"unknown program {text!r}; {did_you_mean(text, FOUND)}")
     program = parse_program(FOUND.get(text, text))
-    verdict = check(program)
+    verdict = check_program(program)
     heads = "depends on other heads of the image" if program.mixes_heads else "is independent of other heads"
     why = why_no_map(program)
     has_map = f"none: {why}" if why else "the output of a head is M V"
@@ -96,3 +118,13 @@ def _explained(text: str) -> str:
         f"a head    {heads}\na map     {has_map}\nchecks    {outcome}\n\n"
         f"LaTeX\n{latex(program)}\n\nPyTorch\n{torch_code(program)}"
     )
+
+
+ACTIONS = {
+    "draw": Action("draw programs and check them", _draw),
+    "check": Action("explain one program: cost, LaTeX, PyTorch, the first check that it fails", _check),
+    "search": Action(
+        "search for programs that take over a teacher's attention, without training", search.run
+    ),
+    "bench": Action("a benchmark of programs: run, extend, merge, query, verify", bench.run),
+}

@@ -1,4 +1,4 @@
-"""`graftvit search SOURCE --out DIR`: search for programs that take over the attention of a teacher."""
+"""`graftvit programs search SOURCE --out DIR`: search for programs that take over the attention of a teacher."""
 
 from __future__ import annotations
 
@@ -9,7 +9,15 @@ from typing import TYPE_CHECKING
 
 from ...models.errors import ConfigError
 from ...transfer.analysis.report.tables import aligned
-from ..flags import SOURCE_HELP, SOURCE_SETTINGS, command_parser, parse_command, source_keywords
+from ..flags import (
+    SOURCE_HELP,
+    SOURCE_SETTINGS,
+    Action,
+    command_parser,
+    parse_command,
+    source_keywords,
+    whole,
+)
 from ..load_config import load_config
 from ..say import say
 from ..submitted import Work
@@ -22,19 +30,20 @@ if TYPE_CHECKING:
 
 DATA = ("data.dataset", "data.data_path", "data.train_split", "data.download", "seed")
 EXAMPLES = (
-    "graftvit search runs/teacher --dataset digits --out found",
-    "graftvit search vit_small_patch16_224.augreg_in1k --data_path /data/imagenet --generations 20 --out found",
-    "graftvit search runs/teacher --also runs/pyramid --dataset digits --out found",
-    "graftvit search runs/teacher --dataset digits --at_random --out drawn   # for comparison",
-    "graftvit search report found",
-    "graftvit submit search runs/teacher --dataset digits --out found --shares 4 --gpus_per_node 0",
+    "graftvit programs search runs/teacher --dataset digits --out found",
+    "graftvit programs search vit_small_patch16_224.augreg_in1k --data_path /data/imagenet --generations 20 "
+    "--out found",
+    "graftvit programs search runs/teacher --also runs/pyramid --dataset digits --out found",
+    "graftvit programs search runs/teacher --dataset digits --at_random --out drawn   # for comparison",
+    "graftvit programs search report found",
+    "graftvit submit programs search runs/teacher --dataset digits --out found --shares 4 --gpus_per_node 0",
 )
 
 
 def run(argv: list[str]) -> int:
     """Search and print the front beside well-known programs, or make the page of a search."""
-    if argv[:1] == ["report"]:
-        return _report(argv[1:])
+    if argv and argv[0] in ACTIONS:
+        return ACTIONS[argv[0]].run(argv[1:])
     arguments, config = _parse(argv)
     from ...transfer.cells.pool import StoppedError, usable_cores
     from ...transfer.search.program_search import parse_share, run_search
@@ -54,10 +63,13 @@ def run(argv: list[str]) -> int:
 
 def _report(argv: list[str]) -> int:
     parser = command_parser(
-        "search report",
+        "programs search report",
         "Write report.html into the folder of a search: its front, the lineage and the formulas of the front, and what "
         "was refused and why. The search may still be running.",
-        ["graftvit search report found", "graftvit search report found --rows bench/rows.jsonl --top 10"],
+        [
+            "graftvit programs search report found",
+            "graftvit programs search report found --rows bench/rows.jsonl --top 10",
+        ],
         usage="DIR [--rows ROWS [--short ROWS ...] [--top K]]",
     )
     parser.add_argument("folder", type=Path, metavar="DIR", help="the --out of a search")
@@ -65,7 +77,7 @@ def _report(argv: list[str]) -> int:
         "--rows",
         type=Path,
         metavar="ROWS",
-        help="rows of `graftvit attnbench`: compare each proxy with their accuracies",
+        help="rows of `graftvit programs bench`: compare each proxy with their accuracies",
     )
     parser.add_argument(
         "--short",
@@ -75,18 +87,10 @@ def _report(argv: list[str]) -> int:
         metavar="ROWS",
         help="rows of shorter trainings, each recipe of which is a proxy",
     )
-    parser.add_argument(
-        "--top",
-        type=int,
-        default=10,
-        metavar="K",
-        help="best programs that the precision compares (default: 10)",
-    )
+    parser.flag("--top", "best programs that the precision compares", type=whole(1), default=10, metavar="K")
     arguments = parser.parse_args(argv)
     if arguments.short and not arguments.rows:
         raise ConfigError("--short needs --rows, the rows of the longer trainings")
-    if arguments.top < 1:
-        raise ConfigError(f"--top {arguments.top}: give a number, 1 or more")
     from ...transfer.analysis.search.search_report import write_report
 
     rankings = _rankings(arguments) if arguments.rows else []
@@ -126,7 +130,7 @@ def check(argv: list[str], *, here: bool = True) -> Work:
 
 def _parse(argv: list[str]) -> tuple[argparse.Namespace, RunConfig]:
     parser = command_parser(
-        "search",
+        "programs search",
         "Search for attention programs by evolution. A program is measured by how well it takes over the attention "
         "of a pretrained teacher on recorded inputs of its layers, and by its cost; nothing is trained. The same "
         "command resumes a search that was stopped.",
@@ -142,26 +146,16 @@ def _parse(argv: list[str]) -> tuple[argparse.Namespace, RunConfig]:
         help="another teacher: the mismatch with each is an objective",
     )
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the records")
-    parser.add_argument("--images", type=int, default=16, metavar="N", help="images to record (default: 16)")
-    parser.add_argument("--generations", type=int, default=10, metavar="N", help="generations (default: 10)")
-    parser.add_argument(
-        "--population", type=int, default=50, metavar="N", help="programs in each generation (default: 50)"
-    )
-    parser.add_argument(
-        "--at_random", action="store_true", help="draw every generation, instead of evolving the ones before"
-    )
-    parser.add_argument(
-        "--proxy",
-        choices=("matching", "fitted"),
-        default="matching",
-        help="matching: mismatch by least squares; fitted: after a short fit by gradients, slower (default: matching)",
-    )
-    parser.add_argument(
-        "--workers",
-        type=int,
-        metavar="N",
-        help="processes that evaluate at the same time (default: one per core); no effect on the archive",
-    )
+    parser.flag("--images", "images to record", type=whole(1), default=16, metavar="N")
+    parser.flag("--generations", "generations", type=whole(1), default=10, metavar="N")
+    parser.flag("--population", "programs in each generation", type=whole(1), default=50, metavar="N")
+    parser.switch("--at_random", "draw every generation, instead of evolving the ones before")
+    parser.flag(
+        "--proxy", "matching: mismatch by least squares; fitted: after a short fit by gradients, slower",
+        choices=("matching", "fitted"), default="matching",
+    )  # fmt: skip
+    text = "processes that evaluate at the same time (default: one per core); no effect on the archive"
+    parser.flag("--workers", text, type=whole(1), metavar="N")
     parser.add_argument(
         "--share",
         default="1/1",
@@ -169,10 +163,6 @@ def _parse(argv: list[str]) -> tuple[argparse.Namespace, RunConfig]:
         help="evaluate the I-th of N shares first, then what is missing; used by jobs of `graftvit submit`",
     )
     arguments, settings = parse_command(parser, argv, only=(*SOURCE_SETTINGS, *DATA))
-    for name in ("images", "generations", "population", "workers"):
-        value = getattr(arguments, name)
-        if value is not None and value < 1:
-            raise ConfigError(f"--{name} {value}: give a number, 1 or more")
     config = load_config(None, settings)
     if not (config.data.dataset or config.data.data_path):
         raise ConfigError("a search needs images: give --data_path FOLDER, or --dataset digits")
@@ -218,3 +208,6 @@ def _table(search: Search, done: Sequence[Evaluation]) -> str:
         f"\n{len(done)} programs, {refused} of them refused; the front, with cost relative to softmax:\n\n"
         f"{aligned(rows, right=(0, 1))}\n\n{aligned(known, right=(0, 1))}\n\n{search.folder / ARCHIVE}\n"
     )
+
+
+ACTIONS = {"report": Action("write the page of a search", _report)}

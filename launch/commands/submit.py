@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from ..flags import command_parser, parse_command, split_words
 from ..say import say
-from ..submitted import SUBMITTED
+from ..submitted import SUBMITTED, command_name
 
 if TYPE_CHECKING:
     from ..slurm.requests import SubmissionPlan
@@ -28,8 +28,7 @@ EXAMPLES = (
 )
 DESCRIPTION = (
     "Submit a run to SLURM. It saves its state and is requeued when it is preempted, when its time limit is reached or "
-    "when a node fails; its result is that of an undisturbed run. Afterwards use `graftvit jobs`, `logs`, `stop` and "
-    "`resume`."
+    "when a node fails; its result is that of an undisturbed run. Afterwards use `graftvit jobs` and its actions."
 )
 
 
@@ -68,7 +67,7 @@ def _run_work(argv: list[str]) -> int:
     from ..slurm.lock import stoppable
     from ..slurm.setting_layers import add_cluster_flags, asked_by
 
-    command = argv[0]
+    command = command_name(argv)
     parser = command_parser(
         f"submit {command}",
         f"Submit `graftvit {command}` to SLURM, with its own flags (`graftvit {command} --help`). They are checked "
@@ -79,11 +78,11 @@ def _run_work(argv: list[str]) -> int:
     )
     parser.add_argument(
         "--output_dir", type=Path, metavar="DIR",
-        help=f"folder of the job for `graftvit jobs`, `logs`, `stop` and `resume` (default: runs/{command}-NAME)",
+        help=f"folder of the job for `graftvit jobs` (default: runs/{command.split()[-1]}-NAME)",
     )  # fmt: skip
     parser.add_argument(
         "--shares", type=int, default=1, metavar="N",
-        help="divide the work among N jobs of an array; `search` alone can be divided (default: 1)",
+        help="divide the work among N jobs of an array; `programs search` alone can be divided (default: 1)",
     )  # fmt: skip
     parser.add_argument("--dry_run", action="store_true", help="print the sbatch script and stop")
     add_cluster_flags(parser)

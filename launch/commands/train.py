@@ -7,9 +7,9 @@ import signal
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from ...models.errors import ConfigError, counted
+from ...models.errors import counted
 from ...transfer.config import RunConfig
-from ..flags import Parser, command_parser, parse_command
+from ..flags import command_parser, parse_command
 from ..load_config import Setting, dump_config, load_config, load_stages, read_recipe
 from ..say import say, say_aside
 
@@ -22,6 +22,8 @@ EXAMPLES = (
     "graftvit train cifar10_distill --data_path /data/cifar transfer.layers=first:6 --dry_run",
     "graftvit train --mode finetune --model vit_small_patch16_224 --init vit_small_patch16_224.dino "
     "--dataset torch/cifar10 --data_path /data/cifar",
+    "graftvit train --mode pretrain --dataset torch/cifar10 --data_path /data/cifar --model vit_small_patch16_224 "
+    "--img_size 32 student.model_args.patch_size=4 --epochs 400",
     "graftvit train mine.yaml --print_config",
     "torchrun --nproc_per_node 8 -m graftvit.launch train attention_distill_vit_large "
     "--data_path /data/imagenet",
@@ -30,24 +32,19 @@ EXAMPLES = (
 
 def run(argv: list[str]) -> int:
     """Train with the settings of the recipe or YAML file and of the flags."""
-    parser = train_parser(
+    usage = "[RECIPE_OR_YAML] [--flag value ...] [section.key=value ...]"
+    parser = command_parser(
         "train",
         "Train a student. Settings come from the defaults, then the recipe or YAML file, then the flags "
         "and section.key=value words, in this order.",
         EXAMPLES,
+        usage,
     )
-    return run_parsed(parser, argv)
-
-
-def train_parser(command: str, description: str, examples: Sequence[str]) -> Parser:
-    """Create the parser that `train` and `pretrain` share."""
-    usage = "[RECIPE_OR_YAML] [--flag value ...] [section.key=value ...]"
-    parser = command_parser(command, description, examples, usage)
     parser.add_argument(
         "recipe",
         nargs="?",
         metavar="RECIPE_OR_YAML",
-        help="a name from `graftvit recipes`, a YAML file or a run folder",
+        help="a name from `graftvit list recipes`, a YAML file or a run folder",
     )
     parser.add_argument(
         "--print_config", action="store_true", help="print the resolved configuration as YAML and stop"
@@ -55,20 +52,10 @@ def train_parser(command: str, description: str, examples: Sequence[str]) -> Par
     parser.add_argument(
         "--dry_run", action="store_true", help="print the resolved plan and a memory estimate and stop"
     )
-    return parser
-
-
-def run_parsed(parser: Parser, argv: list[str], fixed: Sequence[Setting] = ()) -> int:
-    """Resolve the arguments and run; `fixed` settings come before the user's."""
     arguments, settings = parse_command(parser, argv)
     if arguments.recipe is not None and read_recipe(arguments.recipe).stages:
-        return _run_stages(arguments, [*fixed, *settings])
-    config = load_config(arguments.recipe, [*fixed, *settings])
-    for setting in fixed:
-        if config.mode != setting.value:
-            raise ConfigError(
-                f"`{parser.prog}` always runs mode={setting.value}; use `graftvit train` for {config.mode!r}"
-            )
+        return _run_stages(arguments, settings)
+    config = load_config(arguments.recipe, settings)
     if arguments.print_config:
         say(dump_config(config))
         return 0

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 
 from ...models.errors import ConfigError, JsonDict
 from ..flags import SOURCE_HELP, SOURCE_SETTINGS, command_parser, keywords_of, parse_command
 from ..load_config import Setting, load_config
-from ..say import say, say_aside
+from ..say import say, tell
 
 EXAMPLES = (
     "graftvit visualize vit_base_patch16_224.mae cat.jpg dog.jpg",
@@ -106,10 +105,6 @@ def _average(arguments: argparse.Namespace, settings: list[Setting], how: JsonDi
     from ...transfer.analysis.visualize.average import visualize_average
 
     data = load_config(None, [each for each in settings if each.key.startswith("data.")]).data
-
-    def tell(line: str) -> None:
-        say_aside(f"{line}\n")
-        sys.stderr.flush()
 
     return visualize_average(arguments.checkpoint, data, arguments.out, count=count, tell=tell, **how)
 

@@ -21,6 +21,7 @@ import submitit
 from ...models.errors import GraftError, escaped, one_sentence
 from ...transfer.engine import deadline, early_signals
 from ..garbage import collect_seldom
+from ..submitted import command_name
 from .batch import LOG_START
 from .environment import limit_threads
 from .failures import Failure, classify
@@ -62,7 +63,7 @@ class JobTask:
             raise SystemExit(STOPPED)
         code = self._run(record)
         if code == 0 and not self.output_dir.is_dir():  # a command, which writes elsewhere
-            sys.stderr.write(f"graftvit: {self._gone}; `graftvit {self.words[0]}` is through\n")
+            sys.stderr.write(f"graftvit: {self._gone}; `graftvit {command_name(self.words)}` is through\n")
             raise SystemExit(0)
         if code == 0:
             record.note(outcome="finished", ended=time.time())
@@ -101,7 +102,7 @@ class JobTask:
                 record.fail(error, text)
             return 1
         if 0 < code <= 128:
-            record.fail_for_good(f"`graftvit {self.words[0]}` ended with exit code {code}")
+            record.fail_for_good(f"`graftvit {command_name(self.words)}` ended with exit code {code}")
         return code
 
 
@@ -188,7 +189,7 @@ class Record:
 
     @property
     def asked_to_stop(self) -> bool:
-        """Return whether `graftvit stop` asked this job to end."""
+        """Return whether `graftvit jobs stop` asked this job to end."""
         return self.folder.asked_to_stop(self.job_id)
 
     def note(self, **event: object) -> None:
@@ -228,7 +229,7 @@ class Record:
             return ""
         return (
             f"{count} attempts in a row met the time limit before they saved a new state: give a longer --time, or "
-            "make the start of the run shorter; `graftvit resume` resumes from the last state"
+            "make the start of the run shorter; `graftvit jobs resume` resumes from the last state"
         )
 
     def _has_saved(self) -> bool:

@@ -21,7 +21,7 @@ def forget_run(folder: Path) -> None:
     active = _active(folder)
     if active:
         raise ConfigError(
-            f"{folder} is {active[0].words}, and stays in the list: `{hint('stop', folder)}` ends it"
+            f"{folder} is {active[0].words}, and stays in the list: `{hint('jobs', 'stop', folder)}` ends it"
         )
     forget(folder)
 

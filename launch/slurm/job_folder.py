@@ -105,8 +105,8 @@ class Attempt:
 
 
 def resumes(run: Path) -> str:
-    """Return the command that resumes a run: `graftvit resume`, if there is a record of its submission."""
-    return hint("resume" if JobFolder(run).submissions() else "submit", run)
+    """Return the command that resumes a run: `graftvit jobs resume`, if there is a record of its submission."""
+    return hint(*(("jobs", "resume") if JobFolder(run).submissions() else ("submit",)), run)
 
 
 class JobFolder:
@@ -236,7 +236,7 @@ _SAVED = (
 )
 """States, and what a run keeps before its first step: fitted layers, and the mark of a shard of teachers' targets."""
 _KEPT = ("fit/*.safetensors", "cells/*/cell.json")
-"""What `convert` and `search` keep where they write."""
+"""What `convert` and `programs search` keep where they write."""
 
 
 def newest_state(output_dir: Path) -> str:

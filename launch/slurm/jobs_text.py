@@ -109,7 +109,7 @@ def _output(run: RunStatus) -> str:
     """Return where the result of a finished command is."""
     if not run.command or run.state != "finished":
         return ""
-    return f"{run.output}, and what it printed: " * bool(run.output) + f"`{hint('logs', run.folder)}`"
+    return f"{run.output}, and what it printed: " * bool(run.output) + f"`{hint('jobs', 'logs', run.folder)}`"
 
 
 def duration(seconds: float | None) -> str:

@@ -209,7 +209,7 @@ ENDINGS = {
 }
 ACTIVE = ("pending", "requeued", "running", "stopping")
 STARTING = "starting"
-BY_STOP = "`graftvit stop`"
+BY_STOP = "`graftvit jobs stop`"
 _HISTORY = {
     "NODE_FAIL": "node failure",
     "OUT_OF_MEMORY": "out of memory",
@@ -368,7 +368,7 @@ def restarts_of(
         attempts: All, the first one first.
         history: How the scheduler says that the starts of the last job ended.
         found: Attempt number -> why it ended, where it did not end well.
-        stopped: Jobs that `graftvit stop` has told to end.
+        stopped: Jobs that `graftvit jobs stop` has told to end.
     """
     return [
         Restart(

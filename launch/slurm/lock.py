@@ -100,7 +100,7 @@ class InterruptedSubmissionError(GraftError):
         self.exit_code = 128 + number
         super().__init__(
             f"{signal.Signals(number).name} came while job {job} was being submitted, and it was: "
-            f"`{hint('stop', folder)}` ends it"
+            f"`{hint('jobs', 'stop', folder)}` ends it"
         )
 
 

@@ -104,7 +104,7 @@ def requeue() -> None:
             except (subprocess.SubprocessError, OSError) as error:
                 if not left:
                     raise RunFailedError(
-                        f"the job cannot be requeued ({error}); `graftvit resume` resumes from its state"
+                        f"the job cannot be requeued ({error}); `graftvit jobs resume` resumes from its state"
                     ) from error
             time.sleep(REQUEUE_PAUSE)
     finally:

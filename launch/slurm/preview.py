@@ -46,7 +46,7 @@ def preview(plan: SubmissionPlan, config: ClusterConfig, *, unchecked: bool = Fa
 
 
 def preview_again(unfinished: Unfinished, config: ClusterConfig, *, unchecked: bool = False) -> Preview:
-    """Do the same as `preview`, for `graftvit resume`."""
+    """Do the same as `preview`, for `graftvit jobs resume`."""
     if config.cluster == "slurm":
         check_commands()
     waits, problem, parts = "", None, list[str]()

@@ -20,7 +20,7 @@ from ...transfer.config import RunConfig
 from ..cli import DISTRIBUTED
 from ..load_config import Setting, dump_config, read_recipe
 from ..say import hint, say_aside
-from ..submitted import SUBMITTED, Work, check_words
+from ..submitted import SUBMITTED, Work, check_words, command_name
 from .batch import Request
 from .checks import check_folder
 from .job_folder import ORDER_FILE, JobFolder, Order
@@ -110,7 +110,7 @@ def _plan_sweep(recipe: str | None, settings: Sequence[Setting], words: Sequence
     ]
     if not requests:
         raise ConfigError(
-            f"all {len(sweep.cells)} cells of {folder} have finished: `{hint('summary', folder)}`"
+            f"all {len(sweep.cells)} cells of {folder} have finished: `{hint('jobs', 'summary', folder)}`"
         )
     return SubmissionPlan(folder, [first], frozen, requests, sweep=sweep)
 
@@ -196,14 +196,14 @@ def plan_work(
     command, *rest = words
     if command not in DISTRIBUTED and config.world_size > 1:
         raise ConfigError(
-            f"`graftvit {command}` is one process, and {config.nodes} x {config.tasks} are asked for: give --nodes 1 "
-            "and --tasks_per_node 1, or --gpus_per_node 1"
+            f"`graftvit {command_name(words)}` is one process, and {config.nodes} x {config.tasks} are asked for: give "
+            "--nodes 1 and --tasks_per_node 1, or --gpus_per_node 1"
         )
-    say_aside(f"graftvit: checking the words of `graftvit {command}` ...\n")
+    say_aside(f"graftvit: checking the words of `graftvit {command_name(words)}` ...\n")
     work = check_words(command, rest, here=not unchecked)
     if work.output is not None and config.cluster == "slurm" and not unchecked:
         _check_output(work.output, config)
-    folder = (folder or _usual_folder(command, rest)).absolute()
+    folder = (folder or _usual_folder(words)).absolute()
     _refuse_run(folder)
     order = Order(list(words), None if work.output is None else str(work.output.absolute()))
     text = json.dumps({"words": order.words, "output": order.output}) + "\n"
@@ -219,8 +219,12 @@ def _divided(request: Request, shares: int, work: Work) -> list[Request]:
         return [request]
     if shares < 1 or not work.divisible:
         raise ConfigError(
-            f"--shares {shares}: `graftvit {request.words[0]}` is one job; "
-            + ("give 1 or more" if work.divisible else "only `graftvit submit search` can be divided")
+            f"--shares {shares}: `graftvit {command_name(request.words)}` is one job; "
+            + (
+                "give 1 or more"
+                if work.divisible
+                else "only `graftvit submit programs search` can be divided"
+            )
         )
     return [
         Request([*request.words, "--share", f"{one}/{shares}"], request.output_dir / "cells" / f"share-{one}")
@@ -244,9 +248,10 @@ def describe(work: SubmissionPlan) -> str:
     return f"{order.line}\n{output}jobs and log in {work.folder}\n\n"
 
 
-def _usual_folder(command: str, words: Sequence[str]) -> Path:
+def _usual_folder(words: Sequence[str]) -> Path:
     """`runs/evaluate-distill` for `evaluate runs/distill`."""
-    first = next((word for word in words if not word.startswith("-")), "")
+    *_, command = names = command_name(words).split()
+    first = next((word for word in words[len(names) :] if not word.startswith("-")), "")
     name = re.sub(r"[^\w.=-]+", "-", Path(first.partition("#")[0]).name).strip("-")
     return Path("runs", "-".join(filter(None, [command, name])))
 

@@ -29,7 +29,7 @@ from .submit import test_only
 # Find unfinished runs in a folder and submit them again.
 
 PATIENCE, EVERY = 600.0, 2.0
-"""How many seconds `graftvit resume` waits for a job that is stopping, and between two checks."""
+"""How many seconds `graftvit jobs resume` waits for a job that is stopping, and between two checks."""
 
 
 @dataclass(frozen=True)

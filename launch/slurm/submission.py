@@ -64,7 +64,7 @@ def jobs_before(folder: Path) -> list[str]:
         if not active and not JobFolder(run).finished:
             raise ConfigError(
                 f"--after {folder}: {run} has neither finished nor a job that could: `{hint('jobs', run)}` tells why, "
-                f"`{hint('resume', folder)}` submits it again"
+                f"`{hint('jobs', 'resume', folder)}` submits it again"
             )
     return found
 
@@ -162,7 +162,7 @@ def start(launch: Launch, first: Request | None = None, waits: str = "") -> str:
     count = f" ({counted(len(jobs), 'cell')})" if cells else ""
     return (
         f"submitted job {jobs[0].partition('_')[0]}{count}{after} in {launch.folder}\n"
-        f"  {hint('jobs', launch.folder)}\n  {hint('logs', launch.requests[0].output_dir, '--follow')}\n"
+        f"  {hint('jobs', launch.folder)}\n  {hint('jobs', 'logs', launch.requests[0].output_dir, '--follow')}\n"
         + (f"  {waits}\n" if waits else "")
     )
 
@@ -214,7 +214,7 @@ def _refuse_inner(folder: Path) -> None:
     if ours and (folder.parent.name == "cells" or folder.name == "teacher"):
         raise ConfigError(
             f"--output_dir {folder} is inside of {above}, which was submitted as a whole: give another folder, or "
-            f"`{hint('resume', above)}`"
+            f"`{hint('jobs', 'resume', above)}`"
         )
 
 
@@ -238,7 +238,8 @@ def refuse_active(runs: Iterable[Path], shown: Path, *, by_name: bool = True) ->
         for one in jobs:
             if one.active:
                 raise ConfigError(
-                    f"{run} is {one.words} already: `{hint('jobs', shown)}` shows it, `{hint('stop', shown)}` ends it"
+                    f"{run} is {one.words} already: `{hint('jobs', shown)}` shows it, "
+                    f"`{hint('jobs', 'stop', shown)}` ends it"
                 )
 
 

@@ -74,7 +74,7 @@ def refuse_copied(model: nn.Module, copied: bool) -> None:
         raise UnsupportedModelError(
             f"this {type(model).__name__} runs with its teacher's attention and has none of its own to convert, teach "
             "or learn from: take its teacher, a student that was trained by distilling, or its own weights alone "
-            "(`graftvit save SOURCE DIR --bare`)"
+            "(`graftvit checkpoint save SOURCE DIR --bare`)"
         )
 
 

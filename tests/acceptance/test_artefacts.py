@@ -229,7 +229,7 @@ def test_timm_create_model(made: Made, tests: Path, plain_timm: PlainTimm) -> No
 
 
 def test_save(made: Made, tests: Path, plain_timm: PlainTimm, tmp_path: Path) -> None:
-    assert main(["save", made.source, str(tmp_path / "saved")]) == 0
+    assert main(["checkpoint", "save", made.source, str(tmp_path / "saved")]) == 0
     made.agrees(measured(made, f"local-dir:{tmp_path / 'saved'}", tests, plain_timm))
 
 

@@ -146,7 +146,7 @@ def test_a_recovery_on_photographs_submitted_on_this_machine(kind: str, photos: 
         lambda: [each.outcome for each in JobFolder(tmp_path / "run").attempts()] == ["finished"], "the end"
     )
     out = tmp_path / "saved"
-    assert main(["save", f"local-dir:{tmp_path / 'run' / 'student'}", str(out)]) == 0
+    assert main(["checkpoint", "save", f"local-dir:{tmp_path / 'run' / 'student'}", str(out)]) == 0
     model = graftvit.load(out).eval()
     assert plan_of(model) == plan_of(graftvit.load(tmp_path / "run" / "student"))
     reported = json.loads((out / "config.json").read_text())["graftvit"]["results"]

@@ -104,7 +104,7 @@ COMPARED = {
     "digits_pyramid_compare", "attnbench_digits", "attnbench_digits_long", "attnbench_digits_transfer",
     "attnbench_published",
 }  # fmt: skip
-"""Recipes of `graftvit compare` (see `test_compare.py`) and of `graftvit attnbench` alone."""
+"""Recipes of `graftvit compare` (see `test_compare.py`) and of `graftvit programs bench` alone."""
 
 
 def test_no_recipe_is_left_out() -> None:

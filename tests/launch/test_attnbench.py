@@ -1,4 +1,4 @@
-"""`graftvit attnbench`, as typed."""
+"""`graftvit programs bench`, as typed."""
 
 from __future__ import annotations
 
@@ -53,19 +53,28 @@ def test_rows_are_run_extended_merged_queried_and_verified(
     recipe: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     first = ["--backbone", "plain", "--local", "with"]
-    assert main(["attnbench", "run", recipe, "--out", str(tmp_path / "a"), *first]) == 0
+    assert main(["programs", "bench", "run", recipe, "--out", str(tmp_path / "a"), *first]) == 0
     rows = read_rows(tmp_path / "a" / "rows.jsonl")
     assert {row.name for row in rows} == set(CONTROLS)
     assert all(row.status == "trained" and [p.epoch for p in row.curve] == [1, 2] for row in rows)
     assert not list((tmp_path / "a").rglob("run"))
     again = ["--program", "mul(q v)", "--processes", "2"]
-    assert main(["attnbench", "run", recipe, "--out", str(tmp_path / "a"), *first, *again]) == 0
+    assert main(["programs", "bench", "run", recipe, "--out", str(tmp_path / "a"), *first, *again]) == 0
     assert len(read_rows(tmp_path / "a" / "rows.jsonl")) == len(CONTROLS) + 1
-    assert main(["attnbench", "run", recipe, "--out", str(tmp_path / "a"), *first]) == 0
+    assert main(["programs", "bench", "run", recipe, "--out", str(tmp_path / "a"), *first]) == 0
     assert len(read_rows(tmp_path / "a" / "rows.jsonl")) == len(CONTROLS) + 1, "rows of earlier commands stay"
 
     more = ["--program", "mul(q v)", "--program", "attnzero_105", "--processes", "2"]
-    words = ["attnbench", "extend", str(tmp_path / "a" / "rows.jsonl"), recipe, "--backbone", "plain", *more]
+    words = [
+        "programs",
+        "bench",
+        "extend",
+        str(tmp_path / "a" / "rows.jsonl"),
+        recipe,
+        "--backbone",
+        "plain",
+        *more,
+    ]
     assert main([*words, "--out", str(tmp_path / "b")]) == 0
     both = read_rows(tmp_path / "b" / "rows.jsonl")
     assert len(both) == 2 * (len(CONTROLS) + 2)
@@ -75,20 +84,26 @@ def test_rows_are_run_extended_merged_queried_and_verified(
     assert {(row.program, row.reason.partition(":")[0]) for row in refused} == {("mul(q v)", "gradients")}
 
     files = [str(tmp_path / folder / "rows.jsonl") for folder in ("b", "a")]
-    assert main(["attnbench", "merge", *files, "--out", str(tmp_path / "all.jsonl")]) == 0
+    assert main(["programs", "bench", "merge", *files, "--out", str(tmp_path / "all.jsonl")]) == 0
     assert read_rows(tmp_path / "all.jsonl") == both
     capsys.readouterr()
-    assert main(["attnbench", "query", str(tmp_path / "all.jsonl"), "--program", "values", "--json"]) == 0
+    assert (
+        main(["programs", "bench", "query", str(tmp_path / "all.jsonl"), "--program", "values", "--json"])
+        == 0
+    )
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [line["program"] for line in lines] == ["v", "v"]
     assert (
-        main(["attnbench", "verify", str(tmp_path / "all.jsonl"), "--config", recipe, "--sample", "3"]) == 0
+        main(
+            ["programs", "bench", "verify", str(tmp_path / "all.jsonl"), "--config", recipe, "--sample", "3"]
+        )
+        == 0
     )
     assert "3 rows agree" in capsys.readouterr().out
 
     changed = (tmp_path / "all.jsonl").read_text().replace('"loss": ', '"loss": 1')
     (tmp_path / "all.jsonl").write_text(changed)
-    words = ["attnbench", "verify", str(tmp_path / "all.jsonl"), "--config", recipe, "--sample", "1"]
+    words = ["programs", "bench", "verify", str(tmp_path / "all.jsonl"), "--config", recipe, "--sample", "1"]
     words += ["--program", "values"]
     assert main(words) == 1
     assert "1 of 1 row differ" in capsys.readouterr().err
@@ -157,9 +172,9 @@ def test_names_that_no_row_has_are_refused(tmp_path: Path, capsys: pytest.Captur
     write_rows([Row("digest", program="v", name="values", backbone="plain")], rows)
     for words in (["--program", "softmax"], ["--backbone", "pyramid"], ["--local", "without"]):
         for action in ("verify", "query"):
-            assert main(["attnbench", action, str(rows), *words]) == 2
+            assert main(["programs", "bench", action, str(rows), *words]) == 2
             assert "has no row that --program, --backbone" in capsys.readouterr().err
-    assert main(["attnbench", "query", str(rows), "--status", "failed"]) == 0
+    assert main(["programs", "bench", "query", str(rows), "--status", "failed"]) == 0
     assert "0 of 0 rows" in capsys.readouterr().out
 
 
@@ -173,23 +188,23 @@ def test_names_that_no_row_has_are_refused(tmp_path: Path, capsys: pytest.Captur
             ["run", "attnbench_digits", "--out", "x", "--program", "mul(q"],
             "the parenthesis of mul is not closed",
         ),
-        (["run", "attnbench_digits", "--out", "x", "--drawn", "-1"], "--drawn -1: give a number from 0"),
+        (["run", "attnbench_digits", "--out", "x", "--drawn", "-1"], "--drawn: give a whole number from 0"),
         (
             ["run", "attnbench_digits", "--out", "x", "--threads", "0"],
-            "--threads 0: give a number, 1 or more",
+            "--threads: give a whole number, 1 or more",
         ),
         (
             ["run", "attnbench_digits", "--out", "x", "--seeds", "-2"],
-            "--seeds -2: give whole numbers from 0 to 2^63 - 1",
+            "--seeds: give a whole number from 0 to 9,223,372,036,854,775,807",
         ),
         (["run", "attnbench_digits"], "--out"),
         (["merge", "none.jsonl", "--out", "x.jsonl"], "none.jsonl cannot be read"),
-        (["query", "rows.jsonl", "--top", "-1"], "--top -1: give a number, 0 or more"),
-        (["verify", "rows.jsonl", "--sample", "0"], "--sample 0: give a number, 1 or more"),
+        (["query", "rows.jsonl", "--top", "-1"], "--top: give a whole number, 0 or more"),
+        (["verify", "rows.jsonl", "--sample", "0"], "--sample: give a whole number, 1 or more"),
     ],
 )
 def test_mistakes_are_one_sentence(words: list[str], reason: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["attnbench", *words]) == 2
+    assert main(["programs", "bench", *words]) == 2
     assert reason in capsys.readouterr().err
 
 
@@ -212,7 +227,7 @@ def test_names_are_no_paths(
     with pytest.raises(ConfigError, match=re.escape(told)):
         load_bench(tmp_path / "short.yaml")
     words = ["--backbone", backbone, "--local", "with", "--out", str(tmp_path / "bench")]
-    assert main(["attnbench", "run", str(tmp_path / "short.yaml"), *words]) == 2
+    assert main(["programs", "bench", "run", str(tmp_path / "short.yaml"), *words]) == 2
     assert told in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["short.yaml"]
 

@@ -40,9 +40,9 @@ def test_a_file_comes_before_rows_of_that_name(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert main(["attnbench", "query", NAME, "--program", "softmax"]) == 0
+    assert main(["programs", "bench", "query", NAME, "--program", "softmax"]) == 0
     assert "4 of 4 rows" in capsys.readouterr().out
-    assert main(["attnbench", "merge", NAME, "--out", "all.jsonl"]) == 0
+    assert main(["programs", "bench", "merge", NAME, "--out", "all.jsonl"]) == 0
     assert read_rows(Path("all.jsonl")) == load_rows(Path(NAME))
     write_rows([], Path(NAME))
     assert load_rows(Path(NAME)) == []
@@ -58,7 +58,7 @@ def test_a_file_comes_before_rows_of_that_name(
 def test_a_sample_of_the_rows_verifies_here(
     name: str, backbone: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    words = ["attnbench", "verify", name, "--backbone", backbone]
+    words = ["programs", "bench", "verify", name, "--backbone", backbone]
     for chosen in (["--sample", "2", "--sample_seed", "1"], ["--program", "softmax"])[
         : 2 if name == NAME else 1
     ]:

@@ -128,11 +128,14 @@ def test_switches_go_both_ways(capsys: pytest.CaptureFixture[str], tmp_path: Pat
         (["train", "blrr=3"], ["'blrr'", "'optim.blr'"]),
         (["train", "=3"], ["''"]),
         (["train", "--"], ["'--'"]),
-        (["pretrain", "--mode", "transfer"], ["graftvit pretrain", "'transfer'"]),
-        (["recipes", "nope"], ["'nope'", "cifar10_copy"]),
-        (["teacher", "inf", "x"], ["inf", "info"]),
-        (["teacher", "info"], ["SOURCE"]),
-        (["teacher", "info", "x", "--blr", "1"], ["--blr", "teacher"]),
+        *(
+            ([gone, "x"], [f"unknown command '{gone}'"])
+            for gone in ("pretrain", "logs", "stop", "save", "search")
+        ),
+        (["list", "recipes", "nope"], ["'nope'", "cifar10_copy"]),
+        (["checkpoint", "inf", "x"], ["inf", "info"]),
+        (["checkpoint", "info"], ["SOURCE"]),
+        (["checkpoint", "info", "x", "--blr", "1"], ["--blr", "teacher"]),
         (["demo", "--quik"], ["--quik"]),
     ],
 )
@@ -180,12 +183,6 @@ def test_the_engine_gets_the_resolved_configuration(monkeypatch: pytest.MonkeyPa
     seen = fake_engine(monkeypatch, result())
     assert main(["train", "cifar10_copy", "--epochs", "2"]) == 0
     assert seen == [load_config("cifar10_copy", ["epochs=2"])]
-
-
-def test_pretrain_sets_the_mode(monkeypatch: pytest.MonkeyPatch) -> None:
-    seen = fake_engine(monkeypatch, result())
-    assert main(["pretrain", "--mask-ratio", "0.5"]) == 0
-    assert (seen[0].mode, seen[0].pretrain.mask_ratio) == ("pretrain", 0.5)
 
 
 @pytest.mark.parametrize(("signum", "name"), [(2, "SIGINT"), (12, "SIGUSR2"), (15, "SIGTERM")])
@@ -288,7 +285,7 @@ def test_an_error_of_the_system_is_one_sentence(
         return 0
 
     monkeypatch.setattr(cli, "_run", refused)
-    assert cli.main(["recipes"]) == 1
+    assert cli.main(["list", "recipes"]) == 1
     said = capsys.readouterr().err
     assert re.fullmatch(r"graftvit: error: a+\.\.\.\(6,001 characters\)\.\.\.a+: File name too long\n", said)
 
@@ -332,8 +329,8 @@ def test_a_loader_process_that_dies_while_this_one_computes_is_a_sentence(
     def run(_: list[str]) -> int:
         raise RuntimeError("DataLoader worker (pid 41) is killed by signal: Killed. ")
 
-    monkeypatch.setattr("graftvit.launch.commands.recipes.run", run)
-    assert main(["recipes"]) == 2
+    monkeypatch.setattr("graftvit.launch.commands.list.run", run)
+    assert main(["list", "recipes"]) == 2
     said = capsys.readouterr().err
     assert said.startswith("graftvit: error: a loader process died (DataLoader worker (pid 41) is killed")
     assert said.endswith("try a smaller data.workers\n")

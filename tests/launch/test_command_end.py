@@ -8,7 +8,7 @@ import sys
 
 def test_a_command_that_loads_torch_says_nothing_beside_its_output() -> None:
     """A library may count at the end what was not cleared, and tell of it."""
-    command = [sys.executable, "-m", "graftvit.launch", "operators"]
+    command = [sys.executable, "-m", "graftvit.launch", "list", "operators"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert "performer" in done.stdout
     assert done.stderr == ""
@@ -39,7 +39,7 @@ def test_nothing_is_cleared_at_the_end_unless_a_library_counts_it() -> None:
 
 def test_output_that_cannot_be_written_is_told_at_the_end() -> None:
     with open("/dev/full", "w") as full:  # noqa: PTH123
-        command = [sys.executable, "-m", "graftvit.launch", "recipes"]
+        command = [sys.executable, "-m", "graftvit.launch", "list", "recipes"]
         done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE)
     assert done.returncode != 0
     assert b"No space left" in done.stderr

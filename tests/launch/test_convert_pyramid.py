@@ -170,7 +170,7 @@ def test_a_converted_pyramid_is_loaded_at_another_size_saved_and_exported(
     bigger = graftvit.load(str(out), img_size=48)
     assert image_size(bigger) == (48, 48)
     assert logits(bigger, (48, 48)).shape == (2, 3)
-    assert main(["save", str(out), str(again), "--img_size", "48"]) == 0
+    assert main(["checkpoint", "save", str(out), str(again), "--img_size", "48"]) == 0
     assert torch.equal(logits(graftvit.load(str(again)), (48, 48)), logits(bigger, (48, 48)))
     assert main(["export", str(out), str(tmp_path / "model.pt2")]) == 0
 

@@ -185,8 +185,8 @@ def test_what_cannot_be_is_one_sentence(tmp_path: Path, capsys: pytest.CaptureFi
     assert "data_path is not set" in refusal(capsys)
     assert "data/flowers does not exist" in refusal(capsys, "data/flowers")
     assert "torch/cifar11" in refusal(capsys, "torch/cifar11", "--data_path", str(tmp_path))
-    assert "--images 0" in refusal(capsys, "digits", "--images", "0")
-    assert "--limit 0" in refusal(capsys, "digits", "--limit", "0")
+    assert "--images: give a whole number, 1 or more" in refusal(capsys, "digits", "--images", "0")
+    assert "--limit: give a whole number, 1 or more" in refusal(capsys, "digits", "--limit", "0")
     assert "its folder does not exist" in refusal(
         capsys, "digits", "--out", str(tmp_path / "no" / "look.png")
     )

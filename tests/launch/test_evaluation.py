@@ -215,12 +215,12 @@ def test_mistakes_are_named(
 
 def test_a_teacher_is_described(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     save(tmp_path / "a", 0, mean=0.25)
-    assert main(["teacher", "info", f"local-dir:{tmp_path / 'a'}"]) == 0
+    assert main(["checkpoint", "info", f"local-dir:{tmp_path / 'a'}"]) == 0
     shown = capsys.readouterr().out
     for part in ("vit_tiny_patch16_224", "2 blocks", "2 heads of width 12", "4 x 4", "cls", "0.25",
                  "10", "loaded"):  # fmt: skip
         assert part in shown
-    assert main(["teacher", "info", f"local-dir:{tmp_path / 'a'}", "--teacher.img_size", "32"]) == 0
+    assert main(["checkpoint", "info", f"local-dir:{tmp_path / 'a'}", "--teacher.img_size", "32"]) == 0
     shown = capsys.readouterr().out
     assert "8 x 8" in shown
     assert "resampled pos_embed" in shown

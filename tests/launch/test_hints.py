@@ -21,8 +21,8 @@ def test_a_shell_takes_a_hint_as_it_was_meant() -> None:
 
 def test_a_plain_folder_stays_plain() -> None:
     assert (
-        hint("resume", Path("/scratch/me/cells/lr=1,seed=0"))
-        == "graftvit resume /scratch/me/cells/lr=1,seed=0"
+        hint("jobs", "resume", Path("/scratch/me/cells/lr=1,seed=0"))
+        == "graftvit jobs resume /scratch/me/cells/lr=1,seed=0"
     )
 
 

@@ -47,7 +47,7 @@ def test_what_names_no_home_stays(text: str) -> None:
 def test_flags_of_a_command_of_its_own(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["jobs", "--json"]) == 0
     capsys.readouterr()
-    assert main(["summary", str(home / "none")]) == 2
+    assert main(["jobs", "summary", str(home / "none")]) == 2
     assert main(["submit", "digits_distill", "--site=~/mine.yaml"]) == 2
     assert f"--site {home}/mine.yaml does not exist" in capsys.readouterr().err
 

@@ -62,7 +62,7 @@ def test_a_row(how: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     path.write_text(json.dumps(GOOD) + "\n" + DAMAGES[how](GOOD) + "\n")
     for words in (["query", str(path)], ["merge", str(path), "--out", str(tmp_path / "all.jsonl")]):
         with limited_work(60), limited_memory(2 << 30):
-            assert main(["attnbench", *words]) == 2
+            assert main(["programs", "bench", *words]) == 2
         said = capsys.readouterr().err
         assert f"{path}, line 2" in said
         assert said.count("\n") == 1
@@ -75,7 +75,7 @@ def test_what_is_no_regular_file(
 ) -> None:
     path = irregular(kind, tmp_path / name)
     with never_waiting(2), limited_memory(2 << 30):
-        assert main(["attnbench", "query", str(path)]) == 2
+        assert main(["programs", "bench", "query", str(path)]) == 2
     assert "not a regular file" in capsys.readouterr().err
 
 
@@ -94,10 +94,10 @@ def test_a_row_runs_no_recipe_that_its_reader_did_not_name(
     monkeypatch.setattr(bench_verify, "run_trial", run_trial)
     for recipe in (str(other), "../theirs.yaml", ""):
         path.write_text(json.dumps(GOOD | {"recipe": recipe}))
-        assert main(["attnbench", "verify", str(path)]) == 2
+        assert main(["programs", "bench", "verify", str(path)]) == 2
         assert "--config" in capsys.readouterr().err
     assert ran == []
-    assert main(["attnbench", "verify", str(path), "--config", str(other)]) == 0
+    assert main(["programs", "bench", "verify", str(path), "--config", str(other)]) == 0
     assert len(ran) == 1
 
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 from graftvit.checkpoints.atomic import WriteFailedError, write_folder, write_text
@@ -28,10 +30,11 @@ NAMES = {
 WRITTEN = ("DIR", "FILE", "FOLDER", "OUT", "PNG", "ROWS", "RUN")
 """What help calls a path of this machine."""
 COMMANDS_WITH_PATHS = {
-    "attnbench run", "attnbench extend", "attnbench merge", "attnbench query", "attnbench verify",
     "benchmark operators", "benchmark models", "checkpoint inspect", "checkpoint strip", "checkpoint convert",
-    "convert", "data", "demo", "evaluate", "export", "forget", "jobs", "logs", "push", "resume", "save", "search",
-    "search report", "stop", "submit", "summary", "visualize",
+    "checkpoint save", "convert", "data", "demo", "evaluate", "export", "jobs", "jobs forget", "jobs logs",
+    "jobs resume", "jobs stop", "jobs summary", "programs bench run", "programs bench extend", "programs bench merge",
+    "programs bench query", "programs bench verify", "programs search", "programs search report", "push", "submit",
+    "visualize",
 }  # fmt: skip
 
 
@@ -83,6 +86,14 @@ class _SeenError(Exception):
     """The parser of a command, before it would parse."""
 
 
+def runs_of(module: ModuleType, above: list[str]) -> Iterator[list[str]]:
+    """Return the words that choose each action of a command, and those that choose none."""
+    yield above
+    for name, action in getattr(module, "ACTIONS", {}).items():
+        inner = sys.modules[action.run.__module__]
+        yield from [[*above, name]] if inner is module else runs_of(inner, [*above, name])
+
+
 def parsers() -> Iterator[argparse.ArgumentParser]:
     """Return the parser of every command and of each of its actions."""
     with pytest.MonkeyPatch.context() as patch:
@@ -93,14 +104,13 @@ def parsers() -> Iterator[argparse.ArgumentParser]:
         patch.setattr(Parser, "parse_args", seen)
         for command in COMMANDS:
             module = import_module(f"graftvit.launch.commands.{command}")
-            further = {"search": ["report"], "benchmark": ["operators", "models", "energy"]}.get(command, [])
-            for action in [*getattr(module, "ACTIONS", further), None]:
+            for words in runs_of(module, []):
                 try:
-                    module.run([action, "x"] if action else ["x"])
+                    module.run([*words, "x"])
                 except _SeenError as found:
                     yield found.args[0]
-                except ConfigError:
-                    assert action is None, action
+                except ConfigError:  # an action is missing
+                    assert getattr(module, "ACTIONS", None)
 
 
 def test_each_argument_of_a_path_refuses_it_by_name() -> None:

@@ -1,4 +1,4 @@
-"""`graftvit operators`, as typed."""
+"""`graftvit list operators`, as typed."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from graftvit.models.layer_plan import OPERATORS, Choice, create_operator, optio
 
 
 def test_every_operator_is_listed_with_its_traits(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["operators", "--grid", "4", "16"]) == 0
+    assert main(["list", "operators", "--grid", "4", "16"]) == 0
     head, *lines = capsys.readouterr().out.split("\n\n")[0].splitlines()
     assert "MACs 16x16" in head
     rows = {line.split()[0]: line.split() for line in lines}
@@ -30,7 +30,7 @@ def test_every_operator_is_listed_with_its_traits(capsys: pytest.CaptureFixture[
 
 @pytest.mark.parametrize("name", OPERATORS)
 def test_an_operator_is_explained_as_a_plan_writes_it(name: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["operators", name]) == 0
+    assert main(["list", "operators", name]) == 0
     said = capsys.readouterr().out
     operator = OPERATORS[name]
     assert str(inspect.getdoc(getattr(operator, "func", operator))).splitlines()[0] in said
@@ -41,14 +41,14 @@ def test_an_operator_is_explained_as_a_plan_writes_it(name: str, capsys: pytest.
 
 
 def test_a_found_program_is_shown_with_its_formula(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["operators", "attnzero_105"]) == 0
+    assert main(["list", "operators", "attnzero_105"]) == 0
     said = capsys.readouterr().out
     assert "code: mul(l2(mm(l2(q) zscore(tn(minmax(v) elu1(k))))) q)" in said
     assert "'*: attnzero_105(local_size=3)'" in said
 
 
 def test_mistakes_are_one_sentence(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["operators", "linaer"]) == 2
+    assert main(["list", "operators", "linaer"]) == 2
     assert "unknown operator 'linaer'; did you mean 'linear'" in capsys.readouterr().err
-    assert main(["operators", "--grid", "0"]) == 2
-    assert "--grid 0: give numbers of patches per side, 1 or more" in capsys.readouterr().err
+    assert main(["list", "operators", "--grid", "0"]) == 2
+    assert "--grid: give a whole number, 1 or more" in capsys.readouterr().err

@@ -9,7 +9,7 @@ from graftvit.models.programs.program_checks import CHECKS
 
 
 def test_draws_are_counted_with_the_reasons(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["programs", "--count", "12", "--seed", "0"]) == 0
+    assert main(["programs", "draw", "--count", "12", "--seed", "0"]) == 0
     said = capsys.readouterr().out
     head, table = said.split("\n\n", 1)
     assert head.startswith("12 programs drawn with seed 0: 12 do not raise (100.0 %), ")
@@ -19,12 +19,12 @@ def test_draws_are_counted_with_the_reasons(capsys: pytest.CaptureFixture[str]) 
     assert list(refused) == [each.name for each in CHECKS]
     assert sum(refused.values()) + passed == 12
     assert len([line for line in lines[1 + len(CHECKS) :] if line]) == passed
-    assert main(["programs", "--count", "12", "--seed", "0"]) == 0
+    assert main(["programs", "draw", "--count", "12", "--seed", "0"]) == 0
     assert capsys.readouterr().out == said
 
 
 def test_a_program_is_explained(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["programs", "attnzero_105"]) == 0
+    assert main(["programs", "check", "attnzero_105"]) == 0
     said = capsys.readouterr().out
     assert FOUND["attnzero_105"] in said
     assert "2 N D^2 multiply-adds a head" in said
@@ -32,22 +32,22 @@ def test_a_program_is_explained(capsys: pytest.CaptureFixture[str]) -> None:
     assert "passes all checks" in said
     assert "a map     none: minmax(v) is not linear in V" in said
     assert "def attention(q, k, v):" in said
-    assert main(["programs", "mul( v  q)"]) == 0
+    assert main(["programs", "check", "mul( v  q)"]) == 0
     said = capsys.readouterr().out
     assert "mul(q v)" in said
     assert "fails gradients: K gets no gradient" in said
-    assert main(["programs", "v"]) == 0
+    assert main(["programs", "check", "v"]) == 0
     assert "a map     the output of a head is M V" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
     ("words", "reason"),
     [
-        (["mm(q k)"], "mm is not defined for N×D and N×D"),
-        (["attnzero_106"], "unknown program 'attnzero_106'; did you mean 'attnzero_105'"),
-        (["MM(q k)"], "'M' is not a name or a parenthesis; names are in lower case"),
-        (["--count", "0"], "--count 0: give a number from 1 to 100,000"),
-        (["q", "--seed", "0"], "--count and --seed are of drawn programs: leave them out, or leave 'q' out"),
+        (["check", "mm(q k)"], "mm is not defined for N×D and N×D"),
+        (["check", "attnzero_106"], "unknown program 'attnzero_106'; did you mean 'attnzero_105'"),
+        (["check", "MM(q k)"], "'M' is not a name or a parenthesis; names are in lower case"),
+        (["draw", "--count", "0"], "--count: give a whole number from 1 to 100,000, not '0'"),
+        (["attnzero_105"], "unknown action 'attnzero_105'"),
     ],
 )
 def test_mistakes_are_one_sentence(words: list[str], reason: str, capsys: pytest.CaptureFixture[str]) -> None:

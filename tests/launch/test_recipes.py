@@ -294,10 +294,10 @@ def test_recipes_travel_with_the_package() -> None:
 
 
 def test_the_command_lists_and_prints(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["recipes"]) == 0
+    assert main(["list", "recipes"]) == 0
     table = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in table] == recipe_names()
-    assert main(["recipes", "attention_copy_vit_base"]) == 0
+    assert main(["list", "recipes", "attention_copy_vit_base"]) == 0
     assert capsys.readouterr().out == recipe_text("attention_copy_vit_base")
 
 

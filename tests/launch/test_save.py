@@ -1,4 +1,4 @@
-"""`graftvit save` and `graftvit teacher info`, as typed."""
+"""`graftvit checkpoint save` and `graftvit checkpoint info`, as typed."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_a_run_is_saved_and_its_loading_line_works(
 ) -> None:
     train(config(tmp_path / "run", make_teacher(tmp_path / "teacher"), optim={"max_steps": 2}))
     out = tmp_path / "out"
-    assert main(["save", f"{tmp_path / 'run'}#ema", str(out), "--dtype", "bfloat16"]) == 0
+    assert main(["checkpoint", "save", f"{tmp_path / 'run'}#ema", str(out), "--dtype", "bfloat16"]) == 0
     text = capsys.readouterr().out
     line = text.split("load it: ")[1].strip()
     assert line == f'timm.create_model("local-dir:{out}", pretrained=True)'
@@ -58,7 +58,7 @@ def test_an_architecture_of_our_own_says_graftvit(tmp_path: Path, capsys: pytest
     write_student(
         model, folder, architecture="vit_cifar_nano", model_args={"depth": 1}, preprocessing=described
     )
-    assert main(["save", str(folder), str(tmp_path / "out")]) == 0
+    assert main(["checkpoint", "save", str(folder), str(tmp_path / "out")]) == 0
     assert 'load it: graftvit.load("' in capsys.readouterr().out
 
 
@@ -78,7 +78,7 @@ def test_what_plain_timm_cannot_load_says_graftvit(
         )
     else:
         size = "10KB"
-    assert main(["save", str(model_folder), str(out), "--max_shard_size", size]) == 0
+    assert main(["checkpoint", "save", str(model_folder), str(out), "--max_shard_size", size]) == 0
     assert f'load it: graftvit.load("{out}")' in capsys.readouterr().out
 
 
@@ -97,7 +97,7 @@ def test_what_plain_timm_cannot_load_says_graftvit(
 def test_mistakes_end_in_one_sentence(
     tmp_path: Path, model_folder: Path, capsys: pytest.CaptureFixture[str], more: list[str], words: str
 ) -> None:
-    assert main(["save", str(model_folder), str(tmp_path / "out"), *more]) == 2
+    assert main(["checkpoint", "save", str(model_folder), str(tmp_path / "out"), *more]) == 2
     error = capsys.readouterr().err
     assert words in error
     assert error.count("\n") == 1
@@ -105,10 +105,10 @@ def test_mistakes_end_in_one_sentence(
 
 
 def test_force(tmp_path: Path, model_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["save", str(model_folder), str(tmp_path / "out")]) == 0
-    assert main(["save", str(model_folder), str(tmp_path / "out")]) == 2
+    assert main(["checkpoint", "save", str(model_folder), str(tmp_path / "out")]) == 0
+    assert main(["checkpoint", "save", str(model_folder), str(tmp_path / "out")]) == 2
     assert "already holds a model" in capsys.readouterr().err
-    assert main(["save", str(model_folder), str(tmp_path / "out"), "--force"]) == 0
+    assert main(["checkpoint", "save", str(model_folder), str(tmp_path / "out"), "--force"]) == 0
 
 
 def test_info_says_what_would_load_and_what_would_not(
@@ -120,7 +120,7 @@ def test_info_says_what_would_load_and_what_would_not(
     tensors["adapter.weight"] = torch.zeros(3)
     torch.save({"model": tensors, "epoch": 3}, tmp_path / "odd.pth")
     arguments = [f"--model_args.{key}={value}" for key, value in SMALL.items()]
-    assert main(["teacher", "info", str(tmp_path / "odd.pth"), "--model", NAME, *arguments]) == 2
+    assert main(["checkpoint", "info", str(tmp_path / "odd.pth"), "--model", NAME, *arguments]) == 2
     out, err = capsys.readouterr()
     assert "would load    29 of 31 tensors" in out
     assert "would not     missing keys: blocks.*.norm1.bias (2 times)" in out
@@ -133,19 +133,19 @@ def test_info_says_what_would_load_and_what_would_not(
 def test_info_of_weights_of_no_known_architecture(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     tensors = timm.create_model(NAME, **SMALL).state_dict()
     torch.save({"model": tensors}, tmp_path / "odd.pth")
-    assert main(["teacher", "info", str(tmp_path / "odd.pth")]) == 2
+    assert main(["checkpoint", "info", str(tmp_path / "odd.pth")]) == 2
     out, err = capsys.readouterr()
     assert "tensors       32 with" in out
     assert "architecture  not known" in out
     assert "give its timm name as teacher.model" in err
     (tmp_path / "odd.pth").write_bytes(b"no weights")
-    assert main(["teacher", "info", str(tmp_path / "odd.pth")]) == 2
+    assert main(["checkpoint", "info", str(tmp_path / "odd.pth")]) == 2
     out, err = capsys.readouterr()
     assert (out, err.count("\n")) == ("", 1)
 
 
 def test_plain_names_mean_the_source_where_a_command_takes_one(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["save", "--help"]) == 0
+    assert main(["checkpoint", "save", "--help"]) == 0
     text = capsys.readouterr().out
     assert "--model MODEL" in text
     assert "--teacher.model" not in text

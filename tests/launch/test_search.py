@@ -1,4 +1,4 @@
-"""`graftvit search`, as typed."""
+"""`graftvit programs search`, as typed."""
 
 from __future__ import annotations
 
@@ -30,6 +30,7 @@ def words(tmp_path: Path) -> list[str]:
         model, tmp_path / "teacher", architecture=ARCHITECTURE, model_args=ARGUMENTS, preprocessing=shown
     )
     return [
+        "programs",
         "search",
         str(tmp_path / "teacher"),
         "--dataset",
@@ -83,7 +84,7 @@ def test_a_search_names_the_images_that_there_are(words: list[str], tmp_path: Pa
     for name in range(6):
         (folder / "train" / "one").mkdir(parents=True, exist_ok=True)
         Image.new("L", (16, 16), 40 * name).save(folder / "train" / "one" / f"{name}.png")
-    words = [*words[:2], "--data_path", str(folder), *words[4:], "--images", "4000"]
+    words = [*words[:3], "--data_path", str(folder), *words[5:], "--images", "4000"]
     assert main([*words, "--generations", "1", "--out", str(out)]) == 0
     assert json.loads((out / "settings.json").read_text())["images"] == f"6 of {folder}"
 
@@ -125,13 +126,16 @@ def test_a_search_killed_three_times_ends_in_the_same_archive(
         (["teacher", "--out", "x"], "a search needs images: give --data_path FOLDER, or --dataset digits"),
         (
             ["teacher", "--out", "x", "--dataset", "digits", "--population", "0"],
-            "--population 0: give a number",
+            "--population: give a whole number, 1 or more",
         ),
         (["teacher", "--dataset", "digits"], "--out"),
         (["report", "gone"], "gone has no search: give the --out"),
-        (["teacher", "--out", "x", "--dataset", "digits", "--workers", "0"], "--workers 0: give a number"),
+        (
+            ["teacher", "--out", "x", "--dataset", "digits", "--workers", "0"],
+            "--workers: give a whole number",
+        ),
     ],
 )
 def test_mistakes_are_one_sentence(words: list[str], reason: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["search", *words]) == 2
+    assert main(["programs", "search", *words]) == 2
     assert reason in capsys.readouterr().err

@@ -57,7 +57,7 @@ def test_all_that_a_run_and_the_commands_write(tmp_path: Path, umask: int) -> No
     teacher = make_teacher(tmp_path / "teacher")
     train(config(run, teacher, optim={"max_steps": 2}, engine={"trackers": ["tensorboard"]}))
     for words in (
-        ["save", f"{run}#ema", str(tmp_path / "saved")],
+        ["checkpoint", "save", f"{run}#ema", str(tmp_path / "saved")],
         ["convert", f"local-dir:{teacher}", "--plan", "*: linear", "--out", str(tmp_path / "converted")],
         ["export", str(run), str(tmp_path / "graph.pt2")],
         ["visualize", str(run), str(image), "--out", str(tmp_path / "seen")],

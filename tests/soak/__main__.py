@@ -3,8 +3,8 @@
 Two shells submit, resume and stop three runs at random moments, with Ctrl-C among them, on a Slurm cluster of this
 machine whose nodes die, are drained and are taken by urgent jobs, whose controller restarts, and whose accounting
 goes away and comes back. At the end everything is mended and each run is taken to its end. Then must hold: every job
-that Slurm saw is known to `graftvit jobs`, none runs that `graftvit stop` was told to end, no run had two jobs at a
-time, no command ended with a traceback, and each run has the bits of an undisturbed one. Exit code 1 and the reasons
+that Slurm saw is known to `graftvit jobs`, none runs that `graftvit jobs stop` was told to end, no run had two jobs at
+a time, no command ended with a traceback, and each run has the bits of an undisturbed one. Exit code 1 and the reasons
 where one of these does not.
 """
 
@@ -123,7 +123,7 @@ def take_to_the_end(run: ClusterRun, ledger: Ledger, until: float) -> None:
         if state == "finished":
             return
         if state not in ("pending", "running", "requeued", "stopping"):
-            words = ["resume", str(run.folder)]
+            words = ["jobs", "resume", str(run.folder)]
             if not (run.folder / "jobs").exists():
                 words = ["submit", str(recipe_of(run)), *resources_of(run)]
             code, said, complaint = command(run, words)

@@ -39,7 +39,7 @@ class Ledger:
     faults: list[str] = field(default_factory=list)
     counts: Counter[str] = field(default_factory=Counter)
     told_to_end: dict[str, float] = field(default_factory=dict)
-    """Job -> when `graftvit stop` said that it ends."""
+    """Job -> when `graftvit jobs stop` said that it ends."""
     jobs: dict[str, Job] = field(default_factory=dict)
     """Job -> as it was seen last."""
     _lock: threading.Lock = field(default_factory=threading.Lock)

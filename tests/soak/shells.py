@@ -42,9 +42,9 @@ class Shell(threading.Thread):
     def _act(self, action: str, run: ClusterRun) -> None:
         words = {
             "submit": ["submit", str(recipe_of(run)), *resources_of(run)],
-            "resume": ["resume", str(run.folder)],
-            "stop": ["stop", str(run.folder)],
-            "stop --now": ["stop", str(run.folder), "--now"],
+            "resume": ["jobs", "resume", str(run.folder)],
+            "stop": ["jobs", "stop", str(run.folder)],
+            "stop --now": ["jobs", "stop", str(run.folder), "--now"],
         }[action]
         interrupt = self._chance.uniform(0.3, 8) if self._chance.random() < 0.5 else None
         code, said, complaint = command(run, words, interrupt)

@@ -132,7 +132,7 @@ def merge_rows(groups: Iterable[Sequence[Row]]) -> list[Row]:
         if why:
             raise ConfigError(
                 f"two rows of {describe(row)} do not agree: {why}; leave one out, or run it again with "
-                "`graftvit attnbench verify`"
+                "`graftvit programs bench verify`"
             )
     return [found[key] for key in sorted(found)]
 

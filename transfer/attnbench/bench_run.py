@@ -54,7 +54,6 @@ CONTROLS = {
 }
 """Programs that every run has: softmax and linear attention, and two that mix no tokens."""
 NAMED = {**CONTROLS, **FOUND}
-MOST = 100_000
 
 
 class BackboneConfig(Section):

@@ -112,7 +112,7 @@ def find_whole(config: StudentConfig) -> Pretrained | None:
     if copying is not None:
         raise ConfigError(
             f"student.model={source!r} runs with its teacher's attention and cannot be trained further: write only its "
-            f"own weights with `graftvit save {source} DIR --bare`, and start from DIR with "
+            f"own weights with `graftvit checkpoint save {source} DIR --bare`, and start from DIR with "
             f"transfer.method={copying.method} with the same teacher"
         )
     return whole

@@ -394,7 +394,7 @@ def _read_settings(kind: type[T], folder: Path) -> T:
     path = folder / SETTINGS
     text = read_if_there(path, refusal=ConfigError)
     if text is None:
-        raise ConfigError(f"{folder} has no search: give the --out of `graftvit search`")
+        raise ConfigError(f"{folder} has no search: give the --out of `graftvit programs search`")
     try:
         return TypeAdapter(kind).validate_json(text)
     except ValidationError as error:

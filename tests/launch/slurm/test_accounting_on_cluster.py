@@ -34,9 +34,9 @@ def test_jobs_are_stopped_and_resumed_while_the_accounting_is_away(
     on_cluster.stop_accounting()
     try:
         assert describe_run(tmp_path / "runs").state == "running"
-        typed("stop", tmp_path / "waits")
-        assert f"is job {runs} already" in typed("resume", tmp_path / "runs", "--dry_run", code=2).err
-        typed("stop", tmp_path / "runs", "--now")
+        typed("jobs", "stop", tmp_path / "waits")
+        assert f"is job {runs} already" in typed("jobs", "resume", tmp_path / "runs", "--dry_run", code=2).err
+        typed("jobs", "stop", tmp_path / "runs", "--now")
         until(lambda: queued(on_cluster) == "", lambda: queued(on_cluster))
     finally:
         on_cluster.start_accounting()

@@ -81,7 +81,7 @@ def test_two_of_six_cells_fail_and_are_resubmitted_alone(
     with held(cluster) as until_resuming_was_refused:
         words = ("submit", str(recipe), *SWEEP, *ARRAY, *until_resuming_was_refused)
         assert "6 cells" in graftvit(cluster, tmp_path, *words)
-        assert f"{folder} is job" in refused("resume", str(folder))
+        assert f"{folder} is job" in refused("jobs", "resume", str(folder))
     assert len(list(cells.iterdir())) == 6
     jobs = {path.name: JobFolder(path).submission().job_id for path in cells.iterdir()}  # type: ignore[union-attr]
     assert len({job.partition("_")[0] for job in jobs.values()}) == 1
@@ -96,9 +96,9 @@ def test_two_of_six_cells_fail_and_are_resubmitted_alone(
     file_in_the_way.unlink()
     folder_in_the_way.rmdir()
     with held(cluster) as until_resuming_was_refused:
-        words = ("resume", str(folder), *until_resuming_was_refused)
+        words = ("jobs", "resume", str(folder), *until_resuming_was_refused)
         assert "2 cells" in graftvit(cluster, tmp_path, *words)
-        assert f"{folder} is job" in refused("resume", str(folder))
+        assert f"{folder} is job" in refused("jobs", "resume", str(folder))
     wait_for_the_end(cluster)
     assert all(attempt.outcome == "finished" for attempt in last_attempts(cells).values())
     for name, job in jobs.items():
@@ -106,9 +106,9 @@ def test_two_of_six_cells_fail_and_are_resubmitted_alone(
         assert submissions[0].job_id == job
         assert len(submissions) == 1 + (name in BROKEN)
         assert len(JobFolder(cells / name).attempts()) == 1 + (name in BROKEN)
-    assert "has finished" in refused("resume", str(folder))
+    assert "has finished" in refused("jobs", "resume", str(folder))
 
-    assert dispatch(["summary", str(folder)]) == 0
+    assert dispatch(["jobs", "summary", str(folder)]) == 0
     rows = list(csv.DictReader((folder / "summary.csv").read_text().splitlines()))
     assert [(row["done"], row["asked"], row["not_done"]) for row in rows] == [("2", "2", "")] * 3
     for row, layers in zip(rows, LAYERS, strict=True):
@@ -155,7 +155,7 @@ def test_the_teacher_comes_first_and_the_cells_wait_for_it(cluster: SlurmCluster
     assert all(outcomes(out / "cells" / name) == [] for name in CELLS)  # cancelled with their teacher
 
     in_the_way.unlink()
-    said = graftvit(cluster, tmp_path, "resume", str(out))
+    said = graftvit(cluster, tmp_path, "jobs", "resume", str(out))
     assert "3 cells" in said
     assert "for the teacher" in said
     wait_for_the_end(cluster)
@@ -174,7 +174,7 @@ def test_the_teacher_comes_first_and_the_cells_wait_for_it(cluster: SlurmCluster
 
 
 SHARES = 3
-WORDS = ("search", "teacher", "--dataset", "digits", "--images", "4", "--population", "6")
+WORDS = ("programs", "search", "teacher", "--dataset", "digits", "--images", "4", "--population", "6")
 WORDS += ("--generations", "3", "--workers", "1")
 
 
@@ -182,7 +182,7 @@ def test_an_array_ends_in_the_archive_of_one_process(cluster: SlurmCluster, tmp_
     make_teacher(tmp_path / "teacher")
     graftvit(cluster, tmp_path, *WORDS, "--out", "alone")
     refused = ("evaluate", "teacher", "--dataset", "digits", "--shares", "2")
-    assert "only `graftvit submit search` can be divided" in graftvit(
+    assert "only `graftvit submit programs search` can be divided" in graftvit(
         cluster, tmp_path, "submit", *refused, "--tasks_per_node", "1", code=2
     )
     said = graftvit(

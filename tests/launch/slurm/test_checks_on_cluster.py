@@ -177,7 +177,7 @@ def test_a_run_that_is_queued_already(
     try:
         said = refused("", queued=1)
         assert f"{user / 'run'} is job {job} already" in said
-        assert "graftvit stop" in said
+        assert "graftvit jobs stop" in said
     finally:
         cluster.run("scancel", job)
     typed("submit run.yaml --sbatch hold")  # and it is free again
@@ -230,14 +230,14 @@ def test_a_job_whose_nodes_are_drained_is_submitted_and_waits(
         job = said.split()[2]
         assert "JobState=PENDING" in cluster.run("scontrol", "show", "job", job)
         cluster.run("scancel", job)
-        said = typed("resume run --nodes 2 --gpus_per_node a100:1").out
+        said = typed("jobs resume run --nodes 2 --gpus_per_node a100:1").out
         assert f"all 2 {waits}" in said
-        typed("resume run --nodes 2 --dry_run", code=2)  # it has a job already
+        typed("jobs resume run --nodes 2 --dry_run", code=2)  # it has a job already
         cluster.run("scancel", said.split()[2])
         cluster.undrain(cluster.nodes[0])
         state = ["sinfo", "-h", "-o", "%T", "-n", cluster.nodes[0]]
         until(lambda: "idle\n" in cluster.run(*state), lambda: cluster.run(*state))
-        assert f"1 of 2 {waits}" in typed("resume run --nodes 2 --dry_run").out
+        assert f"1 of 2 {waits}" in typed("jobs resume run --nodes 2 --dry_run").out
     finally:
         for name in cluster.nodes:
             if "DRAIN" in cluster.run("scontrol", "show", "node", name):

@@ -50,7 +50,7 @@ def test_a_node_that_dies_is_the_reason_though_a_rank_elsewhere_speaks(
     cluster.run("scontrol", "update", f"nodename={dead}", "state=down", "reason=killed")
     run.wait_for_attempt(2)
     assert run.shown()["restarts"][0]["why"] == f"node failure: {dead}"
-    run.graftvit("stop", str(run.folder), "--now")
+    run.graftvit("jobs", "stop", str(run.folder), "--now")
     cluster.start_node(dead)
 
 
@@ -104,20 +104,20 @@ def test_the_truth_at_each_moment(start_cluster: Callable[..., SlurmCluster], tm
     status = run.shown()
     assert (status["state"], status["nodes"], status["world_size"]) == ("running", [cluster.nodes[0]], 1)
     assert 0 < status["progress"]["step"] < status["progress"]["total_steps"]
-    assert "saves at its next step" in run.graftvit("stop", str(run.folder))
+    assert "saves at its next step" in run.graftvit("jobs", "stop", str(run.folder))
     run.wait_for_state("stopped")
-    assert "step" in run.graftvit("logs", str(run.folder))
+    assert "step" in run.graftvit("jobs", "logs", str(run.folder))
 
     lines = run.lines()
     with held(cluster) as until_it_is_watched:
-        run.graftvit("resume", str(run.folder), *until_it_is_watched)
+        run.graftvit("jobs", "resume", str(run.folder), *until_it_is_watched)
     run.wait_for_lines(lines + 5)
     cluster.kill_node(cluster.nodes[0])
     until(lambda: run.shown()["state"] == "requeued", "the requeue", every=0.3)
     run.finish()
     run.wait_for_state("finished")
     first, second = run.shown()["restarts"]
-    assert first["why"] == "`graftvit stop`"
+    assert first["why"] == "`graftvit jobs stop`"
     assert second["why"] == f"node failure: {cluster.nodes[0]}"
     assert "best" in run.graftvit("jobs", str(run.folder))
 

@@ -210,7 +210,7 @@ def test_one_process_by_hand_needs_no_group() -> None:
 def test_only_commands_that_train_together_are_prepared(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setattr(module, "limit_threads", pytest.fail)
-    assert main(["recipes"]) == 0
+    assert main(["list", "recipes"]) == 0
     assert main(["train", "--print_config"]) == 2  # RANK alone
 
 
@@ -445,7 +445,7 @@ def test_a_requeue_is_asked_for_again_where_the_controller_is_away(
     requeue()
     assert (in_slurm / "asked").read_text() == "x\n" * 3
     command(in_slurm, "scontrol", "exit 1")
-    with pytest.raises(RunFailedError, match=r"cannot be requeued .* `graftvit resume` resumes"):
+    with pytest.raises(RunFailedError, match=r"cannot be requeued .* `graftvit jobs resume` resumes"):
         requeue()
 
 

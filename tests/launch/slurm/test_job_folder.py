@@ -345,7 +345,7 @@ def test_the_job_of_a_folder_that_is_gone_is_still_known(
         refuse_second(gone)
     told: list[str] = []
     monkeypatch.setattr(stopping, "cancel", told.append)
-    assert f"job 7 of {gone} was running and is cancelled; {jobs.GONE}" in typed("stop", gone).out
+    assert f"job 7 of {gone} was running and is cancelled; {jobs.GONE}" in typed("jobs", "stop", gone).out
     assert told == ["7"]
     assert not gone.exists()
     with pytest.raises(ConfigError, match=r"ended is no folder: give the output_dir of a run$"):
@@ -362,7 +362,7 @@ def test_the_job_of_a_run_whose_records_were_removed_is_known_and_what_goes_on_w
     assert jobs.describe_run(run).job_id == "7"
     sent: list[str] = []
     monkeypatch.setattr(stopping, "signal_job", lambda job, _: sent.append(job))
-    assert f"`graftvit submit {run}` resumes it" in typed("stop", run).out
+    assert f"`graftvit submit {run}` resumes it" in typed("jobs", "stop", run).out
     assert sent == ["7"]
     slurm.says("COMPLETED")
     with pytest.raises(ConfigError, match=f"no record of how it was submitted: `graftvit submit {run}`"):
@@ -400,7 +400,7 @@ def test_the_job_of_a_removed_run_is_not_forgotten_while_slurm_is_silent(
     gone = tmp_path / "gone"
     remember(gone)
     slurm.queue(error=SILENT)
-    typed("forget", gone, code=2)
+    typed("jobs", "forget", gone, code=2)
     assert listed() == [gone]
 
 

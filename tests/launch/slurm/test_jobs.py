@@ -109,7 +109,7 @@ def test_a_restart_after_a_stop_names_the_stop(run: JobFolder, slurm: FakeSlurm)
     run.note(run.begin(job_id="13", restart=0, nodes=["gpu1"], world_size=1), signal="SIGUSR2")
     slurm.says("RUNNING")
     reasons = [restart.why for restart in describe_run(run.output_dir).restarts]
-    assert reasons == ["SIGUSR2 (preempted)", "`graftvit stop`"]
+    assert reasons == ["SIGUSR2 (preempted)", "`graftvit jobs stop`"]
 
 
 def test_the_error_is_that_of_the_rank_that_failed_first(run: JobFolder, slurm: FakeSlurm) -> None:
@@ -173,12 +173,12 @@ def test_an_earlier_job_that_lives_is_the_one_that_is_shown(
     status = describe_run(tmp_path)
     assert (status.job_id, status.state, status.others) == ("11", "pending", ["10"])
     assert "job 10 of this folder" in typed("jobs", tmp_path).out
-    assert "words of 11" in typed("logs", tmp_path).out
+    assert "words of 11" in typed("jobs", "logs", tmp_path).out
     slurm.says({"10": "RUNNING", "11": "PENDING", "12": "RUNNING"})
     assert describe_run(tmp_path).others == ["10", "11"]
     assert [one.active for one in judge_jobs([tmp_path])[tmp_path]] == [True] * 3
     slurm.says("FAILED")
-    assert "words of 12" in typed("logs", tmp_path).out
+    assert "words of 12" in typed("jobs", "logs", tmp_path).out
 
 
 def log(folder: Path, records: list[dict[str, Any]], settings: str) -> None:
@@ -265,11 +265,11 @@ def test_folders_that_are_no_runs_are_refused(tmp_path: Path) -> None:
     assert run_folders(tmp_path) == [tmp_path / "cells" / "seed=0"]
 
 
-@pytest.mark.parametrize("command", ["jobs", "stop", "logs", "resume", "forget", "summary"])
-def test_what_is_no_run_is_refused_by_each_command(command: str, tmp_path: Path, typed: Typed) -> None:
-    why = {"forget": "is not in the list", "summary": "is not a sweep"}.get(command, "was never submitted")
-    assert why in typed(command, tmp_path, code=2).err
-    assert "'' is not a folder: give the folder of a run" in typed(command, "", code=2).err
+@pytest.mark.parametrize("action", ["", "stop", "logs", "resume", "forget", "summary"])
+def test_what_is_no_run_is_refused_by_each_action(action: str, tmp_path: Path, typed: Typed) -> None:
+    why = {"forget": "is not in the list", "summary": "is not a sweep"}.get(action, "was never submitted")
+    assert why in typed(f"jobs {action}", tmp_path, code=2).err
+    assert "'' is not a folder: give the folder of a run" in typed(f"jobs {action}", "", code=2).err
 
 
 @pytest.mark.parametrize(
@@ -306,7 +306,7 @@ def test_the_job_of_somebody_else_is_never_shown_waited_for_or_cancelled(
     attempted(tmp_path, "stopped")
     assert describe_run(tmp_path).state == "unknown"
     for words in ([], ["--now"]):
-        assert "has no waiting or running job" in typed("stop", tmp_path, *words).out
+        assert "has no waiting or running job" in typed("jobs", "stop", tmp_path, *words).out
     assert list(find_unfinished(tmp_path).submissions) == [tmp_path]
     assert on_cluster.run("squeue", "--noheader", f"--jobs={job}", "--states=PENDING,RUNNING").strip()
     on_cluster.run("scancel", job)
@@ -369,7 +369,7 @@ def test_one_run_at_length_and_as_json(run: JobFolder, slurm: FakeSlurm, typed: 
     assert "state     failed: ValueError: boom" in text
     assert "attempt 2 on gpu2, after: SIGUSR2 (preempted)" in text
     assert "last words of rank 1:\n  Traceback\n  ValueError: boom\n" in text
-    assert f"`graftvit resume {run.output_dir}` resumes" in text
+    assert f"`graftvit jobs resume {run.output_dir}` resumes" in text
     (found,) = json.loads(typed("jobs --json", run.output_dir).out)
     assert (found["state"], found["error_rank"], found["restarts"][0]["attempt"]) == ("failed", 1, 2)
 
@@ -385,7 +385,7 @@ def test_names_of_cells_are_paths_that_a_shell_and_other_commands_take(
     for given in ("my sweep", tmp_path / "my sweep"):
         names = [shlex.split(line)[0] for line in typed("jobs", given).out.splitlines()[1:3]]
         assert [Path(name).absolute() for name in names] == [tmp_path / cell for cell in cells]
-        assert f"graftvit jobs '{tmp_path}/{cells[0]}'" in typed("logs", names[0]).err
+        assert f"graftvit jobs '{tmp_path}/{cells[0]}'" in typed("jobs", "logs", names[0]).err
 
 
 def test_without_an_answer_the_files_are_told_and_that_they_are_all(
@@ -475,11 +475,11 @@ def test_stopping_on_a_cluster(on_cluster: SlurmCluster, tmp_path: Path, typed: 
     cells = [submitted(tmp_path / "cells" / f"seed={cell}", job_id=f"{array}_{cell}") for cell in (0, 1)]
     until(Path(f"{mark}.ready").exists, "the first cell")
     assert "2 runs: 1 running, 1 pending" in typed("jobs", tmp_path).out
-    running, waiting = typed("stop", tmp_path).out.splitlines()
+    running, waiting = typed("jobs", "stop", tmp_path).out.splitlines()
     assert "saves at its next step" in running
     assert "was pending and is cancelled" in waiting
     until(mark.exists, "the signal")
     assert describe_run(cells[1].output_dir).state == "cancelled"
     third = submitted(tmp_path / "third", job_id=on_cluster.run(*words, "--wrap", "sleep 100").strip())
-    typed("stop", tmp_path / "third", "--now")
+    typed("jobs", "stop", tmp_path / "third", "--now")
     until(lambda: describe_run(third.output_dir).state == "cancelled", "the cancelling", every=0.1)

@@ -106,8 +106,8 @@ def test_a_second_submission_is_refused_and_the_first_can_be_stopped(tmp_path: P
     shutil.rmtree(folder / "jobs")
     assert shown(tmp_path, folder)["job_id"] == job
     assert f"{folder} is job {job} already" in graftvit(tmp_path, *words, code=2)
-    assert f"{folder} is job {job} already" in graftvit(tmp_path, "resume", str(folder), code=2)
-    assert f"job {job} of {folder}" in graftvit(tmp_path, "stop", str(folder), "--now")
+    assert f"{folder} is job {job} already" in graftvit(tmp_path, "jobs", "resume", str(folder), code=2)
+    assert f"job {job} of {folder}" in graftvit(tmp_path, "jobs", "stop", str(folder), "--now")
     until(lambda: not psutil.pid_exists(int(job)), "the end")
 
 
@@ -126,8 +126,8 @@ def test_a_local_job_whose_submission_was_killed_is_known_and_runs(tmp_path: Pat
     assert done.returncode == -signal.SIGKILL, done.stderr
     until(lambda: lines(folder) > 5, "training")
     assert shown(tmp_path, folder)["state"] == "running"
-    assert "is job" in graftvit(tmp_path, "resume", str(folder), code=2)
-    graftvit(tmp_path, "stop", str(folder))
+    assert "is job" in graftvit(tmp_path, "jobs", "resume", str(folder), code=2)
+    graftvit(tmp_path, "jobs", "stop", str(folder))
     until(lambda: outcomes(folder) == ["stopped"], "the stop")
 
 
@@ -137,8 +137,8 @@ def test_a_debug_run_is_one_while_its_process_lives(tmp_path: Path) -> None:
     process = commands.Command(words, user(tmp_path), tmp_path)
     until(lambda: lines(folder) > 5, "training")
     assert shown(tmp_path, folder)["state"] == "running"
-    assert "already" in graftvit(tmp_path, "resume", str(folder), code=2)
-    graftvit(tmp_path, "stop", str(folder))
+    assert "already" in graftvit(tmp_path, "jobs", "resume", str(folder), code=2)
+    graftvit(tmp_path, "jobs", "stop", str(folder))
     process.communicate()
     assert outcomes(folder) == ["stopped"]
     assert shown(tmp_path, folder)["state"] == "stopped"

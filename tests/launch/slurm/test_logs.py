@@ -1,4 +1,4 @@
-"""`graftvit logs`: the log of a rank, of all ranks in one, and of a run that goes on."""
+"""`graftvit jobs logs`: the log of a rank, of all ranks in one, and of a run that goes on."""
 
 from __future__ import annotations
 
@@ -47,21 +47,21 @@ def test_lines_of_all_ranks_come_in_the_order_of_their_times(tmp_path: Path, typ
         path = tmp_path / "logs" / name
         path.write_text(text)
         os.utime(path, (datetime(2026, 12, 1).timestamp(),) * 2)
-    lines = typed("logs --rank all", tmp_path).out.splitlines()
+    lines = typed("jobs logs --rank all", tmp_path).out.splitlines()
     assert [line[:4] for line in lines] == [" 3: ", " 0: ", " 0: ", "10: ", " 0: "]
     assert [line.split()[-1] for line in lines] == ["three", "zero", "again", "ten", "2026-11-22T17:57:59"]
 
 
 def test_logs_of_a_rank(tmp_path: Path, typed: Typed) -> None:
     submitted(tmp_path)
-    assert "there is no log yet" in typed("logs", tmp_path).err
+    assert "there is no log yet" in typed("jobs", "logs", tmp_path).err
     (tmp_path / "logs" / "12_0_log.err").write_text("old\nerr 0\n")
     (tmp_path / "logs" / "12_1_log.out").write_text("out 1\n")
-    text = typed("logs --lines 1", tmp_path).out
+    text = typed("jobs logs --lines 1", tmp_path).out
     assert [word in text for word in ("err 0", "old", "out 1")] == [True, False, False]
-    assert "out 1" in typed("logs --rank 1", tmp_path).out
-    assert "ranks with logs are 0 to 1" in typed("logs --rank 7", tmp_path, code=2).err
-    assert "give all, or the number of a process" in typed("logs --rank first", tmp_path, code=2).err
+    assert "out 1" in typed("jobs logs --rank 1", tmp_path).out
+    assert "ranks with logs are 0 to 1" in typed("jobs logs --rank 7", tmp_path, code=2).err
+    assert "give all, or the number of a process" in typed("jobs logs --rank first", tmp_path, code=2).err
 
 
 def test_the_end_of_a_long_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -100,7 +100,7 @@ def test_following_ends_with_the_run(
 
     thread = threading.Thread(target=work)
     thread.start()
-    written = typed("logs --follow", tmp_path)
+    written = typed("jobs logs --follow", tmp_path)
     thread.join()
     assert written.out.endswith("begun\nthe end\n")
     assert "the run is finished" in written.err

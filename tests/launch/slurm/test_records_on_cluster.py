@@ -80,17 +80,17 @@ def end_together(processes: Sequence[Command]) -> list[str]:
 def assert_known(run: ClusterRun, job: str) -> None:
     """All commands know the job, and `stop` ends it."""
     assert run.shown()["job_id"] == job
-    for words in (("resume", str(run.folder)), ("submit", run.recipe(), *AT_ONCE)):
+    for words in (("jobs", "resume", str(run.folder)), ("submit", run.recipe(), *AT_ONCE)):
         assert f"is job {job} already" in run.graftvit(*words, code=2)
     assert queue(run.cluster) == [job]
-    assert f"job {job} of {run.folder}" in run.graftvit("stop", str(run.folder), "--now")
+    assert f"job {job} of {run.folder}" in run.graftvit("jobs", "stop", str(run.folder), "--now")
     wait_for_the_end(run.cluster)
 
 
 def test_of_two_submissions_and_resumptions_at_once_one_is_queued(run: ClusterRun) -> None:
     words = ("submit", run.recipe(), *AT_ONCE)
     with held(run.cluster) as waiting:
-        for command in (words, ("resume", str(run.folder), "--unchecked")):
+        for command in (words, ("jobs", "resume", str(run.folder), "--unchecked")):
             with slow_sbatch(run, before=1.0):
                 (refused,) = end_together([begin(run, *command, *waiting) for _ in range(2)])
             (job,) = queue(run.cluster)
@@ -134,8 +134,8 @@ def test_a_terminal_that_ends_sbatch_cuts_no_submission(run: ClusterRun, number:
         (job,) = queue(run.cluster)
         assert process.returncode == 128 + number
         assert f"{number.name} came while job {job} was being submitted, and it was" in said
-        assert f"`graftvit stop {run.folder}` ends it" in said
-        assert f"job {job} of {run.folder} was pending" in run.graftvit("stop", str(run.folder))
+        assert f"`graftvit jobs stop {run.folder}` ends it" in said
+        assert f"job {job} of {run.folder} was pending" in run.graftvit("jobs", "stop", str(run.folder))
 
 
 def test_a_run_without_its_records_is_still_known(run: ClusterRun) -> None:
@@ -150,7 +150,7 @@ def test_all_jobs_of_a_run_are_stopped(run: ClusterRun) -> None:
     first, second = (run.cluster.run(*words).strip() for _ in range(2))
     for job in (first, second):
         submitted(run.folder, job_id=job)
-    said = run.graftvit("stop", str(run.folder), "--now")
+    said = run.graftvit("jobs", "stop", str(run.folder), "--now")
     assert [line.split()[1] for line in said.splitlines()] == [first, second]
     wait_for_the_end(run.cluster)
 
@@ -164,12 +164,14 @@ def test_a_silent_controller_is_no_job_that_has_ended(
     monkeypatch.setattr(scheduler, "ask", partial(scheduler.ask, tries=1))
     run.cluster.stop_controller()
     try:
-        assert main(["stop", str(run.folder)]) != 0
+        assert main(["jobs", "stop", str(run.folder)]) != 0
         assert "Slurm does not answer" in capsys.readouterr().err
     finally:
         run.cluster.start_controller()
     assert queue(run.cluster) == [job]
-    run.graftvit("stop", str(run.folder), "--now")  # another process: this one leaves a silent one alone
+    run.graftvit(
+        "jobs", "stop", str(run.folder), "--now"
+    )  # another process: this one leaves a silent one alone
 
 
 def remove(folder: Path) -> None:
@@ -191,7 +193,7 @@ def test_the_job_of_a_folder_that_was_removed_is_known_and_stopped(run: ClusterR
         assert "its folder was removed or moved" in run.graftvit("jobs", str(run.folder))
         assert f"is job {job} already" in run.graftvit("submit", run.recipe(), *AT_ONCE, code=2)
         assert f"job {job} of {run.folder} was pending and is cancelled" in run.graftvit(
-            "stop", str(run.folder)
+            "jobs", "stop", str(run.folder)
         )
         assert not run.folder.exists()
     wait_for_the_end(run.cluster)
@@ -204,7 +206,7 @@ def test_a_run_whose_folder_is_removed_ends_and_makes_no_other(run: ClusterRun, 
     remove(run.folder)
     if told:
         assert f"job {job} of {run.folder} was running and is cancelled" in run.graftvit(
-            "stop", str(run.folder)
+            "jobs", "stop", str(run.folder)
         )
     wait_for_the_end(run.cluster)
     assert not run.folder.exists()

@@ -129,7 +129,7 @@ def test_cells_that_have_finished_are_left_out(folder: Path) -> None:
     assert "left out: 1 of 3 cells, which have finished\n" in preview(again, local, unchecked=True).text
     attempted(cells[1], "finished")
     attempted(cells[2], "finished")
-    with pytest.raises(ConfigError, match=r"all 3 cells of .*out have finished: `graftvit summary"):
+    with pytest.raises(ConfigError, match=r"all 3 cells of .*out have finished: `graftvit jobs summary"):
         plan()
     longer = plan("optim.epochs=9")  # whether these can go on is for the run to say
     assert [request.output_dir for request in longer.requests] == cells
@@ -221,7 +221,7 @@ def test_what_has_a_job_is_not_submitted_again(
     submitted(folder / "out" / where, job_id="12_1")
     monkeypatch.setattr(submission, "check_commands", lambda: None)
     slurm.says("PENDING")
-    with pytest.raises(ConfigError, match=f"{where} is job 12_1 already: .*graftvit stop {folder}/out"):
+    with pytest.raises(ConfigError, match=f"{where} is job 12_1 already: .*graftvit jobs stop {folder}/out"):
         check(plan, ClusterConfig(gpus_per_node=0), unchecked=True)
     slurm.says("PREEMPTED")
     check(plan, ClusterConfig(gpus_per_node=0), unchecked=True)
@@ -263,7 +263,7 @@ def test_each_is_a_command_that_can_check_its_words() -> None:
         ("layers teacher", "--teacher is missing"),
         ("layers teacher --teacher gone/it --dataset digits", "gone/it"),
         ("data gone", "gone"),
-        ("data digits --images 0", "--images 0: must be at least 1"),
+        ("data digits --images 0", "--images: give a whole number, 1 or more"),
     ],
 )
 def test_wrong_words_are_refused_before_anything_is_written(folder: Path, words: str, sentence: str) -> None:
@@ -375,7 +375,7 @@ def test_it_runs_and_jobs_tells_where_its_output_lies(folder: Path, typed: Typed
     assert (status.state, status.output) == ("finished", str(folder / "out.pt2"))
     shown = describe(status)
     assert "command   graftvit export teacher out.pt2\n" in shown
-    assert f"output    {folder / 'out.pt2'}, and what it printed: `graftvit logs " in shown
+    assert f"output    {folder / 'out.pt2'}, and what it printed: `graftvit jobs logs " in shown
     text = json.loads((status.folder / "jobs" / "command.json").read_text())
     assert text["words"] == ["export", "teacher", "out.pt2"]
 

@@ -138,7 +138,7 @@ def test_a_stop_that_comes_with_the_failure_is_obeyed(cluster: SlurmCluster, tmp
     run.wait_for_lines(2)
     (task,) = tasks_of(job)
     os.kill(task, signal.SIGSTOP)  # it never hears of it
-    run.graftvit("stop", str(run.folder))
+    run.graftvit("jobs", "stop", str(run.folder))
     os.kill(task, signal.SIGKILL)
     until(lambda: state_of(run, job).startswith("FAILED"), lambda: state_of(run, job), every=0.5)
     assert len(run.jobs.attempts()) == 1
@@ -206,7 +206,7 @@ def test_four_events_in_one_run(start_cluster: StartCluster, tmp_path: Path) -> 
     assert dead not in cancelled.nodes
     assert cancelled.before == f"node failure: {dead}"
     assert cancelled.signal == "SIGTERM (cancelled)"
-    run.graftvit("resume", str(run.folder))
+    run.graftvit("jobs", "resume", str(run.folder))
     assert run.finish()[-1].outcome == "finished"
     assert_undisturbed(run)
 

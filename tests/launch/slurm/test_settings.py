@@ -165,7 +165,7 @@ def test_other_options_of_sbatch() -> None:
         "mail_user": "me@x", "mail_type": "FAIL,END", "exclusive": True, "nice": 100,
         "wckey": "a=b", "contiguous": True,
     }  # fmt: skip
-    again = ClusterConfig.model_validate(found.model_dump(mode="json"))  # as `graftvit resume` reads it
+    again = ClusterConfig.model_validate(found.model_dump(mode="json"))  # as `graftvit jobs resume` reads it
     assert again == found
 
 

@@ -62,7 +62,7 @@ def test_a_local_run_is_stopped_through_its_controller(
     controller = controller_of(tmp_path, program)
     assert controller.stdout is not None
     controller.stdout.readline()
-    assert f"`graftvit resume {tmp_path}` resumes" in typed("stop", tmp_path, *words).out
+    assert f"`graftvit jobs resume {tmp_path}` resumes" in typed("jobs", "stop", tmp_path, *words).out
     assert JobFolder(tmp_path).asked_to_stop(str(controller.pid))
     assert int(controller.communicate(timeout=10)[0]) == number
 
@@ -81,7 +81,7 @@ def test_a_cell_that_has_just_ended_keeps_no_other_from_being_stopped(
         return dict.fromkeys(asked[0], JobState("RUNNING")) if first else real(asked[-1], tries=tries)
 
     monkeypatch.setattr(jobs, "job_states", states)
-    said = typed("stop", tmp_path, "--now").out
+    said = typed("jobs", "stop", tmp_path, "--now").out
     assert sorted(line.split()[1] for line in said.splitlines()) == sorted(ids[1:])
     left = ("squeue", "--noheader", f"--jobs={','.join(ids[1:])}")
     until(lambda: not on_cluster.run(*left).strip(), "the end of the others", every=0.2)
@@ -97,7 +97,7 @@ def test_a_job_that_is_ending_already_is_no_failure(
         raise NoSuchJobError("scancel failed: error: Kill job error on job id 7: Invalid job id specified")
 
     monkeypatch.setattr(stopping, "signal_job", gone)
-    assert typed("stop", tmp_path).out == f"job 7 of {tmp_path} is ending already\n"
+    assert typed("jobs", "stop", tmp_path).out == f"job 7 of {tmp_path} is ending already\n"
     assert JobFolder(tmp_path).asked_to_stop("7")  # by the next attempt, too, if there is one
 
 
@@ -111,7 +111,7 @@ def test_a_signal_that_could_not_be_sent_leaves_no_request(
         raise SILENT
 
     monkeypatch.setattr(stopping, "signal_job", fail)
-    typed("stop", tmp_path, code=1)
+    typed("jobs", "stop", tmp_path, code=1)
     assert not files.asked_to_stop("7")
     assert jobs.describe_run(tmp_path).state == "running"
 
@@ -135,14 +135,14 @@ def test_a_run_of_another_user_is_told_in_a_sentence(
 
     with monkeypatch.context() as patch:
         patch.setattr(Path, "touch", refuse)
-        said = typed("stop", tmp_path, code=1)
+        said = typed("jobs", "stop", tmp_path, code=1)
     assert f"job {mine.pid} of {folders[1]} saves" in said.out
     assert said.err.startswith(f"graftvit: error: job {his.pid} of {folders[0]} continues: ")
     assert "it is the run of" in said.err
     assert said.err.count("\n") == 1
     assert mine.wait(10) != 0
     monkeypatch.setattr(lookup.os, "kill", forbid)
-    assert f"process {his.pid} cannot be signalled" in typed("stop", tmp_path, code=1).err
+    assert f"process {his.pid} cannot be signalled" in typed("jobs", "stop", tmp_path, code=1).err
     his.communicate("\n")
 
 
@@ -156,9 +156,9 @@ def test_several_runs_are_stopped_and_one_that_is_none_keeps_no_other_from_it(
     slurm.says({"0": "PENDING", "2": "PENDING"})
     told: list[str] = []
     monkeypatch.setattr(stopping, "cancel", told.append)
-    assert f"{runs[1]} has no waiting or running job: it is unknown" in typed("stop", *runs).out
+    assert f"{runs[1]} has no waiting or running job: it is unknown" in typed("jobs", "stop", *runs).out
     assert told == ["0", "2"]
-    assert "nowhere is no folder" in typed("stop", tmp_path / "nowhere", *runs, code=2).err
+    assert "nowhere is no folder" in typed("jobs", "stop", tmp_path / "nowhere", *runs, code=2).err
     assert told == ["0", "2"] * 2
 
     def refuse(job: str) -> None:
@@ -168,9 +168,9 @@ def test_several_runs_are_stopped_and_one_that_is_none_keeps_no_other_from_it(
     told.clear()
     monkeypatch.setattr(stopping, "PAUSE", 0.0)
     monkeypatch.setattr(stopping, "cancel", refuse)
-    typed("stop", *runs, code=1)
+    typed("jobs", "stop", *runs, code=1)
     assert set(told) == {"0", "2"}
-    assert "RUN" in typed("stop", code=2).err
+    assert "RUN" in typed("jobs", "stop", code=2).err
 
 
 @pytest.mark.parametrize("now", [False, True])
@@ -183,7 +183,7 @@ def test_cells_that_wait_are_cancelled_in_one_call_before_those_that_run(
     slurm.says({job: "RUNNING" if job in ids[:2] else "PENDING" for job in ids})
     orders: list[tuple[str, ...]] = []
     monkeypatch.setattr(scheduler, "ask", lambda *words, **_: orders.append(words) or "")
-    said = typed("stop", tmp_path, *(["--now"] if now else []))
+    said = typed("jobs", "stop", tmp_path, *(["--now"] if now else []))
     signals = [("scancel", "--signal=USR2", job) for job in ids[:2]]
     assert orders == ([("scancel", *ids[2:], *ids[:2])] if now else [("scancel", *ids[2:]), *signals])
     assert said.out.count("is cancelled") == (6 if now else 4)
@@ -202,7 +202,7 @@ def test_a_cell_that_may_not_be_cancelled_is_told_among_the_others(
             raise GraftError("Access/permission denied")
 
     monkeypatch.setattr(stopping, "cancel", refuse)
-    said = typed("stop", tmp_path, code=1)
+    said = typed("jobs", "stop", tmp_path, code=1)
     assert (said.out.count("is cancelled"), said.err.count("continues")) == (1, 1)
     assert "job 9_1" in said.err
 
@@ -219,7 +219,7 @@ def test_a_suspended_job_is_shown_so_and_cancelled(
     assert (status.state, status.why) == ("running", "suspended")
     files.begin(job_id=job, restart=0, nodes=["n1"], world_size=1)
     assert jobs.describe_run(tmp_path).why == "suspended"
-    assert f"job {job} of {tmp_path} was suspended and is cancelled" in typed("stop", tmp_path).out
+    assert f"job {job} of {tmp_path} was suspended and is cancelled" in typed("jobs", "stop", tmp_path).out
     until(lambda: jobs.describe_run(tmp_path).state == "cancelled", "its end", every=0.2)
 
 
@@ -404,7 +404,7 @@ def test_processes_that_cannot_share_the_step_of_the_run_are_refused(
 def test_flags_of_resume_arrive(dry_run: str, tmp_path: Path, slurm: FakeSlurm, typed: Typed) -> None:
     submitted(tmp_path)
     slurm.says(GONE)
-    line = f"resume {tmp_path} --cluster local --nodes=1 --gpus-per-node 0 --tasks_per_node=3"
+    line = f"jobs resume {tmp_path} --cluster local --nodes=1 --gpus-per-node 0 --tasks_per_node=3"
     printed = typed(line, dry_run).out
     assert printed.endswith(f"\n\nagain: {tmp_path}\n\n--cluster local: 3 processes on this machine\n")
     assert "  tasks_per_node     3                      --tasks_per_node\n" in printed
@@ -430,7 +430,7 @@ def test_a_folder_of_submission_that_is_gone_is_not_replaced_by_the_present_one(
     away = tmp_path / "a b"
     submitted(tmp_path / "run", directory=str(away))
     slurm.says(GONE)
-    line = f"resume {tmp_path}/run --cluster local --gpus_per_node 0"
+    line = f"jobs resume {tmp_path}/run --cluster local --gpus_per_node 0"
     said = typed(line, *words, code=2).err
     assert f"was submitted from {away}, which is not there any more" in said
     assert f"`mkdir -p '{away}'`" in said
@@ -480,10 +480,10 @@ def test_a_run_is_forgotten_until_it_is_submitted_again(
     gone.rename(tmp_path / "elsewhere")
     slurm.says("COMPLETED")
     monkeypatch.chdir(tmp_path)
-    assert typed("forget", "one", gone).out == f"forgotten: one\nforgotten: {gone}\n"
+    assert typed("jobs", "forget", "one", gone).out == f"forgotten: one\nforgotten: {gone}\n"
     assert known() == [two]
     assert (one / "jobs").is_dir()
-    assert f"{one} is not in the list of runs" in typed("forget", one, code=2).err
+    assert f"{one} is not in the list of runs" in typed("jobs", "forget", one, code=2).err
     remember(one)
     assert known() == [two, one]
 
@@ -491,14 +491,14 @@ def test_a_run_is_forgotten_until_it_is_submitted_again(
 def test_a_run_with_a_job_stays(tmp_path: Path, slurm: FakeSlurm, typed: Typed) -> None:
     ended, active = listed(tmp_path, "ended", "active")
     slurm.says({"1": "RUNNING"})
-    stays = f"{active} is job 1, and stays in the list: `graftvit stop {active}` ends it"
-    assert stays in typed("forget", active, code=2).err
-    assert typed("forget --ended").out == f"forgotten: {ended}\n"
+    stays = f"{active} is job 1, and stays in the list: `graftvit jobs stop {active}` ends it"
+    assert stays in typed("jobs", "forget", active, code=2).err
+    assert typed("jobs forget --ended").out == f"forgotten: {ended}\n"
     assert known() == [active]
-    assert "no run in the list has ended" in typed("forget --ended").out
+    assert "no run in the list has ended" in typed("jobs forget --ended").out
 
 
-@pytest.mark.parametrize("line", ["forget", "forget run --ended"])
+@pytest.mark.parametrize("line", ["jobs forget", "jobs forget run --ended"])
 def test_what_to_forget_must_be_clear(line: str, typed: Typed) -> None:
     assert "give either the runs to forget, or --ended" in typed(line, code=2).err
 
@@ -514,5 +514,5 @@ def test_one_run_under_two_names_is_listed_once(tmp_path: Path, slurm: FakeSlurm
         file.write(f"{tmp_path}/link/../../one\n")  # as it was written before; the text alone leads elsewhere
     assert known() == [one]
     slurm.says("COMPLETED")
-    typed("forget", detour)
+    typed("jobs", "forget", detour)
     assert known() == []

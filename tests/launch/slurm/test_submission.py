@@ -348,7 +348,7 @@ def test_what_can_no_longer_finish_is_refused(outcome: str | None, tmp_path: Pat
     if outcome == "finished":
         assert dependency_on([run]) == {}  # nothing is left to wait for
         return
-    why = f"--after {run}: {run} has neither finished nor a job that could: .*graftvit resume '{run}'"
+    why = f"--after {run}: {run} has neither finished nor a job that could: .*graftvit jobs resume '{run}'"
     with pytest.raises(ConfigError, match=why):
         dependency_on([run])
 

@@ -496,7 +496,7 @@ def test_what_is_no_sweep_is_refused(tmp_path: Path, typed: Typed) -> None:
     for folder in (tmp_path, tmp_path / "nowhere", tmp_path / "file" / "below"):
         with pytest.raises(ConfigError, match="is not a sweep"):
             summarize(folder)
-    (line,) = typed("summary", tmp_path, code=2).err.splitlines()
+    (line,) = typed("jobs", "summary", tmp_path, code=2).err.splitlines()
     assert "--sweep" in line
     (tmp_path / "sweep.json").write_text("{")
     with pytest.raises(CheckpointError, match=r"sweep\.json cannot be read"):
@@ -507,17 +507,17 @@ def test_it_prints_the_table_and_writes_the_files(tmp_path: Path, typed: Typed) 
     sweep = make_sweep(tmp_path, "transfer.layers=first:6,all", "seed=0..1")
     for cell in sweep.cells[:3]:
         write_run(cell, [1.0, 2.0])
-    shown = typed("summary", tmp_path)
+    shown = typed("jobs", "summary", tmp_path)
     assert shown.out == (tmp_path / "summary.md").read_text()
     assert "| first:6 | 2/2 | 2.00 ± 0.00 |" in shown.out
     assert "- layers=all,seed=1 not begun" in shown.out
     assert shown.err.splitlines() == [str(tmp_path / f"summary.{end}") for end in ("csv", "md", "png")]
     (tmp_path / "summary.csv").unlink()
     (tmp_path / "summary.csv").mkdir()  # root may write to any folder, but not a file over one
-    shown = typed("summary", tmp_path, code=1)
+    shown = typed("jobs", "summary", tmp_path, code=1)
     assert "- layers=all,seed=1 not begun" in shown.out
     assert "summary.csv cannot be written" in shown.err
-    assert "FOLDER" in typed("summary", code=2).err
+    assert "FOLDER" in typed("jobs", "summary", code=2).err
 
 
 @pytest.mark.parametrize("stages", [False, True])

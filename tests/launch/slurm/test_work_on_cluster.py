@@ -72,12 +72,12 @@ def test_a_benchmark_is_stopped_and_resumed(cluster: SlurmCluster, tmp_path: Pat
         lambda: f"the first case\n{logs(folder)}",
         every=0.3,
     )
-    graftvit(cluster, tmp_path, "stop", str(folder))
+    graftvit(cluster, tmp_path, "jobs", "stop", str(folder))
     wait_for(folder, "stopped")
     wait_for_the_end(cluster)
-    graftvit(cluster, tmp_path, "resume", str(folder))
+    graftvit(cluster, tmp_path, "jobs", "resume", str(folder))
     until(lambda: len(JobFolder(folder).attempts()) == 2, "the second attempt", every=0.3)
-    graftvit(cluster, tmp_path, "stop", str(folder), "--now")
+    graftvit(cluster, tmp_path, "jobs", "stop", str(folder), "--now")
     wait_for_the_end(cluster)
 
 
@@ -113,10 +113,10 @@ def test_what_waits_for_a_run_that_is_stopped_is_cancelled(cluster: SlurmCluster
     job = second.submit(*ALONE, *after)
     assert field(cluster, job, "Dependency") == f"afterok:{before}(unfulfilled)"
     first.wait_for_lines(1)
-    first.graftvit("stop", str(first.folder))  # it has not finished, though it ends without an error
+    first.graftvit("jobs", "stop", str(first.folder))  # it has not finished, though it ends without an error
     until(lambda: field(cluster, job, "JobState") == "CANCELLED", lambda: cluster.run("squeue"), every=0.5)
     assert not second.jobs.attempts()
-    said = first.graftvit("resume", str(second.folder), *after, code=2)
+    said = first.graftvit("jobs", "resume", str(second.folder), *after, code=2)
     assert f"--after {first.folder}: {first.folder} has neither finished nor a job that could: " in said
 
 

@@ -84,7 +84,7 @@ def test_the_page_has_the_table(tmp_path: Path, capsys: pytest.CaptureFixture[st
     run_search(search(tmp_path / "found"), 1, silent)
     rows = [row(text, 10.0 * n, backbone="small") for n, text in enumerate(PROGRAMS)]
     write_rows(rows, tmp_path / "rows.jsonl")
-    words = ["search", "report", str(tmp_path / "found")]
+    words = ["programs", "search", "report", str(tmp_path / "found")]
     assert main([*words, "--rows", str(tmp_path / "rows.jsonl"), "--top", "2"]) == 0
     said = capsys.readouterr().out
     line = next(line for line in said.splitlines() if "fitted" in line).split()
@@ -100,6 +100,6 @@ def test_the_page_has_the_table(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert "<h2>The proxies</h2>" in page
     assert all(f">{word}<" in page for word in line[5:])
     assert main([*words, "--top", "0"]) == 2
-    assert "--top 0: give a number, 1 or more" in capsys.readouterr().err
+    assert "--top: give a whole number, 1 or more, not '0'" in capsys.readouterr().err
     assert main(words) == 0
     assert "The proxies" not in (tmp_path / "found" / "report.html").read_text()

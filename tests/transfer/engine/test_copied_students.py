@@ -188,7 +188,7 @@ def test_the_bare_student_is_for_whoever_asks(
     run, _ = finished("copy")
     stopped = unfinished(run, tmp_path / "stopped")
     for source, name in ((run, "a"), (stopped, "b")):
-        assert main(["save", str(source), str(tmp_path / name), "--bare"]) == 0
+        assert main(["checkpoint", "save", str(source), str(tmp_path / name), "--bare"]) == 0
         assert "its own was never trained" in capsys.readouterr().out
     bare = timm.create_model(f"local-dir:{tmp_path / 'a'}", pretrained=True)
     assert bare.state_dict().keys() == tiny_vit(global_pool="avg").state_dict().keys()

@@ -173,7 +173,10 @@ def test_linear_attention_everywhere_trains_saves_loads_exports_and_resizes(
     program = torch.export.load(exported).module()
     torch.testing.assert_close(program(images((32, 32))), logits(student), rtol=1e-3, atol=1e-4)
     bigger = graftvit.load(run / "student", img_size=(48, 40))
-    assert main(["save", str(run / "student"), str(tmp_path / "bigger"), "--img_size", "48,40"]) == 0
+    assert (
+        main(["checkpoint", "save", str(run / "student"), str(tmp_path / "bigger"), "--img_size", "48,40"])
+        == 0
+    )
     again = graftvit.load(tmp_path / "bigger")
     assert image_size(again) == (48, 40)
     with torch.no_grad():

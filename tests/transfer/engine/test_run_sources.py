@@ -98,8 +98,8 @@ def test_every_command_takes_the_words(
     run: Path, word: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     source = f"{run}{word}"
-    assert main(["teacher", "info", source]) == 0
-    assert main(["save", source, str(tmp_path / "saved")]) == 0
+    assert main(["checkpoint", "info", source]) == 0
+    assert main(["checkpoint", "save", source, str(tmp_path / "saved")]) == 0
     assert main(["push", source, "me/student", "--license", "mit", "--confirm_license", "--dry_run"]) == 0
     assert main(["evaluate", source, "--device", "cpu", "--workers", "0"]) == 0
     printed = capsys.readouterr().out

@@ -452,11 +452,11 @@ OWN_IMAGES = (
 )
 COMMANDS = """\
 # see what a teacher offers, then distil its attention into a fresh student
-graftvit teacher info vit_small_patch16_224.dino
+graftvit checkpoint info vit_small_patch16_224.dino
 graftvit train attention_distill_vit_base --data_path my/images --num_classes 12 --dry_run
 
 # no teacher for your domain? make one from unlabelled images, as this demo did
-graftvit pretrain digits_pretrain --output_dir runs/my_teacher
+graftvit train digits_pretrain --output_dir runs/my_teacher
 graftvit train digits_distill --teacher.source local-dir:runs/my_teacher/student"""
 
 

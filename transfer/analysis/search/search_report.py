@@ -196,7 +196,9 @@ def write_report(folder: Path, rankings: Sequence[Sequence[str]] = ()) -> Path:
     search = open_search(folder)
     done = recorded_generations(search)
     if not done:
-        raise ConfigError(f"no generation of the search in {folder} is complete: run `graftvit search` first")
+        raise ConfigError(
+            f"no generation of the search in {folder} is complete: run `graftvit programs search` first"
+        )
     write_text(folder / NAME, render(search, done, rankings))
     return folder / NAME
 

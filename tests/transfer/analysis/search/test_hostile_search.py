@@ -32,7 +32,7 @@ def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def refused(folder: Path, capsys: pytest.CaptureFixture[str]) -> str:
     """Return the sentence with which the report of a folder is refused."""
     with never_waiting(2), limited_work(15), limited_memory(2 << 30):
-        code = main(["search", "report", str(folder)])
+        code = main(["programs", "search", "report", str(folder)])
     said = capsys.readouterr().err
     assert (code, said.count("\n")) == (2, 1)
     assert said.startswith("graftvit: error: ")

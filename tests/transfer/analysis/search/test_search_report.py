@@ -66,10 +66,12 @@ def test_lineage_leads_to_drawn_programs(done: tuple[Path, list[Evaluation]]) ->
 def test_the_command_writes_the_page(
     done: tuple[Path, list[Evaluation]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["search", "report", str(done[0])]) == 0
+    assert main(["programs", "search", "report", str(done[0])]) == 0
     assert f"report: {done[0] / 'report.html'}" in capsys.readouterr().out
-    assert main(["search", "report", str(tmp_path)]) == 2
-    assert f"{tmp_path} has no search: give the --out of `graftvit search`" in capsys.readouterr().err
+    assert main(["programs", "search", "report", str(tmp_path)]) == 2
+    assert (
+        f"{tmp_path} has no search: give the --out of `graftvit programs search`" in capsys.readouterr().err
+    )
     search(tmp_path).claim()
-    assert main(["search", "report", str(tmp_path)]) == 2
+    assert main(["programs", "search", "report", str(tmp_path)]) == 2
     assert "no generation of the search" in capsys.readouterr().err

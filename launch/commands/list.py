@@ -1,4 +1,4 @@
-"""`graftvit operators [NAME]`: list the attention operators that a plan can name."""
+"""`graftvit list operators | recipes`: list what a plan or a command line can name, or explain one of them."""
 
 from __future__ import annotations
 
@@ -7,9 +7,17 @@ import textwrap
 
 from ...models.errors import ConfigError, did_you_mean
 from ...transfer.analysis.report.tables import aligned
-from ..flags import command_parser
+from ..flags import Action, command_parser, run_action, whole
+from ..load_config import recipe_names, recipe_summary, recipe_text
 from ..say import say
 
+EXAMPLES = (
+    "graftvit list recipes",
+    "graftvit list recipes attention_distill_vit_large > mine.yaml",
+    "graftvit list operators",
+    "graftvit list operators hybrid",
+    "graftvit list operators window --grid 64",
+)
 GRIDS = (14, 32, 64)
 HEADS, WIDTH = 12, 64
 FOOT = """
@@ -17,28 +25,52 @@ a map: linear in the values, so that its rows can be shown and matched    grid: 
 bias: it accepts a relative position bias (BEiT)    new: its new parameters in a layer of 12 heads of 64, first grid
 MACs: multiply-adds of the attention map in such a layer on that many patches, relative to softmax
 
-`graftvit operators NAME` explains one. In a plan: '*: linear; 9-11: softmax', with options: 'window(window=9)'.
+`graftvit list operators NAME` explains one. In a plan: '*: linear; 9-11: softmax', with options: 'window(window=9)'.
 """
 
 
 def run(argv: list[str]) -> int:
+    """Run one action."""
+    return run_action("list", argv, ACTIONS, EXAMPLES)
+
+
+def _recipes(argv: list[str]) -> int:
+    """Print the table of recipes, or the YAML of one recipe."""
+    parser = command_parser(
+        "list recipes",
+        "List the recipes that come with the package, or print one as YAML.",
+        EXAMPLES[:2],
+        "[NAME]",
+    )
+    parser.add_argument("name", nargs="?", metavar="NAME", help="recipe to print")
+    name = parser.parse_args(argv).name
+    if name is not None:
+        say(recipe_text(name))
+        return 0
+    width = max(map(len, recipe_names()), default=0)
+    for recipe in recipe_names():
+        say(f"{recipe:<{width}}  {recipe_summary(recipe)}\n")
+    return 0
+
+
+def _operators(argv: list[str]) -> int:
     """Print the table of operators, or one operator with its equation and options."""
     parser = command_parser(
-        "operators",
+        "list operators",
         "List the attention operators that a plan can name, with their costs relative to softmax, or explain one.",
-        ["graftvit operators", "graftvit operators hybrid", "graftvit operators window --grid 64"],
+        EXAMPLES[2:],
         usage="[NAME] [--grid N ...]",
     )
     parser.add_argument("name", nargs="?", metavar="NAME", help="operator to explain")
-    parser.add_argument(
-        "--grid", nargs="+", type=int, default=GRIDS, metavar="N",
-        help="patches per side for which to count multiply-adds (default: 14 32 64)",
-    )  # fmt: skip
+    parser.flag(
+        "--grid",
+        "patches per side for which to count multiply-adds",
+        type=whole(1),
+        nargs="+",
+        default=GRIDS,
+        metavar="N",
+    )
     arguments = parser.parse_args(argv)
-    if any(grid < 1 for grid in arguments.grid):
-        raise ConfigError(
-            f"--grid {' '.join(map(str, arguments.grid))}: give numbers of patches per side, 1 or more"
-        )
     from ...models.layer_plan import OPERATORS
 
     if arguments.name is not None and arguments.name not in OPERATORS:
@@ -95,3 +127,11 @@ def _explained(name: str) -> str:
         text = f"{text.strip()}\n\ncode: {FOUND[name]}"
     options = ", ".join(f"{key}={value}" for key, value in _options(name).items() if value != "auto")
     return f"\n{text.strip()}\n\nin a plan: '*: {name}{f'({options})' if options else ''}'\n"
+
+
+ACTIONS = {
+    "operators": Action(
+        "the attention operators that a plan can name, with their options and costs", _operators
+    ),
+    "recipes": Action("the recipes that come with the package; `list recipes NAME` prints one", _recipes),
+}

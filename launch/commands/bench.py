@@ -1,14 +1,13 @@
-"""`graftvit attnbench run | extend | merge | query | verify`: a benchmark of attention programs."""
+"""`graftvit programs bench run | extend | merge | query | verify`: a benchmark of attention programs."""
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ...models.errors import ConfigError, RunFailedError, counted
-from ..flags import Parser, command_parser, parse_command, run_action
-from ..say import say, say_aside
+from ..flags import Action, Parser, command_parser, parse_command, run_action, whole
+from ..say import say, tell
 
 if TYPE_CHECKING:
     import argparse
@@ -17,51 +16,34 @@ if TYPE_CHECKING:
     from ...transfer.attnbench.bench_rows import Row
     from ..load_config import Setting
 
-ACTIONS = {
-    "run": "train small models with each program, and write a row for each training",
-    "extend": "the same, for the programs, models and seeds that a file of rows does not have yet",
-    "merge": "write the rows of several files as one; rows of the same training must agree",
-    "query": "print the rows of a file as a table, the best first",
-    "verify": "run some rows of a file again, and compare",
-}
-USAGE = {
-    "run": "CONFIG --out DIR [--flag value ...]",
-    "extend": "ROWS CONFIG --out DIR [--flag value ...]",
-    "merge": "ROWS ROWS ... --out FILE",
-    "query": "ROWS [--flag value ...]",
-    "verify": "ROWS [--sample N] [--flag value ...]",
-    "": "ACTION ...",
-}
 EXAMPLES = (
-    "graftvit attnbench query attnbench_digits --backbone plain --top 10   # rows that come with the package",
-    "graftvit attnbench verify attnbench_digits --sample 3",
-    "graftvit attnbench run attnbench_digits --drawn 50 --out bench",
-    "graftvit attnbench extend bench/rows.jsonl attnbench_digits --program attnzero_105 --out more",
-    "graftvit attnbench merge bench/rows.jsonl theirs.parquet --out all.jsonl",
+    "graftvit programs bench query attnbench_digits --backbone plain --top 10   # rows that come with the package",
+    "graftvit programs bench verify attnbench_digits --sample 3",
+    "graftvit programs bench run attnbench_digits --drawn 50 --out bench",
+    "graftvit programs bench extend bench/rows.jsonl attnbench_digits --program attnzero_105 --out more",
+    "graftvit programs bench merge bench/rows.jsonl theirs.parquet --out all.jsonl",
 )
 DATA = ("data.data_path", "data.download", "data.workers", "engine.device")
 ROWS = "rows.jsonl"
 ROWS_HELP = "file of rows, .jsonl or .parquet, or a recipe that comes with rows: attnbench_digits"
 LOCAL = {"both": (True, False), "with": (True,), "without": (False,)}
+MOST = 100_000
+"""Programs to draw at a time."""
 SHORT = 70
 """Characters of a program in the table."""
 
 
 def run(argv: list[str]) -> int:
     """Run one action."""
-    return run_action(argv, ACTIONS, _parser, _run_one)
+    return run_action("programs bench", argv, ACTIONS, EXAMPLES)
 
 
-def _run_one(action: str, argv: list[str]) -> int:
-    parser = _parser(action, f"{ACTIONS[action]}.".capitalize())
-    if action in ("run", "extend"):
-        return _train(parser, argv, extends=action == "extend")
-    return {"merge": _merge, "query": _query, "verify": _verify}[action](parser, argv)
-
-
-def _parser(action: str, description: str) -> Parser:
-    examples = [example for example in EXAMPLES if f"attnbench {action}" in example]
-    return command_parser(f"attnbench {action}".strip(), description, examples, usage=USAGE[action])
+def _parser(action: str, usage: str) -> Parser:
+    examples = [example for example in EXAMPLES if f"bench {action} " in example]
+    description = f"{ACTIONS[action].does}."
+    return command_parser(
+        f"programs bench {action}", description[0].upper() + description[1:], examples, usage
+    )
 
 
 def _choices(parser: Parser) -> None:
@@ -73,9 +55,18 @@ def _choices(parser: Parser) -> None:
     )
 
 
+def _run(argv: list[str]) -> int:
+    return _train(_parser("run", "CONFIG --out DIR [--flag value ...]"), argv, extends=False)
+
+
+def _extend(argv: list[str]) -> int:
+    parser = _parser("extend", "ROWS CONFIG --out DIR [--flag value ...]")
+    parser.add_argument("rows", metavar="ROWS", type=Path, help=ROWS_HELP)
+    return _train(parser, argv, extends=True)
+
+
 def _train(parser: Parser, argv: list[str], *, extends: bool) -> int:
-    if extends:
-        parser.add_argument("rows", metavar="ROWS", type=Path, help=ROWS_HELP)
+    """Train models with programs, and write the rows."""
     parser.add_argument("config", metavar="CONFIG", help="recipe or YAML file with a section 'attnbench'")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of records and rows")
     parser.add_argument(
@@ -85,31 +76,22 @@ def _train(parser: Parser, argv: list[str], *, extends: bool) -> int:
         metavar="TEXT",
         help="a program, or attnzero_..., beside the controls",
     )
-    parser.add_argument("--drawn", type=int, default=0, metavar="N", help="programs to draw (default: 0)")
-    parser.add_argument(
-        "--draw_seed", type=int, default=0, metavar="S", help="seed of the draws (default: 0)"
-    )
-    parser.add_argument(
+    parser.flag("--drawn", "programs to draw", type=whole(0, MOST), default=0, metavar="N")
+    parser.flag("--draw_seed", "seed of the draws", type=int, default=0, metavar="S")
+    parser.flag(
         "--seeds",
-        type=int,
+        "seeds of the trainings",
+        type=whole(0, (1 << 63) - 1),
         nargs="+",
         default=[0],
         metavar="SEED",
-        help="seeds of the trainings (default: 0)",
     )
-    parser.add_argument(
-        "--processes", type=int, default=1, metavar="N", help="programs at a time (default: 1)"
-    )
-    parser.add_argument(
-        "--threads",
-        type=int,
-        default=1,
-        metavar="N",
-        help="threads of a training; changes the rounding (default: 1)",
+    parser.flag("--processes", "programs at a time", type=whole(1), default=1, metavar="N")
+    parser.flag(
+        "--threads", "threads of a training; changes the rounding", type=whole(1), default=1, metavar="N"
     )
     _choices(parser)
     arguments, settings = parse_command(parser, argv, only=DATA)
-    _check(arguments)
     from ...transfer.attnbench.bench_rows import merge_rows, write_rows
     from ..comparison import load_rows
 
@@ -118,20 +100,6 @@ def _train(parser: Parser, argv: list[str], *, extends: bool) -> int:
     write_rows(rows, arguments.out / ROWS)
     say(f"{_table(rows, 10)}\n{arguments.out / ROWS}: {counted(len(rows), 'row')}\n")
     return 0
-
-
-def _check(arguments: argparse.Namespace) -> None:
-    from ...transfer.attnbench.bench_run import MOST
-
-    if not 0 <= arguments.drawn <= MOST:
-        raise ConfigError(f"--drawn {arguments.drawn}: give a number from 0 to {MOST:,}")
-    for name in ("processes", "threads"):
-        if getattr(arguments, name) < 1:
-            raise ConfigError(f"--{name} {getattr(arguments, name)}: give a number, 1 or more")
-    if not all(0 <= seed < 1 << 63 for seed in arguments.seeds):
-        raise ConfigError(
-            f"--seeds {' '.join(map(str, arguments.seeds))}: give whole numbers from 0 to 2^63 - 1"
-        )
 
 
 def _new_rows(arguments: argparse.Namespace, settings: list[Setting], known: Sequence[Row]) -> list[Row]:
@@ -156,10 +124,11 @@ def _new_rows(arguments: argparse.Namespace, settings: list[Setting], known: Seq
         ) not in there
     ]  # fmt: skip
     how = {"processes": arguments.processes, "threads": arguments.threads}
-    return run_bench(bench, new, arguments.out, tell=_tell, **how)
+    return run_bench(bench, new, arguments.out, tell=tell, **how)
 
 
-def _merge(parser: Parser, argv: list[str]) -> int:
+def _merge(argv: list[str]) -> int:
+    parser = _parser("merge", "ROWS ROWS ... --out FILE")
     parser.add_argument("rows", metavar="ROWS", type=Path, nargs="+", help=ROWS_HELP)
     parser.add_argument(
         "--out", type=Path, required=True, metavar="FILE", help="file to write: .jsonl or .parquet"
@@ -174,17 +143,14 @@ def _merge(parser: Parser, argv: list[str]) -> int:
     return 0
 
 
-def _query(parser: Parser, argv: list[str]) -> int:
+def _query(argv: list[str]) -> int:
+    parser = _parser("query", "ROWS [--flag value ...]")
     _source(parser)
     _choices(parser)
     parser.add_argument("--status", choices=["trained", "refused", "failed"], help="only rows of this status")
-    parser.add_argument(
-        "--top", type=int, default=20, metavar="N", help="rows to print; 0 for all (default: 20)"
-    )
+    parser.flag("--top", "rows to print; 0 for all", type=whole(0), default=20, metavar="N")
     parser.add_argument("--json", action="store_true", help="print JSON Lines in place of a table")
     arguments = parser.parse_args(argv)
-    if arguments.top < 0:
-        raise ConfigError(f"--top {arguments.top}: give a number, 0 or more")
     from ...transfer.attnbench.bench_rows import best_first, row_text
 
     rows = best_first([row for row in _chosen_rows(arguments) if arguments.status in (None, row.status)])
@@ -217,21 +183,18 @@ def _wanted(row: Row, arguments: argparse.Namespace) -> bool:
     )
 
 
-def _verify(parser: Parser, argv: list[str]) -> int:
+def _verify(argv: list[str]) -> int:
+    parser = _parser("verify", "ROWS [--sample N] [--flag value ...]")
     _source(parser)
     _choices(parser)
-    parser.add_argument("--sample", type=int, default=5, metavar="N", help="rows to run again (default: 5)")
-    parser.add_argument(
-        "--sample_seed", type=int, default=0, metavar="S", help="seed of the choice (default: 0)"
-    )
+    parser.flag("--sample", "rows to run again", type=whole(1), default=5, metavar="N")
+    parser.flag("--sample_seed", "seed of the choice", type=int, default=0, metavar="S")
     parser.add_argument(
         "--config",
         metavar="CONFIG",
         help="the file that the rows were made with (default: their recipe, if it comes with the package)",
     )
     arguments, settings = parse_command(parser, argv, only=DATA)
-    if arguments.sample < 1:
-        raise ConfigError(f"--sample {arguments.sample}: give a number, 1 or more")
     from ...transfer.attnbench.bench_run import pick_sample, verify_rows
     from ..comparison import load_bench
     from ..load_config import recipe_names
@@ -244,7 +207,7 @@ def _verify(parser: Parser, argv: list[str]) -> int:
                 "that its rows were made with as --config"
             )
         bench = load_bench(arguments.config or recipe, settings)
-        differ += verify_rows(bench, [row for row in sample if row.recipe == recipe], _tell)
+        differ += verify_rows(bench, [row for row in sample if row.recipe == recipe], tell)
     if differ:
         raise RunFailedError(f"{len(differ)} of {counted(len(sample), 'row')} differ: {'; '.join(differ)}")
     say(f"{counted(len(sample), 'row')} agree{'s' if len(sample) == 1 else ''}\n")
@@ -282,6 +245,12 @@ def _number(value: int | None) -> str:
     return "-" if value is None else f"{value:,}"
 
 
-def _tell(line: str) -> None:
-    say_aside(f"{line}\n")
-    sys.stderr.flush()
+ACTIONS = {
+    "run": Action("train small models with each program, and write a row for each training", _run),
+    "extend": Action(
+        "the same, for the programs, models and seeds that a file of rows does not have yet", _extend
+    ),
+    "merge": Action("write the rows of several files as one; rows of the same training must agree", _merge),
+    "query": Action("print the rows of a file as a table, the best first", _query),
+    "verify": Action("run some rows of a file again, and compare", _verify),
+}
