@@ -1,9 +1,11 @@
-"""Loaders are a pure function of (seed, epoch, position): resumed, divided over ranks, made by other processes."""
+"""Loaders are a pure function of (seed, epoch, position): resumed, repeated, over ranks, by other processes."""
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections import Counter
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -12,12 +14,18 @@ import numpy as np
 import pytest
 import torch
 from graftvit.checkpoints.preprocessing import Preprocessing
+from graftvit.launch.cli import main
 from graftvit.models.errors import ConfigError, DataError
 from graftvit.transfer.config import DataConfig
+from graftvit.transfer.data.digits import DigitsSource
 from graftvit.transfer.data.loaders import TrainLoader, create_eval_loader, create_train_loader
+from graftvit.transfer.data.sampler import derive_seed, epoch_order, train_requests
+from graftvit.transfer.data.streams import check_without_index
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from support.runs.engine_runs import make_teacher
+from timm.data.distributed_sampler import RepeatAugSampler
 from torch import Tensor
 
 SPEC = Preprocessing((1, 12, 8), (0.5,), (0.5,))
@@ -37,8 +45,12 @@ def same(first: Batches, second: Batches) -> bool:
     return all(torch.equal(a, c) and torch.equal(b, d) for (a, b), (c, d) in pairs)
 
 
+def pixels(batches: Batches) -> list[bytes]:
+    return [image.numpy().tobytes() for images, _ in batches for image in images]
+
+
 def rows(batches: Batches) -> set[bytes]:
-    return {image.numpy().tobytes() for images, _ in batches for image in images}
+    return set(pixels(batches))
 
 
 LOADER = digits(**MIXED)
@@ -91,8 +103,6 @@ def test_a_run_goes_on_with_other_numbers_of_ranks() -> None:
 
 
 def test_resuming_reads_no_image_that_was_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    from graftvit.transfer.data.digits import DigitsSource
-
     seen: list[int] = []
     read = DigitsSource.read
     monkeypatch.setattr(DigitsSource, "read", lambda self, index: seen.append(index) or read(self, index))
@@ -135,27 +145,25 @@ def test_every_rank_has_the_same_number_of_batches(
         assert all(targets.shape == (size, 10) for _, targets in made)
 
 
-def test_labels_are_numbers_without_mixing() -> None:
-    images, targets = next(digits(smoothing=0.1).epoch(0))
-    assert targets.dtype == torch.int64
-    assert images.dtype == torch.float32
-    assert (digits().num_samples, digits().num_classes) == (30, 10)
-
-
 def test_the_subset_is_balanced_and_goes_by_its_seed() -> None:
-    labels = torch.cat([targets for _, targets in digits(batch_size=1).epoch(0)])
-    assert torch.bincount(labels).tolist() == [3] * 10
+    loader = digits(batch_size=1, smoothing=0.1)
+    made = list(loader.epoch(0))
+    assert (loader.num_samples, loader.num_classes) == (30, 10)
+    assert {(images.dtype, targets.dtype) for images, targets in made} == {(torch.float32, torch.int64)}
+    assert torch.bincount(torch.cat([targets for _, targets in made])).tolist() == [3] * 10
     assert rows(list(digits(label_seed=1).epoch(0))) != rows(list(digits().epoch(0)))
 
 
 def test_what_cannot_be_is_named() -> None:
     with pytest.raises(ConfigError, match="train_samples=2000 is more than the 1297 images"):
         digits(train_samples=2000)
-    for classes in (5, 12):
-        with pytest.raises(
-            ConfigError, match=f"num_classes={classes}, but the data set has 10 named classes"
-        ):
-            digits(num_classes=classes)
+    evaluate = partial(create_eval_loader, spec=SPEC)
+    for create, classes in itertools.product(
+        (partial(create_train_loader, spec=SPEC, seed=0), evaluate), (5, 12)
+    ):
+        config = DataConfig(dataset="digits", workers=0, num_classes=classes)
+        with pytest.raises(ConfigError, match=f"num_classes={classes}, .* has 10 named classes.*none"):
+            create(config)
     with pytest.raises(DataError, match="2 images, fewer than 3 ranks"):
         digits((0, 3), train_samples=2)
 
@@ -186,3 +194,108 @@ def test_non_square_images_of_many_sizes_become_one_batch(tmp_path: Path) -> Non
     spec = Preprocessing((3, 24, 16), (0.5,) * 3, (0.5,) * 3)
     assert next(create_train_loader(config, spec, seed=0).epoch(0))[0].shape == (4, 3, 24, 16)
     assert next(iter(create_eval_loader(config, spec)))[0].shape == (4, 3, 24, 16)
+
+
+def repeated(rank: int = 0, world: int = 1, **keys: Any) -> TrainLoader:
+    return digits((rank, world), **{"batch_size": 6, "aug_repeats": 3} | keys)
+
+
+@given(st.integers(1, 90), st.integers(1, 5), st.integers(0, 9), st.integers(0, 9))
+def test_an_epoch_shows_one_sample_in_r_as_often(size: int, repeats: int, seed: int, epoch: int) -> None:
+    order = epoch_order(size, seed, epoch, repeats)
+    whole, rest = divmod(size, repeats)
+    assert sorted(Counter(order.tolist()).values()) == sorted([repeats] * whole + [rest] * (rest > 0))
+    plain = epoch_order(size, seed, epoch)
+    assert list(dict.fromkeys(order.tolist())) == plain[: whole + (rest > 0)].tolist()
+
+
+@given(st.integers(1, 4), st.integers(1, 9), st.integers(30, 90), st.integers(1, 4))
+def test_the_steps_have_the_samples_of_timms_sampler(world: int, batch: int, size: int, repeats: int) -> None:
+    """timm draws another permutation; both take the same places of theirs in each step over all ranks."""
+    ours = epoch_order(size, 3, 5, repeats)
+    place = {int(sample): number for number, sample in enumerate(dict.fromkeys(ours.tolist()))}
+    timms = [
+        list(RepeatAugSampler(range(size), world, rank, shuffle=False, num_repeats=repeats, selected_round=0))
+        for rank in range(world)
+    ]
+    requests = [
+        list(train_requests(ours, 5, batch_size=batch, rank=rank, world_size=world)) for rank in range(world)
+    ]
+    for step in range(size // (batch * world)):
+        mine = chain.from_iterable(each[step].indices for each in requests)
+        theirs = chain.from_iterable(each[step * batch : (step + 1) * batch] for each in timms)
+        assert Counter(place[index] for index in mine) == Counter(theirs)
+
+
+def test_copies_are_augmented_apart_and_the_first_is_that_of_a_plain_epoch() -> None:
+    many, plain = pixels(list(repeated().epoch(0))), pixels(list(repeated(aug_repeats=1).epoch(0)))
+    assert len(set(many)) == len(many) == 30
+    order, single = epoch_order(30, 0, 0, 3), epoch_order(30, 0, 0).tolist()
+    for position in range(0, 30, 3):
+        assert len({*order[position : position + 3].tolist()}) == 1
+        assert many[position] == plain[single.index(order[position])]
+    config = {"aa": None, "crop_scale": (1.0, 1.0), "hflip": 0.0}
+    images = torch.cat([images for images, _ in repeated(**config).epoch(0)])
+    assert images.unflatten(0, (10, 3)).sub(images[::3].unsqueeze(1)).abs().max() == 0, "without augmentation"
+    views = [list(repeated(views=2, aug_repeats=repeats).epoch(0)) for repeats in (3, 1)]
+    assert same(*views), "fixed views are shown once"
+    for _, targets in repeated(mixup=0.8, cutmix=1.0).epoch(0):
+        assert targets.shape == (6, 10)
+        assert torch.allclose(targets.sum(1), torch.ones(6))
+
+
+@pytest.mark.parametrize(("world", "batch"), [(2, 3), (3, 2), (6, 1)])
+def test_ranks_share_each_step_of_one_rank(world: int, batch: int) -> None:
+    one = [pixels([step]) for step in repeated().epoch(0)]
+    shares = [list(repeated(rank, world, batch_size=batch).epoch(0)) for rank in range(world)]
+    for step, expected in enumerate(one):
+        assert pixels([share[step] for share in shares]) == expected
+
+
+def test_an_epoch_resumes_at_any_batch_with_any_number_of_ranks_and_processes() -> None:
+    one = list(repeated().epoch(1))
+    assert pixels(list(repeated().epoch(1, start=3))) == pixels(one[3:])
+    assert pixels(list(repeated(workers=2).epoch(1))) == pixels(one)
+    pair = [list(repeated(rank, 2, batch_size=3).epoch_from(1, 12))[:1] for rank in (0, 1)]
+    rest = list(repeated().epoch_from(1, 18))
+    assert pixels([*one[:2], *chain.from_iterable(pair), *rest]) == pixels(one)
+
+
+def test_seeds_of_copies_differ_from_those_of_samples() -> None:
+    first = {derive_seed(1, 0, 0, index) for index in range(50)}
+    copies = {derive_seed(1, 0, 0, index, copy) for index in range(50) for copy in (1, 2)}
+    assert len(first | copies) == 150
+
+
+def test_a_stream_refuses_what_needs_numbers() -> None:
+    for name, value in (("aug_repeats", 3), ("views", 2), ("train_samples", 9)):
+        config = DataConfig.model_validate({"dataset": "wds/shards", name: value})
+        with pytest.raises(
+            ConfigError, match=rf"^data\.{name}={value} needs samples by index; .* stream: leave"
+        ):
+            check_without_index(config)
+    check_without_index(DataConfig(dataset="wds/shards", views=0))
+
+
+def test_the_plan_says_what_an_epoch_shows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    teacher = make_teacher(tmp_path / "teacher")
+    words = (
+        f"train --mode finetune --model local-dir:{teacher} --dataset digits --batch_size 64 "
+        f"--epochs 8 --aug_repeats 3 --output_dir {tmp_path / 'run'} --dry_run"
+    ).split()
+    assert main(words) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "1,297 training images, 10 classes; an epoch shows 433 of them 3 times each" in shown
+    assert "160 steps, 20 an epoch" in shown
+    assert main([*words, "--train_samples", "64", "--aug_repeats", "100"]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "64 training images, 10 classes; an epoch shows 1 of them 64 times each" in shown
+    assert main([*words, "--views", "2"]) == 2
+    refused = capsys.readouterr().err
+    assert "data.aug_repeats=3 changes nothing beside data.views=2" in refused
+
+
+def test_the_order_is_fixed() -> None:
+    """Runs resume across releases."""
+    assert epoch_order(8, 0, 0, 3).tolist() == [7, 7, 7, 3, 3, 3, 6, 6]
+    assert np.array_equal(epoch_order(8, 0, 0, 1), epoch_order(8, 0, 0))
