@@ -5,13 +5,16 @@ A `Pair` says in plain numbers which layers, heads and tokens go together; nothi
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import pytest
 import torch
 import torch.nn.functional as F
-from support.models.dense import Layer, run
+from graftvit.transfer.methods.dual import DualViT
+from support.models.dense import Layer, gradient, relative_error, run
 from torch import Tensor, nn
 
 Grid = tuple[int, int]
@@ -23,9 +26,7 @@ class Pair:
 
     method: str
     layers: tuple[tuple[int, int], ...] = ()  # teacher, student
-    heads: dict[int, list[int]] = field(
-        default_factory=dict
-    )  # student head: teacher heads; empty: all joined
+    heads: dict[int, list[int]] = field(default_factory=dict)  # student: teacher's; empty: all joined
     options: dict[str, Any] = field(default_factory=dict)  # those of `DualViT`
     scale: float = 1.0  # the student's standard deviation over the teacher's
     shift: float = 0.0
@@ -53,6 +54,31 @@ def expected(
     if pair.options.get("reduction") == "mean":
         loss = loss / len(losses)
     return logits, loss * pair.options.get("weight", 3.0)
+
+
+def check_step(
+    pair: Pair,
+    teacher: nn.Module,
+    dual: DualViT,
+    twin: nn.Module,
+    x: Tensor,
+    near: float = 1e-9,
+    grads: float = 1e-9,
+) -> None:
+    """Compare logits, loss and gradients of a step with the reference; `teacher` and `twin` are of no wrapper."""
+    dual.zero_grad()
+    twin.zero_grad()
+    projectors = copy.deepcopy(dual.projectors).double()
+    logits, loss = expected(pair, teacher, twin, x, projectors)
+    (logits.square().mean() + loss).backward()
+    out = dual(x.to(next(dual.student.parameters()).dtype))
+    (out.logits.square().mean() + out.transfer_loss).backward()
+    assert relative_error(out.logits, logits) <= near
+    assert float(out.transfer_loss.detach()) == pytest.approx(float(loss.detach()), rel=near, abs=1e-12)
+    assert relative_error(gradient(dual.student), gradient(twin)) <= grads
+    if dual.projectors:
+        assert gradient(dual.projectors).any()
+        assert relative_error(gradient(dual.projectors), gradient(projectors)) <= grads
 
 
 def resized(x: Tensor, teacher: Any, student: Any) -> Tensor:

@@ -1,9 +1,11 @@
-"""A step between pyramids: checkpointing, shared drop paths, what a teacher computes, and settings of the losses."""
+"""Families that teach each other, by every method, as a dense reference or refused by name; steps of pyramids."""
 
 from __future__ import annotations
 
 import copy
 import pickle
+from collections.abc import Iterator
+from functools import cache
 from typing import Any
 
 import pytest
@@ -12,22 +14,122 @@ import torch.nn.functional as F
 from graftvit.models.attention.base import Heads
 from graftvit.models.conversion import convert
 from graftvit.models.copied import resize
+from graftvit.models.copying.teacher_view import Normalization
 from graftvit.models.errors import TransferError
 from graftvit.models.families import blocks_of
 from graftvit.transfer.methods.drop_path import SharedDropPath
 from graftvit.transfer.methods.dual import DualViT
 from support.models.dense import gradient, relative_error
+from support.models.dense import tiny as tiny_plain
+from support.models.pair_cases import METHODS
 from support.models.pyramids import images, tiny
-from support.models.stage_reference import block_outputs, dense_logits, places, run
+from support.models.stage_reference import Place, block_outputs, dense_logits, expected, places, run
 from torch import Tensor, nn
 
 SIZE = (32, 24)
 FINE, COARSE = (8, 6), (4, 3)
-GRIDS = [FINE, FINE, COARSE, COARSE]
+GRIDS = {
+    "vit": [COARSE] * 2,
+    **{kind: [FINE, COARSE, COARSE] for kind in ("pvt", "pvt1", "pvt_li")},
+    **{kind: [FINE, FINE, COARSE, COARSE] for kind in ("svt", "pcpvt", "swin", "swinv2")},
+}
+NORM = Normalization((0.5,) * 3, (0.5,) * 3)
+QUICK = {("svt", "svt"), ("swin", "swinv2"), ("swin", "vit"), ("vit", "pvt")}
+RING = [kind for kind in GRIDS if kind not in ("pvt_li", "pcpvt")]
+"""Each kind learns from itself, and those of the ring from the two before."""
+OTHERS = {
+    *((kind, kind) for kind in GRIDS),
+    *((RING[number - step], kind) for number, kind in enumerate(RING) for step in (1, 2)),
+}
+PAIRS = [*sorted(QUICK), *(pytest.param(*pair, marks=pytest.mark.slow) for pair in sorted(OTHERS - QUICK))]
+
+
+@cache
+def _model(kind: str, seed: int, more: tuple[tuple[str, Any], ...]) -> nn.Module:
+    if kind == "vit":
+        sizes: dict[str, Any] = {"embed_dim": 16, "num_heads": 2, "depth": 2, "num_classes": 3}
+        return tiny_plain("vit", seed=seed, img_size=SIZE, **sizes)
+    return tiny(kind, SIZE, seed=seed, **dict(more)).double()
 
 
 def model(kind: str, seed: int = 1, **more: Any) -> nn.Module:
-    return tiny(kind, SIZE, seed=seed, **more).double()
+    return copy.deepcopy(_model(kind, seed, tuple(more.items())))
+
+
+def fits(method: str, teacher: Place, student: Place) -> bool:
+    """Whether a layer can learn from another one, by the definition of each method."""
+    same = teacher.kind == student.kind
+    reduced = {place.kind if place.kind[0] in ("keys", "pool") else None for place in (teacher, student)}
+    if method in ("attention_output", "block_output"):
+        return True
+    if method == "distill":
+        return same or (teacher.kind[0] == "window" and student.kind[0] == "whole")
+    if method in ("copy", "copy_v"):
+        return same
+    if method in ("copy_q", "copy_k"):
+        return same and teacher.cosine == student.cosine
+    if method == "distill_v":
+        return len(reduced) == 1
+    return teacher.cosine == student.cosine and (method == "distill_q" or len(reduced) == 1)
+
+
+def rounds(allowed: dict[int, list[int]]) -> Iterator[list[tuple[int, int]]]:
+    """Cover all pairs of layers by lists that name each student layer once."""
+    for number in range(max((len(each) for each in allowed.values()), default=0)):
+        yield [(theirs[number % len(theirs)], ours) for ours, theirs in allowed.items()]
+
+
+@pytest.mark.parametrize(("teacher", "student"), PAIRS)
+def test_a_pair_equals_its_dense_reference_or_is_refused(teacher: str, student: str) -> None:
+    theirs, ours, x = model(teacher, 1), model(student, 2), images(SIZE).double()
+    places_t, places_s = places(theirs, GRIDS[teacher]), places(ours, GRIDS[student])
+    for method in METHODS:
+        if method in ("feature", "logits"):
+            check(method, [], (theirs, places_t), (ours, places_s), x)
+            continue
+        allowed: dict[int, list[int]] = {}
+        for s, place_s in enumerate(places_s):
+            for t, place_t in enumerate(places_t):
+                if place_t.grid != place_s.grid or not fits(method, place_t, place_s):
+                    with pytest.raises(TransferError, match=f"layer {s} of the student|layers {t}>{s} "):
+                        DualViT(theirs, ours, method, layers=f"{t}>{s}")
+                else:
+                    allowed.setdefault(s, []).append(t)
+        for pairs in rounds(allowed):
+            check(method, pairs, (theirs, places_t), (ours, places_s), x)
+
+
+@pytest.mark.parametrize("kind", ["pvt", "pvt_li", "svt"])
+@pytest.mark.parametrize("method", ["copy", "distill_k"])
+def test_a_teacher_is_cut_within_a_layer_with_reduced_keys(kind: str, method: str) -> None:
+    layer = 1 if kind == "svt" else 0
+    theirs, ours = model(kind, 1), model(kind, 2)
+    of_both = places(theirs, GRIDS[kind])
+    check(method, [(layer, layer)], (theirs, of_both), (ours, of_both), images(SIZE).double())
+
+
+def check(
+    method: str,
+    pairs: list[tuple[int, int]],
+    teacher: tuple[nn.Module, list[Place]],
+    student: tuple[nn.Module, list[Place]],
+    x: Tensor,
+) -> None:
+    """Compare logits, loss and gradients of a step with those of the reference."""
+    twin = copy.deepcopy(student[0])
+    logits, loss = expected(method, pairs, (copy.deepcopy(teacher[0]), teacher[1]), (twin, student[1]), x)
+    (logits.square().mean() + loss).backward()
+    own = copy.deepcopy(student[0])
+    options: dict[str, Any] = {"layers": pairs} if pairs else {}
+    options |= {} if method.startswith("copy") else {"weight": 1.0}
+    options |= dict.fromkeys(("teacher_normalization", "student_normalization"), NORM)
+    dual = DualViT(teacher[0], own, method, **options)
+    out = dual(x)
+    (out.logits.square().mean() + out.transfer_loss).backward()
+    case = f"{method} {pairs}"
+    assert relative_error(out.logits, logits) <= 1e-9, case
+    assert float(out.transfer_loss.detach()) == pytest.approx(float(loss.detach()), rel=1e-9), case
+    assert relative_error(gradient(own), gradient(twin)) <= 1e-8, case
 
 
 def x(batch: int = 2) -> Tensor:
@@ -69,12 +171,6 @@ def test_drop_paths_are_shared_image_by_image(kind: str) -> None:
     assert not any(isinstance(each, SharedDropPath) for each in dual.student.modules())
 
 
-def test_drop_paths_of_other_stages_are_not_shared() -> None:
-    student = model("pvt", 2, drop_path_rate=0.5, depths=(3, 1))
-    with pytest.raises(TransferError, match="needs stages of the same depths"):
-        DualViT(model("pvt"), student, "feature", share_drop_path=True)
-
-
 @pytest.mark.parametrize("kind", ["pvt", "svt", "swin", "swinv2"])
 def test_a_teacher_ends_after_the_last_layer_that_is_needed(kind: str) -> None:
     teacher = model(kind)
@@ -88,23 +184,12 @@ def test_a_teacher_ends_after_the_last_layer_that_is_needed(kind: str) -> None:
     assert not any(".mlp" in name or name.endswith("attn.proj") for name in ran)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", ["pvt", "svt", "swin", "swinv2"])
-@pytest.mark.parametrize("layers", ["0>0", "stage2"])
-def test_a_teacher_is_one_compiled_graph(kind: str, layers: str) -> None:
-    torch.compiler.reset()
-    expected = DualViT(model(kind), model(kind, 2), "distill", layers=layers)(x()).transfer_loss
-    dual = DualViT(model(kind), model(kind, 2), "distill", layers=layers)
-    dual.teacher_part.compile(fullgraph=True, backend="eager")
-    torch.testing.assert_close(dual(x()).transfer_loss, expected)
-
-
 def test_widths_are_projected_layer_by_layer() -> None:
     teacher, student = model("swin"), model("pvt", 2, embed_dims=(12, 24), depths=(2, 2))
     for method in ("block_output", "attention_output"):
         own = copy.deepcopy(student)
         dual = DualViT(teacher, own, method, weight=1.0, layers="stage1>stage1,stage2>stage2")
-        shapes = {name: tuple(each.weight.shape) for name, each in dual.projectors.items()}  # type: ignore[union-attr]
+        shapes = {name: tuple(each.weight.shape) for name, each in dual.projectors.items()}
         assert shapes == {"layer00": (8, 12), "layer01": (8, 12), "layer02": (16, 24), "layer03": (16, 24)}
         loss = dual(x()).transfer_loss
         dual.release()
@@ -136,7 +221,7 @@ def test_windows_are_distilled_into_a_converted_layer_with_a_bias(loss: str, tem
         hook.remove()
     _, layers = run(copy.deepcopy(teacher), x())
     expected = torch.zeros((), dtype=torch.float64)
-    for layer, place, heads in zip(layers[:2], places(teacher, GRIDS)[:2], seen, strict=True):
+    for layer, place, heads in zip(layers[:2], places(teacher, GRIDS["swin"])[:2], seen, strict=True):
         q, k = heads.qk()
         assert heads.bias is not None
         mine = (heads.scale * q @ k.transpose(-2, -1) + heads.bias) / temperature
@@ -171,10 +256,10 @@ def test_heads_within_windows_are_chosen(heads: str) -> None:
     if heads != "mean":
         return
     _, theirs = run(copy.deepcopy(teacher), x())
-    _, ours = run(copy.deepcopy(model("svt", 2)), x())
+    _, ours = run(model("svt", 2), x())
     expected = torch.zeros((), dtype=torch.float64)
     for index in (0, 2):
-        place_t, place_s = places(teacher, GRIDS)[index], places(model("svt"), GRIDS)[index]
+        place_t, place_s = places(teacher, GRIDS["swin"])[index], places(model("svt"), GRIDS["swin"])[index]
         target = dense_logits(theirs[index], place_t, padded=True).softmax(-1)
         target = target.unflatten(1, (-1, 2)).mean(2)
         mine = dense_logits(ours[index], place_s, padded=True).log_softmax(-1)
@@ -200,16 +285,24 @@ def test_a_batch_of_another_size_has_other_grids() -> None:
     [
         ({"method": "distill", "layers": "0>0", "rows": 0.5}, r"transfer.rows=0.5 is for maps of all tokens"),
         ({"method": "distill_q", "layers": "2>0", "interpolate_grid": True}, "only maps of all tokens"),
-        (
-            {"method": "distill", "layers": "stage5"},
-            "names stage5 of the student, which has stage1 to stage2",
-        ),
+        ({"method": "distill", "layers": "stage5"}, "stage5 of the student, which has stage1 to stage2"),
         ({"method": "copy", "layers": "0>1"}, r"within windows of 3x3 tokens and .* shifted by 1x1"),
     ],
 )
 def test_a_setting_that_does_not_fit_windows_is_refused(settings: dict[str, Any], said: str) -> None:
     with pytest.raises(TransferError, match=said):
         DualViT(model("swin"), model("swin", 2), **settings)
+
+
+def test_other_depths_and_sizes_are_refused() -> None:
+    student = model("pvt", 2, drop_path_rate=0.5, depths=(3, 1))
+    with pytest.raises(TransferError, match="needs stages of the same depths"):
+        DualViT(model("pvt"), student, "feature", share_drop_path=True)
+    teacher, student = tiny("pvt", (64, 96)), tiny("pvt", (32, 32))
+    with pytest.raises(TransferError, match=r"graftvit\.models\.resize\(model, \(height, width\)\)"):
+        DualViT(teacher, student, "distill")
+    resize(student, (64, 96))
+    DualViT(teacher, student, "distill")
 
 
 @pytest.mark.parametrize("method", ["copy", "copy_q", "copy_k", "copy_v"])
@@ -251,13 +344,14 @@ def test_copies_of_a_pair_are_complete(kind: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["pvt", "svt", "swin"])
-def test_a_step_is_one_compiled_graph(kind: str) -> None:
+@pytest.mark.parametrize("part", ["step", "teacher of 0>0", "teacher of stage2"])
+@pytest.mark.parametrize("kind", ["pvt", "svt", "swin", "swinv2"])
+def test_a_step_or_its_teacher_is_one_compiled_graph(kind: str, part: str) -> None:
     torch.compiler.reset()
-    dual = DualViT(model(kind), model(kind, 2), "distill")
-    expected = dual(x()).transfer_loss
-    compiled: Any = torch.compile(dual, fullgraph=True, backend="eager")
-    torch.testing.assert_close(compiled(x()).transfer_loss, expected)
+    layers = "all" if part == "step" else part.split()[-1]
+    duals = [DualViT(model(kind), model(kind, 2), "distill", layers=layers) for _ in range(2)]
+    (duals[0] if part == "step" else duals[0].teacher_part).compile(fullgraph=True, backend="eager")
+    torch.testing.assert_close(*(dual(x()).transfer_loss for dual in duals))
 
 
 def test_a_layer_without_attention_learns_from_a_block_alone() -> None:
@@ -277,13 +371,3 @@ def test_a_layer_without_attention_learns_from_a_block_alone() -> None:
         DualViT(model("swin"), student, "attention_output")
     with pytest.raises(TransferError, match="layer 2 of the student has linear in place of softmax"):
         DualViT(model("swin"), student, "distill_q", layers="stage2")
-
-
-def test_unequal_sizes_are_answered_with_the_way_to_resize_in_python() -> None:
-    teacher, student = tiny("pvt", (64, 96)), tiny("pvt", (32, 32))
-    with pytest.raises(
-        TransferError, match=r"in Python graftvit\.models\.resize\(model, \(height, width\)\)"
-    ):
-        DualViT(teacher, student, "distill")
-    resize(student, (64, 96))
-    DualViT(teacher, student, "distill")

@@ -12,6 +12,9 @@ from graftvit.transfer.methods.mismatch import Mismatch, compare_models, report_
 SMALL: dict[str, Any] = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
 
 
+SHARED_BIAS = {"use_rel_pos_bias": False, "use_shared_rel_pos_bias": True}
+
+
 def model(architecture: str = "vit_tiny_patch16_224", **arguments: Any) -> torch.nn.Module:
     return timm.create_model(architecture, **{**SMALL, **arguments})
 
@@ -23,6 +26,11 @@ def found(teacher: torch.nn.Module, student: torch.nn.Module) -> dict[str, Misma
 def test_equal_models_have_no_mismatch() -> None:
     assert compare_models(model(), model()) == ()
     assert report_mismatch(()) == "teacher and student are built alike"
+    gated = model()
+    gated.blocks[0].attn.gate = torch.nn.Linear(32, 32)
+    assert found(gated, model())["gate"].teacher == "yes"
+    scale = found(model(init_values=0.1), model(init_values=1e-5))["LayerScale"]
+    assert (scale.teacher, scale.student, scale.warning) == ("from 0.1", "from 1e-05", None)
 
 
 @pytest.mark.parametrize(
@@ -47,7 +55,7 @@ def test_equal_models_have_no_mismatch() -> None:
         ({"pos_embed": "none"}, "position", "none", "learned absolute"),
     ],
 )
-def test_each_difference_is_named_both_ways(
+def test_a_difference_is_named_both_ways(
     arguments: dict[str, Any], name: str, teacher: str, student: str
 ) -> None:
     forward = found(model(**arguments), model())[name]
@@ -74,12 +82,6 @@ def test_position_and_mlp_of_other_families(architecture: str, position: str, ml
     assert differences.get("MLP", Mismatch("", "MLP", "")).teacher == mlp
 
 
-def test_gate_is_seen() -> None:
-    gated = model()
-    gated.blocks[0].attn.gate = torch.nn.Linear(32, 32)
-    assert found(gated, model())["gate"].teacher == "yes"
-
-
 @pytest.mark.parametrize(
     ("architecture", "arguments", "warned"),
     [
@@ -87,11 +89,7 @@ def test_gate_is_seen() -> None:
         ("vit_small_patch14_reg4_dinov2", {}, {"LayerScale", "registers"}),
         ("vit_base_patch16_clip_quickgelu_224", {}, {"pre-norm", "activation"}),
         ("beitv2_base_patch16_224", {}, {"LayerScale", "position"}),
-        (
-            "beit_base_patch16_224",
-            {"use_rel_pos_bias": False, "use_shared_rel_pos_bias": True},
-            {"LayerScale", "position"},
-        ),
+        ("beit_base_patch16_224", SHARED_BIAS, {"LayerScale", "position"}),
         ("vit_tiny_patch16_224", {"depth": 3, "qk_norm": True, "global_pool": "avg"}, set()),
     ],
 )
@@ -105,11 +103,6 @@ def test_warnings_stand_where_transfer_was_seen_to_fail(
         assert "was seen to fail" in warning
         assert "arXiv:2605.07191" in warning
         assert "student.mirror_teacher: true" in warning
-
-
-def test_another_initial_layer_scale_is_reported_without_warning() -> None:
-    difference = found(model(init_values=0.1), model(init_values=1e-5))["LayerScale"]
-    assert (difference.teacher, difference.student, difference.warning) == ("from 0.1", "from 1e-05", None)
 
 
 def test_report_is_a_table_with_the_warnings_below() -> None:

@@ -19,14 +19,11 @@ from graftvit.models.errors import CheckpointError, TransferError, UnsupportedMo
 from graftvit.transfer.methods.dual import DualViT
 from support.models import pyramids
 from support.models.dense import images, tiny
+from support.models.pair_cases import METHODS
 from support.runs.engine_runs import make_teacher
 from torch import nn
 
 COPIES = ["copy", "copy_q", "copy_k", "copy_v"]
-METHODS = [
-    *COPIES, "distill", "distill_q", "distill_k", "distill_v",
-    "attention_output", "block_output", "feature", "logits",
-]  # fmt: skip
 X = images(dtype=torch.float32)
 NORMS = {
     "teacher_normalization": Normalization((0.4, 0.5, 0.6), (0.2, 0.3, 0.25)),
@@ -47,10 +44,10 @@ def trained(method: str, student: nn.Module | None = None, **options: Any) -> Du
 
 @pytest.mark.parametrize("method", METHODS)
 @torch.no_grad()
-def test_a_saved_student_gives_the_numbers_of_the_dual(tmp_path: Path, method: str) -> None:
+def test_a_saved_and_a_released_student_give_the_numbers_of_the_dual(tmp_path: Path, method: str) -> None:
     with torch.enable_grad():
         dual = trained(method)
-    expected = dual.predict(X)
+    expected, student = dual.predict(X), dual.student
     folder = dual.save(tmp_path / "student")
     torch.testing.assert_close(graftvit.load(folder)(X), expected)
     torch.testing.assert_close(dual.predict(X), expected)  # it goes on
@@ -58,19 +55,14 @@ def test_a_saved_student_gives_the_numbers_of_the_dual(tmp_path: Path, method: s
     assert config["architecture"] == ("graftvit_copied" if method in COPIES else "vit_tiny_patch16_224")
     assert config["pretrained_cfg"]["mean"] == [0.5] * 3
     assert config["graftvit"]["recipe"]["transfer"]["method"] == method
-
-
-@pytest.mark.parametrize("method", METHODS)
-@torch.no_grad()
-def test_a_released_student_gives_the_numbers_of_the_dual(tmp_path: Path, method: str) -> None:
-    with torch.enable_grad():
-        dual = trained(method)
-    expected, student = dual.predict(X), dual.student
     released = dual.release()
-    assert released is student
+    assert released is student is dual.release()
     torch.testing.assert_close(released(X), expected)
     assert (copying_of(released) is not None) == (method in COPIES)
-    assert dual.release() is released
+    with pytest.raises(CheckpointError, match=r"already holds a model.*overwrite=True"):
+        dual.save(folder)
+    torch.testing.assert_close(graftvit.load(dual.save(folder, overwrite=True))(X), expected)
+    assert json.loads((folder / "config.json").read_text()) == config, "it is saved after its release, too"
 
 
 @pytest.mark.parametrize("method", COPIES)
@@ -92,7 +84,7 @@ def test_the_bare_student_is_released_by_its_name_alone(method: str) -> None:
 def test_a_converted_student_and_several_losses_are_saved(tmp_path: Path) -> None:
     student = convert(tiny(seed=2, dtype=torch.float32), "0: hedgehog; 1: uniform")
     losses = [{"method": "block_output"}, {"method": "copy", "layers": [(2, 2)]}]
-    dual = DualViT(tiny(seed=1, dtype=torch.float32), student, losses=losses, **NORMS).eval()  # type: ignore[arg-type]
+    dual = DualViT(tiny(seed=1, dtype=torch.float32), student, losses=losses, **NORMS).eval()
     torch.testing.assert_close(graftvit.load(dual.save(tmp_path / "student"))(X), dual.predict(X))
     torch.testing.assert_close(dual.release()(X), graftvit.load(tmp_path / "student")(X))
 
@@ -105,7 +97,7 @@ def test_other_norms_types_and_heads_are_kept(tmp_path: Path) -> None:
     for module in student.modules():
         if isinstance(module, nn.LayerNorm):
             module.eps = 1e-3
-    dual = DualViT(tiny("clip", seed=1), student, "copy", layers="first:2", **NORMS).eval()  # type: ignore[arg-type]
+    dual = DualViT(tiny("clip", seed=1), student, "copy", layers="first:2", **NORMS).eval()
     loaded = graftvit.load(dual.save(tmp_path / "student"), dtype=torch.float64)
     torch.testing.assert_close(loaded(images()), dual.predict(images()))
 
@@ -122,40 +114,20 @@ def test_what_is_known_of_a_loaded_teacher_is_recorded(tmp_path: Path) -> None:
     assert teacher.source.rpartition("/")[2] in str(files)
 
 
-@pytest.mark.parametrize("method", ["copy_q", "distill"])
-@torch.no_grad()
-def test_a_student_is_saved_after_its_release(tmp_path: Path, method: str) -> None:
-    with torch.enable_grad():
-        dual = trained(method)
-    expected = dual.predict(X)
-    dual.release()
-    torch.testing.assert_close(graftvit.load(dual.save(tmp_path / "student"))(X), expected)
-    made = json.loads((tmp_path / "student" / "config.json").read_text())["graftvit"]
-    assert made["recipe"]["transfer"]["method"] == method
-
-
 def test_a_path_in_place_of_a_model(tmp_path: Path) -> None:
     model: Any = tiny()
     for path in ("runs/t2/student", tmp_path):
         with pytest.raises(UnsupportedModelError, match=rf"teacher is a path.*load_teacher\('{path}'\)"):
-            DualViT(path, model, "distill")  # type: ignore[arg-type]
+            DualViT(path, model, "distill")
         with pytest.raises(UnsupportedModelError, match=rf"student is a path.*graftvit\.load\('{path}'\)"):
-            DualViT(model, path, "distill")  # type: ignore[arg-type]
-
-
-def test_a_folder_with_something_is_left_alone(tmp_path: Path) -> None:
-    dual = trained("distill")
-    dual.save(tmp_path / "student")
-    with pytest.raises(CheckpointError, match=r"already holds a model.*overwrite=True"):
-        dual.save(tmp_path / "student")
-    dual.save(tmp_path / "student", overwrite=True)
+            DualViT(model, path, "distill")
 
 
 def test_what_cannot_be_described_is_refused(tmp_path: Path) -> None:
     student = tiny(dtype=torch.float32)
     del student.pretrained_cfg  # as of a model that timm's factory did not make
     with pytest.raises(CheckpointError, match="timm name"):
-        DualViT(tiny(seed=1, dtype=torch.float32), student, "distill", **NORMS).save(tmp_path / "student")  # type: ignore[arg-type]
+        DualViT(tiny(seed=1, dtype=torch.float32), student, "distill", **NORMS).save(tmp_path / "student")
     pyramid = DualViT(pyramids.tiny("pvt"), pyramids.tiny("pvt", seed=1), "copy")
     with pytest.raises(TransferError, match="pyramid"):
         pyramid.release()
