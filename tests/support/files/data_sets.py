@@ -45,13 +45,16 @@ def write_classes(
     return root
 
 
-def write_tar(path: Path, members: dict[str, bytes]) -> Path:
+def write_tar(path: Path, members: dict[str, bytes], *headers: tarfile.TarInfo) -> Path:
+    """Write files of these contents, and members of headers alone."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with tarfile.open(path, "w") as archive:
         for name, content in members.items():
             described = tarfile.TarInfo(name)
             described.size = len(content)
             archive.addfile(described, io.BytesIO(content))
+        for header in headers:
+            archive.addfile(header)
     return path
 
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import graftvit.models.pvt_models  # noqa: F401  registers PVT with timm
 import timm
 import torch
+from graftvit.checkpoints.preprocessing import Preprocessing
+from graftvit.checkpoints.student import write_student
 from torch import Tensor, nn
 
 _PVT: dict[str, Any] = {
@@ -54,3 +57,12 @@ def tiny(kind: str, size: tuple[int, int] = (32, 32), *, seed: int = 0, **more: 
 
 def images(size: tuple[int, int], batch: int = 2) -> Tensor:
     return torch.randn(batch, 3, *size, generator=torch.Generator().manual_seed(1))
+
+
+def write_pyramid(folder: Path, kind: str) -> Path:
+    """Write a tiny pyramid of ten classes with random weights as a folder of timm."""
+    model = tiny(kind, num_classes=10)
+    shown = Preprocessing.of(model, input_size=(3, 32, 32))
+    how = {"architecture": TINY[kind][0], "model_args": arguments(kind, num_classes=10)}
+    write_student(model, folder, **how, preprocessing=shown)
+    return folder

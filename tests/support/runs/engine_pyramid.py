@@ -8,11 +8,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from graftvit.checkpoints.preprocessing import Preprocessing
 from graftvit.checkpoints.pretrained import load
-from graftvit.checkpoints.student import write_student
 from graftvit.models.conversion import plan_of
-from support.models.pyramids import TINY, arguments, tiny
+from support.models.pyramids import TINY, write_pyramid
 from support.runs.engine_elastic import gap, log_gap
 from support.runs.engine_killer import start, wait
 from support.runs.engine_runs import config
@@ -28,10 +26,7 @@ def main(
     By SGD: the gradient of a key bias is zero, and Adam would magnify its rounding.
     """
     root = Path(folder)
-    model = tiny(teacher, num_classes=10)
-    how = {"architecture": TINY[teacher][0], "model_args": arguments(teacher, num_classes=10)}
-    shown = Preprocessing.of(model, input_size=(3, 32, 32))
-    write_student(model, root / "teacher", **how, preprocessing=shown)
+    write_pyramid(root / "teacher", teacher)
 
     def trained(name: str, ranks: int, fsdp: bool = False) -> list[int]:
         run = config(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from graftvit.checkpoints.state import read_state
 from graftvit.checkpoints.student import write_student
 from graftvit.transfer.config import RunConfig
 from graftvit.transfer.engine.runlog import WALL_CLOCK
+from graftvit.transfer.engine.train import train
 from graftvit.transfer.setting import find_unread, without
 from torch import Tensor, nn
 
@@ -94,6 +96,25 @@ def config(output_dir: Path, source: Path | None = None, **sections: Any) -> Run
     return without(found, find_unread(found).keys() - given)
 
 
+def resume_cut(
+    make: Callable[[Path], RunConfig], root: Path, before: Callable[[], object] = lambda: None
+) -> Path:
+    """Train a run whole, and another one whose last state is lost, which resumes from the state before.
+
+    Returns the folder of the whole run. `before` is called before the other one resumes.
+
+    Raises:
+        AssertionError: they are not equal, bit for bit.
+    """
+    whole, cut = (make(root / name) for name in ("whole", "cut"))
+    train(whole), train(cut)
+    (cut.output_dir / "checkpoints" / "last.safetensors").unlink()
+    before()
+    train(cut)
+    assert differences(whole.output_dir, cut.output_dir) == []
+    return whole.output_dir
+
+
 def state(folder: Path, name: str = "last") -> dict[str, Tensor]:
     return read_state(folder / "checkpoints" / f"{name}.safetensors").tensors
 
@@ -118,6 +139,6 @@ def differences(one: Path, other: Path) -> list[str]:
             if not torch.equal(first[key], second[key])
         ]
     for file in ("student/model.safetensors", "student_ema/model.safetensors"):
-        if (one / file).read_bytes() != (other / file).read_bytes():
-            found.append(file)
+        first, second = ((run / file).read_bytes() if (run / file).exists() else b"" for run in (one, other))
+        found += [file] if first != second else []
     return found

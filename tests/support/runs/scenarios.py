@@ -19,9 +19,17 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
+import pytest
+import torch
+
 TESTS = Path(__file__).resolve().parents[2]
 LONGEST = 300
 """Seconds until a scenario that hangs is ended."""
+
+
+NEEDS_FSDP = pytest.mark.skipif(
+    not hasattr(torch.cpu.Stream, "record_event"), reason="this torch cannot shard on a CPU"
+)
 
 
 class RunScenario(Protocol):

@@ -24,13 +24,10 @@ from graftvit.transfer.engine.run_state import restore_meters
 from graftvit.transfer.engine.runlog import Meters
 from hypothesis import assume, given
 from hypothesis import strategies as st
-from support.runs.scenarios import RunScenario
+from support.runs.scenarios import NEEDS_FSDP, RunScenario
 
 TOLERANCE = 1e-5
 """Relative, in float32: the processes add the same gradients in another order."""
-NEEDS_FSDP = pytest.mark.skipif(
-    not hasattr(torch.cpu.Stream, "record_event"), reason="this torch cannot shard on a CPU"
-)
 
 
 @dataclass
@@ -56,13 +53,8 @@ def loader(*of: Any, **more: Any) -> TrainLoader:
 
 
 def config(batch_size: int = 16, accum_iter: int = 2, **optim: Any) -> RunConfig:
-    return RunConfig.model_validate(
-        {
-            "data": {"batch_size": batch_size},
-            "optim": {"accum_iter": accum_iter, **optim},
-            "output_dir": "run",
-        }
-    )
+    optim |= {"accum_iter": accum_iter}
+    return RunConfig.model_validate({"data": {"batch_size": batch_size}, "optim": optim, "output_dir": "run"})
 
 
 def saved(run: RunConfig, world_size: int, images: TrainLoader) -> dict[str, Any]:
@@ -72,43 +64,33 @@ def saved(run: RunConfig, world_size: int, images: TrainLoader) -> dict[str, Any
     return cast("dict[str, Any]", json.loads(json.dumps(meta)))
 
 
-def check(run: RunConfig, meta: dict[str, Any], images: TrainLoader, processes: int, **position: int) -> None:
-    check_spread(
-        GlobalBatch(**meta["global_batch"]), meta, Position(**cast(Any, position)), run, images, processes
-    )
+def check(run: RunConfig, meta: dict[str, Any], images: TrainLoader, processes: int, **position: Any) -> None:
+    check_spread(GlobalBatch(**meta["global_batch"]), meta, Position(**position), run, images, processes)
 
 
-def is_the_whole_run(report: dict[str, Any], steps: int) -> None:
-    assert report["steps"] == steps, report
-    assert report["places"], report
-    assert report["same_batches"], report
-    assert report["gap"] < TOLERANCE, report
-    assert report["log_gap"] < TOLERANCE, report
+BACK_AND_FORTH = [[0] * 4, [-9] * 4, [115] * 2, [0] * 4]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("wrap", ["ddp", pytest.param("fsdp", marks=NEEDS_FSDP)])
-def test_four_processes_are_killed_two_are_stopped_and_four_end_it(
-    run_scenario: RunScenario, tmp_path: Path, wrap: str
+@pytest.mark.parametrize(
+    ("scenario", "wrap", "ends", "steps"),
+    [
+        ("back_and_forth", "ddp", BACK_AND_FORTH, 16),
+        pytest.param("back_and_forth", "fsdp", BACK_AND_FORTH, 16, marks=NEEDS_FSDP),
+        ("from_one", "ddp", [[0], [-9], [115] * 2, [0] * 4], 32),
+    ],
+)
+def test_some_processes_are_killed_or_stopped_and_others_end_the_run(
+    run_scenario: RunScenario, tmp_path: Path, scenario: str, wrap: str, ends: list[list[int]], steps: int
 ) -> None:
-    report = run_scenario("engine_elastic", "back_and_forth", tmp_path, wrap)
-    assert report["ends"] == [[0] * 4, [-9] * 4, [115] * 2, [0] * 4], report
-    assert (
-        "on 2 processes with 4 batches a step in place of 4 with 2; the global batch stays 32"
-        in report["stderr"]
-    )
-    assert (
-        "on 4 processes with 2 batches a step in place of 2 with 4; the global batch stays 32"
-        in report["stderr"]
-    )
-    is_the_whole_run(report, 16)
-
-
-@pytest.mark.slow
-def test_one_process_becomes_two_and_four(run_scenario: RunScenario, tmp_path: Path) -> None:
-    report = run_scenario("engine_elastic", "from_one", tmp_path, "ddp")
-    assert report["ends"] == [[0], [-9], [115] * 2, [0] * 4], report
-    is_the_whole_run(report, 32)
+    report = run_scenario("engine_elastic", scenario, tmp_path, wrap)
+    assert report["ends"] == ends, report
+    assert (report["steps"], report["places"], report["same_batches"]) == (steps, True, True), report
+    assert max(report["gap"], report["log_gap"]) < TOLERANCE, report
+    if scenario == "back_and_forth":
+        for now, before in (("on 2 processes with 4", "4 with 2"), ("on 4 processes with 2", "2 with 4")):
+            line = f"{now} batches a step in place of {before}; the global batch stays 32"
+            assert line in report["stderr"]
 
 
 def test_what_does_not_fit_is_refused_on_every_process(run_scenario: RunScenario, tmp_path: Path) -> None:
@@ -122,9 +104,7 @@ def test_what_does_not_fit_is_refused_on_every_process(run_scenario: RunScenario
 
 
 @pytest.mark.slow
-def test_a_streamed_run_changes_its_processes_between_epochs(
-    run_scenario: RunScenario, tmp_path: Path
-) -> None:
+def test_a_stream_changes_its_processes_between_epochs(run_scenario: RunScenario, tmp_path: Path) -> None:
     report = run_scenario("engine_elastic", "streamed", tmp_path, "ddp")
     assert report["ends"] == [[115] * 4, [2] * 2, [115] * 4, [0] * 2], report
     assert "in the middle of epoch 0 of a streamed data set" in report["text"]
@@ -135,7 +115,7 @@ def test_a_streamed_run_changes_its_processes_between_epochs(
     images=st.integers(1, 400), size=st.integers(1, 16), accum=st.integers(1, 9),
     before=st.integers(1, 8), now=st.integers(1, 8),
 )  # fmt: skip
-def test_the_schedule_stays_and_the_data_suffice(
+def test_the_schedule_stays_and_data_suffice(
     images: int, size: int, accum: int, before: int, now: int
 ) -> None:
     assume(images >= before and images >= now)
@@ -155,30 +135,33 @@ def test_the_schedule_stays_and_the_data_suffice(
     assert becomes.accum * becomes.steps_per_epoch <= spread.batches_per_epoch
 
 
-def test_the_numbers_of_processes_that_would_do_are_named() -> None:
-    run = config(16, 1)
-    meta = saved(run, 4, loader(1000, 16, 4))
-    for processes in (1, 2, 4):
-        check(run, meta, loader(1000, 16, processes), processes)
-    with pytest.raises(
-        ConfigError, match="4 batches of 16 images a step, which 3 processes cannot share: use 1, 2 or 4"
-    ):
-        check(run, meta, loader(1000, 16, 3), 3)
-    with pytest.raises(
-        ConfigError, match="which 2 processes cannot share: use 1 process, or another output_dir"
-    ):
-        check(run, saved(run, 1, loader(1000, 16, 1)), loader(1000, 16, 2), 2)
-
-
-def test_a_small_data_set_does_not_go_on_with_other_batches() -> None:
-    run = config(16, 4)  # 40 images: 2 processes take batches of 16, 4 of 10
-    meta = saved(run, 1, loader(40, 16, 1))
-    with pytest.raises(ConfigError, match=r"batches of 16 images .*: use 1 or 2 processes"):
-        check(run, meta, loader(40, 16, 4), 4)
-    few = saved(run, 4, loader(40, 16, 4))
-    check(run, few, loader(40, 16, 4), 4)
-    with pytest.raises(ConfigError, match=r"batches of 10 images .*: use 4 processes"):
-        check(run, few, loader(40, 16, 2), 2)
+@pytest.mark.parametrize(
+    ("size", "accum", "images", "before", "good", "refused", "message"),
+    [
+        (
+            16,
+            1,
+            1000,
+            4,
+            [1, 2, 4],
+            3,
+            "4 batches of 16 images a step, which 3 processes cannot share: use 1, 2 or 4",
+        ),
+        (16, 1, 1000, 1, [1], 2, "which 2 processes cannot share: use 1 process, or another output_dir"),
+        # of 40 images, 2 processes take batches of 16, 4 of 10
+        (16, 4, 40, 1, [1, 2], 4, r"batches of 16 images .*: use 1 or 2 processes"),
+        (16, 4, 40, 4, [4], 2, r"batches of 10 images .*: use 4 processes"),
+    ],
+)
+def test_the_numbers_of_processes_that_would_do_are_named(
+    size: int, accum: int, images: int, before: int, good: list[int], refused: int, message: str
+) -> None:
+    run = config(size, accum)
+    meta = saved(run, before, loader(images, size, before))
+    for processes in good:
+        check(run, meta, loader(images, size, processes), processes)
+    with pytest.raises(ConfigError, match=message):
+        check(run, meta, loader(images, size, refused), refused)
 
 
 def test_accumulation_is_given_as_it_was_or_as_it_is() -> None:
@@ -190,12 +173,13 @@ def test_accumulation_is_given_as_it_was_or_as_it_is() -> None:
         check(given_now, meta, two, 2)
         assert as_started(given_now, meta) == run
     for accum in (1, 3, 8):
-        with pytest.raises(
-            ConfigError, match=f"optim.accum_iter={accum}, .* 2 processes take 4 .*give 2 or 4,"
-        ):
+        message = f"optim.accum_iter={accum}, .* 2 processes take 4 .*give 2 or 4,"
+        with pytest.raises(ConfigError, match=message):
             check(config(16, accum), meta, two, 2)
     with pytest.raises(ConfigError, match="give 2, or another output_dir"):
         check(config(16, 3), meta, loader(1000, 16, 4), 4)
+    with pytest.raises(ConfigError, match="has 200 images, which are not the 7 steps an epoch"):
+        check(run, meta, loader(200, 16, 4), 4)
 
 
 def test_a_stream_is_divided_anew_between_epochs_only() -> None:
@@ -210,18 +194,10 @@ def test_a_stream_is_divided_anew_between_epochs_only() -> None:
         check(run, meta, two, 2, epoch=3, epoch_step=2)
 
 
-def test_a_data_set_that_has_changed_is_refused() -> None:
-    run = config(16, 2)
-    meta = saved(run, 4, loader(1000, 16, 4))
-    with pytest.raises(ConfigError, match="has 200 images, which are not the 7 steps an epoch"):
-        check(run, meta, loader(200, 16, 4), 4)
-
-
 def test_the_log_line_counts() -> None:
     batch = GlobalBatch(4, 32, 8, 10)
-    assert describe(batch, 4, 8) == (
-        "continues on 8 processes with 1 batch a step in place of 4 with 2; the global batch stays 256"
-    )
+    line = "continues on 8 processes with 1 batch a step in place of 4 with 2; the global batch stays 256"
+    assert describe(batch, 4, 8) == line
     assert describe(batch, 8, 1).startswith(
         "continues on 1 process with 8 batches a step in place of 8 with 1;"
     )

@@ -1,4 +1,4 @@
-"""What a run knows of the weights it came from: the teacher's commit and license, in config, states and students."""
+"""What a run knows of the weights it came from, and that it goes on with the same ones only."""
 
 from __future__ import annotations
 
@@ -8,14 +8,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from graftvit.checkpoints.pretrained import Teacher, load_teacher, load_weights
 from graftvit.checkpoints.report import LoadReport
+from graftvit.launch.plan_text import describe_plan
 from graftvit.models.errors import CheckpointError, ConfigError
 from graftvit.models.plain_yaml import parse_yaml
 from graftvit.transfer.engine import build as building
-from graftvit.transfer.engine.resume_check import check_same_teacher
+from graftvit.transfer.engine.build import identify_teachers
+from graftvit.transfer.engine.resume_check import check_same_teacher, check_same_weights
 from graftvit.transfer.engine.train import train
-from support.runs.engine_runs import config, state
+from safetensors.torch import load_file, save_file
+from support.runs.engine_runs import config, make_convnext, make_teacher, several_losses, state
 
 COMMIT, MOVED = "c" * 40, "d" * 40
 
@@ -84,8 +88,110 @@ def test_students_say_what_they_learned_from(tmp_path: Path, teacher: Path, hub:
     assert stopped.provenance["teacher"]["revision"] == COMMIT
 
 
-def test_processes_that_loaded_different_commits_stop() -> None:
-    origins = [{"teacher": {"revision": commit}, "init": None} for commit in (COMMIT, MOVED)]
-    check_same_teacher(origins[:1] * 2)
+def test_processes_that_loaded_different_weights_stop() -> None:
+    commits = [{"teacher": {"revision": commit}, "init": None} for commit in (COMMIT, MOVED)]
+    check_same_teacher(commits[:1] * 2)
     with pytest.raises(CheckpointError, match=r"different weights from the hub .*give teacher\.revision"):
-        check_same_teacher(origins)
+        check_same_teacher(commits)
+    files = [{"teacher": {"revision": None, "digest": digit * 64}, "init": None} for digit in "12"]
+    with pytest.raises(CheckpointError, match=r"different weights .*11111.*22222.*every machine"):
+        check_same_teacher(files)
+
+
+@pytest.fixture
+def own_teacher(tmp_path: Path) -> Path:
+    return make_teacher(tmp_path / "vit")
+
+
+def change(folder: Path, what: str) -> None:
+    """Change the teacher behind a path: its numbers, their precision, its images, or its architecture."""
+    if what in ("numbers", "half"):
+        tensors = load_file(folder / "model.safetensors")
+        tensors["blocks.0.attn.qkv.weight"][0, 0] += 1e-3 * (what == "numbers")
+        made = {name: tensor.half() if what == "half" else tensor for name, tensor in tensors.items()}
+        save_file(made, folder / "model.safetensors")
+        return
+    described = json.loads((folder / "config.json").read_text())
+    section, values = {
+        "mean": ("pretrained_cfg", {"mean": [0.25]}), "activation": ("model_args", {"act_layer": "relu"})
+    }[what]  # fmt: skip
+    described[section] |= values
+    (folder / "config.json").write_text(json.dumps(described))
+
+
+OTHER_WEIGHTS = "holds other weights than those that the run in .* was started with"
+
+
+@pytest.mark.parametrize(
+    ("what", "sentence"),
+    [
+        ("numbers", OTHER_WEIGHTS),
+        ("half", OTHER_WEIGHTS),
+        ("mean", r"teacher\.preprocessing\.mean=\[0\.25\], but the run in .* was started with \[0\.5\]"),
+        ("activation", r"teacher\.model_args\.act_layer='relu', but the run in .* was started with None"),
+    ],
+)
+@pytest.mark.parametrize("mode", ["transfer", "finetune"])
+def test_another_teacher_behind_the_same_path_is_refused(
+    tmp_path: Path, own_teacher: Path, what: str, sentence: str, mode: str
+) -> None:
+    train(config(tmp_path / "run", own_teacher, mode=mode, optim={"max_steps": 2}))
+    change(own_teacher, what)
+    longer = config(tmp_path / "run", own_teacher, mode=mode, optim={"max_steps": 3})
+    for begin in (train, describe_plan):
+        with pytest.raises(ConfigError, match=sentence):
+            begin(longer)
+
+
+def test_the_same_weights_in_another_file_are_the_same_teacher_and_another_precision_is_refused(
+    tmp_path: Path, own_teacher: Path
+) -> None:
+    train(config(tmp_path / "run", own_teacher, optim={"max_steps": 2}))
+    tensors = load_file(own_teacher / "model.safetensors")
+    (own_teacher / "model.safetensors").unlink()
+    torch.save({name: tensors[name] for name in reversed(tensors)}, own_teacher / "pytorch_model.bin")
+    assert train(config(tmp_path / "run", own_teacher, optim={"max_steps": 3})).steps == 3
+    half = config(tmp_path / "run", own_teacher, optim={"max_steps": 4}, engine={"precision": "bf16"})
+    with pytest.raises(ConfigError, match=r"^engine\.precision='bf16', but .* was started with 'fp32'"):
+        train(half)
+
+
+def test_a_run_that_copies_is_made_whole_with_its_own_teacher_only(tmp_path: Path, own_teacher: Path) -> None:
+    train(config(tmp_path / "run", own_teacher, optim={"max_steps": 2}, transfer={"method": "copy"}))
+    source, student = f"{tmp_path / 'run'}/checkpoints/last.safetensors", tmp_path / "run" / "student"
+    described = json.loads((student / "config.json").read_text())
+    described["graftvit"]["teacher"]["digest"] = "0" * 64
+    (student / "config.json").write_text(json.dumps(described))
+    tensors = load_file(student / "model.safetensors")
+    exported = {n: tensor + 1 if n.startswith("teacher.") else tensor for n, tensor in tensors.items()}
+    save_file(exported, student / "model.safetensors")
+    found = load_teacher(source).model.state_dict()
+    name = next(name for name in found if name.startswith("teacher.") and "qkv.weight" in name)
+    assert torch.equal(found[name], tensors[name]), "the exported part of another teacher is not taken"
+    for file in student.iterdir():
+        file.unlink()
+    load_teacher(source)
+    change(own_teacher, "numbers")
+    with pytest.raises(
+        CheckpointError, match="which holds other weights than those that it was trained with"
+    ):
+        load_teacher(source)
+
+
+def test_a_state_that_knows_no_digest_goes_on(tmp_path: Path, own_teacher: Path) -> None:
+    known = {"origins": {"teacher": {"source": "x", "revision": None}}, "student": {"mean": [0.5]}}
+    now = {"teacher": {"source": "x", "digest": "1" * 64, "preprocessing": {"mean": [0.1]}}, "init": None}
+    check_same_weights(known, now, {"mean": [0.5], "model_args": {}}, tmp_path)
+    with pytest.raises(ConfigError, match=r"student\.mean=\[0\.1\], but"):
+        check_same_weights(known, now, {"mean": [0.1]}, tmp_path)
+
+
+def test_all_teachers_of_some_runs_are_identified_each_once(tmp_path: Path, own_teacher: Path) -> None:
+    convnext = make_convnext(tmp_path / "convnext")
+    runs = [config(tmp_path / name, own_teacher, **several_losses(convnext)) for name in ("one", "two")]
+    first = identify_teachers(*runs)
+    assert len(set(first)) == len(first) == 2
+    change(convnext, "mean")
+    second = identify_teachers(*runs)
+    assert [one == other for one, other in zip(first, second, strict=True)] == [True, False]
+    assert identify_teachers(config(tmp_path / "scratch")) == []

@@ -1,4 +1,4 @@
-"""Runs that learn without labels ask for none: flat folders, no class count, no validation split, the head stays."""
+"""What a step computes in each mode, and runs without labels, which ask for none."""
 
 from __future__ import annotations
 
@@ -8,20 +8,81 @@ from typing import Any
 import graftvit
 import pytest
 import torch
+import torch.nn.functional as F
 from graftvit.checkpoints.preprocessing import Preprocessing
 from graftvit.checkpoints.state import read_state
-from graftvit.checkpoints.student import write_student
 from graftvit.launch.cli import main
 from graftvit.launch.load_config import load_config
 from graftvit.launch.plan_text import describe_plan
 from graftvit.models.errors import ConfigError
+from graftvit.models.mae import MaskedAutoencoder
 from graftvit.transfer.config import DataConfig
 from graftvit.transfer.data import loaders
 from graftvit.transfer.data.loaders import create_eval_loader
 from graftvit.transfer.engine.build import build
+from graftvit.transfer.engine.modes import ClassificationTask, PretrainTask, TransferTask, classification_loss
+from graftvit.transfer.methods.dual import DualViT
 from PIL import Image
 from support.files.image_folders import flat_folder
-from support.runs.engine_runs import ARCHITECTURE, ARGUMENTS, records, tiny_vit
+from support.runs.engine_runs import ARCHITECTURE, make_teacher, records, tiny_vit
+from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1, 0.5])
+def test_class_indices_get_label_smoothing_and_probabilities_have_it(smoothing: float) -> None:
+    logits, targets = torch.randn(6, 10), torch.randint(10, (6,))
+    wanted = LabelSmoothingCrossEntropy(smoothing)(logits, targets)
+    torch.testing.assert_close(classification_loss(logits, targets, smoothing), wanted)
+    soft = torch.rand(6, 10).softmax(-1)
+    wanted = SoftTargetCrossEntropy()(logits, soft)
+    torch.testing.assert_close(classification_loss(logits, soft, smoothing), wanted)
+    assert classification_loss(logits.bfloat16(), targets, smoothing).dtype == torch.float32
+
+
+def test_transfer_adds_the_weighted_loss_and_names_its_parts() -> None:
+    torch.manual_seed(0)
+    task = TransferTask(DualViT(tiny_vit(), tiny_vit(), "distill", weight=2.0), smoothing=0.1)
+    images, targets = torch.randn(4, 1, 8, 8), torch.randint(10, (4,))
+    losses = task(images, targets)
+    assert list(losses) == ["loss", "task", "transfer", "layer00", "layer01"]
+    torch.testing.assert_close(losses["transfer"], 2 * (losses["layer00"] + losses["layer01"]))
+    torch.testing.assert_close(losses["loss"], losses["task"] + losses["transfer"])
+    wanted = F.cross_entropy(task.predict(images), targets, label_smoothing=0.1)
+    torch.testing.assert_close(losses["task"], wanted)
+
+
+def test_copying_has_no_transfer_loss_and_predicts_through_the_teacher() -> None:
+    torch.manual_seed(0)
+    dual = DualViT(tiny_vit(), tiny_vit(), "copy")
+    task = TransferTask(dual, smoothing=0.0).eval()
+    images = torch.randn(4, 1, 8, 8)
+    assert list(task(images, torch.zeros(4, dtype=torch.long))) == ["loss", "task"]
+    before = task.predict(images)
+    with torch.no_grad():
+        for name, parameter in dual.teacher.named_parameters():
+            if "qkv" in name:
+                parameter.mul_(50)
+    assert not torch.equal(task.predict(images), before)
+
+
+def test_the_teacher_is_no_part_of_any_task() -> None:
+    student = tiny_vit()
+    task = TransferTask(DualViT(tiny_vit(depth=4), student, "distill", layers="first:2"), smoothing=0.0)
+    assert task.trainable is student
+    assert {name.removeprefix("dual.student.") for name in task.state_dict()} == set(student.state_dict())
+    task.train()
+    assert not task.dual.teacher.training
+
+
+def test_the_weights_of_every_task_are_named_after_the_student() -> None:
+    encoder = tiny_vit(num_classes=0, global_pool="token")
+    pretrain = PretrainTask(MaskedAutoencoder(encoder, decoder_dim=8, decoder_depth=1, decoder_heads=2))
+    transfer = TransferTask(DualViT(tiny_vit(), tiny_vit()), 0)
+    for task in (ClassificationTask(tiny_vit(), 0.0), pretrain, transfer):
+        assert all(name.startswith("student.") for name in task.saved.state_dict())
+        assert len(task.shard_units) == 2
+    assert pretrain(torch.randn(4, 1, 8, 8), torch.zeros(4)).keys() == {"loss"}
+
 
 SHORT = [
     "batch_size=8", "workers=0", "aa=none", "hflip=0", "max_steps=3", "warmup_epochs=0", "device=cpu",
@@ -36,16 +97,7 @@ FRESH = [
 
 @pytest.fixture(scope="module")
 def headless(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("teachers") / "encoder"
-    torch.manual_seed(5)
-    arguments = {**ARGUMENTS, "num_classes": 0}
-    model = tiny_vit(num_classes=0)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.mul_(20 if "qkv.weight" in name else 1)  # attention that is far from uniform
-    how = Preprocessing((1, 8, 8), (0.5,), (0.5,))
-    write_student(model, folder, architecture=ARCHITECTURE, model_args=arguments, preprocessing=how)
-    return folder
+    return make_teacher(tmp_path_factory.mktemp("teachers") / "encoder", classes=0)
 
 
 def run(folder: Path, *words: str, data: Path | None) -> Path:
@@ -54,33 +106,29 @@ def run(folder: Path, *words: str, data: Path | None) -> Path:
     return folder
 
 
-def align(teacher: Path, *words: str) -> list[str]:
-    return [
-        "mode=align",
-        f"student.model=local-dir:{teacher}",
-        f"teacher=local-dir:{teacher}",
-        "plan=*: linear",
-        *words,
-    ]
-
-
 def student(folder: Path) -> Any:
     return graftvit.load(str(folder / "student"))
 
 
+def last(folder: Path) -> dict[str, Any]:
+    return [record for record in records(folder) if "n_parameters" in record][-1]
+
+
+def align(teacher: Path, *words: str) -> list[str]:
+    source = f"local-dir:{teacher}"
+    return ["mode=align", f"student.model={source}", f"teacher={source}", "plan=*: linear", *words]
+
+
 @pytest.mark.parametrize("start", ["whole", "teacher", "file"])
 def test_a_head_that_came_with_the_weights_stays(start: str, teacher: Path, tmp_path: Path) -> None:
-    data = flat_folder(tmp_path / "images", validation=6)
-    whole = [f"student.model=local-dir:{teacher}"]
-    fresh = [*FRESH, "global_pool=token"]
-    inits = {"whole": whole, "teacher": fresh, "file": [*fresh, f"student.init=local-dir:{teacher}"]}
-    words = [
-        "mode=align",
-        f"teacher=local-dir:{teacher}",
-        "student.plan=*: linear",
-        *inits[start],
-    ]
-    made = run(tmp_path / "run", *words, data=data)
+    source, fresh = f"local-dir:{teacher}", [*FRESH, "global_pool=token"]
+    inits = {
+        "whole": [f"student.model={source}"],
+        "teacher": fresh,
+        "file": [*fresh, f"student.init={source}"],
+    }
+    words = ["mode=align", f"teacher={source}", "student.plan=*: linear", *inits[start]]
+    made = run(tmp_path / "run", *words, data=flat_folder(tmp_path / "images", validation=6))
     original, aligned = graftvit.load(str(teacher)), student(made)
     assert aligned.num_classes == 10
     assert torch.equal(original.head.weight, aligned.head.weight)
@@ -89,7 +137,6 @@ def test_a_head_that_came_with_the_weights_stays(start: str, teacher: Path, tmp_
 
 def test_a_student_without_a_head_gets_none(headless: Path, tmp_path: Path) -> None:
     """A random head that nothing trains would be a claim."""
-    data = flat_folder(tmp_path / "images")
     words = [
         *FRESH,
         f"teacher=local-dir:{headless}",
@@ -97,12 +144,11 @@ def test_a_student_without_a_head_gets_none(headless: Path, tmp_path: Path) -> N
         "task_weight=0",
         "evaluate_start=true",
     ]
-    made = run(tmp_path / "run", *words, data=data)
+    made = run(tmp_path / "run", *words, data=flat_folder(tmp_path / "images"))
     assert student(made).num_classes == 0
     assert not any(name.startswith("test_") for record in records(made) for name in record)
-    assert not (made / "checkpoints" / "best.safetensors").exists(), (
-        "without test images the last state counts"
-    )
+    best = made / "checkpoints" / "best.safetensors"
+    assert not best.exists(), "without test images the last state counts"
 
 
 def test_the_head_of_logits_is_the_teachers(teacher: Path, tmp_path: Path) -> None:
@@ -111,10 +157,6 @@ def test_the_head_of_logits_is_the_teachers(teacher: Path, tmp_path: Path) -> No
     made = run(tmp_path / "run", *words, data=data)
     assert student(made).num_classes == 10
     assert last(made)["test_objective"] > 0
-
-
-def last(folder: Path) -> dict[str, Any]:
-    return [record for record in records(folder) if "n_parameters" in record][-1]
 
 
 @pytest.mark.parametrize("method", ["align", "block_output", "distill"])
@@ -168,10 +210,8 @@ def test_pretraining_needs_no_classes(tmp_path: Path) -> None:
     ]
     made = run(tmp_path / "run", *words, data=flat_folder(tmp_path / "images"))
     assert student(made).num_classes == 0
-    measured = run(
-        tmp_path / "measured", *words, "metric=loss", data=flat_folder(tmp_path / "split", validation=5)
-    )
-    assert last(measured)["test_objective"] > 0
+    data = flat_folder(tmp_path / "split", validation=5)
+    assert last(run(tmp_path / "measured", *words, "metric=loss", data=data))["test_objective"] > 0
 
 
 def test_a_set_without_labels_by_index_works(
@@ -196,37 +236,28 @@ def test_a_set_without_labels_by_index_works(
     assert last(made)["test_relative_error"] > 0
 
 
-@pytest.mark.parametrize("mode", ["finetune", "scratch", "transfer"])
+@pytest.mark.parametrize("mode", ["finetune", "scratch", "transfer", "align"])
 def test_what_learns_from_labels_says_that_they_are_missing(
     mode: str, teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     data = flat_folder(tmp_path / "images", validation=3)
     words = ["train", *SHORT, *FRESH, f"mode={mode}", f"data_path={data}", f"output_dir={tmp_path / 'run'}"]
     words += [] if mode == "scratch" else [f"teacher=local-dir:{teacher}"]
+    words += [*align(teacher), "val_split=holdout"] if mode == "align" else []
     assert main(words) == 2
-    assert "has no class folders" in capsys.readouterr().err
-
-
-def test_a_split_that_is_named_must_be_there(
-    teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    data = flat_folder(tmp_path / "images")
-    words = ["train", *SHORT, *align(teacher), f"data_path={data}", f"output_dir={tmp_path / 'run'}"]
-    assert main([*words, "val_split=holdout"]) == 2
-    assert "data.val_split=holdout is no folder" in capsys.readouterr().err
+    said = "data.val_split=holdout is no folder" if mode == "align" else "has no class folders"
+    assert said in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("case", ["align", "block_output", "pretrain", "logits"])
 def test_the_dry_run_plans_what_the_run_does(case: str, teacher: Path, tmp_path: Path) -> None:
-    source = f"teacher=local-dir:{teacher}"
+    of_method = [*FRESH, f"teacher=local-dir:{teacher}", "task_weight=0"]
     words = {
         "align": align(teacher),
-        "block_output": [*FRESH, source, "method=block_output", "task_weight=0"],
         "pretrain": ["mode=pretrain", *FRESH, "decoder_dim=8", "decoder_depth=1", "decoder_heads=2"],
-        "logits": [*FRESH, source, "method=logits", "task_weight=0"],
-    }[case]
-    data = flat_folder(tmp_path / "images")
-    config = load_config(None, [*SHORT, *words, f"data_path={data}", f"output_dir={tmp_path / 'run'}"])
+    }.get(case, [*of_method, f"method={case}"])
+    data = f"data_path={flat_folder(tmp_path / 'images')}"
+    config = load_config(None, [*SHORT, *words, data, f"output_dir={tmp_path / 'run'}"])
     plan, parts = describe_plan(config), build(config)
     trained = sum(p.numel() for p in parts.task.trainable.parameters() if p.requires_grad)
     classes = parts.plan.arguments["num_classes"]
@@ -234,13 +265,8 @@ def test_the_dry_run_plans_what_the_run_does(case: str, teacher: Path, tmp_path:
     assert (f"{classes} classes" if classes else "no head") in plan
     assert "24 training images, no labels" in plan
     assert "the last state: nothing is evaluated" in plan
-    nowhere = load_config(None, [*SHORT, *words, "data_path=/nowhere"])
-    assert "not read" in describe_plan(nowhere)
-
-
-def test_copying_without_labels_is_refused_by_the_dry_run_too(teacher: Path, tmp_path: Path) -> None:
-    words = [*SHORT, *FRESH, f"teacher=local-dir:{teacher}", "method=copy", "task_weight=0"]
-    config = load_config(None, [*words, f"data_path={flat_folder(tmp_path)}"])
+    assert "not read" in describe_plan(load_config(None, [*SHORT, *words, "data_path=/nowhere"]))
+    copying = load_config(None, [*SHORT, *of_method, "method=copy", data])
     for check in (build, describe_plan):
         with pytest.raises(ConfigError, match="leaves nothing to learn"):
-            check(config)
+            check(copying)

@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import timm
 import torch
-from graftvit.checkpoints.json_lines import read_records
 from graftvit.checkpoints.pretrained import load_teacher
 from graftvit.models.errors import CheckpointError, ConfigError
 from graftvit.models.plain_yaml import parse_yaml
@@ -17,6 +16,7 @@ from graftvit.transfer.config import RunConfig
 from graftvit.transfer.engine.build import build
 from graftvit.transfer.engine.loop import Loop
 from graftvit.transfer.engine.train import train
+from support.files.image_folders import class_folder
 from support.runs.engine_runs import config, make_teacher, records, state, tiny_vit
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -30,59 +30,49 @@ def test_a_run_leaves_a_whole_folder(tmp_path: Path, teacher: Path) -> None:
     result = train(run)
     assert (result.finished, result.signal, result.steps) == (True, None, 16)
     assert RunConfig.model_validate(parse_yaml((tmp_path / "config.yaml").read_text())) == run
-    log = read_records(tmp_path / "log.jsonl")
+    log = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     last = log[-1]
     for key in ("train_loss", "train_task", "train_transfer", "train_layer00", "train_layer01", "lr", "test_top1",
                 "test_top5", "test_loss", "test_ema_top1", "seconds", "images_per_second", "data_wait"):  # fmt: skip
         assert isinstance(last[key], int | float), key
     assert (last["epoch"], last["step"]) == (1, 16)
-    assert last["train_transfer"] == pytest.approx(
-        3 * (last["train_layer00"] + last["train_layer01"]), rel=1e-5
-    )
+    parts = last["train_layer00"] + last["train_layer01"]
+    assert last["train_transfer"] == pytest.approx(3 * parts, rel=1e-5)
     assert last["train_loss"] == pytest.approx(last["train_task"] + last["train_transfer"], rel=1e-5)
     assert [record["step"] for record in log] == [0, 3, 6, 8, 9, 12, 15, 16]
     assert log[0]["teacher_top1"] == result.metrics["teacher_top1"]
     assert result.metrics["test_top1"] == last["test_top1"]
     assert result.metrics["best_top1"] == max(r["test_ema_top1"] for r in log if "test_ema_top1" in r)
     assert list((tmp_path / "tensorboard").glob("events*"))
-    assert {path.name for path in tmp_path.iterdir()} == {
-        "config.yaml", "log.jsonl", "checkpoints", "student", "student_ema", "tensorboard",
-    }  # fmt: skip
+    names = {"config.yaml", "log.jsonl", "checkpoints", "student", "student_ema", "tensorboard"}
+    assert {path.name for path in tmp_path.iterdir()} == names
 
 
 def test_the_student_is_plain_timm_and_the_teacher_is_nowhere(tmp_path: Path, teacher: Path) -> None:
-    train(config(tmp_path, teacher))
+    """A state can teach by itself."""
+    train(config(tmp_path, teacher, student={"mirror_teacher": True}))
     for folder, prefix in (("student", "student."), ("student_ema", "ema.")):
         model = timm.create_model(f"local-dir:{tmp_path / folder}", pretrained=True)
         expected = student_state(tmp_path, prefix)
         assert model.state_dict().keys() == expected.keys() == tiny_vit(global_pool="avg").state_dict().keys()
         assert all(torch.equal(tensor, expected[name]) for name, tensor in model.state_dict().items())
-    kinds = {name.split(".")[0] for name in state(tmp_path)}
-    assert kinds == {"student", "ema", "optimizer", "meters"}
-
-
-def test_a_state_can_teach_by_itself(tmp_path: Path, teacher: Path) -> None:
-    train(config(tmp_path / "run", teacher, student={"mirror_teacher": True}))
-    for part, folder in (("", "student"), ("#ema", "student_ema")):
-        taught = load_teacher(f"{tmp_path / 'run' / 'checkpoints' / 'last.safetensors'}{part}")
-        exported = load_teacher(f"local-dir:{tmp_path / 'run' / folder}")
+        part = "#ema" if prefix == "ema." else ""
+        taught = load_teacher(f"{tmp_path / 'checkpoints' / 'last.safetensors'}{part}")
+        exported = load_teacher(f"local-dir:{tmp_path / folder}")
         assert (taught.architecture, taught.mean, taught.std) == (exported.architecture, (0.5,), (0.5,))
-        expected = exported.model.state_dict()
         assert all(torch.equal(tensor, expected[name]) for name, tensor in taught.model.state_dict().items())
+    assert {name.split(".")[0] for name in state(tmp_path)} == {"student", "ema", "optimizer", "meters"}
 
 
 def test_only_what_learns_is_counted(tmp_path: Path, teacher: Path) -> None:
+    parameters = dict(tiny_vit(global_pool="avg").named_parameters())
     train(config(tmp_path / "all", teacher))
-    size = sum(parameter.numel() for parameter in tiny_vit(global_pool="avg").parameters())
-    assert records(tmp_path / "all")[-1]["n_parameters"] == size
+    assert records(tmp_path / "all")[-1]["n_parameters"] == sum(p.numel() for p in parameters.values())
     train(config(tmp_path / "some", teacher, optim={"trainable": "mlp", "ema": None}))
-    model = tiny_vit(global_pool="avg")
-    learning = {n: p for n, p in model.named_parameters() if "mlp" in n or n.startswith("head.")}
+    learning = {n: p for n, p in parameters.items() if "mlp" in n or n.startswith("head.")}
     assert records(tmp_path / "some")[-1]["n_parameters"] == sum(p.numel() for p in learning.values())
-    optimized = {
-        n.removeprefix("dual.student.").split("|")[0] for n in student_state(tmp_path / "some", "optimizer.")
-    }
-    assert optimized == set(learning)
+    slots = student_state(tmp_path / "some", "optimizer.")
+    assert {name.removeprefix("dual.student.").split("|")[0] for name in slots} == set(learning)
     assert not (tmp_path / "some" / "student_ema").exists()
 
 
@@ -102,25 +92,21 @@ def test_finetuning_starts_from_the_teacher_with_a_small_head(tmp_path: Path) ->
     assert parts.teacher is None
     weights = load_teacher(f"local-dir:{teacher}").model.state_dict()
     student = parts.task.trainable.state_dict()
-    same = {name for name in student if name in weights and torch.equal(student[name], weights[name])}
-    assert {name for name in student if name.startswith("blocks")} <= same
+    assert all(torch.equal(student[name], weights[name]) for name in student if name.startswith("blocks"))
     assert 0 < float(student["head.weight"].std()) < 4e-5
     assert train(run).finished
 
 
 def test_pretraining_leaves_an_encoder_that_can_teach(tmp_path: Path) -> None:
-    run = config(tmp_path / "mae", mode="pretrain", data={"mixup": 0.0})
-    result = train(run)
+    result = train(config(tmp_path / "mae", mode="pretrain", data={"mixup": 0.0}))
     assert result.finished
     assert not any(key.startswith("test") for key in result.metrics)
-    source = f"local-dir:{tmp_path / 'mae' / 'student'}"
-    assert not load_teacher(source).has_head
-    taught = config(tmp_path / "taught", tmp_path / "mae" / "student", optim={"max_steps": 2})
-    assert train(taught).finished
+    encoder, short = tmp_path / "mae" / "student", {"max_steps": 2}
+    assert not load_teacher(f"local-dir:{encoder}").has_head
+    assert train(config(tmp_path / "taught", encoder, optim=short)).finished
     assert "teacher_top1" not in records(tmp_path / "taught")[0]
-    assert train(
-        config(tmp_path / "tuned", mode="finetune", student={"init": source}, optim={"max_steps": 2})
-    ).finished
+    start = {"init": f"local-dir:{encoder}"}
+    assert train(config(tmp_path / "tuned", mode="finetune", student=start, optim=short)).finished
 
 
 def test_how_often_one_looks_does_not_change_the_run(tmp_path: Path, teacher: Path) -> None:
@@ -132,16 +118,17 @@ def test_how_often_one_looks_does_not_change_the_run(tmp_path: Path, teacher: Pa
 
 
 def test_accumulation_equals_the_larger_batch(tmp_path: Path) -> None:
-    same: dict[str, Any] = {"student": {"drop_path": 0.0}, "data": {"mixup": 0.0}}
     optim = {"blr": 0.03, "opt": "sgd", "max_steps": 3, "clip_grad": None}
-    train(
-        config(tmp_path / "one", student=same["student"], data={"batch_size": 32, "mixup": 0.0}, optim=optim)
-    )
-    train(config(tmp_path / "two", **same, optim={**optim, "accum_iter": 2}))
-    for name, tensor in student_state(tmp_path / "one", "student.").items():
-        torch.testing.assert_close(
-            student_state(tmp_path / "two", "student.")[name], tensor, rtol=1e-4, atol=1e-6
+    for name, size, accum in (("one", 32, 1), ("two", 16, 2)):
+        data = {"batch_size": size, "mixup": 0.0}
+        train(
+            config(
+                tmp_path / name, student={"drop_path": 0.0}, data=data, optim={**optim, "accum_iter": accum}
+            )
         )
+    one, two = (student_state(tmp_path / name, "student.") for name in ("one", "two"))
+    for name, tensor in one.items():
+        torch.testing.assert_close(two[name], tensor, rtol=1e-4, atol=1e-6)
 
 
 SHORT = {"max_steps": 4, "warmup_epochs": 0.25}
@@ -156,38 +143,24 @@ def unchanged(tmp_path_factory: pytest.TempPathFactory, teacher: Path) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("section", "change"),
+    "change",
     [
-        ("optim", {"clip_grad": 1e-3}), ("optim", {"ema": 0.1}), ("optim", {"layer_decay": 0.5}),
-        ("optim", {"weight_decay": 0.9}), ("optim", {"min_lr": 1e-3}), ("optim", {"warmup_epochs": 0.0}),
-        ("optim", {"lr": 1e-2}), ("optim", {"betas": (0.5, 0.6)}), ("optim", {"opt": "sgd"}),
-        ("student", {"drop_path": 0.0}), ("student", {"pos_embed_std": 0.5}), ("student", {"init": "teacher"}),
-        ("student", {"global_pool": "token"}), ("data", {"smoothing": 0.3, "mixup": 0.0}),
-        ("engine", {"precision": "bf16"}),
+        {"optim.clip_grad": 1e-3}, {"optim.ema": 0.1}, {"optim.layer_decay": 0.5}, {"optim.weight_decay": 0.9},
+        {"optim.min_lr": 1e-3}, {"optim.warmup_epochs": 0.0}, {"optim.lr": 1e-2}, {"optim.betas": (0.5, 0.6)},
+        {"optim.opt": "sgd"}, {"student.drop_path": 0.0}, {"student.pos_embed_std": 0.5}, {"student.init": "teacher"},
+        {"student.global_pool": "token"}, {"data.smoothing": 0.3, "data.mixup": 0.0}, {"engine.precision": "bf16"},
     ],
+    ids=lambda change: next(iter(change)),
 )  # fmt: skip
-def test_no_setting_is_without_effect(
-    tmp_path: Path, teacher: Path, unchanged: Path, section: str, change: dict[str, Any]
-) -> None:
-    sections: dict[str, Any] = {"optim": SHORT, section: change}
-    if section == "optim":
-        sections = {"optim": {**SHORT, **change}}
+def test_no_setting_is_idle(tmp_path: Path, teacher: Path, unchanged: Path, change: dict[str, Any]) -> None:
+    sections: dict[str, Any] = {"optim": {**SHORT}}
+    for key, value in change.items():
+        section, _, name = key.partition(".")
+        sections.setdefault(section, {})[name] = value
     train(config(tmp_path, teacher, **sections))
     a, b = state(unchanged), state(tmp_path)
     learned = [name for name in a if name.startswith(("student.", "ema.", "projectors."))]
     assert a.keys() != b.keys() or not all(torch.equal(a[name], b[name]) for name in learned)
-
-
-def test_gradient_checkpointing_gives_the_same_weights(tmp_path: Path, teacher: Path) -> None:
-    for name, recompute in (("plain", False), ("recomputed", True)):
-        train(
-            config(
-                tmp_path / name, teacher, student={"grad_checkpointing": recompute}, optim={"max_steps": 3}
-            )
-        )
-    first, second = (student_state(tmp_path / name, "student.") for name in ("plain", "recomputed"))
-    for name, tensor in first.items():
-        torch.testing.assert_close(second[name], tensor, rtol=1e-5, atol=1e-7)
 
 
 class Synchronisations(TorchDispatchMode):
@@ -252,27 +225,20 @@ def test_compile_reaches_the_task(tmp_path: Path, teacher: Path, monkeypatch: py
         ({"engine": {"precision": "fp16"}}, "engine.precision=fp16 needs a GPU"),
         ({"optim": {"opt": "adamww"}}, "optim.opt='adamww'"),
         ({"optim": {"trainable": "nothing"}}, "optim.trainable='nothing' matches no parameter"),
+        ({"mode": "transfer", "teacher": {"source": "/nowhere/at/all"}}, "nowhere"),
+        ({"output_dir": "FILE/run"}, r"output_dir=.*cannot be written"),
     ],
 )
 def test_a_mistake_is_one_sentence_and_leaves_no_folder(
     tmp_path: Path, sections: dict[str, Any], message: str
 ) -> None:
-    with pytest.raises(ConfigError, match=message) as caught:
-        train(config(tmp_path / "run", **sections))
+    (tmp_path / "FILE").touch()
+    folder = tmp_path / sections.pop("output_dir", "run")
+    with pytest.raises((CheckpointError, ConfigError), match=message) as caught:
+        train(config(folder, **sections))
     assert "\n" not in str(caught.value)
     assert caught.value.exit_code == 2
     assert not (tmp_path / "run").exists()
-
-
-def test_a_missing_teacher_is_named(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="nowhere"):
-        train(config(tmp_path / "run", Path("/nowhere/at/all")))
-
-
-def test_an_output_dir_that_cannot_be_made_is_named(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("")
-    with pytest.raises(ConfigError, match=r"output_dir=.*cannot be written"):
-        train(config(tmp_path / "file" / "run"))
 
 
 @pytest.mark.parametrize("mode", ["scratch", "pretrain"])
@@ -285,8 +251,11 @@ def test_a_teacher_that_the_mode_does_not_use_is_refused(mode: str, tmp_path: Pa
     assert not (tmp_path / "run" / "log.jsonl").exists()
 
 
-def test_log_records_are_json_lines(tmp_path: Path) -> None:
-    train(config(tmp_path, optim={"max_steps": 3}))
-    assert all(
-        isinstance(json.loads(line), dict) for line in (tmp_path / "log.jsonl").read_text().splitlines()
-    )
+def test_a_run_without_a_validation_split_trains_and_leaves_its_last_student(tmp_path: Path) -> None:
+    folder = class_folder(tmp_path / "photos", validation=0)
+    data = {"dataset": "", "data_path": str(folder), "val_split": None, "train_samples": None, "mixup": 0.0}
+    result = train(config(tmp_path / "run", data=data))
+    assert result.finished
+    assert not [key for record in records(tmp_path / "run") for key in record if key.startswith("test_")]
+    assert (tmp_path / "run" / "student" / "model.safetensors").is_file()
+    assert not (tmp_path / "run" / "checkpoints" / "best.safetensors").exists()
