@@ -253,9 +253,7 @@ class Session:
     calls=st.lists(st.tuples(st.sampled_from(CALLS), st.integers(0, 5)), min_size=4, max_size=14),
     rare=st.integers(0, 31),
 )
-def test_any_sequence_of_calls_is_right_or_refused(
-    case: Case, calls: list[tuple[str, int]], rare: int
-) -> None:
+def test_a_sequence_of_calls_is_right_or_refused(case: Case, calls: list[tuple[str, int]], rare: int) -> None:
     torch.compiler.reset()
     session = Session(case, compiled=rare == 0)
     for name, number in [*calls, ("forward", 0), ("backward of all", 0)]:

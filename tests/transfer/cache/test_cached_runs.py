@@ -1,4 +1,4 @@
-"""A run with `transfer.cache` is the run without it, and a second one runs no teacher."""
+"""A run with `transfer.cache` is the run without it; a second one runs no teacher; several processes share it."""
 
 from __future__ import annotations
 
@@ -7,18 +7,19 @@ import json
 import os
 import shutil
 import signal
-from collections.abc import Callable
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import torch
 from graftvit.checkpoints.atomic import WriteFailedError
 from graftvit.launch.plan_text import describe_plan
 from graftvit.models.copying import teacher_view
 from graftvit.models.errors import ConfigError, DataError
 from graftvit.transfer.cache import target_shards
+from graftvit.transfer.cache.target_shards import ShardLock, write_once
 from graftvit.transfer.config import RunConfig
 from graftvit.transfer.engine import early_signals
 from graftvit.transfer.engine.build import build
@@ -30,11 +31,13 @@ from graftvit.transfer.methods.dual import DualViT
 from support.files.data_sets import image, write_classes
 from support.runs.engine_runs import config, differences, make_convnext, make_teacher
 from support.runs.interrupting import terminated_after
+from support.runs.scenarios import RunScenario, scenario_server
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 DATA = {"mixup": 0.0, "views": 2}
 PLAIN = {"views": 0, "crop_scale": (0.08, 1.0)}
+FEATURE = {"method": "feature"}
 LOGITS = {"method": "logits", "temperature": 2.0}
 
 
@@ -72,35 +75,42 @@ def run(
     return config(folder, source, transfer={**transfer, **kept}, data=own, **sections)
 
 
+def on_images(root: Path, count: int = 4) -> dict[str, Any]:
+    """Settings of a run on as many images of two classes."""
+    write_classes(root, ("a", "b"), ("train", "validation"), count=count)
+    return {"dataset": "", "data_path": str(root), "train_samples": None, "batch_size": 4}
+
+
 def both(teacher: Path, convnext: Path) -> dict[str, Any]:
     """Two losses of two teachers, one of which sees larger images."""
     losses = [{**LOGITS, "weight": 1.0}, {"method": "feature", "teacher": "convnext"}]
-    return {
-        "teachers": {"convnext": {"source": f"local-dir:{convnext}", "img_size": 32, "dtype": "bf16"}},
-        "transfer": {"losses": losses},
-    }
+    large = {"source": f"local-dir:{convnext}", "img_size": 32, "dtype": "bf16"}
+    return {"teachers": {"convnext": large}, "transfer": {"losses": losses}}
 
 
-SLOW = [pytest.param(case, marks=pytest.mark.slow) for case in ("logits", "feature")]
+STANDARDIZED = {**FEATURE, "standardize": "phi_s", "standardize_images": 40}
 
 
-@pytest.mark.parametrize("case", [*SLOW, "both"])
+@pytest.mark.parametrize(
+    "case", ["both", *(pytest.param(case, marks=pytest.mark.slow) for case in ("logits", "feature"))]
+)
 def test_weights_with_a_cache_are_those_without(
     case: str, teacher: Path, convnext: Path, passes: list[int], tmp_path: Path
 ) -> None:
-    sections: dict[str, Any] = {"optim": {"epochs": 3}}
-    sections |= both(teacher, convnext) if case == "both" else {"transfer": {**LOGITS, "method": case}}
-    if case == "feature":
-        sections["transfer"] = {"method": "feature", "standardize": "phi_s", "standardize_images": 40}
+    transfers = {"logits": {"transfer": LOGITS}, "feature": {"transfer": STANDARDIZED}}
+    sections = {"optim": {"epochs": 3}, **transfers.get(case, both(teacher, convnext))}
+    first = run(tmp_path / "first", teacher, tmp_path / "cache", **sections)
+    assert ": 6 of 6 files to compute\n" in describe_plan(first)
     train(run(tmp_path / "without", teacher, None, **sections))
     passes.clear()
-    train(run(tmp_path / "first", teacher, tmp_path / "cache", **sections))
+    train(first)
     assert set(passes) == {16}, "a padded batch gives what a full one gives"
-    assert len(passes) == 2 * 3 * 3 * (2 if case == "both" else 1), (
-        "two views, three files, three batches each"
-    )
+    count = 2 * 3 * 3 * (2 if case == "both" else 1)
+    assert len(passes) == count, "two views, three files, three batches each"
     passes.clear()
-    train(run(tmp_path / "second", teacher, tmp_path / "cache", **sections))
+    second = run(tmp_path / "second", teacher, tmp_path / "cache", **sections)
+    assert "6 files, complete: no teacher runs" in describe_plan(second)
+    train(second)
     assert passes == []
     assert differences(tmp_path / "without", tmp_path / "first") == []
     assert differences(tmp_path / "without", tmp_path / "second") == []
@@ -110,19 +120,11 @@ def test_weights_with_a_cache_are_those_without(
 def test_a_cache_serves_other_students_lengths_and_more_views(
     teacher: Path, passes: list[int], tmp_path: Path
 ) -> None:
-    cache = tmp_path / "cache"
+    cache, more = tmp_path / "cache", {"views": 3, "train_samples": 130}
     train(run(tmp_path / "one", teacher, cache, optim={"epochs": 1}))
     assert len(passes) == 9, "an epoch shows one view"
     passes.clear()
-    train(
-        run(
-            tmp_path / "two",
-            teacher,
-            cache,
-            {**LOGITS, "weight": 1.0},
-            data={"views": 3, "train_samples": 130},
-        )
-    )
+    train(run(tmp_path / "two", teacher, cache, {**LOGITS, "weight": 1.0}, data=more))
     assert len(passes) == 9, "the first of three views is that of two"
     passes.clear()
     student = {"drop_path": 0.1}
@@ -137,41 +139,42 @@ def test_a_finished_run_that_goes_on_shows_the_view_of_its_next_epoch(tmp_path: 
     assert views_of(longer, schedule, Position(step=2, epoch=1)) == [1]  # type: ignore[arg-type]
 
 
-@pytest.mark.slow
+def folder_of(made: RunConfig) -> Path:
+    targets = build(made).targets
+    assert targets is not None
+    return targets.folder
+
+
 @pytest.mark.parametrize(
     "sections",
     [
-        {"seed": 1},
-        {"data": {"hflip": 0.3}},
-        {"data": PLAIN},
-        {"data": {"train_samples": 129}},
-        {"data": {"train_split": "validation", "val_split": "train"}},
         {"engine": {"precision": "bf16"}},
-        {"teacher": {"dtype": "bf16"}},
-        {"transfer": {"method": "feature"}},
+        *(
+            pytest.param(sections, marks=pytest.mark.slow)
+            for sections in (
+                {"seed": 1},
+                {"data": {"hflip": 0.3}},
+                {"data": PLAIN},
+                {"data": {"train_samples": 129}},
+                {"data": {"train_split": "validation", "val_split": "train"}},
+                {"teacher": {"dtype": "bf16"}},
+                {"transfer": FEATURE},
+            )
+        ),
     ],
     ids=str,
 )
 def test_other_targets_have_another_folder(sections: dict[str, Any], teacher: Path, tmp_path: Path) -> None:
-    made = [build(run(tmp_path / "run", teacher, tmp_path / "cache", **each)) for each in ({}, sections)]
-    first, other = (parts.targets for parts in made)
-    assert first is not None
-    assert other is not None
-    assert first.folder != other.folder
-
-
-def test_another_teacher_has_another_folder_and_the_same_elsewhere_has_not(
-    teacher: Path, tmp_path: Path
-) -> None:
-    moved = Path(shutil.copytree(teacher, tmp_path / "moved"))
-    torch.manual_seed(0)
-    other = make_teacher(tmp_path / "other", mean=(0.4,))
-    folders = []
-    for source in (teacher, moved, other):
-        targets = build(run(tmp_path / "run", source, tmp_path / "cache")).targets
-        assert targets is not None
-        folders.append(targets.folder)
-    assert folders[0] == folders[1] != folders[2]
+    """Another teacher has another one, and the same elsewhere has not."""
+    first, other = (
+        folder_of(run(tmp_path / "run", teacher, tmp_path / "cache", **each)) for each in ({}, sections)
+    )
+    assert first != other
+    if "engine" in sections:
+        moved = Path(shutil.copytree(teacher, tmp_path / "moved"))
+        assert folder_of(run(tmp_path / "run", moved, tmp_path / "cache")) == first
+        another = make_teacher(tmp_path / "other", mean=(0.4,))
+        assert folder_of(run(tmp_path / "run", another, tmp_path / "cache")) != first
 
 
 @pytest.mark.slow
@@ -185,23 +188,16 @@ def test_without_augmentation_seeds_share_targets(teacher: Path, passes: list[in
     assert differences(tmp_path / "without", tmp_path / "two") == []
 
 
-def test_the_same_images_elsewhere_have_the_same_targets(
-    teacher: Path, passes: list[int], tmp_path: Path
-) -> None:
+def test_the_same_images_elsewhere_have_one_target(teacher: Path, passes: list[int], tmp_path: Path) -> None:
     """As the copies of two nodes."""
-    folders = []
+    names, data = [], on_images(tmp_path / "data")
     for place in ("one", "other"):
-        root = write_classes(tmp_path / "data", ("a", "b"), ("train", "validation"), count=4)
-        data = {
-            "dataset": "", "data_path": str(root), "train_samples": None, "batch_size": 4,
-            "stage": str(tmp_path / place),
-        }  # fmt: skip
-        made = run(tmp_path / f"run_{place}", teacher, tmp_path / "cache", {"method": "feature"}, data=data)
-        train(made)
-        folders.append(sorted(path.name for path in (tmp_path / "cache").rglob("*.json")))
+        staged = {**data, "stage": str(tmp_path / place)}
+        train(run(tmp_path / f"run_{place}", teacher, tmp_path / "cache", FEATURE, data=staged))
+        names.append(sorted(path.name for path in (tmp_path / "cache").rglob("*.json")))
     assert len(passes) == 2 * 2, "two views of eight images"
-    assert folders[0] == folders[1]
-    assert len(folders[0]) == 2
+    assert names[0] == names[1]
+    assert len(names[0]) == 2
 
 
 def damage(path: Path) -> None:
@@ -244,66 +240,63 @@ def test_a_cut_description_of_a_cache_is_written_again(
 
 
 def test_a_cache_that_lacks_targets_and_cannot_be_written_says_what_to_do(
-    teacher: Path, tmp_path: Path
+    teacher: Path, passes: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cached = run(tmp_path / "first", teacher, tmp_path / "cache")
-    parts = build(cached)
-    assert parts.targets is not None
-    parts.targets.open()
-    (parts.targets.folder / "view-000").write_text("root may write into every folder, but not into this file")
+    with monkeypatch.context() as full:
+        full.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=11_000))
+        with pytest.raises(ConfigError, match=r"lacks 0\.1 MiB, more than 90% of the 0\.1 MiB that are free"):
+            train(cached)
+        dry_run(cached, 1, here=False)
+    targets = build(cached).targets
+    assert targets is not None
+    targets.open()
+    (targets.folder / "view-000").write_text("root may write into every folder, but not into this file")
     with pytest.raises(
         WriteFailedError, match=r"is missing or damaged, and cannot be written .* another folder"
     ):
         train(cached)
+    assert passes == []
 
 
 def test_an_image_that_changed_stops_the_run(teacher: Path, tmp_path: Path) -> None:
-    root = write_classes(tmp_path / "images", ("a", "b"), ("train", "validation"), count=4)
-    data = {"dataset": "", "data_path": str(root), "train_samples": None, "batch_size": 4}
-    train(run(tmp_path / "first", teacher, tmp_path / "cache", {"method": "feature"}, data=data))
-    changed = root / "train" / "b" / "101.png"
+    data = on_images(tmp_path / "images")
+    train(run(tmp_path / "first", teacher, tmp_path / "cache", FEATURE, data=data))
+    changed = tmp_path / "images" / "train" / "b" / "101.png"
     image(7).save(changed)
     with pytest.raises(DataError, match=f"{changed} is not the image that its targets in transfer.cache"):
-        train(run(tmp_path / "second", teacher, tmp_path / "cache", {"method": "feature"}, data=data))
+        train(run(tmp_path / "second", teacher, tmp_path / "cache", FEATURE, data=data))
 
 
-def exchange_images(root: Path, teacher: Path) -> None:
-    one, other = (sorted((root / "validation" / name).iterdir()) for name in ("a", "b"))
-    for first, second in zip(one, other, strict=True):
-        kept = first.read_bytes()
-        first.write_bytes(second.read_bytes())
-        second.write_bytes(kept)
-
-
-def rename_labels(root: Path, teacher: Path) -> None:
-    described = json.loads((teacher / "config.json").read_text())
-    described["label_names"] = ["b", "a"]
-    (teacher / "config.json").write_text(json.dumps(described))
-
-
-@pytest.mark.parametrize("change", [exchange_images, rename_labels])
+@pytest.mark.parametrize("change", ["images", "labels"])
 def test_the_accuracy_of_a_teacher_is_measured_again_on_other_test_images_and_classes(
-    change: Callable[[Path, Path], None], tmp_path: Path
+    change: str, tmp_path: Path
 ) -> None:
-    root = tmp_path / "images"
+    root, own = tmp_path / "images", make_teacher(tmp_path / "teacher", classes=2)
     for split, number in itertools.product(("train", "validation"), range(8)):
         path = root / split / "ab"[number % 2] / f"{number}.bmp"  # all files are as large as one another
         path.parent.mkdir(parents=True, exist_ok=True)
         image(number).save(path)
     data = {"dataset": "", "data_path": str(root), "train_samples": None, "batch_size": 4}
-    own = make_teacher(tmp_path / "teacher", classes=2)
     described = json.loads((own / "config.json").read_text())
-    (own / "config.json").write_text(json.dumps({**described, "label_names": ["a", "b"]}))
-    given: dict[str, Any] = {"data": data, "optim": {"max_steps": 1}}
+
+    def name_classes(*names: str) -> None:
+        (own / "config.json").write_text(json.dumps({**described, "label_names": names}))
 
     def measured(name: str) -> float:
-        found = train(run(tmp_path / name, own, tmp_path / "cache", {"method": "feature"}, **given))
+        given: dict[str, Any] = {"data": data, "optim": {"max_steps": 1}}
+        found = train(run(tmp_path / name, own, tmp_path / "cache", FEATURE, **given))
         return float(found.metrics["teacher_top1"])
 
+    name_classes("a", "b")
     before = measured("first")
     assert before not in (0.0, 50.0, 100.0), "another order of the classes is another accuracy"
     assert measured("second") == before
-    change(root, own)
+    if change == "labels":
+        name_classes("b", "a")
+    else:
+        a, b, aside = (root / "validation" / name for name in ("a", "b", "aside"))
+        a.rename(aside), b.rename(a), aside.rename(b)
     assert measured("third") == pytest.approx(100.0 - before)
     (folder,) = (tmp_path / "cache").iterdir()
     assert len(list(folder.glob("teacher_top1-*.json"))) == 2
@@ -313,7 +306,7 @@ def test_the_accuracy_of_a_teacher_is_measured_again_on_other_test_images_and_cl
 def test_a_stop_while_targets_are_computed_keeps_whole_files(
     teacher: Path, passes: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = DualViT.teach
+    real, cut = DualViT.teach, run(tmp_path / "cut", teacher, tmp_path / "cache")
 
     def stopping(dual: DualViT, images: Tensor) -> dict[str, Tensor]:
         if len(passes) == 8:
@@ -322,19 +315,22 @@ def test_a_stop_while_targets_are_computed_keeps_whole_files(
 
     with monkeypatch.context() as patch:
         patch.setattr(DualViT, "teach", stopping)
-        assert train(run(tmp_path / "cut", teacher, tmp_path / "cache")).signal == signal.SIGTERM
+        assert train(cut).signal == signal.SIGTERM
     early_signals.received.clear()
     assert len(list((tmp_path / "cache").rglob("shard-*"))) == 3
     kept = (
         tmp_path / "cut" / "targets.txt"
-    )  # by which a job that meets its time limit knows that it came further
-    assert Path(kept.read_text().strip()).parent == tmp_path / "cache"
+    ).read_text()  # a job at its time limit knows that it came further
+    assert Path(kept.strip()).parent == tmp_path / "cache"
     assert not list((tmp_path / "cache").rglob(".*")), "locks and unfinished files are gone"
     passes.clear()
-    train(run(tmp_path / "cut", teacher, tmp_path / "cache"))
+    train(cut)
     assert len(passes) == 9
     train(run(tmp_path / "whole", teacher, None))
     assert differences(tmp_path / "whole", tmp_path / "cut") == []
+
+
+OF_BLOCKS = {"losses": [{"method": "logits"}, {"method": "block_output"}]}
 
 
 @pytest.mark.parametrize(
@@ -342,17 +338,14 @@ def test_a_stop_while_targets_are_computed_keeps_whole_files(
     [
         ({"transfer": {"method": "distill"}}, "transfer.cache=.*transfer.method=distill, which takes maps"),
         ({"transfer": {"method": "copy"}}, "transfer.method=copy, which takes maps"),
-        (
-            {"transfer": {"losses": [{"method": "logits"}, {"method": "block_output"}]}},
-            "transfer.method=block_output",
-        ),
-        ({"transfer": {"method": "feature", "tokens": "both"}}, "use logits or feature with tokens=pooled"),
+        ({"transfer": OF_BLOCKS}, "transfer.method=block_output"),
+        ({"transfer": {**FEATURE, "tokens": "both"}}, "use logits or feature with tokens=pooled"),
         ({"data": {"views": None}}, "set data.views to a number, or to 0"),
         ({"data": {**PLAIN, "reprob": 0.2}}, "data.reprob=0.2 changes nothing with data.views=0"),
         ({"data": {"mixup": 0.2}}, "data.mixup=0.2, which mixes"),
         ({"data": {"cutmix": 1.0}}, "data.cutmix=1, which mixes"),
-        ({"transfer": {"method": "feature", "share_drop_path": True}}, "transfer.share_drop_path=true"),
-        ({"transfer": {"method": "feature", "task_weight": 0.0}}, "set engine.metric to top1, knn or probe"),
+        ({"transfer": {**FEATURE, "share_drop_path": True}}, "transfer.share_drop_path=true"),
+        ({"transfer": {**FEATURE, "task_weight": 0.0}}, "set engine.metric to top1, knn or probe"),
         ({"transfer": {**LOGITS, "cache_limit": 1e-6}}, "would hold 0.1 MiB.*transfer.cache_limit=1e-06 GiB"),
     ],
     ids=str,
@@ -378,29 +371,6 @@ def test_a_cache_is_a_folder(
         dry_run(made, 1, here=True)
 
 
-def test_a_full_disk_is_refused_before_anything_is_computed(
-    teacher: Path, passes: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=11_000))
-    made = run(tmp_path / "run", teacher, tmp_path / "cache")
-    with pytest.raises(ConfigError, match=r"lacks 0\.1 MiB, more than 90% of the 0\.1 MiB that are free"):
-        train(made)
-    assert passes == []
-    dry_run(made, 1, here=False)
-
-
-@pytest.mark.slow
-def test_the_dry_run_says_what_is_there(teacher: Path, tmp_path: Path) -> None:
-    made = run(tmp_path / "run", teacher, tmp_path / "cache")
-    before = describe_plan(made)
-    assert "targets        130 images in 2 views, 0.1 MiB in " in before
-    assert ": 2 of 2 files to compute\n" in before
-    train(made)
-    assert "2 files, complete: no teacher runs" in describe_plan(
-        run(tmp_path / "next", teacher, tmp_path / "cache")
-    )
-
-
 @pytest.mark.slow
 def test_a_run_resumes_with_a_cache_or_without(teacher: Path, passes: list[int], tmp_path: Path) -> None:
     cache = tmp_path / "cache"
@@ -412,3 +382,58 @@ def test_a_run_resumes_with_a_cache_or_without(teacher: Path, passes: list[int],
     train(run(tmp_path / "cut", teacher, cache, optim={"epochs": 3}))
     assert len(passes) == 18
     assert differences(tmp_path / "whole", tmp_path / "cut") == []
+
+
+NONE = {"one": [], "two": []}
+BATCHES = 2 * (5 * 2 + 1)
+"""Two views of six files; a file of 24 images is two batches, the last one of ten images is one."""
+
+
+@pytest.fixture(scope="module")
+def run_scenario() -> Iterator[RunScenario]:
+    with scenario_server() as run:
+        yield run
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("scenario", "ends", "passes"),
+    [
+        ("killed", [[0], [-signal.SIGKILL], [-signal.SIGKILL], [0], [0]], BATCHES - 2 * 3),
+        ("beside", [[0]] * 5, 0),
+        ("ranks", [[0, 0]] * 3, 2 * (5 * 3 + 2)),
+        ("workers", [[0]] * 3, BATCHES),
+    ],
+)
+def test_processes_share_a_cache_and_compute_each_file_once(
+    scenario: str, ends: list[list[int]], passes: int, run_scenario: RunScenario, tmp_path: Path
+) -> None:
+    report = run_scenario("engine_cache", scenario, tmp_path)
+    assert report["ends"] == ends, report
+    assert report["passes"] == [passes, 0]
+    assert report.get("kept") == (1 + 2 if scenario == "killed" else None)
+    assert (report.get("both"), report.get("other")) == (
+        (BATCHES, []) if scenario == "beside" else (None, None)
+    )
+    assert report["differences"] == NONE
+    assert report["left"] == []
+
+
+def test_a_file_that_all_write_is_written_by_one(tmp_path: Path) -> None:
+    path = tmp_path / "about.json"
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(write_once, [path] * 64, [str(number) for number in range(64)]))
+    assert path.read_text().isdecimal()
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_lock_is_of_one_process_and_leaves_no_file(tmp_path: Path) -> None:
+    path = tmp_path / "view-000" / "shard"
+    lock = ShardLock.take(path)
+    assert lock is not None
+    assert ShardLock.take(path) is None
+    lock.free()
+    again = ShardLock.take(path)
+    assert again is not None
+    again.free()
+    assert list(path.parent.iterdir()) == []

@@ -72,9 +72,7 @@ def test_changing_the_number_of_ranks_repeats_and_drops_nothing(stays: list[tupl
 
 
 @given(SIZES, BATCHES, WORLDS)
-def test_evaluation_counts_each_sample_once_in_equally_many_batches(
-    size: int, batch: int, world: int
-) -> None:
+def test_evaluation_counts_each_sample_once_in_as_many_batches(size: int, batch: int, world: int) -> None:
     ranks = [
         list(eval_requests(size, batch_size=batch, rank=rank, world_size=world)) for rank in range(world)
     ]
@@ -86,9 +84,7 @@ def test_evaluation_counts_each_sample_once_in_equally_many_batches(
 
 
 @given(st.lists(st.integers(0, 6), min_size=1, max_size=60), st.integers(0, 50), st.data())
-def test_a_subset_is_balanced_as_far_as_the_set_allows(
-    targets: list[int], seed: int, data: st.DataObject
-) -> None:
+def test_a_subset_is_balanced_as_far_as_possible(targets: list[int], seed: int, data: st.DataObject) -> None:
     count = data.draw(st.integers(1, len(targets)))
     subset = balanced_subset(targets, count, seed).tolist()
     assert subset == sorted(set(subset))

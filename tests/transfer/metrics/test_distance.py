@@ -1,16 +1,31 @@
-"""Distances in sums over batches are those of all rows at once, in float64."""
+"""Distances, nearest neighbors and the linear probe, in sums over batches, against plain references in float64."""
 
 from __future__ import annotations
 
+import math
+from typing import Any
+
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
+from graftvit.models.conversion import convert
 from graftvit.models.errors import DataError
-from graftvit.transfer.metrics.distance import DistanceSums, Reader, compared_layers, measure_distances
+from graftvit.transfer.metrics.distance import (
+    STRENGTHS,
+    DistanceSums,
+    NearestNeighbors,
+    Reader,
+    compared_layers,
+    fit_probe,
+    measure_distances,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.runs.engine_runs import tiny_vit
-from torch import Tensor
+from sklearn.linear_model import LogisticRegression
+from support.models.pyramids import TINY, images, tiny
+from support.runs.engine_runs import ARGUMENTS, tiny_vit
+from torch import Tensor, nn
 
 
 def rows(count: int, width: int, seed: int, mean: float = 0.0) -> Tensor:
@@ -47,7 +62,7 @@ def compared(student: Tensor, teacher: Tensor, size: int, valid: Tensor | None =
     count=st.integers(4, 40), width=st.integers(1, 6), size=st.integers(1, 41), seed=st.integers(0, 99),
     mean=st.sampled_from([0.0, 100.0]),
 )  # fmt: skip
-def test_sums_over_batches_are_the_dense_values(
+def test_sums_over_batches_are_dense_values(
     count: int, width: int, size: int, seed: int, mean: float
 ) -> None:
     student, teacher = rows(count, width, seed, mean), rows(count, width, seed + 100, mean)
@@ -74,17 +89,14 @@ def test_features_that_have_nothing_in_common_are_not_alike() -> None:
     assert max(abs(each) for each in found if each is not None) < 0.1
 
 
-def test_fewer_than_four_rows_have_no_estimate() -> None:
-    found = compared(rows(3, 4, 0), rows(3, 4, 1), 2).result()
-    assert found.cka is None
-    assert found.relative_error is not None
-
-
-def test_features_of_two_widths_have_an_alignment_alone() -> None:
+def test_features_of_two_widths_have_an_alignment_alone_and_three_rows_none() -> None:
     student, teacher = rows(30, 3, 0), rows(30, 8, 1)
     found = compared(student, teacher, 8).result()
     assert (found.relative_error, found.cosine) == (None, None)
     assert found.cka == pytest.approx(dense_cka(student, teacher), rel=1e-9)
+    found = compared(rows(3, 4, 0), rows(3, 4, 1), 2).result()
+    assert found.cka is None
+    assert found.relative_error is not None
 
 
 def test_a_mean_far_above_the_deviation_loses_nothing_in_float32() -> None:
@@ -140,3 +152,102 @@ def test_only_tokens_that_both_have_are_compared() -> None:
     assert layers.tokens is not None
     assert layers.tokens.teacher.index(7) == [0, 3, 4, 5, 6]
     assert compared_layers(tiny_vit(img_size=16), tiny_vit()).pairs == ()
+
+
+def blobs(count: int, classes: int, width: int, spread: float, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Images around one center a class."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.arange(count) % classes
+    centers = torch.randn(classes, width, generator=torch.Generator().manual_seed(99), dtype=torch.float64)
+    noise = torch.randn(count, width, generator=generator, dtype=torch.float64)
+    return centers[labels] + spread * noise, labels
+
+
+def votes(
+    train: Tensor, labels: Tensor, query: Tensor, classes: int, k: int, temperature: float
+) -> list[float]:
+    """One image at a time, in plain numbers."""
+    similar = [float(F.cosine_similarity(query, row, dim=0)) for row in train]
+    nearest = sorted(range(len(train)), key=lambda index: -similar[index])[:k]
+    counted = [0.0] * classes
+    for index in nearest:
+        counted[int(labels[index])] += math.exp(similar[index] / temperature)
+    return counted
+
+
+@settings(max_examples=20, deadline=None)
+@given(
+    count=st.integers(1, 40), classes=st.integers(1, 5), k=st.integers(1, 50), seed=st.integers(0, 99),
+    temperature=st.sampled_from([0.07, 1.0]),
+)  # fmt: skip
+def test_votes_are_of_a_plain_loop(count: int, classes: int, k: int, seed: int, temperature: float) -> None:
+    train, labels = blobs(count, classes, 4, spread=1.0, seed=seed)
+    queries, _ = blobs(7, classes, 4, spread=1.0, seed=seed + 1000)
+    knn = NearestNeighbors(train, labels, classes, neighbors=k, temperature=temperature)
+    expected = torch.tensor([votes(train, labels, query, classes, k, temperature) for query in queries])
+    torch.testing.assert_close(knn(queries), expected.double(), rtol=1e-6, atol=1e-12)
+    of_dino = NearestNeighbors(train, labels, classes, neighbors=20, temperature=0.07)
+    torch.testing.assert_close(NearestNeighbors(train, labels, classes)(queries), of_dino(queries))
+
+
+def test_the_probe_is_the_logistic_regression_of_scikit_learn() -> None:
+    features, labels = blobs(90, 3, 6, spread=1.5)
+    probe = fit_probe(features, labels, 3)
+    assert probe.strength in STRENGTHS
+    other = LogisticRegression(C=probe.strength, tol=1e-8, max_iter=5000).fit(
+        features.numpy(), labels.numpy()
+    )
+    expected = torch.from_numpy(other.predict_proba(features.numpy()))
+    torch.testing.assert_close(probe(features).softmax(1), expected, atol=2e-4, rtol=0)
+
+
+def test_the_probe_chooses_its_strength_and_separates_what_can_be_separated() -> None:
+    features, labels = blobs(200, 4, 8, spread=0.1)
+    test, wanted = blobs(80, 4, 8, spread=0.1, seed=5)
+    assert (fit_probe(features, labels, 4)(test).argmax(1) == wanted).all()
+    noise = torch.randn(200, 20, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    weak = fit_probe(torch.cat([blobs(200, 4, 8, spread=3.0)[0], noise], dim=1), labels, 4)
+    assert weak.strength < max(STRENGTHS), "features that say little want a strong penalty"
+
+
+def test_few_images_and_absent_classes_are_fitted_too() -> None:
+    features, labels = blobs(4, 2, 3, spread=0.1)
+    probe = fit_probe(features, labels, 5)
+    assert probe(features).shape == (4, 5)
+    assert (probe(features).argmax(1) == labels).all()
+
+
+def pyramid(kind: str, plan: str | None) -> nn.Module:
+    return tiny(kind) if plan is None else convert(tiny(kind), plan, without=["bias"])
+
+
+MODELS: dict[str, nn.Module] = {
+    "head": tiny_vit(),
+    "headless": tiny_vit(num_classes=0),
+    "average": tiny_vit(global_pool="avg"),
+    "two heads": timm.create_model("deit_tiny_distilled_patch16_224", **ARGUMENTS, num_classes=3),
+    "tokens that no pooling joins": tiny_vit(num_classes=0, class_token=False, global_pool=""),
+    **{
+        f"{kind}, {plan}": pyramid(kind, plan)
+        for kind in TINY
+        for plan in (None, "stage1: none; stage2: linear")
+    },
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_feature_is_what_the_head_reads(name: str) -> None:
+    """The same images are run once."""
+    model: Any = MODELS[name].eval()
+    shown = images((32, 32)) if "," in name else torch.randn(3, 1, 8, 8)
+    runs: list[int] = []
+    reader = Reader(model, lambda images: runs.append(1) or model(images))
+    with torch.no_grad():
+        tokens = model.forward_features(shown)
+        expected = tokens.mean(1) if "tokens" in name else model.forward_head(tokens, pre_logits=True)
+        if isinstance(expected, tuple):
+            expected = torch.stack(expected).mean(0)
+        torch.testing.assert_close(reader.feature(shown), expected)
+        torch.testing.assert_close(reader.logits(shown), model(shown))
+    assert len(runs) == 1
+    assert not any(module._forward_pre_hooks for module in model.modules())

@@ -1,21 +1,197 @@
-"""All metrics together: in one pass over the test images, and the same on any number of processes."""
+"""Accuracy is exact, against a plain computation: for ensembles, subsets, several labels; all metrics, over ranks."""
 
 from __future__ import annotations
 
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
+from dataclasses import asdict
+from importlib import resources
 from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from graftvit.checkpoints.preprocessing import Preprocessing
 from graftvit.models.errors import DataError
 from graftvit.transfer.config import DataConfig
-from graftvit.transfer.data.loaders import create_eval_loader, create_reference_loader
+from graftvit.transfer.data.labels import real_labels, subset_classes
+from graftvit.transfer.data.loaders import EvalLoader, create_eval_loader, create_reference_loader
 from graftvit.transfer.metrics.distance import Reader, compared_layers
-from graftvit.transfer.metrics.measure import FAMILIES, Against, check_same_classes, measure
+from graftvit.transfer.metrics.measure import (
+    FAMILIES,
+    Against,
+    Metrics,
+    check_folders,
+    check_same_classes,
+    evaluate,
+    measure,
+    to_json,
+    to_table,
+)
+from PIL import Image
 from support.runs.engine_runs import tiny_vit
+from torch import Tensor, nn
+
+SPEC = Preprocessing((1, 8, 8), (0.5,), (0.5,))
+
+
+class Fixed(EvalLoader):
+    """Batches from memory; the images are the logits."""
+
+    def __init__(
+        self, logits: Tensor, targets: Tensor, valid: Tensor | None = None, classes: int = 10
+    ) -> None:
+        self.num_samples, self.num_classes = len(logits), classes
+        valid = torch.ones(len(logits), dtype=torch.bool) if valid is None else valid
+        self._rows = list(zip(logits.split(3), targets.split(3), valid.split(3), strict=True))
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        return iter(self._rows)
+
+
+def identity(logits: Tensor) -> Tensor:
+    return logits
+
+
+def logits_of(count: int, classes: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    targets = torch.randint(classes, (count,), generator=generator)
+    return torch.randn(count, classes, generator=generator), targets
+
+
+def reference(probabilities: Tensor, targets: Tensor, top: int = 5) -> tuple[float, float, float]:
+    order = probabilities.argsort(dim=1, descending=True)
+    top1 = (order[:, 0] == targets).double().mean().item() * 100
+    top5 = (order[:, :top] == targets[:, None]).any(dim=1).double().mean().item() * 100
+    return top1, top5, F.nll_loss(probabilities.log(), targets).item()
+
+
+def test_metrics_agree_with_a_plain_computation() -> None:
+    logits, targets = logits_of(50, 10)
+    other = logits_of(50, 10, seed=1)[0]
+    joined = torch.cat([logits, other], dim=1)
+    models = {"a": lambda x: x[:, :10], "b": lambda x: x[:, 10:]}
+    results = evaluate(models, Fixed(joined, targets))
+    first, second = logits.softmax(1), other.softmax(1)
+    wanted = {"a": first, "b": second, "ensemble": (first + second) / 2}
+    assert list(results) == list(wanted)
+    for name, probabilities in wanted.items():
+        metrics = results[name]
+        assert (metrics.top1, metrics.top5, metrics.loss) == pytest.approx(reference(probabilities, targets))
+        assert metrics.samples == 50
+    assert list(evaluate(models, Fixed(joined, targets), ensemble=False)) == ["a", "b"]
+    assert list(evaluate({"a": models["a"]}, Fixed(joined, targets))) == ["a"]
+
+
+def test_padding_does_not_count_even_where_it_is_not_finite() -> None:
+    logits, targets = logits_of(10, 10)
+    valid = torch.arange(10) < 7
+    expected = evaluate({"m": identity}, Fixed(logits[:7], targets[:7]))
+    logits[7:] = float("nan")
+    assert evaluate({"m": identity}, Fixed(logits, targets, valid)) == expected
+
+
+def test_modules_are_in_eval_mode_meanwhile() -> None:
+    model = nn.Sequential(nn.Dropout(0.9), nn.Identity())
+    model[1].eval()
+    logits, targets = logits_of(30, 10)
+    plain = evaluate({"m": identity}, Fixed(logits, targets))["m"]
+    assert evaluate({"m": model}, Fixed(logits, targets))["m"] == plain
+    assert [module.training for module in model.modules()] == [True, True, False]
+
+
+def test_a_subset_looks_at_its_own_classes_alone() -> None:
+    classes = torch.tensor(subset_classes("imagenet-r"))
+    logits, targets = logits_of(40, 200)
+    wide = torch.full((40, 1000), 100.0)  # the other classes would win
+    wide[:, classes] = logits
+    own = evaluate({"m": identity}, Fixed(wide, targets, classes=200), subset="imagenet-r")["m"]
+    assert own == evaluate({"m": identity}, Fixed(logits, targets, classes=200))["m"]
+    whole = torch.cat([classes[targets], torch.tensor([0])])  # class 0 is not in the subset
+    filtered = Fixed(torch.cat([wide, wide[:1]]), whole, classes=1000)
+    assert evaluate({"m": identity}, filtered, subset="imagenet-r")["m"] == own
+    folders = Fixed(wide, targets, classes=1000)  # as a run says that was trained on all of ImageNet
+    folders.class_names = synsets("imagenet-r")
+    assert evaluate({"m": identity}, folders, subset="imagenet-r")["m"] == own
+
+
+@pytest.mark.parametrize(
+    ("folders", "classes", "advice"),
+    [
+        ("imagenet-a", 200, "its folders are those of imagenet-a, so add --subset imagenet-a"),
+        ("imagenet-r", 200, "so add --subset imagenet-r"),
+        (None, 200, "--subset imagenet-a or --subset imagenet-r"),
+        (("cat", "dog"), 2, "its features with --metrics knn"),
+    ],
+)
+def test_more_logits_than_classes_are_refused(folders: object, classes: int, advice: str) -> None:
+    """200 folders against 1,000 logits gave a plausible wrong number: label 7 of one is not class 7 of the other."""
+    loader = Fixed(torch.randn(6, 1000), torch.arange(6) % 2, classes=classes)
+    loader.class_names = synsets(folders) if isinstance(folders, str) else folders  # type: ignore[assignment]
+    with pytest.raises(DataError, match=f"model 'm' has 1000 logits: .*{advice}"):
+        evaluate({"m": identity}, loader)
+    if isinstance(folders, str):
+        assert evaluate({"m": identity}, loader, subset=folders)["m"].samples == 6
+        loader.num_classes = 1000  # as somebody may say with --num_classes
+        with pytest.raises(DataError, match=advice):
+            check_folders("m", 1000, loader)
+        assert evaluate({"m": identity}, loader)["m"].samples == 6, "a run that learned from these folders"
+
+
+def synsets(subset: str) -> tuple[str, ...]:
+    """The class folders of a subset, in order."""
+    every = (resources.files("timm.data") / "_info" / "imagenet_synsets.txt").read_text().split()
+    return tuple(every[index] for index in subset_classes(subset))
+
+
+def test_several_labels_count_if_any_is_right() -> None:
+    logits = torch.eye(10)[:3] * 9
+    accepted = torch.zeros(3, 10)
+    accepted[0, [0, 4]] = 1
+    accepted[1, [2, 3]] = 1
+    metrics = evaluate({"m": identity}, Fixed(logits, accepted, torch.tensor([True, True, False])))["m"]
+    assert (metrics.top1, metrics.samples) == (50, 2)
+    shares = accepted[:2] / 2
+    assert metrics.loss == pytest.approx(F.cross_entropy(logits[:2], shares).item())
+
+
+def test_what_does_not_fit_is_named() -> None:
+    logits, targets = logits_of(6, 10)
+    with pytest.raises(DataError, match="has 12 classes; model 'm' has 10 logits"):
+        evaluate({"m": identity}, Fixed(logits, targets, classes=12))
+    with pytest.raises(DataError, match="needs 1000 logits; model 'm' has 10"):
+        evaluate({"m": identity}, Fixed(logits, targets, classes=200), subset="imagenet-a")
+    with pytest.raises(DataError, match=r"has 10 classes; model 'n' has 11 logits: set --num_classes 11"):
+        evaluate({"m": identity, "n": lambda x: F.pad(x, (0, 1))}, Fixed(logits, targets))
+    few = logits_of(9, 3)
+    assert evaluate({"m": identity}, Fixed(*few, classes=3))["m"].top5 == 100, "of three classes"
+    with pytest.raises(DataError, match="no image could be evaluated"):
+        evaluate({"m": identity}, Fixed(logits, targets, torch.zeros(6, dtype=torch.bool)))
+
+
+def test_results_become_a_table_and_json() -> None:
+    metrics = {"student": Metrics(81.25, 99.5, 0.6543, 500), "ensemble": Metrics(100, 100, 0.1, 500)}
+    results = {name: asdict(each) for name, each in metrics.items()}
+    lines = to_table(results).splitlines()
+    assert lines[2] == "| student  |      81.25 [77.5, 84.4] |   99.50 | 0.6543 |    500 |"
+    assert len({len(line) for line in lines}) == 1
+    assert json.loads(to_json(results))["ensemble"]["top1"] == 100
+
+
+def test_real_labels_are_scored_through_the_loader(tmp_path: Path) -> None:
+    (tmp_path / "val" / "a").mkdir(parents=True)
+    for number in range(1, 7):
+        Image.new("L", (9, 9), number * 20).save(tmp_path / "val" / "a" / f"ILSVRC2012_val_{number:08d}.png")
+    config = DataConfig(data_path=str(tmp_path), workers=0, batch_size=4)
+    loader = create_eval_loader(config, SPEC, real=True)
+    batches = list(loader)
+    assert batches[0][1].shape == (4, 1000)
+    labelled = real_labels([f"ILSVRC2012_val_{number:08d}.png" for number in range(1, 7)]).any(dim=1).sum()
+    assert sum(int(valid.sum()) for *_, valid in batches) == int(labelled) == 5  # timm's file leaves one out
+    assert evaluate({"m": lambda x: torch.zeros(len(x), 1000)}, loader)["m"].samples == int(labelled)
+
 
 HERE = Path(__file__).resolve().parent
 RANK = """
@@ -83,5 +259,6 @@ def test_two_ranks_measure_what_one_measures(tmp_path: Path) -> None:
     assert first == second
     for name, numbers in alone.items():
         assert first[name] == pytest.approx(numbers, rel=1e-4)
-        for key in ("knn_top1", "probe_top1", "top1", "samples"):
+        assert first[name].get("loss") == pytest.approx(numbers.get("loss"), rel=1e-6)
+        for key in ("knn_top1", "probe_top1", "top1", "top5", "samples"):
             assert first[name].get(key) == numbers.get(key)

@@ -11,6 +11,7 @@ import torch
 from graftvit.models.conversion import convert, converted_layers, plan_of
 from graftvit.models.errors import TransferError
 from graftvit.transfer.recovery.layer_search import search_layers, tokens_of
+from support.models.pyramids import images, tiny
 from torch import nn
 
 SMALL: dict[str, Any] = {
@@ -81,3 +82,23 @@ def test_mistakes_are_named() -> None:
     other = timm.create_model("vit_tiny_patch16_224", **{**SMALL, "depth": 3})
     with pytest.raises(TransferError, match="both need the same"):
         search_layers(other, convert(teacher, "*: linear"), batches(), keep=1)
+
+
+@pytest.mark.parametrize("kind", ["pvt", "svt", "swin", "swinv2"])
+def test_each_choice_in_a_pyramid_is_the_best_of_its_round(kind: str) -> None:
+    teacher = tiny(kind).double()
+    student, batch = convert(teacher, "0: linear; 2: linear", without=["bias"]), images((32, 32)).double()
+    before = student(batch)
+    found = search_layers(teacher, student, [(batch, batch)], keep=2)
+    target = tokens_of(teacher, batch)
+    errors = {}
+    for kept in itertools.product((True, False), repeat=2):
+        plan = f"0: {'keep' if kept[0] else 'linear'}; 2: {'keep' if kept[1] else 'linear'}"
+        tokens = tokens_of(convert(teacher, plan, without=["bias"]), batch)
+        errors[kept] = float((tokens - target).norm() / target.norm())
+    assert found.error == pytest.approx(errors[False, False], rel=1e-4)
+    first = found.kept[0]
+    assert first.error == pytest.approx(min(errors[True, False], errors[False, True]), rel=1e-4)
+    assert found.kept[1].error < 1e-6
+    assert found.plan_keeping(2) == "*: keep"
+    assert torch.equal(student(batch), before)

@@ -1,4 +1,4 @@
-"""The record of a cell says how far it is, and comes back as it was."""
+"""The record of a cell says how far it is; cells run one after another, and not again when they are done."""
 
 from __future__ import annotations
 
@@ -6,7 +6,16 @@ from pathlib import Path
 
 import pytest
 from graftvit.models.errors import ConfigError
-from graftvit.transfer.cells.pool import Ending, cell_state, digest, load_record, save_record
+from graftvit.transfer.cells.pool import (
+    Ending,
+    State,
+    cell_state,
+    digest,
+    left_to_run,
+    load_record,
+    run_in_turn,
+    save_record,
+)
 
 
 def test_a_cell_is_begun_with_its_folder_and_ends_with_its_record(tmp_path: Path) -> None:
@@ -37,3 +46,15 @@ def test_a_damaged_record_is_named(text: str, tmp_path: Path) -> None:
 
 def test_the_digest_does_not_depend_on_the_order_of_keys() -> None:
     assert digest({"a": 1, "b": [2]}) == digest({"b": [2], "a": 1}) != digest({"a": 1, "b": [3]})
+
+
+def test_cells_that_are_done_are_left_out_and_each_line_says_where_we_are() -> None:
+    states: dict[str, State] = {"a": "done", "b": "failed", "c": "begun", "d": "to do"}
+    told: list[str] = []
+    left = left_to_run(list(states), states.__getitem__, told.append)
+    assert left == ["b", "c", "d"]
+    run_in_turn(left, str.upper, told.append)
+    assert told[0] == "1 of 4 cells are done"
+    assert told[1::2] == ["[1/3] b", "[2/3] c", "[3/3] d"]
+    assert [line.partition(";")[0] for line in told[2::2]] == ["    B", "    C", "    D"]
+    assert told[-1] == "    D; 0 s to go"
