@@ -28,6 +28,7 @@ from graftvit.transfer.methods.dual import DualOutput, DualViT
 from graftvit.transfer.methods.method import describe_transfer
 from graftvit.transfer.methods.method_facts import method_names, reads_setting
 from graftvit.transfer.methods.registry import find_method, register_method
+from graftvit.transfer.setting import check_effect
 from support.models.dense import TINY, cross_entropy, gradient, images, relative_error, run, tiny
 from support.models.pair_cases import METHODS
 from support.runs.engine_runs import config, make_teacher, records
@@ -292,7 +293,7 @@ def test_what_a_method_does_not_read_is_refused(method: str, name: str, listed: 
     with pytest.raises(
         ConfigError, match=rf"{place}.{name}=.* changes nothing with transfer.method={method}"
     ):
-        mode_of(run).check()
+        check_effect(run)
 
 
 WITH_LOSS = [method for method in METHODS if not method.startswith("copy")]
