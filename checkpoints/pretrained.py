@@ -21,7 +21,7 @@ from ..models.copied import ARCHITECTURE as COPIED
 from ..models.copied import copying_of
 from ..models.errors import CheckpointError, Json, JsonDict
 from ..models.families import check_patches, image_size, is_pyramid, patch_size, sites, vit
-from ..models.layer_plan import plan_text
+from ..models.plan_syntax import plan_text
 from .architecture import (
     build,
     check_name,

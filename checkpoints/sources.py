@@ -8,8 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
-from timm.models import is_model, list_models, list_pretrained, split_model_name_tag
-
 from ..models.errors import CheckpointError
 from .files import is_folder, is_there, is_url, near_path
 
@@ -77,12 +75,34 @@ def source_text(source: object) -> str:
     )
 
 
+def check_there(text: str) -> None:
+    """Raise CheckpointError for a source that is written in a wrong way, or a path that is not there. No torch here."""
+    _parse_written(text)
+
+
 def parse_source(text: str) -> Source:
     """Parse a source as the user gave it. A `Part` behind a path, such as `#ema`, picks one of the models in it.
 
     Raises CheckpointError: it is not of a known kind, the file or folder is not there, or timm has
     no such model; the sentence says what would be valid.
     """
+    written = _parse_written(text)
+    if written is not None:
+        return written
+    from timm.models import is_model, split_model_name_tag
+
+    path, _ = _split_part(text)
+    if is_model(split_model_name_tag(text)[0]):
+        return TimmSource(text)
+    if text and is_folder(path):
+        return _folder(text, text)
+    if text and is_there(path):
+        return _file(text)
+    raise CheckpointError(f"{text!r} is no source of weights: {_suggest(text)}")
+
+
+def _parse_written(text: str) -> Source | None:
+    """Return the source whose kind a prefix or a suffix tells; None for a timm name or another path."""
     prefix, colon, rest = text.partition(":")
     if colon and prefix in ("hf-hub", "hf_hub"):
         return _hub(rest, text)
@@ -93,16 +113,7 @@ def parse_source(text: str) -> Source:
         )
     if colon and prefix == "local-dir":
         return _folder(rest, text)
-    path, _ = _split_part(text)
-    if path.suffix.lower() in SUFFIXES:
-        return _file(text)
-    if is_model(split_model_name_tag(text)[0]):
-        return TimmSource(text)
-    if text and is_folder(path):
-        return _folder(text, text)
-    if text and is_there(path):
-        return _file(text)
-    raise CheckpointError(f"{text!r} is no source of weights: {_suggest(text)}")
+    return _file(text) if _split_part(text)[0].suffix.lower() in SUFFIXES else None
 
 
 def _hub(name: str, text: str) -> HubSource:
@@ -160,6 +171,8 @@ def _at_home(path: str) -> Path:
 
 
 def _suggest(text: str) -> str:
+    from timm.models import list_models, list_pretrained, split_model_name_tag
+
     base, tag = split_model_name_tag(text)
     near = near_path(_split_part(text)[0])
     if "/" in text or ":" in text:

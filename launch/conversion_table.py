@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from ..models.layer_plan import DEFORMABLE
+from ..models.plan_syntax import DEFORMABLE
 from ..transfer.analysis.report.tables import aligned
 
 if TYPE_CHECKING:

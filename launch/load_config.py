@@ -19,6 +19,7 @@ from ..checkpoints.files import NOT_A_URL, is_there, is_url, read_regular
 from ..models.errors import ConfigError, Json, JsonDict, did_you_mean
 from ..models.plain_yaml import MAX_BYTES, YamlError, parse_yaml, write_yaml
 from ..transfer.config import RunConfig
+from ..transfer.engine.stages import Stage
 from ..transfer.loss_config import LossConfig, describes_single_loss
 from ..transfer.setting import Section, find_replacements, find_unread, section_of_entries
 from .fields import (
@@ -35,8 +36,6 @@ from .fields import (
 
 if TYPE_CHECKING:
     from importlib.abc import Traversable
-
-    from ..transfer.engine.stages import Stage
 
 
 # Leave out inherited settings that stronger ones deprive of their effect.
@@ -135,9 +134,9 @@ class Setting:
     value: Any
     origin: str
     stage: str = ""
-    """The stage that it is for; empty for every stage, or for a run without stages."""
+    """Stage of the setting; empty for every stage, or for a run without stages."""
     layer: str = ""
-    """The file that it is from, or the stage in which the file has it; empty for a flag."""
+    """File that holds the setting, or the stage in that file; empty for a flag."""
 
 
 def load_config(
@@ -171,8 +170,6 @@ def load_stages(source: str | Path | None, overrides: Iterable[str | Setting] = 
     recipe = Recipe([]) if source is None else read_recipe(source)
     if not recipe.stages:
         return []
-    from ..transfer.engine.stages import Stage
-
     given = [entry if isinstance(entry, Setting) else parse_override(entry) for entry in overrides]
     names = [name for name, _ in recipe.stages]
     for setting in given:

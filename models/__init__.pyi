@@ -26,7 +26,7 @@ from .families import token_layout as token_layout
 from .host import AttentionHost as AttentionHost
 from .host import host_attention as host_attention
 from .host import release_attention as release_attention
-from .layer_plan import parse_plan as parse_plan
 from .layer_plan import register_operator as register_operator
 from .mae import MaskedAutoencoder as MaskedAutoencoder
 from .mirror import mirror_arguments as mirror_arguments
+from .plan_syntax import parse_plan as parse_plan

@@ -30,8 +30,9 @@ from .families import (
     token_layout,
     vit,
 )
-from .layer_plan import KEEP, Choice, create_operator
+from .layer_plan import Choice, create_operator
 from .plain_conversion import convert_plain
+from .plan_syntax import KEEP
 from .pyramid_conversion import convert_pyramid, pyramid_arguments, resize_pyramid
 
 ARCHITECTURE = "graftvit_converted"

@@ -15,19 +15,9 @@ from .attention.base import QKV, AttentionOperator, Fit, Geometry
 from .errors import CheckpointError, ConfigError, did_you_mean
 from .families import NoAttention, Site, blocks_of, image_size, is_pyramid, sites, vit
 from .host import AttentionHost
-from .layer_plan import (
-    AS_IT_IS,
-    DEFORMABLE,
-    KEEP,
-    NONE,
-    Choice,
-    canonical,
-    check_choice,
-    parse_choice,
-    plan_text,
-    resolved,
-)
+from .layer_plan import Choice, canonical, check_choice, resolved
 from .merges import deformable_merges, merge_layers, merges_deformably
+from .plan_syntax import AS_IT_IS, DEFORMABLE, KEEP, NONE, parse_choice, plan_text
 from .replay import replay_blocks
 from .token_merging import OffsetConv2d
 

@@ -13,7 +13,8 @@ from .calibration import Finished, calibrate_layers
 from .converted import ConvertedAttention, TokenGrid, converted_layers, initialize
 from .errors import ConfigError, UnsupportedModelError
 from .families import attention_blocks, attention_shape, check_supported, image_size, token_layout, vit
-from .layer_plan import KEEP, NONE, Choice, check_choice, create_operator, parse_plan
+from .layer_plan import Choice, check_choice, create_operator
+from .plan_syntax import KEEP, NONE, parse_plan
 from .pyramid_conversion import sharing_copy
 
 

@@ -37,19 +37,11 @@ from .grid_hosts import (
     release_layers,
     remove_attention,
 )
-from .layer_plan import (
-    AS_IT_IS,
-    DEFORMABLE,
-    NONE,
-    Choice,
-    check_choice,
-    create_operator,
-    merge_of_plan,
-    parse_plan,
-)
-from .layer_plan import KEEP as SOFTMAX
+from .layer_plan import Choice, check_choice, create_operator
 from .map_structure import Size
 from .merges import check_equal_stages, merge_deformably
+from .plan_syntax import AS_IT_IS, DEFORMABLE, NONE, merge_of_plan, parse_plan
+from .plan_syntax import KEEP as SOFTMAX
 
 # Convert the layers of a pyramid: drop what an operator does not need, and give it all tokens of the stage.
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from ...models.conversion import with_plan
 from ...models.converted import MARK, as_mark
 from ...models.errors import CheckpointError, Json
-from ...models.layer_plan import AS_IT_IS, parse_choice
+from ...models.plan_syntax import AS_IT_IS, parse_choice
 from ..weight_files import Content, Weights
 from .containers import unwrap
 from .keymap import IMAGENET, KeyMap, apply, normalized, recognize

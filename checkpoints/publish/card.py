@@ -15,8 +15,9 @@ from ...models.conversion import ARCHITECTURE as CONVERTED
 from ...models.copied import ARCHITECTURE as COPIED
 from ...models.copying.copying_operators import COPIES
 from ...models.errors import CheckpointError, ConfigError, Json, JsonDict
-from ...models.layer_plan import AS_IT_IS, BUILT_IN, NONE, operators_in
+from ...models.layer_plan import BUILT_IN
 from ...models.plain_yaml import write_yaml
+from ...models.plan_syntax import AS_IT_IS, NONE, operators_in
 from ..architecture import is_ours
 from ..copying_students import BARE_WORDS
 from ..licenses import (

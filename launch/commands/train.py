@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 
 from ...models.errors import counted
 from ...transfer.config import RunConfig
+from ...transfer.engine.stages import chain, check_stages, train_stages
+from ...transfer.first_checks import check_first, check_places
 from ..flags import command_parser, parse_command
 from ..load_config import Setting, dump_config, load_config, load_stages, read_recipe
 from ..say import say, say_aside
@@ -59,18 +61,18 @@ def run(argv: list[str]) -> int:
     if arguments.print_config:
         say(dump_config(config))
         return 0
+    check_first(config)  # before torch is imported
     if arguments.dry_run:
         from ..plan_text import describe_plan
 
         say(describe_plan(config))
         return 0
+    check_places(config)
     return _train(config)
 
 
 def _run_stages(arguments: argparse.Namespace, settings: Sequence[Setting]) -> int:
     """Show the stages of a recipe, or run them one after another."""
-    from ...transfer.engine.stages import chain, check_stages, train_stages
-
     stages = load_stages(arguments.recipe, settings)
     shown = chain(stages)
     if arguments.print_config:

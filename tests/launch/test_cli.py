@@ -170,6 +170,8 @@ def fake_engine(monkeypatch: pytest.MonkeyPatch, outcome: Any) -> list[RunConfig
         return outcome
 
     monkeypatch.setitem(sys.modules, "graftvit.transfer.engine.train", SimpleNamespace(train=train))
+    for check in ("check_first", "check_places"):
+        monkeypatch.setattr(f"graftvit.launch.commands.train.{check}", lambda config: None)
     return seen
 
 

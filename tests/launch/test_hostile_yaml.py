@@ -11,8 +11,8 @@ from graftvit.launch import cli
 from graftvit.launch.load_config import load_config, parse_override, read_recipe
 from graftvit.launch.slurm.setting_layers import ask
 from graftvit.models.errors import ConfigError
-from graftvit.models.layer_plan import parse_plan
 from graftvit.models.plain_yaml import MAX_DEPTH, MAX_NODES, YamlError, parse_yaml
+from graftvit.models.plan_syntax import parse_plan
 
 BOMB = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "\n".join(
     f"{new}: &{new} [{', '.join([f'*{old}'] * 9)}]" for old, new in zip("abcdefgh", "bcdefghi", strict=True)

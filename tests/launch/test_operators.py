@@ -7,7 +7,8 @@ import inspect
 import pytest
 from graftvit.launch.cli import main
 from graftvit.models.attention.base import Geometry, LayerShape
-from graftvit.models.layer_plan import OPERATORS, Choice, create_operator, options_of, parse_plan
+from graftvit.models.layer_plan import OPERATORS, Choice, create_operator, options_of
+from graftvit.models.plan_syntax import parse_plan
 
 
 def test_every_operator_is_listed_with_its_traits(capsys: pytest.CaptureFixture[str]) -> None:

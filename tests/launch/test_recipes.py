@@ -14,7 +14,8 @@ from graftvit.launch.load_config import (
     recipe_summary,
     recipe_text,
 )
-from graftvit.models.layer_plan import AS_IT_IS, NONE, OPERATORS, parse_plan
+from graftvit.models.layer_plan import OPERATORS
+from graftvit.models.plan_syntax import AS_IT_IS, NONE, parse_plan
 from graftvit.transfer.config import AUTO
 from graftvit.transfer.engine.build import settle
 from graftvit.transfer.engine.optim import peak_learning_rate

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 from graftvit.models.errors import ConfigError
-from graftvit.models.layer_plan import Choice, layer_numbers, parse_plan, plan_text
+from graftvit.models.layer_plan import Choice
+from graftvit.models.plan_syntax import layer_numbers, parse_plan, plan_text
 from hypothesis import given
 from hypothesis import strategies as st
 

@@ -42,22 +42,23 @@ BY_VALUE = {
     "student.pos_embed_std": "where the weights bring no head: it moves the draws of a fresh one",
 }
 """Settings whose effect depends on what is read, which the check does not open: they count as read."""
+SWITCHES = [leaf for leaf in leaves().values() if leaf.is_switch and not rule_of(leaf.field).outside]
 OTHER: dict[str, Any] = {
+    **{leaf.key: not leaf.field.default for leaf in SWITCHES},
     "seed": 1, "teacher.source": "OTHER", "teacher.revision": "main", "teacher.model": ARCHITECTURE,
     "teacher.model_args": {"qk_norm": False}, "teacher.img_size": 16, "teacher.position_embedding": "mae",
-    "teacher.dtype": "bf16", "teacher.compile": True, "teacher.shard": True,
+    "teacher.dtype": "bf16",
     "teachers": {"other": {"source": "TEACHER"}},
     "student.model": "vit_small_patch16_224", "student.model_args": {**ARGUMENTS, "qk_norm": True},
     "student.plan": "1: kernel", "student.calibrate": 3, "student.init": "OTHER", "student.img_size": 16,
     "student.global_pool": "token", "student.without": ("bias",),
-    "student.drop_path": 0.5, "student.pos_embed_std": 0.3, "student.mirror_teacher": True,
-    "student.grad_checkpointing": True, "student.compile": True,
+    "student.drop_path": 0.5, "student.pos_embed_std": 0.3,
     "transfer.method": "attention_output", "transfer.layers": "0", "transfer.heads": [0], "transfer.loss": "kl",
     "transfer.feature_loss": "smooth_l1", "transfer.logits_loss": "hard", "transfer.logits_head": "distillation",
     "transfer.tokens": "patches", "transfer.standardize": "dimension", "transfer.standardize_images": 9,
     "transfer.weight": 0.5, "transfer.reduction": "mean", "transfer.temperature": 2.0, "transfer.rows": 0.5,
-    "transfer.interpolate_grid": True, "transfer.losses": [{"method": "feature"}], "transfer.task_weight": 0.5,
-    "transfer.share_drop_path": True, "transfer.cache": "/tmp", "transfer.cache_limit": 1.0, "align.match": "map",
+    "transfer.losses": [{"method": "feature"}], "transfer.task_weight": 0.5,
+    "transfer.cache": "/tmp", "transfer.cache_limit": 1.0, "align.match": "map",
     "data.dataset": "torch/cifar10", "data.data_path": "/tmp", "data.stage": "/tmp", "data.train_split": "validation",
     "data.val_split": "train", "data.download": True, "data.image_column": "x", "data.label_column": "y",
     "data.classes": ["0", "1"], "data.num_classes": 10, "data.train_samples": 20, "data.label_seed": 1,
@@ -69,12 +70,11 @@ OTHER: dict[str, Any] = {
     "optim.min_lr": 1e-5, "optim.warmup_epochs": 2.0, "optim.weight_decay": 0.2, "optim.betas": (0.8, 0.9),
     "optim.layer_decay": 0.5, "optim.clip_grad": 0.5, "optim.accum_iter": 2, "optim.recipe_batch": 99,
     "optim.ema": 0.5, "optim.scales": {".": 3.0}, "optim.lora": 2, "optim.trainable": r"blocks\.1",
-    "engine.precision": "bf16", "engine.tf32": True, "engine.fsdp": True, "engine.eval_every": 2,
-    "engine.metric": "loss", "engine.patience": 2, "engine.evaluate_start": True, "engine.evaluate_teacher": False,
+    "engine.precision": "bf16", "engine.eval_every": 2,
+    "engine.metric": "loss", "engine.patience": 2,
     "pretrain.mask_ratio": 0.5, "pretrain.decoder_dim": 12, "pretrain.decoder_depth": 2, "pretrain.decoder_heads": 1,
-    "pretrain.norm_pixels": False, "pretrain.decay_tokens": False,
 }  # fmt: skip
-"""By setting, another value than its default."""
+"""By setting, another value than its default; of a switch, the other one."""
 SITUATIONS: dict[str, dict[str, Any]] = {
     "distill": {},
     "copy": {"transfer.method": "copy", "student.drop_path": 0.3},

@@ -215,7 +215,7 @@ class TargetShards:
     """The targets of one set of images by one set of teachers."""
 
     root: Path
-    """`transfer.cache`."""
+    """The folder `transfer.cache`."""
     described: JsonDict
     """All that the targets depend on."""
     samples: int
@@ -516,9 +516,9 @@ class _Claims:
     todo: Sequence[Shard]
     batch_size: int
     busy: list[Shard] = field(default_factory=list)
-    """Those that another process computes."""
+    """Shards that another process computes."""
     asked: deque[tuple[Shard, int]] = field(default_factory=deque)
-    """The shard and the number of images of each batch that was asked for and has not come."""
+    """Shard and number of images of each batch that was requested and has not come."""
     held: dict[Shard, ShardLock] = field(default_factory=dict)
 
     def requests(self) -> Iterator[BatchRequest]:

@@ -12,6 +12,7 @@ from torch.utils.data import IterableDataset
 
 from ...models.errors import ConfigError, DataError, did_you_mean
 from ..config import DataConfig
+from ..first_checks import check_folder
 from .archives import create, is_packed
 from .digits import (
     EVAL_NAMES,
@@ -147,10 +148,8 @@ def _check_family(name: str) -> str:
 
 def _check_place(config: DataConfig, family: str) -> None:
     """DataError where what is read from a folder has none."""
-    if config.data_path is None and family == "":
-        raise DataError(
-            "data.data_path is not set: give the data set's folder, or data.dataset=digits to try"
-        )
+    if family == "":
+        check_folder(config)
     if config.data_path is None and family in ("torch", "wds"):
         raise DataError(f"data.data_path is not set: {config.dataset} needs a folder to be read from")
 
@@ -166,8 +165,6 @@ def _check_unpacked(config: DataConfig) -> None:
 
 def _check_folder(config: DataConfig, split: str) -> None:
     root = Path(str(config.data_path))
-    if not root.exists():
-        raise DataError(f"data.data_path={config.data_path} does not exist")
     if root.is_file() and (root.suffix == ".tar" or is_packed(config)):
         return
     if not root.is_dir():

@@ -44,13 +44,13 @@ from ..data.loaders import (
     find_eval_loader,
 )
 from ..data.sampler import preserved
+from ..first_checks import check_first
 from ..methods.loss_terms import DEFAULT_TEACHER
 from ..metrics.measure import PROBES
 from ..mode_facts import TEACHER
-from ..setting import check_effect
 from .best import Criterion, choose, classifies
 from .modes import Mode, Models, Task, TransferTask, mode_of
-from .optim import check_adapters, check_optimizer, check_schedule
+from .optim import check_adapters, check_optimizer
 from .parallel import check_layers_apart
 from .runlog import check_trackers
 from .students import (
@@ -75,19 +75,19 @@ class Parts:
     task: Task
     plan: StudentPlan
     teachers: dict[str, Pretrained]
-    """Those that every step needs, by name."""
+    """Teachers that every step needs, by name."""
     loaded: Pretrained | None
-    """The one that the student learns or starts from, which a run that has started from it holds no more."""
+    """The teacher, or the weights the student starts from; None once a run has started."""
     spec: Preprocessing
-    """How the student's images are made."""
+    """Preprocessing of the student's images."""
     train_loader: TrainLoader
     eval_loader: EvalLoader | None
     classified: bool
-    """Whether the student's head can be scored by the labels of the test images."""
+    """True if the labels of the test images can score the student's head."""
     choice: Criterion | None
-    """What picks the best state; None where the last one is."""
+    """Metric that selects the best state; None keeps the last."""
     reference_loader: EvalLoader | None
-    """The labeled training images, where the choice needs them."""
+    """Labeled training images; None if the choice does not need them."""
     origins: JsonDict
     """The weights that the student learns or starts from: `teacher` and `init`, as `provenance` writes them, and
     `teachers` where there are further ones."""
@@ -95,7 +95,7 @@ class Parts:
     """Parts of the initial weights that the student does not take over, one sentence each."""
 
     targets: TargetShards | None = None
-    """What the teachers compute of the training images, where `transfer.cache` keeps it."""
+    """The teachers' targets of the training images in `transfer.cache`; None without a cache."""
     cached_top1: float | None = None
     """The teacher's accuracy, of a run with `targets`."""
 
@@ -222,10 +222,9 @@ def settle(config: RunConfig, start: Pretrained | None) -> RunConfig:
 
 def check_settings(mode: Mode) -> None:
     """Raise ConfigError for settings that no run can have, before anything is read."""
+    check_first(mode.config)
     mode.check()
-    check_effect(mode.config)
     check_optimizer(mode.config.optim)
-    check_schedule(mode.config.optim)
     check_trackers(mode.config.engine.trackers)
 
 

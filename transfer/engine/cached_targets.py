@@ -61,13 +61,13 @@ class Footprint:
     """Bytes of a step on one device, not sharded."""
 
     student: int
-    """All that the task holds: parameters and buffers."""
+    """Parameters and buffers of the task."""
     teacher: int
     gradients: int
     optimizer: int
     average: int
     activations: int
-    """What the forward pass keeps for the backward pass."""
+    """Tensors that the forward pass keeps for the backward pass."""
 
 
 def rehearse(config: RunConfig, parts: Parts, *, here: bool = True) -> Footprint:
@@ -292,7 +292,7 @@ class CacheSize:
     whole: int
     """Bytes of all shards."""
     missing: int
-    """Bytes of those to compute."""
+    """Bytes of the shards to compute."""
 
     def describe(self) -> str:
         """Return it in words."""

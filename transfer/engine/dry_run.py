@@ -30,14 +30,14 @@ class DryRun:
     saved: Json | None
     """The meta part of the state that the run resumes from; None for a new run."""
     batch: GlobalBatch | None
-    """None where the training set is not on this machine."""
+    """Images of a step; None if the training set is not on this machine."""
     footprint: Footprint
     targets: CacheSize | None = None
-    """What `transfer.cache` holds of the run; None without it, or where the training set is not on this machine."""
+    """Content of `transfer.cache`; None without a cache, or if the training set is not on this machine."""
 
     @property
     def schedule(self) -> Schedule | None:
-        """None where the training set is not on this machine."""
+        """Images of a step; None if the training set is not on this machine."""
         return None if self.batch is None else self.batch.schedule(self.config, self.processes)
 
     @property

@@ -24,6 +24,7 @@ from ...models.families import SUPPORTED, blocks_of, classifier_of, family_named
 from ...models.mae import MaskedAutoencoder
 from ..cache.target_shards import check_cache
 from ..config import Metric, RunConfig
+from ..first_checks import check_teacher_given
 from ..methods.dual import DualViT, build_dual
 from ..methods.loss_terms import DEFAULT_TEACHER, term_methods
 from ..methods.method import TransferMethod
@@ -83,7 +84,7 @@ class Task(nn.Module, ABC):
         return self.trainable
 
     teacher_input: ShownImages | None
-    """How images are shown to the teacher, where there is one."""
+    """Images as the teacher sees them; None without a teacher."""
 
     @property
     def shard_units(self) -> Sequence[nn.Module]:
@@ -230,11 +231,11 @@ class Models:
 
     student: nn.Module
     teachers: Mapping[str, Pretrained]
-    """By name: the one of the section `teacher` under `DEFAULT_TEACHER`, and those of `teachers`."""
+    """Teachers by name: that of the section `teacher` under `DEFAULT_TEACHER`, and those of `teachers`."""
     spec: Preprocessing
-    """How the student's images are made."""
+    """Preprocessing of the student's images."""
     calibration: Callable[[], Tensor | None]
-    """Gives the first images; None without weights."""
+    """Function for the first images, which returns None without weights."""
 
     @property
     def normalization(self) -> Normalization:
@@ -256,10 +257,7 @@ class Mode(ABC):
 
     def check(self) -> None:
         """Raise ConfigError for settings that do not go together, before anything is read."""
-        if self.config.facts.taught and self.config.teacher.source is None:
-            raise ConfigError(
-                f"mode={self.config.mode} needs a teacher: set teacher.source to a timm name, a hub name or a path"
-            )
+        return
 
     def head(self, data: Head, teachers: Mapping[str, Pretrained], whole: Pretrained | None) -> Head:
         """Return the student's head: that of the data set where it learns from labels.
@@ -330,13 +328,6 @@ class Scratch(Mode):
 class Finetune(Scratch):
     """Supervised training from the teacher's weights, or from others."""
 
-    def check(self) -> None:
-        named = self.config.student.init or self.config.student.whole_name
-        if self.config.teacher.source is None and not named:
-            raise ConfigError(
-                f"mode={self.config.mode} needs weights to start from: set teacher.source or student.init"
-            )
-
     def start_head(self, student: nn.Module) -> None:
         head = classifier_of(student)
         if isinstance(head, nn.Linear):
@@ -358,7 +349,7 @@ class Transfer(Mode):
 
     def check(self) -> None:
         check_teachers(self.config)
-        super().check()
+        check_teacher_given(self.config)
         student = self.config.student
         check_cache(self.config, self.methods)
         for method in self.methods:

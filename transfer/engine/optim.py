@@ -129,15 +129,6 @@ def check_optimizer(config: OptimConfig) -> None:
     _betas(config)
 
 
-def check_schedule(config: OptimConfig) -> None:
-    """Raise ConfigError for a warm-up as long as the run, in which the learning rate never reaches its peak."""
-    if config.max_steps is None and 0 < config.warmup_epochs >= config.epochs:
-        raise ConfigError(
-            f"optim.warmup_epochs={config.warmup_epochs:g} is not below optim.epochs={config.epochs}, so the learning "
-            "rate would never reach its peak: lower warmup_epochs (0 for none)"
-        )
-
-
 def check_adapters(model: nn.Module, config: OptimConfig) -> None:
     """Raise ConfigError for adapters of which none learns."""
     learns = any(p.requires_grad for name, p in model.named_parameters() if name.endswith((DOWN, UP)))

@@ -20,7 +20,7 @@ BUILT = (
     "architecture", "model_args", "config", "preprocessing",
     "input_size", "mean", "std", "crop_pct", "crop_mode", "interpolation",
 )  # fmt: skip
-"""What a state says of a teacher and a student, and what must stay as it is."""
+"""Facts of a teacher and a student in a state, which must stay as they are."""
 
 
 @dataclass
@@ -34,12 +34,12 @@ class Position:
     stale: int = 0
     """Evaluations since the last best value."""
     best_metric: str = "top1"
-    """What `best` is a value of."""
+    """Metric that `best` is a value of."""
     metrics: dict[str, float] = field(default_factory=dict)
     records: int = 0
     """Records of log.jsonl that belong to the run up to here."""
     run_id: str = ""
-    """What a tracker knows the run by."""
+    """Name of the run for a tracker."""
 
     def meta(self) -> JsonDict:
         """Return the position as JSON."""

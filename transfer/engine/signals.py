@@ -28,7 +28,7 @@ class Agreed(NamedTuple):
     signal: int | None
     """The signal that stops them."""
     save: bool
-    """Whether a state is due by the clock."""
+    """True if a state is due by the clock."""
 
 
 class StopSignals:

@@ -2,7 +2,7 @@
 
 A stage is a run with its own folder, so it resumes like every run, and a finished stage is not repeated.
 The first stage creates the student; each other stage starts from the student of the one before, and converts it if its
-plan is another one.
+plan is another one. Torch is imported when a stage is built, so that `--print_config` does without.
 """
 
 from __future__ import annotations
@@ -10,21 +10,22 @@ from __future__ import annotations
 import json
 import logging
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ...checkpoints.atomic import write_folder, write_text
 from ...checkpoints.files import safe_name
-from ...checkpoints.model_folders import STAGES_FILE
 from ...checkpoints.sources import STUDENTS
-from ...models.errors import ConfigError, JsonDict
+from ...models.errors import ConfigError, GraftError, JsonDict
 from ..config import RunConfig
+from ..first_checks import check_first
 from ..setting import find_unread, without
-from .build import check_settings
-from .modes import mode_of
-from .train import RunResult, train
+
+if TYPE_CHECKING:
+    from .train import RunResult
 
 logger = logging.getLogger(__name__)
 
@@ -91,19 +92,28 @@ def _going_on(config: RunConfig, before: Path, *, converts: bool) -> RunConfig:
 
 
 def check_stages(stages: Sequence[Stage]) -> list[Stage]:
-    """Return `chain(stages)`. Raise ConfigError for settings that one of the runs cannot have."""
+    """Return `chain(stages)`. Raise a GraftError for settings that one of the runs cannot have."""
     chained = chain(stages)
     for stage in chained:
-        try:
-            if stage.config.copies and stage is not chained[-1]:
-                raise ConfigError(
-                    "its student runs with the teacher's attention, which is copied, and cannot be trained further: "
-                    "make it the last stage"
-                )
-            check_settings(mode_of(stage.config))
-        except ConfigError as error:
-            raise ConfigError(f"stage {stage.name}: {error}") from error
+        if stage.config.copies and stage is not chained[-1]:
+            raise ConfigError(
+                f"stage {stage.name}: its student runs with the teacher's attention, which is copied, and cannot be "
+                "trained further: make it the last stage"
+            )
+    _check_each(chained, check_first)
+    from .build import check_settings
+    from .modes import mode_of
+
+    _check_each(chained, lambda config: check_settings(mode_of(config)))
     return chained
+
+
+def _check_each(stages: Sequence[Stage], check: Callable[[RunConfig], None]) -> None:
+    for stage in stages:
+        try:
+            check(stage.config)
+        except GraftError as error:
+            raise type(error)(f"stage {stage.name}: {error}") from error
 
 
 def train_stages(stages: Sequence[Stage]) -> StagesResult:
@@ -112,9 +122,13 @@ def train_stages(stages: Sequence[Stage]) -> StagesResult:
     The last student is copied to `output_dir/student`; `output_dir/stages.json` has the metrics of each stage.
     Raises GraftError as `train`.
     """
+    chained = check_stages(stages)
+    from ...checkpoints.model_folders import STAGES_FILE
+    from .train import train
+
     folder = stages[0].config.output_dir
     results: dict[str, RunResult] = {}
-    for stage in check_stages(stages):
+    for stage in chained:
         logger.warning("stage %s in %s", stage.name, stage.config.output_dir)
         result = train(stage.config)
         results[stage.name] = result

@@ -20,7 +20,7 @@ class Clock:
     images: int = 0
     steps: int = 0
     waited: float = 0.0
-    """Seconds in which the loader had no batch ready."""
+    """Seconds without a batch from the loader."""
     exposed: list[float] = field(default_factory=list)
     """Seconds of communication after the backward pass, in the steps that were timed."""
 

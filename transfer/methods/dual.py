@@ -35,7 +35,7 @@ from .drop_path import SharedDropPath, check_shares, share_drop_paths
 from .lessons import Changes, begin_lesson, check_free, end_lesson
 from .loss_terms import (
     DEFAULT_TEACHER,
-    OF_RUNS,
+    OF_DUAL,
     Teacher,
     TeacherSide,
     Term,
@@ -545,5 +545,5 @@ def build_dual(
         student,
         student_normalization=student_normalization,
         calibration=calibration,
-        **{name: getattr(config, name) for name in type(config).model_fields if name not in OF_RUNS},
+        **{name: getattr(config, name) for name in OF_DUAL},
     )

@@ -24,6 +24,7 @@ from ...models.families import check_supported, image_size, is_supported
 from ...models.parts import OutsideTeacher as OutsideTeacher
 from ...models.parts import check_takes, image_channels
 from ..loss_config import LossEntry, TransferConfig
+from ..setting import rule_of
 from .method import Finish, TransferMethod
 from .pairs import TransferPlan, resolve_plan
 from .registry import find_method
@@ -32,8 +33,8 @@ Teacher = nn.Module | Pretrained
 HALF = (torch.bfloat16, torch.float16)
 DEFAULT_TEACHER = "teacher"
 """Name of the teacher that is not one of `teachers`."""
-OF_RUNS = frozenset({"cache", "cache_limit"})
-"""Settings of `transfer` that a run reads, and `DualViT` does not."""
+OF_DUAL = [name for name, field in TransferConfig.model_fields.items() if not rule_of(field).outside]
+"""Settings of `transfer` that `DualViT` takes: those that its numbers depend on."""
 
 
 @dataclass(frozen=True)
@@ -44,9 +45,9 @@ class TeacherSide:
     model: nn.Module
     input: ShownImages
     normalization: Normalization
-    """How its images are normalized."""
+    """Normalization of its images."""
     loaded: Pretrained | None
-    """What is known of a teacher that was loaded; None of one that was made elsewhere."""
+    """The loaded teacher with what is known of it; None for a model that was made elsewhere."""
 
     @classmethod
     def of(
@@ -86,15 +87,15 @@ class Term:
     """One loss, or one copy, of a run."""
 
     label: str
-    """Its name among several; empty for the only one."""
+    """Name among several losses; empty for a single one."""
     settings: LossEntry
     method: TransferMethod
     plan: TransferPlan
     side: TeacherSide
     finish: Finish | None = None
-    """Gives the losses of a method that compares the results of whole models."""
+    """Function for the losses of a method that compares the results of whole models."""
     labelled: Callable[[], Tensor] | None = None
-    """Gives the logits that learn from labels, where these are not the student's prediction."""
+    """Function for the logits that learn from labels; None for the student's prediction."""
 
     @property
     def prefix(self) -> str:
@@ -264,10 +265,9 @@ def check_teacher(teacher: nn.Module, method: TransferMethod) -> None:
 
 def read_settings(**options: Any) -> TransferConfig:
     """Return the settings. Raises ConfigError: one sentence about the first that is not valid."""
-    known = [name for name in TransferConfig.model_fields if name not in OF_RUNS]
-    unknown = [name for name in options if name not in known]
+    unknown = [name for name in options if name not in OF_DUAL]
     if unknown:
-        raise ConfigError(f"unknown setting {unknown[0]!r}; {did_you_mean(unknown[0], known)}")
+        raise ConfigError(f"unknown setting {unknown[0]!r}; {did_you_mean(unknown[0], OF_DUAL)}")
     try:
         return TransferConfig(**options)
     except ValidationError as error:

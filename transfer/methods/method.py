@@ -43,13 +43,13 @@ class Pairing:
     teacher: nn.Module
     student: nn.Module
     tape: Tape
-    """From which the student's layers read the teacher's side."""
+    """Record of the teacher's side, for the student's layers."""
     changes: Changes
-    """What was changed in the student, which is added to."""
+    """List of all changes to the student; a method adds its own."""
     hosts: Mapping[int, AttentionHost] = field(default_factory=dict)
     """The hosts of the student's attention layers by number, for a method with `uses_heads`."""
     prefix: str = ""
-    """What the names of the losses begin with, if there are several losses."""
+    """Start of the names of its losses; empty for a single loss."""
 
     def loss_name(self, link: Link) -> str:
         """Return the name of the loss of a pair of layers."""
@@ -63,7 +63,7 @@ class Installed:
     projectors: nn.ModuleDict = field(default_factory=nn.ModuleDict)
     finish: Finish | None = None
     labelled: Callable[[], Tensor] | None = None
-    """Gives the logits of a step that learn from labels, where these are not the student's prediction."""
+    """Function for the logits of a step that learn from labels; None for the student's prediction."""
     measured: list[Measured] = field(default_factory=list)
     """Statistics that are measured on training images before the first step."""
 
@@ -74,23 +74,23 @@ class TransferMethod(ABC):
     name: str
     """The value of `transfer.method`."""
     words: str
-    """What it does, as a model card says it; settings such as `{loss}` and `{feature_loss}` are filled in."""
+    """Description for a model card; settings such as `{loss}` and `{feature_loss}` are filled in."""
     uses_layers: bool = True
-    """Whether it works on pairs of layers (`transfer.layers`), and needs the same tokens in both models."""
+    """Work on pairs of layers (`transfer.layers`), which needs the same tokens in both models."""
     uses_heads: bool = False
-    """Whether it works within attention: it reads `transfer.heads`, and needs a teacher with softmax attention."""
+    """Work within attention: it reads `transfer.heads`, and needs a teacher with softmax attention."""
     joins_heads: bool = True
-    """Whether `heads=all` compares the heads as one tensor, so that both models may have different numbers of them."""
+    """Comparison of all heads as one tensor for `heads=all`, so that the models may differ in their number."""
     head_widths: Literal["any", "equal", "equal if chosen"] = "equal if chosen"
-    """Which heads must have one width in both models: no heads, all heads, or those that `transfer.heads` names."""
+    """Heads that must have one width in both models: none, all, or those that `transfer.heads` names."""
     whole_maps: bool = False
-    """Whether dropout of attention probabilities would spoil it."""
+    """Need of whole attention maps, which dropout of probabilities would spoil."""
     equal_grids: bool = False
-    """Whether it takes something of each patch that cannot be interpolated."""
+    """Need of equal grids, because what it takes of each patch cannot be interpolated."""
     teaches_classes: bool = False
-    """Whether the student's head learns the teacher's classes, which must be those of the data set."""
+    """A student's head that learns the teacher's classes, which must be those of the data set."""
     nears_features: bool = False
-    """Whether the distance of the features says how far the student is."""
+    """A student whose progress the distance of the features measures."""
 
     @property
     def reads(self) -> frozenset[str] | None:
@@ -166,9 +166,9 @@ class AttentionMethod(TransferMethod):
 
     uses_heads = True
     parts: tuple[Part, ...] = ("q", "k")
-    """What the teacher's layers keep."""
+    """Parts that the teacher's layers keep."""
     keeps_output: bool = False
-    """Whether they also keep the output of their heads."""
+    """The output of the heads, kept too."""
 
     @abstractmethod
     def operator(self, pairing: Pairing, link: Link, projectors: nn.ModuleDict) -> Copy | Observer:

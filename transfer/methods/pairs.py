@@ -1,25 +1,7 @@
-"""Which student layer learns from which teacher layer.
-
-The grammar of `transfer.layers`, for a student of depth L (negative numbers count from the end):
-
-    all            every layer
-    first:N        layers 0 … N-1
-    last:N         layers L-N … L-1
-    every:N        the last layer and every N-th before it (N-1, 2N-1, … where N divides L)
-    A:B            A, A+1, … B-1; either side may be left out; :-6 is the first 18 of 24
-    0,3,-1         these layers
-    2>0,5>1        teacher>student pairs
-    stage3         the layers of the student's third stage; several stages: stage2,stage3
-    stage3.0-1     layers 0 and 1 of the student's third stage
-    stage2>stage3  the layers of the student's third stage learn from the teacher's second
-
-Without pairs the selection is of student layers, and teacher layers are spread evenly (`spread_layer`): inside each
-stage where both models have equally many stages, else over the whole depth. A plain vision transformer has one stage.
-"""
+"""What a pair of layers means for a method: its heads and tokens, or a refusal."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
@@ -43,10 +25,10 @@ from ...models.families import (
     layout_of,
     sites,
 )
-from ...models.layer_plan import STAGE
 from ...models.pyramid_conversion import has_bias
 from ..loss_config import LossConfig
 from .heads import map_distance, match_heads, resolve_heads
+from .layer_choice import choose_layers
 from .map_loss import LayerMaps
 from .mismatch import compare_models, report_mismatch
 from .registry import find_method
@@ -55,179 +37,13 @@ if TYPE_CHECKING:
     from .method import TransferMethod
 
 
-GRAMMAR = (
-    "all, first:N, last:N, every:N, a range A:B, a list 0,3,-1, teacher>student pairs 2>0,5>1, stages stage2,stage3, "
-    "layers of a stage stage3.0-1 or teacher>student pairs of stages stage2>stage3"
-)
-_COUNTED = re.compile(r"(first|last|every):(-?\d+)")
-_RANGE = re.compile(r"(-?\d+)?:(-?\d+)?")
-_LIST = re.compile(r"-?\d+(,-?\d+)*")
-_PAIRS = re.compile(r"-?\d+>-?\d+(,-?\d+>-?\d+)*")
-_STAGE_PAIR = rf"{STAGE.pattern}(>{STAGE.pattern})?"
-_STAGES = re.compile(rf"{_STAGE_PAIR}(,{_STAGE_PAIR})*")
-
-
 def resolve_layers(
     layers: str | Sequence[int] | Sequence[tuple[int, int]],
     teacher_depths: Sequence[int],
     student_depths: Sequence[int],
 ) -> tuple[LayerPair, ...]:
-    """Return the pairs of blocks for `layers`, in the order of the student's blocks.
-
-    The depths are the numbers of blocks of each stage. Blocks are numbered through all stages.
-
-    Raises TransferError: a layer is out of range or named twice for the student, or no layer is selected.
-    """
-    student_depth = sum(student_depths)
-    items: Sequence[int] | Sequence[tuple[int, int]]
-    if isinstance(layers, str) and _STAGES.fullmatch(re.sub(r"\s", "", layers)):
-        items = _stages(layers, teacher_depths, student_depths)
-    else:
-        items = _parse(layers, student_depth) if isinstance(layers, str) else layers
-    pairs = [_pair(item, layers, teacher_depths, student_depths) for item in items]
-    if not pairs:
-        raise TransferError(
-            f"transfer.layers={layers!r} selects no layer of the student, which has 0 to {student_depth - 1}"
-        )
-    students = [pair.student for pair in pairs]
-    for student in students:
-        if students.count(student) > 1:
-            raise TransferError(
-                f"transfer.layers={layers!r} names layer {student} of the student more than once; "
-                f"name each of 0 to {student_depth - 1} at most once"
-            )
-    return tuple(sorted(pairs, key=lambda pair: pair.student))
-
-
-def spread_layer(student: int, teacher_depth: int, student_depth: int) -> int:
-    """Return the teacher layer for a student layer: t = ceil((s + 1) L_t / L_s) - 1.
-
-    Layers are spread evenly, the last learns from the last, and with equal depth layer i learns from layer i.
-    """
-    return -(-(student + 1) * teacher_depth // student_depth) - 1
-
-
-def _stages(
-    text: str, teacher_depths: Sequence[int], student_depths: Sequence[int]
-) -> list[int] | list[tuple[int, int]]:
-    """Return the layers of `stage3` or `stage3.0-1`, or the pairs of `stage2>stage3`."""
-    layers: list[int] = []
-    pairs: list[tuple[int, int]] = []
-    for item in re.sub(r"\s", "", text).split(","):
-        theirs, _, ours = item.rpartition(">")
-        student = _stage(ours, student_depths, "student", text)
-        if not theirs:
-            layers += student
-            continue
-        teacher = _stage(theirs, teacher_depths, "teacher", text)
-        pairs += [
-            (teacher[spread_layer(place, len(teacher), len(student))], layer)
-            for place, layer in enumerate(student)
-        ]
-    if layers and pairs:
-        raise TransferError(
-            f"transfer.layers={text!r} mixes stages and pairs of stages: write each as a pair, such as stage2>stage2"
-        )
-    return layers or pairs
-
-
-def _stage(word: str, depths: Sequence[int], owner: str, text: str) -> range:
-    """Return the layers of `stage3`, which is numbered from 1 as in papers, or of `stage3.0-1`."""
-    found = STAGE.fullmatch(word)
-    assert found is not None
-    number = int(found[1])
-    if not 1 <= number <= len(depths):
-        raise TransferError(
-            f"transfer.layers={text!r} names {word} of the {owner}, which has stage1 to stage{len(depths)}; {ANOTHER}"
-        )
-    start, size = sum(depths[: number - 1]), depths[number - 1]
-    first, last = (0, size - 1) if found[2] is None else (int(found[2]), int(found[3] or found[2]))
-    if not first <= last < size:
-        raise TransferError(
-            f"transfer.layers={text!r} names {word} of the {owner}, whose stage{number} has layers 0 to {size - 1}; "
-            f"{ANOTHER}"
-        )
-    return range(start + first, start + last + 1)
-
-
-def _spread(student: int, teacher_depths: Sequence[int], student_depths: Sequence[int]) -> int:
-    """Return the teacher layer for a student layer: of the same stage where there are equally many stages."""
-    if len(teacher_depths) != len(student_depths):
-        return spread_layer(student, sum(teacher_depths), sum(student_depths))
-    before = 0  # the teacher's layers of earlier stages
-    for theirs, ours in zip(teacher_depths, student_depths, strict=True):
-        if student < ours:
-            return before + spread_layer(student, theirs, ours)
-        before, student = before + theirs, student - ours
-    raise AssertionError("the layer was checked")
-
-
-def _parse(text: str, depth: int) -> list[int] | list[tuple[int, int]]:
-    compact = re.sub(r"\s", "", text)
-    if compact == "all":
-        return list(range(depth))
-    if match := _COUNTED.fullmatch(compact):
-        return _counted(match[1], int(match[2]), text, depth)
-    if match := _RANGE.fullmatch(compact):
-        return _range(match[1], match[2], text, depth)
-    if _LIST.fullmatch(compact):
-        return [int(number) for number in compact.split(",")]
-    if _PAIRS.fullmatch(compact):
-        sides = [pair.split(">") for pair in compact.split(",")]
-        return [(int(teacher), int(student)) for teacher, student in sides]
-    raise TransferError(f"transfer.layers={text!r} is not a choice of layers; valid: {GRAMMAR}")
-
-
-ANOTHER = "give another --layers, such as all"
-
-
-def _counted(word: str, number: int, text: str, depth: int) -> list[int]:
-    if not 1 <= number <= depth:
-        raise TransferError(
-            f"transfer.layers={text!r} needs a number from 1 to {depth}, the depth of the student; {ANOTHER}"
-        )
-    if word == "first":
-        return list(range(number))
-    if word == "last":
-        return list(range(depth - number, depth))
-    return list(range(depth - 1, -1, -number))
-
-
-def _range(start: str | None, stop: str | None, text: str, depth: int) -> list[int]:
-    bounds = (0 if start is None else int(start), depth if stop is None else int(stop))
-    if any(not -depth <= bound <= depth for bound in bounds):
-        raise TransferError(
-            f"transfer.layers={text!r} needs bounds from {-depth} to {depth}, the depth of the student; {ANOTHER}"
-        )
-    return list(range(depth))[slice(*bounds)]
-
-
-def _pair(
-    item: int | tuple[int, int],
-    layers: object,
-    teacher_depths: Sequence[int],
-    student_depths: Sequence[int],
-) -> LayerPair:
-    teacher_depth, student_depth = sum(teacher_depths), sum(student_depths)
-    if isinstance(item, int):
-        student = _index(item, student_depth, "student", layers)
-        return LayerPair(_spread(student, teacher_depths, student_depths), student)
-    if len(item) != 2:
-        raise TransferError(
-            f"transfer.layers={layers!r} holds {item!r}; a pair is (teacher layer, student layer)"
-        )
-    return LayerPair(
-        _index(item[0], teacher_depth, "teacher", layers), _index(item[1], student_depth, "student", layers)
-    )
-
-
-def _index(layer: int, depth: int, owner: str, layers: object) -> int:
-    if not -depth <= layer < depth:
-        raise TransferError(
-            f"transfer.layers={layers!r} names layer {layer} of the {owner}, which has 0 to {depth - 1} "
-            f"(or {-depth} to -1 from the end); {ANOTHER}"
-        )
-    return layer % depth
+    """Return the pairs of blocks for `layers` as `choose_layers` does."""
+    return tuple(LayerPair(*pair) for pair in choose_layers(layers, teacher_depths, student_depths))
 
 
 # What a pair of layers means for a method: their heads and tokens, or a refusal by name.
@@ -362,7 +178,7 @@ class TransferPlan:
     notes: tuple[str, ...]
     needs_calibration: bool = False
     grids: GridRule | None = None
-    """Which patch grids of a batch go together; None where no tokens are matched."""
+    """Rule of the patch grids of a batch that go together; None if no tokens are matched."""
     tokens: Literal["pooled", "patches", "both"] = "pooled"
     """Features of whole models that a method compares."""
 

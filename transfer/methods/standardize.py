@@ -139,7 +139,7 @@ class Measured:
     standardizer: Standardizer
     images: int
     read: Callable[[tuple[int, int]], Tensor]
-    """Gives the teacher's features (B, ..., C) for images of a size (height, width) that it has just seen."""
+    """Function for the teacher's features (B, ..., C) of the last images, given their size (height, width)."""
 
 
 class Moments:

@@ -28,9 +28,9 @@ class Observer(ABC):
     link: Link
     tape: Tape
     name: str
-    """Under which the loss is recorded."""
+    """Name under which the loss is recorded."""
     reads_projections: ClassVar[bool] = True
-    """Whether it needs the student's own softmax attention, and not the output alone."""
+    """Need of the student's own softmax attention, not of the output alone."""
 
     @property
     def needs_lse(self) -> bool:

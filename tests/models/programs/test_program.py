@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from graftvit.models.layer_plan import MAX_VALUE, parse_plan, plan_text
+from graftvit.models.plan_syntax import MAX_VALUE, parse_plan, plan_text
 from graftvit.models.programs.program import MAX_TEXT, ProgramError, parse_program
 
 SOFTMAX = "mm(softmax(nt(scale(q) k)) v)"

@@ -22,7 +22,6 @@ from graftvit.transfer.engine.dry_run import dry_run
 from graftvit.transfer.engine.ema import WeightAverage
 from graftvit.transfer.engine.optim import (
     check_adapters,
-    check_schedule,
     create_optimizer,
     describe_batch,
     freeze,
@@ -32,6 +31,7 @@ from graftvit.transfer.engine.optim import (
 )
 from graftvit.transfer.engine.run_state import capture_optimizer, restore_optimizer
 from graftvit.transfer.engine.train import train
+from graftvit.transfer.first_checks import check_schedule
 from support.runs.engine_runs import ARCHITECTURE, ARGUMENTS, config, make_teacher
 from torch import nn
 

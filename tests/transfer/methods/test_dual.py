@@ -17,7 +17,7 @@ from graftvit.models.copying.teacher_view import Normalization
 from graftvit.models.errors import ConfigError, TransferError, UnsupportedModelError
 from graftvit.transfer.loss_config import TransferConfig
 from graftvit.transfer.methods.dual import DualOutput, DualViT
-from graftvit.transfer.methods.loss_terms import OF_RUNS
+from graftvit.transfer.methods.loss_terms import OF_DUAL
 from graftvit.transfer.methods.map_loss import sample_rows
 from support.models.copied_models import pair, whole
 from support.models.dense import FAMILIES, Layer, cross_entropy, gradient, images, relative_error, run, tiny
@@ -304,7 +304,7 @@ def test_a_wrong_keyword_ends_in_one_sentence(options: dict[str, object], messag
 
 def test_every_setting_is_a_keyword() -> None:
     fields = TransferConfig.model_fields.items()
-    settings = {name: field.default for name, field in fields if name not in OF_RUNS}
+    settings = {name: field.default for name, field in fields if name in OF_DUAL}
     assert DualViT(tiny(seed=1), tiny(seed=2), **settings).config == TransferConfig()
     with pytest.raises(ConfigError, match="unknown setting 'cache'"):
         DualViT(tiny(seed=1), tiny(seed=2), "logits", cache="targets")

@@ -27,7 +27,8 @@ from ....models.cost import attention_macs as pyramid_attention
 from ....models.cost import other_macs
 from ....models.errors import ConfigError
 from ....models.families import attention_blocks, is_pyramid, patch_size
-from ....models.layer_plan import Choice, create_operator, parse_plan
+from ....models.layer_plan import Choice, create_operator
+from ....models.plan_syntax import parse_plan
 from ...cells.pool import left_to_run, run_in_turn
 from ..report.ink import INK, color_of, dashes_of, draw_ring, legend_beside, log_log, new_plots, to_png
 from ..report.tables import markdown, milliseconds

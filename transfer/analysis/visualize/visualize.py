@@ -25,7 +25,7 @@ from ....models.families import (
     sites,
     token_layout,
 )
-from ....models.layer_plan import layer_numbers
+from ....models.plan_syntax import layer_numbers
 from ..layer_maps import KeyPlaces, collect_merges, key_count, layer_maps, map_divergence
 from ..report.ink import Array, to_png
 from ..report.pages import Plot
