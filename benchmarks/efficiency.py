@@ -6,9 +6,11 @@ import re
 from pathlib import Path
 
 from graftvit.models.layer_plan import FASTER_FROM
-from graftvit.transfer.analysis.benchmark.benchmark import crossover_table, peers_table, size_table
+from graftvit.transfer.analysis.benchmark.benchmark import crossover_table, size_table
 from graftvit.transfer.analysis.benchmark.cases import Results, read_results
 from graftvit.transfer.analysis.report.tables import markdown
+
+from . import peers
 
 PAGE = Path(__file__).parent.parent / "docs" / "efficiency.md"
 RESULTS = Path(__file__).parent / "results"
@@ -19,9 +21,8 @@ MARKED = re.compile(r"(<!-- (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 def main() -> None:
     operators = read_results(RESULTS / "operators" / "results.json")
     models = read_results(RESULTS / "models" / "results.json")
-    peers = read_results(RESULTS / "peers" / "results.json") if (RESULTS / "peers").is_dir() else None
     tables = {
-        "peers": "Not measured yet." if peers is None else "\n\n".join(peer_tables(peers)),
+        "peers": "\n\n".join(peers.tables(peers.read(peers.RESULTS))),
         "machine": f"{operators.machine}. {loads(operators)}",
         "operators": size_table(
             [row for row in operators.rows if (row.case.size, row.case.batch) == (TOKENS, 1)]
@@ -46,15 +47,6 @@ def claims(results: Results) -> str:
     names = dict.fromkeys(row.case.name for row in results.rows)
     cells = [[f"`{name}`", f"{FASTER_FROM[name]:,}" if name in FASTER_FROM else "none"] for name in names]
     return markdown(["operator", "claims to be faster from N"], cells).replace("\\`", "`")
-
-
-def peer_tables(results: Results) -> list[str]:
-    """Return a heading and a table for each number of tokens, forward, and forward and backward."""
-    parts = []
-    for size, backward in dict.fromkeys((row.case.size, row.case.backward) for row in results.rows):
-        rows = [row for row in results.rows if (row.case.size, row.case.backward) == (size, backward)]
-        parts += [f"{size:,} tokens, {'forward and backward' if backward else 'forward'}.", peers_table(rows)]
-    return parts
 
 
 def model_tables(results: Results) -> list[str]:

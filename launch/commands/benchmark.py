@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 EXAMPLES = (
     "graftvit benchmark operators",
     "graftvit benchmark operators --operators linear monarch 'kernel(feature=relu)' --tokens 196 1024 4096 --backward",
-    "graftvit benchmark operators --peers --tokens 196 1024 4096 --batch 1 --backward",
     "graftvit benchmark operators --device cuda --dtype float32 bfloat16 --batch 1 8 --compile",
     "graftvit benchmark models vit_small_patch16_224 --plan '*: linear' '*: linear; 9-11: softmax'",
     "graftvit benchmark models swin_tiny_patch4_window7_224 --plan 'stage1: none; stage3: linear' --without bias",
@@ -89,10 +88,6 @@ def _parse_operators(argv: list[str]) -> argparse.Namespace:
     parser.flag("--heads", "heads of the layer", type=whole(1), default=6, metavar="H")
     parser.flag("--head_dim", "width of a head", type=whole(1), default=64, metavar="D")
     parser.flag("--prefix", "prefix tokens before the patches", type=whole(0), default=0, metavar="P")
-    parser.switch(
-        "--peers",
-        "also time each operator's straight-line form and its public implementation (the extra peers)",
-    )
     _add_common(parser, [1, 8])
     return parser.parse_args(argv)
 
@@ -104,8 +99,7 @@ def _operators(arguments: argparse.Namespace) -> tuple[list[Case], Measure]:
 
     layer = Layer(arguments.heads, arguments.head_dim, arguments.prefix)
     names = arguments.operators or [name for name in OPERATORS if name != SOFTMAX]
-    ways = replace(_ways(arguments), peers=arguments.peers)
-    cases = operator_cases(names, arguments.tokens, layer, ways)
+    cases = operator_cases(names, arguments.tokens, layer, _ways(arguments))
     return cases, lambda case: measure_operator(case, layer, arguments.repeats)
 
 

@@ -6,7 +6,7 @@ import itertools
 import logging
 import math
 import statistics
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -20,7 +20,7 @@ from ....checkpoints.architecture import build, check_name
 from ....checkpoints.atomic import write_bytes, write_text
 from ....checkpoints.pretrained import load_pretrained
 from ....checkpoints.sources import TimmSource, parse_source
-from ....models.attention.base import AttentionOperator, Geometry, Heads, LayerShape
+from ....models.attention.base import Geometry, Heads, LayerShape
 from ....models.calibration import fit_at_random
 from ....models.conversion import convert, converted_layers, layer_macs, resize
 from ....models.cost import attention_macs as pyramid_attention
@@ -51,7 +51,6 @@ from .cases import (
     step_of,
     time_steps,
 )
-from .public_forms import public_form, straight_form
 
 # From which size on an operator is faster than fused softmax attention.
 
@@ -127,8 +126,6 @@ def render(results: Results) -> str:
     parts = [first]
     for setting, rows in _settings(results.rows).items():
         parts += [f"### {setting}", size_table(rows) + _miscounted(rows) + _unsteady(rows)]
-        if any(row.straight or row.public for row in rows):
-            parts.append(peers_table(rows))
     if crossovers(results.rows):
         size = "N" if results.kind == "operators" else "image side"
         heading = f"### Crossover: the {size} from which it is faster than {beside}"
@@ -175,22 +172,6 @@ def size_table(rows: Sequence[Row]) -> str:
 
 def _processor(seconds: float | None) -> str:
     return "" if seconds is None else milliseconds(seconds)
-
-
-def peers_table(rows: Sequence[Row]) -> str:
-    """Return a line a case of one setting: its time over those of its straight-line form and of a public package."""
-    head = ["operator", "ms", "straight-line ms", "ratio", "public implementation", "its ms", "ratio"]
-    lines = []
-    for row in sorted(rows, key=lambda row: row.case.name):
-        beside = [
-            cell
-            for seconds in (row.straight, row.public)
-            for cell in (
-                ("", "") if seconds is None else (milliseconds(seconds), f"{row.median / seconds:.2f}")
-            )
-        ]
-        lines.append([row.case.name, milliseconds(row.median), *beside[:2], row.package, *beside[2:]])
-    return "Time over the time of other forms; below 1 the operator is faster:\n\n" + markdown(head, lines)
 
 
 def _settings(rows: Iterable[Row]) -> dict[str, list[Row]]:
@@ -330,39 +311,23 @@ def compiled(module: nn.Module, case: Case) -> nn.Module:
     return cast(nn.Module, torch.compile(module)) if case.compiled else module
 
 
-def measure_case(
-    case: Case,
-    steps: Sequence[Step],
-    repeats: int,
-    *,
-    macs: int,
-    counted: int,
-    peers: Mapping[str, Step] | None = None,
-    package: str = "",
-) -> Row:
-    """Time both `steps` in turn, softmax first, and measure the peak memory of the second.
-
-    `peers` may have a step `straight` and a step `public`, which take their turns, too.
-    """
+def measure_case(case: Case, steps: Sequence[Step], repeats: int, *, macs: int, counted: int) -> Row:
+    """Time both `steps` in turn, softmax first, and measure the peak memory of the second."""
     device, (softmax, own) = torch.device(case.device), steps
-    timings = time_steps({"softmax": softmax, "own": own, **(peers or {})}, repeats, device)
-    time = timings["own"]
-    straight, public = (timings[name].median if name in timings else None for name in ("straight", "public"))
+    timings = time_steps({"softmax": softmax, "own": own}, repeats, device)
+    time, beside = timings["own"], timings["softmax"]
     return Row(
         case,
         time.median,
         time.low,
         time.high,
-        timings["softmax"].median,
+        beside.median,
         peak_bytes(own, device),
         macs,
         counted,
         load_average(),
-        straight,
-        public,
-        package,
         time.cpu,
-        timings["softmax"].cpu,
+        beside.cpu,
     )
 
 
@@ -503,9 +468,7 @@ def operator_cases(names: Sequence[str], tokens: Sequence[int], layer: Layer, wa
     """
     for name in names:
         for size in tokens:
-            operator = create_operator(choice_of(name), layer.shape(size))
-            if ways.peers:
-                _check_peers(name, operator, layer)
+            create_operator(choice_of(name), layer.shape(size))
     return ways.cases("operators", [str(choice_of(name)) for name in names], [str(layer)], tokens)
 
 
@@ -517,49 +480,23 @@ def measure_operator(case: Case, layer: Layer, repeats: int) -> Row:
         create_operator(choice_of(name), shape).to(device, dtype).eval() for name in (SOFTMAX, case.name)
     )
     operator.fit([], seed=0)
-    heads = _draw(shape, case.batch, device, dtype)
+    heads = draw_heads(shape, case.batch, device, dtype)
     steps = [
-        _step(each, heads, case.backward, each.parameters()) for each in (softmax, compiled(operator, case))
+        operator_step(each, heads, case.backward, each.parameters())
+        for each in (softmax, compiled(operator, case))
     ]
-    counted = counted_macs(_step(operator, _draw(shape, 1, device, dtype), backward=False))
-    macs = operator.macs(shape.geometry)
-    if not case.peers:
-        return measure_case(case, steps, repeats, macs=macs, counted=counted)
-    peers, package = _peers(case.name, operator, heads, case.backward)
-    return measure_case(case, steps, repeats, macs=macs, counted=counted, peers=peers, package=package)
+    counted = counted_macs(operator_step(operator, draw_heads(shape, 1, device, dtype), backward=False))
+    return measure_case(case, steps, repeats, macs=operator.macs(shape.geometry), counted=counted)
 
 
-def _check_peers(name: str, operator: AttentionOperator, layer: Layer) -> None:
-    if layer.prefix:
-        raise ConfigError(
-            f"--prefix {layer.prefix} with --peers: public implementations have no prefix tokens; take --prefix 0"
-        )
-    public_form(name, operator, _draw(operator.shape, 1, torch.device("cpu"), torch.float32))
-
-
-def _peers(
-    name: str, operator: AttentionOperator, heads: Heads, backward: bool
-) -> tuple[dict[str, Step], str]:
-    """Return the steps of the straight-line form and of the public implementation, and the name of its package."""
-    straight, public = straight_form(operator), public_form(name, operator, heads)
-    steps = {} if straight is None else {"straight": _step(straight, heads, backward, operator.parameters())}
-    if public is None:
-        return steps, ""
-    package, call, parameters = public
-    return {
-        **steps,
-        "public": _step(lambda heads: call(*heads.qkv()), heads, backward, parameters),
-    }, package
-
-
-def _draw(shape: LayerShape, batch: int, device: torch.device, dtype: torch.dtype) -> Heads:
+def draw_heads(shape: LayerShape, batch: int, device: torch.device, dtype: torch.dtype) -> Heads:
     """Draw random projections, laid out in memory as a layer gives them: (B, N, H, D), seen as (B, H, N, D)."""
     size = (3, batch, shape.geometry.num_tokens, shape.num_heads, shape.head_dim)
     q, k, v = torch.randn(size, device=device, dtype=dtype).transpose(2, 3).unbind(0)
     return Heads(q, k, v, None, shape.head_dim**-0.5, geometry=shape.geometry)
 
 
-def _step(
+def operator_step(
     run: Callable[[Heads], Tensor], heads: Heads, backward: bool, parameters: Iterable[Tensor] = ()
 ) -> Step:
     """Return a step whose output is laid out as the next projection of a layer reads it, (B, N, H D)."""

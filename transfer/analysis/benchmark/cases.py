@@ -55,8 +55,6 @@ class Case:
     device: str
     backward: bool = False
     compiled: bool = False
-    peers: bool = False
-    """Beside its straight-line form and its public implementation."""
     without: tuple[str, ...] = ()
     """Parts of a pyramid's layers that the conversion gives up."""
 
@@ -96,8 +94,6 @@ class Ways:
     """The backward pass, too."""
     compiled: bool = False
     """Compiled, too."""
-    peers: bool = False
-    """Each beside its straight-line form and its public implementation."""
     without: tuple[str, ...] = ()
     """Parts of a pyramid's layers that conversions give up."""
 
@@ -116,7 +112,6 @@ class Ways:
                 self.device,
                 backward,
                 compiled,
-                self.peers,
                 self.without,
             )
             for size in sorted(sizes)
@@ -146,12 +141,6 @@ class Row:
     """The same by torch's counter; for a model, what its counter gives with the rest of the model left out."""
     load: float
     """Load average of the machine over the last minute."""
-    straight: float | None = None
-    """Median seconds of the straight-line form of the operator's equation, timed in the same rounds."""
-    public: float | None = None
-    """Median seconds of its public implementation, timed in the same rounds."""
-    package: str = ""
-    """The package of the public implementation."""
     cpu: float | None = None
     """Median seconds of processor time of a call, all threads together; None in results of older versions."""
     softmax_cpu: float | None = None
@@ -174,7 +163,7 @@ def drifted(rows: Iterable[Row]) -> list[Row]:
     """
     groups: dict[Case, list[Row]] = {}
     for row in rows:
-        groups.setdefault(dataclasses.replace(row.case, name="", peers=False), []).append(row)
+        groups.setdefault(dataclasses.replace(row.case, name=""), []).append(row)
     return [
         row
         for group in groups.values()

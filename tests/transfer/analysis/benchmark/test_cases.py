@@ -27,7 +27,7 @@ def test_the_csv_has_every_number(tmp_path: Path) -> None:
     assert lines[0]["ratio"] == "2.5000"
     assert lines[0]["median"] == "0.01"
     assert lines[1]["name"] == "kernel(feature=relu, window=3)"
-    assert len(lines[0]) == 11 + 15
+    assert len(lines[0]) == 10 + 12
 
 
 def test_a_folder_without_results_has_none(tmp_path: Path) -> None:

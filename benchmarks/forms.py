@@ -12,20 +12,19 @@ from typing import Any, NamedTuple, TypeAlias, cast
 
 import torch
 import torch.nn.functional as F
+from graftvit.models.attention.agent import AgentAttention
+from graftvit.models.attention.base import AttentionOperator, Heads
+from graftvit.models.attention.hybrid import HybridAttention
+from graftvit.models.attention.kernel import NORMALIZERS, KernelAttention
+from graftvit.models.attention.linformer import LinformerAttention
+from graftvit.models.attention.monarch import MonarchAttention
+from graftvit.models.attention.nystrom import NystromAttention, pseudo_inverse
+from graftvit.models.attention.pooling import PooledAttention, mean_weights
+from graftvit.models.attention.softmax import UniformAttention
+from graftvit.models.attention.ttt import NORM_EPSILON, TTTAttention
+from graftvit.models.attention.window import TileTables, WindowAttention
+from graftvit.models.errors import ConfigError
 from torch import Tensor, nn
-
-from ....models.attention.agent import AgentAttention
-from ....models.attention.base import AttentionOperator, Heads
-from ....models.attention.hybrid import HybridAttention
-from ....models.attention.kernel import NORMALIZERS, KernelAttention
-from ....models.attention.linformer import LinformerAttention
-from ....models.attention.monarch import MonarchAttention
-from ....models.attention.nystrom import NystromAttention, pseudo_inverse
-from ....models.attention.pooling import PooledAttention, mean_weights
-from ....models.attention.softmax import UniformAttention
-from ....models.attention.ttt import NORM_EPSILON, TTTAttention
-from ....models.attention.window import TileTables, WindowAttention
-from ....models.errors import ConfigError
 
 Call = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -56,7 +55,7 @@ def public_form(
         missing = isinstance(error, ModuleNotFoundError) and error.name == public.module.partition(".")[0]
         why = "is not installed" if missing else f"cannot be imported ({error})"
         raise ConfigError(
-            f"--peers: {name} is compared with {public.package}, which {why}; pip install 'graftvit[peers]'"
+            f"{name} is compared with {public.package}, which {why}; pip install 'graftvit[peers]'"
         ) from error
     call, module = public.make(package, operator, heads)
     module.to(heads.known.device, heads.known.dtype).eval()

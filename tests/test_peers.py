@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,17 +10,12 @@ from graftvit.models.attention.base import Geometry, LayerShape
 from graftvit.models.errors import ConfigError
 from graftvit.models.layer_plan import OPERATORS, Choice, create_operator
 from graftvit.models.programs.program import FOUND
-from graftvit.transfer.analysis.benchmark import public_forms
-from graftvit.transfer.analysis.benchmark.benchmark import (
-    Layer,
-    measure_operator,
-    operator_cases,
-    peers_table,
-)
-from graftvit.transfer.analysis.benchmark.cases import SOFTMAX, Ways
-from graftvit.transfer.analysis.benchmark.public_forms import PUBLIC, public_form, straight_form
+from graftvit.transfer.analysis.benchmark.benchmark import Layer
+from graftvit.transfer.analysis.benchmark.cases import SOFTMAX
 from support.models.operator_cases import HEADS, WIDTH, Case, draw
-from support.runs.benchmark_rows import row
+
+from benchmarks import peers
+from benchmarks.forms import PUBLIC, public_form, straight_form
 
 GRID = Geometry(0, (6, 8))
 THEMSELVES = {SOFTMAX, "program", "hash", "hilo", *FOUND}
@@ -68,42 +62,42 @@ def test_the_public_form_of_linear_is_its_equation() -> None:
     torch.testing.assert_close(found[1](q, centered, v), operator(heads), rtol=1e-4, atol=1e-6)
 
 
-def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(
-        public_forms.PUBLIC, "linear", PUBLIC["linear"]._replace(module="a_package_that_nobody_has")
-    )
-    with pytest.raises(ConfigError, match=r"kornia.*graftvit\[peers\]"):
-        operator_cases(["linear"], [64], Layer(), Ways(peers=True))
-
-
-def test_a_package_that_cannot_be_imported_is_named_with_its_error(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "broken_package.py").write_text("import a_package_that_nobody_has")
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setitem(public_forms.PUBLIC, "linear", PUBLIC["linear"]._replace(module="broken_package"))
-    with pytest.raises(
-        ConfigError, match=r"kornia, which cannot be imported \(No module named 'a_package_that"
-    ):
-        operator_cases(["linear"], [64], Layer(), Ways(peers=True))
-
-
-def test_prefix_tokens_are_refused() -> None:
-    with pytest.raises(ConfigError, match="--prefix 1 with --peers"):
-        operator_cases(["uniform"], [64], Layer(prefix=1), Ways(peers=True))
+    operator, heads = Case("linear").build(GRID), draw(GRID)
+    for module, words in [
+        ("a_package_that_nobody_has", r"is not installed; pip install 'graftvit\[peers\]'"),
+        ("broken_package", r"cannot be imported \(No module named 'a_package_that"),
+    ]:
+        monkeypatch.setitem(PUBLIC, "linear", PUBLIC["linear"]._replace(module=module))
+        with pytest.raises(ConfigError, match=f"kornia, which {words}"):
+            public_form("linear", operator, heads)
 
 
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
-def test_a_case_with_peers_times_them(backward: bool) -> None:
+def test_the_forms_take_turns_with_the_operator(backward: bool) -> None:
     pytest.importorskip("performer_pytorch")
-    cases = operator_cases(["performer", SOFTMAX], [64], Layer(2, 8), Ways(backward=True, peers=True))
-    rows = [measure_operator(case, Layer(2, 8), 2) for case in cases if case.backward == backward]
-    assert [bool(row.straight) for row in rows] == [bool(row.public) for row in rows] == [True, False]
-    assert rows[0].package == "performer-pytorch"
+    found = peers.measure("performer", 64, backward, Layer(2, 8), 2)
+    assert found.own > 0
+    assert (found.straight or 0) > 0
+    assert (found.public or 0) > 0
+    assert found.package == "performer-pytorch"
+    alone = peers.measure(SOFTMAX, 64, backward, Layer(2, 8), 2)
+    assert (alone.straight, alone.public, alone.package) == (None, None, "")
 
 
 def test_the_table_has_a_blank_where_there_is_no_other_form() -> None:
-    first = replace(row("linear", 64), median=0.02, straight=0.04, public=0.01, package="theirs")
-    table = peers_table([first, row("ttt", 64)])
-    assert "| linear | 20 | 40 | 0.50 | theirs | 10 | 2.00 |" in table
-    assert "| ttt | " in table
+    found = peers.table(
+        [
+            peers.Peers("linear", 64, False, 0.02, 0.04, 0.01, "theirs"),
+            peers.Peers("ttt", 64, False, 0.02, None, None, ""),
+        ]
+    )
+    assert "| linear | 20 | 40 | 0.50 | theirs | 10 | 2.00 |" in found
+    assert "| ttt | 20 |  |  |  |  |  |" in found
+
+
+def test_the_page_has_the_stored_tables() -> None:
+    page = (Path(__file__).resolve().parent.parent / "docs" / "efficiency.md").read_text()
+    assert all(part in page for part in peers.tables(peers.read(peers.RESULTS)))
