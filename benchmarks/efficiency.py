@@ -8,7 +8,7 @@ from pathlib import Path
 from graftvit.models.layer_plan import FASTER_FROM
 from graftvit.transfer.analysis.benchmark.benchmark import crossover_table, size_table
 from graftvit.transfer.analysis.benchmark.cases import Results, read_results
-from graftvit.transfer.analysis.report.tables import markdown
+from graftvit.transfer.analysis.report.tables import Table
 
 from . import peers
 
@@ -26,8 +26,8 @@ def main() -> None:
         "machine": f"{operators.machine}. {loads(operators)}",
         "operators": size_table(
             [row for row in operators.rows if (row.case.size, row.case.batch) == (TOKENS, 1)]
-        ),
-        "crossover": crossover_table(operators),
+        ).to_markdown(),
+        "crossover": crossover_table(operators).to_markdown(),
         "claims": claims(operators),
         "models": "\n\n".join(model_tables(models)),
     }
@@ -46,7 +46,7 @@ def claims(results: Results) -> str:
     """From how many tokens on each operator claims to be faster."""
     names = dict.fromkeys(row.case.name for row in results.rows)
     cells = [[f"`{name}`", f"{FASTER_FROM[name]:,}" if name in FASTER_FROM else "none"] for name in names]
-    return markdown(["operator", "claims to be faster from N"], cells).replace("\\`", "`")
+    return Table(["operator", "claims to be faster from N"], cells).to_markdown().replace("\\`", "`")
 
 
 def model_tables(results: Results) -> list[str]:
@@ -54,7 +54,7 @@ def model_tables(results: Results) -> list[str]:
     parts = []
     for size, batch in dict.fromkeys((row.case.size, row.case.batch) for row in results.rows):
         rows = [row for row in results.rows if (row.case.size, row.case.batch) == (size, batch)]
-        parts += [f"{rows[0].case.source}, {size} px, batch {batch}:", size_table(rows)]
+        parts += [f"{rows[0].case.source}, {size} px, batch {batch}:", size_table(rows).to_markdown()]
     return parts
 
 

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from graftvit.checkpoints.json_lines import read_records
 from graftvit.launch.cli import main as graftvit
-from graftvit.transfer.analysis.report.tables import markdown
+from graftvit.transfer.analysis.report.tables import Table
 
 from .marked import put_between_marks
 from .tiles import make_tiles
@@ -147,7 +147,7 @@ def table(outcomes: list[Outcome]) -> str:
         ways = [[each.after for each in own if each.way == way] for way in WAYS]
         before = spread([each.before for each in own])
         rows.append([data, plan, f"{own[0].teacher:.1f}", before, *(spread(each) for each in ways)])
-    return markdown(["data", "student", "teacher", "before training", *WAYS], rows)
+    return Table(["data", "student", "teacher", "before training", *WAYS], rows).to_markdown()
 
 
 def spread(values: list[float]) -> str:

@@ -17,7 +17,7 @@ import graftvit.models.lit  # noqa: F401 - registers the models
 import timm
 import torch
 from graftvit.transfer.analysis.benchmark.cases import Step, Timing, keep_freed_memory, time_steps
-from graftvit.transfer.analysis.report.tables import markdown
+from graftvit.transfer.analysis.report.tables import Table
 from torch import nn
 
 from .marked import put_between_marks
@@ -104,7 +104,9 @@ def table(result: dict[str, Any]) -> str:
             ratio = seconds[REFERENCE] / seconds[model]
             cells[f"`{model}`"].append(f"{1e3 * seconds[model]:,.0f} ({ratio:.2f})")
     head = ["model", *(columns[at] for at in sorted(columns, key=lambda column: (column[1], column[0])))]
-    return markdown(head, [[model, *values] for model, values in cells.items()]).replace("\\`", "`")
+    return (
+        Table(head, [[model, *values] for model, values in cells.items()]).to_markdown().replace("\\`", "`")
+    )
 
 
 def machine() -> str:

@@ -27,7 +27,7 @@ from graftvit.transfer.analysis.benchmark.cases import (
     machine,
     time_steps,
 )
-from graftvit.transfer.analysis.report.tables import markdown, milliseconds
+from graftvit.transfer.analysis.report.tables import Table, milliseconds
 
 from .forms import public_form, straight_form
 
@@ -112,7 +112,10 @@ def table(rows: Sequence[Peers]) -> str:
             for seconds in (row.straight, row.public)
         )
         lines.append([row.operator, milliseconds(row.own), *straight, row.package, *public])
-    return "Time over the time of other forms; below 1 the operator is faster:\n\n" + markdown(head, lines)
+    return (
+        "Time over the time of other forms; below 1 the operator is faster:\n\n"
+        + Table(head, lines).to_markdown()
+    )
 
 
 def read(path: Path) -> list[Peers]:

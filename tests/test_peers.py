@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import sys
 from pathlib import Path
 
 import pytest
@@ -14,9 +16,10 @@ from graftvit.transfer.analysis.benchmark.benchmark import Layer
 from graftvit.transfer.analysis.benchmark.cases import SOFTMAX
 from support.models.operator_cases import HEADS, WIDTH, Case, draw
 
-from benchmarks import peers
-from benchmarks.forms import PUBLIC, public_form, straight_form
-
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.append(str(ROOT))
+peers, forms = (importlib.import_module(f"benchmarks.{name}") for name in ("peers", "forms"))
+PUBLIC, public_form, straight_form = forms.PUBLIC, forms.public_form, forms.straight_form
 GRID = Geometry(0, (6, 8))
 THEMSELVES = {SOFTMAX, "program", "hash", "hilo", *FOUND}
 
@@ -99,5 +102,5 @@ def test_the_table_has_a_blank_where_there_is_no_other_form() -> None:
 
 
 def test_the_page_has_the_stored_tables() -> None:
-    page = (Path(__file__).resolve().parent.parent / "docs" / "efficiency.md").read_text()
+    page = (ROOT / "docs" / "efficiency.md").read_text()
     assert all(part in page for part in peers.tables(peers.read(peers.RESULTS)))

@@ -158,11 +158,11 @@ def _add_common(parser: Parser, batches: list[int]) -> None:
 
 
 def _measure(kind: Kind, cases: list[Case], measure: Measure, arguments: argparse.Namespace) -> int:
-    from ...transfer.analysis.benchmark.benchmark import check_device, render, run_cases
+    from ...transfer.analysis.benchmark.benchmark import check_device, make_report, run_cases
 
     check_device(arguments.device)
     results = run_cases(kind, cases, measure, arguments.out, force=arguments.force, tell=tell)
-    say(render(results))
+    say(make_report(results).to_markdown())
     say(f"\n{arguments.out / 'table.md'}, latency.png, results.csv, results.json\n")
     return 0
 
@@ -179,7 +179,7 @@ def _count_energy(argv: list[str]) -> int:
         arguments.addition_area,
     )
     rows = energy_rows(arguments.sources, arguments.plan, arguments.img_size, arguments.accounting)
-    say(energy_table(rows, prices) + "\n")
+    say(energy_table(rows, prices).to_markdown() + "\n")
     return 0
 
 

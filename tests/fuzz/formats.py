@@ -26,8 +26,8 @@ from graftvit.launch.load_config import dump_config, load_config
 from graftvit.models.errors import GraftError
 from graftvit.transfer.analysis.benchmark.cases import Results, read_results
 from graftvit.transfer.analysis.compare.comparison_cells import Record, Score, Speed, mean_over_seeds
-from graftvit.transfer.analysis.compare.comparison_plots import map_plot, plots_of
-from graftvit.transfer.analysis.compare.comparison_report import records_csv, records_json, render_markdown
+from graftvit.transfer.analysis.compare.comparison_plots import figures_of, map_figure
+from graftvit.transfer.analysis.compare.comparison_report import make_report, records_json, records_table
 from graftvit.transfer.analysis.compare.student_cell import load_maps
 from graftvit.transfer.analysis.report.ink import write_arrays
 from graftvit.transfer.analysis.search.search_report import write_report
@@ -561,11 +561,11 @@ def _check_cell(folder: Path) -> None:
             if not np.array_equal(each.heat, arrays[f"{image}.{layer}.heat"]):
                 raise WrongError("a map has other numbers than are there")
     means = mean_over_seeds([record])
-    render_markdown(means, [])
-    records_csv(means), records_json(means)
-    for plot in [*plots_of(means), map_plot({record.name: maps})]:
-        if plot is not None:
-            plot.draw("light")
+    make_report(means, []).to_markdown()
+    records_table(means).to_csv(), records_json(means)
+    for figure in [*figures_of(means), map_figure({record.name: maps})]:
+        if figure is not None:
+            figure.draw("light")
 
 
 # The results of a benchmark.

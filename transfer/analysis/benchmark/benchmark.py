@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import torch
 from matplotlib.figure import Figure
@@ -30,8 +30,9 @@ from ....models.families import attention_blocks, is_pyramid, patch_size
 from ....models.layer_plan import Choice, create_operator
 from ....models.plan_syntax import parse_plan
 from ...cells.pool import left_to_run, run_in_turn
-from ..report.ink import INK, color_of, dashes_of, draw_ring, legend_beside, log_log, new_plots, to_png
-from ..report.tables import markdown, milliseconds
+from ..report.ink import INK, Line, color_of, dashes_of, draw_lines, to_png
+from ..report.report import Report, compose
+from ..report.tables import Table, milliseconds, tabulate
 from .cases import (
     DTYPES,
     SOFTMAX,
@@ -105,7 +106,7 @@ def without_size(case: Case) -> Case:
     return replace(case, size=0)
 
 
-# The tables of a benchmark, in Markdown.
+# The tables of a benchmark, and the latency against the number of tokens, or the image side.
 
 MARK = "†"
 """Of numbers whose reference drifted."""
@@ -113,97 +114,62 @@ MISCOUNT = 0.05
 """How far an operator's own account may be from the counter before the table says so."""
 
 
-def render(results: Results) -> str:
+def make_report(results: Results) -> Report:
     """Return a table of cases for each setting, and one of crossovers."""
-    loads = [row.load for row in results.rows]
-    beside = "fused softmax attention" if results.kind == "operators" else "the unconverted model"
-    first = (
-        f"{results.machine}. Ratio: how many times as fast as {beside}, timed in turn with it in the "
-        "same run. Spread: first to third quartile. CPU ms: processor time of all threads, in which other programs on "
-        "the machine have no part. Load average while measuring "
-        f"{min(loads, default=0):.1f} to {max(loads, default=0):.1f}."
+    settings: dict[str, list[Row]] = {}
+    for row in sorted(results.rows, key=lambda row: row.case.size):
+        settings.setdefault(f"{row.case.size_text}, {row.case.setting}", []).append(row)
+    return compose(
+        "benchmark/benchmark.txt",
+        results=results,
+        loads=[row.load for row in results.rows] or [0.0],
+        settings=[
+            (name, size_table(rows), _miscounted(rows), drifted(rows)) for name, rows in settings.items()
+        ],
+        crossovers=crossover_table(results) if crossovers(results.rows) else None,
     )
-    parts = [first]
-    for setting, rows in _settings(results.rows).items():
-        parts += [f"### {setting}", size_table(rows) + _miscounted(rows) + _unsteady(rows)]
-    if crossovers(results.rows):
-        size = "N" if results.kind == "operators" else "image side"
-        heading = f"### Crossover: the {size} from which it is faster than {beside}"
-        parts += [heading, crossover_table(results)]
-    return "\n\n".join(parts) + "\n"
 
 
-def crossover_table(results: Results) -> str:
+def crossover_table(results: Results) -> Table:
     """Return a line an operator or plan, a column a setting."""
     found = crossovers(results.rows)
     settings = list(dict.fromkeys(case.setting for case in found))
     names = list(dict.fromkeys(case.name for case in found))
     cells = {(case.name, case.setting): str(value) for case, value in found.items()}
     head = "operator" if results.kind == "operators" else "plan"
-    return markdown(
+    return Table(
         [head, *settings], [[name, *(cells.get((name, one), "") for one in settings)] for name in names]
     )
 
 
-def size_table(rows: Sequence[Row]) -> str:
-    """Return a line a case of one setting, the fastest first; results of older versions have no processor time."""
-    beside, unsteady = rows[0].case.beside, drifted(rows)
-    columns: dict[str, Callable[[Row, str], str]] = {
-        "operator" if rows[0].case.kind == "operators" else "plan": lambda row, _: row.case.name,
-        "ms": lambda row, _: milliseconds(row.median),
-        "spread": lambda row, _: f"{milliseconds(row.low)}–{milliseconds(row.high)}",
-        "CPU ms": lambda row, _: _processor(row.cpu),
-        f"{beside} ms": lambda row, mark: f"{milliseconds(row.softmax)}{mark}",
-        "its CPU ms": lambda row, _: _processor(row.softmax_cpu),
-        "ratio": lambda row, mark: f"{row.ratio:.2f}{mark}",
-        "images/s": lambda row, _: f"{row.case.batch / row.median:,.1f}",
-        "peak MiB": lambda row, _: f"{row.peak_bytes / 2**20:,.1f}",
-        "attention MMACs": lambda row, _: f"{row.macs / 1e6:,.1f}",
-        "counted": lambda row, _: f"{row.counted_macs / 1e6:,.1f}",
+def size_table(rows: Sequence[Row]) -> Table:
+    """Return a line a case of one setting, the fastest first."""
+    unsteady = drifted(rows)
+    columns: dict[str, Callable[[Row], str]] = {
+        "operator" if rows[0].case.kind == "operators" else "plan": lambda row: row.case.name,
+        "ms": lambda row: milliseconds(row.median),
+        "spread": lambda row: f"{milliseconds(row.low)}–{milliseconds(row.high)}",
+        "CPU ms": lambda row: _processor(row.cpu),
+        f"{rows[0].case.beside} ms": lambda row: milliseconds(row.softmax) + MARK * (row in unsteady),
+        "its CPU ms": lambda row: _processor(row.softmax_cpu),
+        "ratio": lambda row: f"{row.ratio:.2f}" + MARK * (row in unsteady),
+        "images/s": lambda row: f"{row.case.batch / row.median:,.1f}",
+        "peak MiB": lambda row: f"{row.peak_bytes / 2**20:,.1f}",
+        "attention MMACs": lambda row: f"{row.macs / 1e6:,.1f}",
+        "counted": lambda row: f"{row.counted_macs / 1e6:,.1f}",
     }
     if all(row.cpu is None for row in rows):
         del columns["CPU ms"], columns["its CPU ms"]
-    lines = [
-        [text(row, MARK if row in unsteady else "") for text in columns.values()]
-        for row in sorted(rows, key=lambda row: -row.ratio)
-    ]
-    return markdown(list(columns), lines)
+    return tabulate(sorted(rows, key=lambda row: -row.ratio), columns)
 
 
 def _processor(seconds: float | None) -> str:
     return "" if seconds is None else milliseconds(seconds)
 
 
-def _settings(rows: Iterable[Row]) -> dict[str, list[Row]]:
-    found: dict[str, list[Row]] = {}
-    for row in sorted(rows, key=lambda row: row.case.size):
-        found.setdefault(f"{row.case.size_text}, {row.case.setting}", []).append(row)
-    return found
-
-
-def _miscounted(rows: Sequence[Row]) -> str:
-    """Name the operators whose count differs from torch's; empty where none does."""
-    names = [row.case.name for row in rows if abs(row.counted_macs - row.macs) > MISCOUNT * row.macs]
-    if not names:
-        return ""
-    return (
-        f"\n\nMore than {MISCOUNT:.0%} between own and counted multiply-adds, where sums over elements, "
-        f"poolings or kernels of which torch's counter does not know matter: {', '.join(names)}."
-    )
-
-
-def _unsteady(rows: Sequence[Row]) -> str:
-    """Explain the mark of rows whose reference drifted; empty where none did."""
-    if not drifted(rows):
-        return ""
-    beside = rows[0].case.beside
-    return (
-        f"\n\n{MARK} {beside} took another time than in the other rows, each time that it was measured: the machine "
-        "was busy, the ratio says nothing, and no crossover is given. Measure again when nothing else runs."
-    )
-
-
-# Latency against the number of tokens, or the image side: log-log, with the crossovers marked.
+def _miscounted(rows: Sequence[Row]) -> list[str]:
+    """Return the operators whose count differs from torch's."""
+    return [row.case.name for row in rows if abs(row.counted_macs - row.macs) > MISCOUNT * row.macs]
 
 
 def draw_latency(rows: Sequence[Row]) -> Figure:
@@ -211,40 +177,38 @@ def draw_latency(rows: Sequence[Row]) -> Figure:
     panels: dict[str, list[Row]] = {}
     for row in rows:
         panels.setdefault(row.case.setting, []).append(row)
-    count = max(1, len(panels))
-    figure, plots = new_plots("light", (8.4, 5.0 * count), rows=count)
-    for axes, (setting, group) in zip(plots, panels.items(), strict=False):
-        _draw_panel(axes, setting, group)
-    return figure
+    tokens = not rows or rows[0].case.kind == "operators"
+    return draw_lines(
+        {setting: _latency_lines(group) for setting, group in panels.items()},
+        "light",
+        ("tokens N" if tokens else "image side, pixels", "milliseconds"),
+        size=(8.4, 5.0 * max(1, len(panels))),
+        stacked=True,
+        log=True,
+    )
 
 
-def _draw_panel(axes: Any, setting: str, rows: list[Row]) -> None:
+def _latency_lines(rows: Sequence[Row]) -> list[Line]:
     found, sizes = crossovers(rows), sorted({row.case.size for row in rows})
     softmax = [statistics.median_high(row.softmax for row in rows if row.case.size == size) for size in sizes]
-    axes.plot(
-        sizes,
-        [1e3 * value for value in softmax],
-        "--",
-        color=INK["light"],
-        linewidth=2,
-        label=rows[0].case.beside,
-    )
+    lines = [Line(rows[0].case.beside, sizes, [1e3 * y for y in softmax], INK["light"], "--")]
     names = [name for name in dict.fromkeys(row.case.name for row in rows) if name != SOFTMAX]
     for place, name in enumerate(names):
-        line = sorted((row for row in rows if row.case.name == name), key=lambda row: row.case.size)
-        x = [row.case.size for row in line]
-        low, y, high = ([1e3 * getattr(row, key) for row in line] for key in ("low", "median", "high"))
-        at, color = found.get(without_size(line[0].case)), color_of(place)
-        label = name if at is None else f"{name} ({at})"
-        axes.plot(x, y, dashes_of(place), color=color, marker="o", markersize=3, linewidth=1.4, label=label)
-        axes.fill_between(x, low, high, color=color, alpha=0.15)
-        if at is not None and not at.where:
-            draw_ring(axes, at.size, x, y, color)
-    log_log(axes, sizes)
-    axes.set_xlabel("tokens N" if rows[0].case.kind == "operators" else "image side, pixels")
-    axes.set_ylabel("milliseconds")
-    axes.set_title(setting, color=INK["light"], fontsize=10)
-    legend_beside(axes, "light")
+        own = sorted((row for row in rows if row.case.name == name), key=lambda row: row.case.size)
+        low, y, high = ([1e3 * getattr(row, key) for row in own] for key in ("low", "median", "high"))
+        at = found.get(without_size(own[0].case))
+        lines.append(
+            Line(
+                name if at is None else f"{name} ({at})",
+                [row.case.size for row in own],
+                y,
+                color_of(place),
+                dashes_of(place),
+                (low, high),
+                at.size if at is not None and not at.where else None,
+            )
+        )
+    return lines
 
 
 logger = logging.getLogger(__name__)
@@ -291,7 +255,7 @@ def run_cases(
             results.rows[results.rows.index(row)] = measure(row.case)
             results.save(folder)
     asked = Results(kind, results.machine, [row for row in results.rows if row.case in cases])
-    write_text(folder / "table.md", render(asked))
+    write_text(folder / "table.md", make_report(asked).to_markdown())
     write_bytes(folder / "latency.png", to_png(draw_latency(asked.rows), ground="white"))
     return asked
 

@@ -11,6 +11,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from operator import attrgetter
 from pathlib import Path
 from typing import Literal
 
@@ -31,7 +32,7 @@ from ....models.cost import OperationCount, count_operations
 from ....models.errors import CheckpointError, ConfigError
 from ....models.families import find_family, is_pyramid
 from ...cells.pool import State
-from ..report.tables import markdown, to_csv, to_json
+from ..report.tables import Table, tabulate, to_json
 
 Kind = Literal["operators", "models"]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -186,19 +187,15 @@ class Results:
 
     def save(self, folder: Path) -> None:
         """Write `results.json` and `results.csv`, each whole or not at all."""
-        write_text(folder / RESULTS, to_json(dataclasses.asdict(self)))
-        case_names, (_, *numbers) = ([one.name for one in dataclasses.fields(kind)] for kind in (Case, Row))
         unsteady = drifted(self.rows)
-        rows = [
-            [
-                *dataclasses.astuple(row.case),
-                *(getattr(row, name) for name in numbers),
-                f"{row.ratio:.4f}",
-                row in unsteady,
-            ]
-            for row in self.rows
-        ]
-        write_text(folder / "results.csv", to_csv([*case_names, *numbers, "ratio", "drifted"], rows))
+        columns: dict[str, Callable[[Row], object]] = {
+            **{each.name: attrgetter(f"case.{each.name}") for each in dataclasses.fields(Case)},
+            **{each.name: attrgetter(each.name) for each in dataclasses.fields(Row)[1:]},
+            "ratio": lambda row: f"{row.ratio:.4f}",
+            "drifted": lambda row: row in unsteady,
+        }
+        write_text(folder / RESULTS, to_json(dataclasses.asdict(self)))
+        write_text(folder / "results.csv", tabulate(self.rows, columns).to_csv())
 
 
 def load_results(folder: Path, kind: Kind) -> Results:
@@ -290,32 +287,24 @@ def energy_rows(
     return rows
 
 
-def energy_table(rows: Iterable[EnergyRow], prices: Prices) -> str:
+def energy_table(rows: Iterable[EnergyRow], prices: Prices) -> Table:
     """Return a line for each model: operations in billions, energy in mJ (10⁹ pJ) and area."""
-    head = [
-        "model",
-        "plan",
-        "multiplications (G)",
-        "additions (G)",
-        "in attention (G)",
-        "energy (mJ)",
-        "area (m²)",
-    ]
-    lines = []
-    for row in rows:
-        total, attention = row.count.total, row.count.attention
-        lines.append(
-            [
-                row.source,
-                row.plan,
-                f"{total.multiplications / 1e9:.5g}",
-                f"{total.additions / 1e9:.5g}",
-                f"{attention.multiplications / 1e9:.5g} + {attention.additions / 1e9:.5g}",
-                f"{prices.energy(total) / 1e9:.5g}",
-                f"{prices.area(total) / 1e12:.4g}",
-            ]
-        )
-    return markdown(head, lines)
+    columns: dict[str, Callable[[EnergyRow], str]] = {
+        "model": lambda row: row.source,
+        "plan": lambda row: row.plan,
+        "multiplications (G)": lambda row: _billions(row.count.total.multiplications),
+        "additions (G)": lambda row: _billions(row.count.total.additions),
+        "in attention (G)": lambda row: " + ".join(
+            map(_billions, (row.count.attention.multiplications, row.count.attention.additions))
+        ),
+        "energy (mJ)": lambda row: _billions(prices.energy(row.count.total)),
+        "area (m²)": lambda row: f"{prices.area(row.count.total) / 1e12:.4g}",
+    }
+    return tabulate(rows, columns)
+
+
+def _billions(count: float) -> str:
+    return f"{count / 1e9:.5g}"
 
 
 def _load(source: str, img_size: int | None) -> nn.Module:

@@ -7,46 +7,43 @@ from functools import partial
 from typing import Any
 
 import numpy as np
-from matplotlib.figure import Figure
+from matplotlib.figure import Figure as Drawing
 
 from ..benchmark.benchmark import Crossover, crossover
 from ..report.ink import (
     FAINT,
     GRAY,
     INK,
+    Line,
     Theme,
+    clear_axes,
     color_of,
     dashes_of,
     draw_heat,
-    draw_ring,
-    legend_beside,
-    log_log,
+    draw_lines,
     new_figure,
     new_plots,
     spread,
 )
-from ..report.pages import Plot
+from ..report.report import Figure
 from ..visualize.map_figures import SIGNED_LABEL, color_bar, write_corner
 from .comparison_cells import TEACHER, UNIFORM, Record, Speed
 from .student_cell import CellMap, CellMaps
 
 
-def plots_of(records: Sequence[Record]) -> list[Plot]:
-    """Return the plots that there are numbers for, at the largest image size."""
+def figures_of(records: Sequence[Record]) -> list[Figure]:
+    """Return the figures that there are numbers for, at the largest image size."""
     size = max((record.size for record in records), default=0)
     here = [record for record in records if record.size == size and record.error is None]
     measured = [record for record in here if record.speed is not None and record.final is not None]
-    plots = []
-    if measured:
-        plots += _accuracies(measured)
     changed = [record for record in here if record.plan is not None and not record.is_unconverted]
     swept = [record for record in changed if len(record.speeds) > 1]
-    if swept:
-        plots.append(_latency_tokens(swept))
     compared = [record for record in changed if record.layer_errors]
-    if compared:
-        plots.append(_errors_layers(compared))
-    return plots
+    return [
+        *(_accuracies(measured) if measured else []),
+        *([_latency_tokens(swept)] if swept else []),
+        *([_errors_layers(compared)] if compared else []),
+    ]
 
 
 def crossover_of(record: Record) -> Crossover | None:
@@ -65,19 +62,19 @@ def _memory(speed: Speed) -> float:
     return speed.peak_bytes / 2**20
 
 
-def _accuracies(records: Sequence[Record]) -> list[Plot]:
+def _accuracies(records: Sequence[Record]) -> list[Figure]:
     start = "Top-1 after the last stage, and"
     about = f"{start} milliseconds for one image of {records[0].size} px. Up and left is better."
     scatter = f"Scatter of {len(records)} models: top-1 against"
     return [
-        Plot(
+        Figure(
             "accuracy_latency",
             "Accuracy against latency",
             about,
             f"{scatter} milliseconds for one image.",
             partial(_scatter, records, _latency, "milliseconds for one image"),
         ),
-        Plot(
+        Figure(
             "accuracy_memory",
             "Accuracy against memory",
             f"{start} what a batch needs in memory above the weights. Up and left is better.",
@@ -87,8 +84,8 @@ def _accuracies(records: Sequence[Record]) -> list[Plot]:
     ]
 
 
-def _latency_tokens(students: Sequence[Record]) -> Plot:
-    return Plot(
+def _latency_tokens(students: Sequence[Record]) -> Figure:
+    return Figure(
         "latency_tokens",
         "Latency against the number of tokens",
         "Milliseconds of the whole model for one image. A ring marks the number of tokens from which it is faster "
@@ -98,8 +95,8 @@ def _latency_tokens(students: Sequence[Record]) -> Plot:
     )
 
 
-def _errors_layers(records: Sequence[Record]) -> Plot:
-    return Plot(
+def _errors_layers(records: Sequence[Record]) -> Figure:
+    return Figure(
         "layer_errors",
         "Error by layer",
         "Relative error of each layer's output, per head, on the teacher's own inputs: 0 is the teacher's layer. The "
@@ -109,7 +106,7 @@ def _errors_layers(records: Sequence[Record]) -> Plot:
     )
 
 
-def _scatter(records: Sequence[Record], value: Callable[[Speed], float], name: str, theme: Theme) -> Figure:
+def _scatter(records: Sequence[Record], value: Callable[[Speed], float], name: str, theme: Theme) -> Drawing:
     """Draw points, each joined to its name at the right edge."""
     figure, (axes,) = new_plots(theme, (8.4, max(3.6, 0.27 * len(records) + 1.2)))
     points = []
@@ -150,47 +147,41 @@ def _names_at_the_edge(
         )
 
 
-def _lines_over_tokens(records: Sequence[Record], theme: Theme) -> Figure:
-    figure, (axes,) = new_plots(theme, (8.4, 4.8))
+def _lines_over_tokens(records: Sequence[Record], theme: Theme) -> Drawing:
     tokens = sorted({speed.tokens for record in records for speed in record.speeds})
     softmax = [
-        float(np.median([s.softmax_latency for r in records for s in r.speeds if s.tokens == count]))
+        1e3 * float(np.median([s.softmax_latency for r in records for s in r.speeds if s.tokens == count]))
         for count in tokens
     ]
-    axes.plot(tokens, [1e3 * x for x in softmax], "--", color=INK[theme], linewidth=2.2, label="unconverted")
+    lines = [Line("unconverted", tokens, softmax, INK[theme], "--")]
     for record in records:
         at = crossover_of(record)
-        x, y = [s.tokens for s in record.speeds], [1e3 * s.latency for s in record.speeds]
-        color, style = color_for(record, records, theme), dashes_of(_place(record, records))
-        axes.plot(
-            x, y, style, color=color, linewidth=1.4, marker="o", markersize=3, label=f"{record.name} ({at})"
-        )
-        if at is not None and not at.where:
-            draw_ring(axes, at.size, x, y, color)
-    log_log(axes, tokens)
-    axes.set(xlabel="tokens", ylabel="milliseconds for one image")
-    legend_beside(axes, theme)
-    return figure
+        ring = at.size if at is not None and not at.where else None
+        points = [s.tokens for s in record.speeds], [1e3 * s.latency for s in record.speeds]
+        style = color_for(record, records, theme), dashes_of(_place(record, records))
+        lines.append(Line(f"{record.name} ({at})", *points, *style, ring=ring))
+    return draw_lines({"": lines}, theme, ("tokens", "milliseconds for one image"), size=(8.4, 4.8), log=True)
 
 
-def _error_panels(records: Sequence[Record], theme: Theme) -> Figure:
+def _error_panels(records: Sequence[Record], theme: Theme) -> Drawing:
     stages = list(dict.fromkeys(stage for record in records for stage in record.layer_errors))
-    figure, panels = new_plots(theme, (8.4, 4.2), columns=len(stages), sharey=True)
-    for axes, stage in zip(panels, stages, strict=True):
-        for record in records:
-            errors = record.layer_errors.get(stage, {})
-            color, style = color_for(record, records, theme), dashes_of(_place(record, records))
-            axes.plot(list(errors), list(errors.values()), style, color=color, marker="o", markersize=3,
-                      linewidth=1.4, label=record.name)  # fmt: skip
-        axes.set_title(stage, fontsize=10, color=INK[theme])
-        axes.set_xlabel("layer")
-        axes.set_xticks(
-            sorted({layer for record in records for by in record.layer_errors.values() for layer in by})
-        )
-    panels[0].set_ylabel("relative output error")
-    panels[0].set_ylim(bottom=0.0, top=min(1.6, panels[0].get_ylim()[1]))
-    legend_beside(panels[-1], theme)
-    return figure
+    panels = {
+        stage: [
+            Line(
+                record.name,
+                list(errors),
+                list(errors.values()),
+                color_for(record, records, theme),
+                dashes_of(_place(record, records)),
+            )
+            for record in records
+            for errors in [record.layer_errors.get(stage, {})]
+        ]
+        for stage in stages
+    }
+    most = max((y for lines in panels.values() for line in lines for y in line.y), default=1.0)
+    limits = (0.0, min(1.6, 1.05 * most))
+    return draw_lines(panels, theme, ("layer", "relative output error"), limits=limits)
 
 
 def color_for(record: Record, records: Sequence[Record], theme: Theme) -> str:
@@ -215,13 +206,13 @@ NAMES = 1.4
 """The width of the names of the cells, in inches."""
 
 
-def map_plot(cells: Mapping[str, CellMaps | None]) -> Plot | None:
-    """Return the plot of the cells' maps by name; None where no cell has kept any."""
+def map_figure(cells: Mapping[str, CellMaps | None]) -> Figure | None:
+    """Return the figure of the cells' maps by name; None where no cell has kept any."""
     known = [each for each in cells.values() if each is not None]
     if not known:
         return None
     images, layers = len(known[0].pictures), known[0].layers
-    return Plot(
+    return Figure(
         "attention",
         "Attention",
         f"What {known[0].query} attends to in {images} test images: the mean of the heads, after the last stage. The "
@@ -232,10 +223,9 @@ def map_plot(cells: Mapping[str, CellMaps | None]) -> Plot | None:
     )
 
 
-def draw_maps(cells: Mapping[str, CellMaps | None], shown: CellMaps, theme: Theme) -> Figure:
+def draw_maps(cells: Mapping[str, CellMaps | None], shown: CellMaps, theme: Theme) -> Drawing:
     """Draw a row a cell and a column an image and layer; `shown` gives the images. The first row has the images."""
     columns = [(image, layer) for image in range(len(shown.pictures)) for layer in shown.layers]
-    tops = {column: _top(cells, column) for column in columns}
     sides = shown.pictures[0].shape[:2]
     height, width = (INCHES * side / max(sides) for side in sides)
     tall, wide = height * (len(cells) + 1) + 0.5, width * len(columns) + NAMES + SCALES
@@ -244,24 +234,29 @@ def draw_maps(cells: Mapping[str, CellMaps | None], shown: CellMaps, theme: Them
     edges = {"left": NAMES / wide, "right": 1 - SCALES / wide, "top": 1 - 0.4 / tall, "bottom": 0.02 / tall}
     spacing = {**edges, "wspace": 0.06, "hspace": 0.06}
     grid = figure.subplots(len(cells) + 1, len(columns), squeeze=False, gridspec_kw=spacing)
+    fill_maps(grid, cells, shown, columns, theme)
+    _draw_scales(figure, [found for kept in cells.values() if kept for found in kept.maps.values()], wide)
+    return figure
+
+
+def fill_maps(
+    grid: Any,
+    cells: Mapping[str, CellMaps | None],
+    shown: CellMaps,
+    columns: Sequence[tuple[int, int]],
+    theme: Theme,
+) -> None:
+    """Fill the first row of plots with images, and one for each cell with its maps at these images and layers."""
     for axes, (image, layer) in zip(grid[0], columns, strict=True):
         own = shown.maps[image, layer]
         draw_heat(axes, shown.pictures[image], own.grid, own.asking)
         axes.set_title(f"image {image + 1}\nlayer {layer}", color=INK[theme], fontsize=7)
-    for row, kept in zip(grid[1:], cells.values(), strict=True):
+    for row, (name, kept) in zip(grid[1:], cells.items(), strict=True):
+        missing = "no map" if kept is None else "no attention"
         for axes, column in zip(row, columns, strict=True):
             found = None if kept is None else kept.maps.get(column)
-            _draw_cell(
-                axes, shown, column, found, tops[column], "no map" if kept is None else "no attention", theme
-            )
-    _draw_scales(figure, [found for kept in cells.values() if kept for found in kept.maps.values()], wide)
-    for row, name in zip(grid, ["", *cells], strict=True):
-        box = row[0].get_position()
-        middle = (box.y0 + box.y1) / 2
-        figure.text(
-            (NAMES - 0.08) / wide, middle, name, ha="right", va="center", color=INK[theme], fontsize=8
-        )
-    return figure
+            _draw_cell(axes, shown, column, found, _top(cells, column), missing, theme)
+        row[0].set_ylabel(name, color=INK[theme], fontsize=8, rotation=0, ha="right", va="center")
 
 
 def _top(cells: Mapping[str, CellMaps | None], column: tuple[int, int]) -> float:
@@ -270,7 +265,7 @@ def _top(cells: Mapping[str, CellMaps | None], column: tuple[int, int]) -> float
     return max((float(abs(heat).max()) for heat in found if heat.size), default=0) or 1
 
 
-def _draw_scales(figure: Figure, found: Sequence[CellMap], wide: float) -> None:
+def _draw_scales(figure: Drawing, found: Sequence[CellMap], wide: float) -> None:
     """Draw the color bars beside the panels."""
     signed = any(_is_signed(each) for each in found)
     label = "weight / the largest number of the column"
@@ -295,7 +290,7 @@ def _draw_cell(
 ) -> None:
     """Draw a map over its image, or say what is missing."""
     if found is None or not found.heat.size:
-        axes.set_axis_off()
+        clear_axes(axes)
         axes.text(0.5, 0.5, missing, ha="center", va="center", color=INK[theme], fontsize=6.5)
         return
     picture, signed = shown.pictures[column[0]], _is_signed(found)

@@ -7,17 +7,14 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 from types import TracebackType
 
-import joblib
 from rich.console import Console
 from rich.progress import BarColumn, TextColumn
-from rich.table import Table
 
 from ....models.errors import ConfigError
-from ...cells.pool import refuse_links, run_in_processes, torch_threads
+from ...cells.pool import refuse_links, run_in_processes, torch_threads, usable_cores
 from ...engine.runlog import TwoLines
-from . import demo_cells as text
-from .demo_cells import Cell, DemoResults, demo_cells
-from .demo_report import TABLE_HEAD, measure, table_groups, table_row, write_report
+from .demo_cells import Cell, demo_cells
+from .demo_report import accuracy_table, measure, write_report
 
 # What runs, what came out, and how long the rest will take: with a bar on a terminal, in plain lines elsewhere.
 
@@ -146,7 +143,7 @@ def run_demo(
         RunFailedError: a cell failed; its log is named.
     """
     seeds = seeds or (SEEDS[:1] if quick else SEEDS)
-    processes = joblib.cpu_count() if processes is None else processes
+    processes = usable_cores() if processes is None else processes
     if min(seeds) < 0 or len(set(seeds)) < len(seeds):
         raise ConfigError(f"--seeds {' '.join(map(str, seeds))} must be whole numbers from 0 on, each once")
     if min(processes, threads) < 1:
@@ -164,21 +161,5 @@ def run_demo(
     with torch_threads(threads):
         results = measure(cells, quick)
     report = write_report(results, output_dir)
-    console.print(_table(results))
+    console.print(accuracy_table(results).to_text(), highlight=False, markup=False)
     return report
-
-
-def _table(results: DemoResults) -> Table:
-    """Return the report's table for a terminal."""
-    seeds = f", {len(results.seeds)} seeds" if len(results.seeds) > 1 else ""
-    caption = f"top-1 on {results.test_images} test images, {results.labels} labels{seeds}"
-    table = Table(title=text.TITLE, caption=caption)
-    for column in TABLE_HEAD:
-        table.add_column(column, justify="left" if column == "method" else "right")
-    for title, methods in table_groups(results):
-        if title is not None:
-            table.add_section()
-            table.add_row(f"[bold]{title}[/bold]")
-        for method in methods:
-            table.add_row(*table_row(results, method))
-    return table

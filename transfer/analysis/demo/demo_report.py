@@ -1,159 +1,295 @@
-"""The demo's report: `report.html`, one file with all in it, and `report.md` with images beside it."""
+"""The demo's report: `report.html` and `report.md` with images, and a picture that sums it up."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import math
+import statistics
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
+from matplotlib.figure import Figure as Drawing
 from torch import Tensor, nn
 
-from ....checkpoints.atomic import write_bytes, write_text
+from ....checkpoints.atomic import write_bytes
 from ....checkpoints.preprocessing import Preprocessing
 from ....checkpoints.pretrained import load_pretrained
 from ....models.families import token_layout
 from ....models.parts import unfold_patches
 from ...data.loaders import EvalLoader, create_eval_loader, create_train_loader
 from ...metrics.measure import evaluate
+from ..compare.comparison_plots import draw_maps, fill_maps
+from ..compare.student_cell import CellMap, CellMaps
 from ..layer_maps import attention_maps, divergence_by_layer
-from ..report import pages
-from ..report.ink import to_png
-from ..report.tables import markdown
-from . import demo_cells as text
-from .demo_cells import (
-    COLORS,
-    SHORT_TITLES,
-    STUDENTS,
-    TEACHER_TITLES,
-    TEACHERS,
-    Cell,
-    Curve,
-    DemoResults,
-    Gaze,
-    MethodResult,
-    Panel,
-    SummaryRow,
-    TeacherName,
-    draw_curves,
-    draw_divergence,
-    draw_gazes,
-    draw_summary,
+from ..report.ink import (
+    BLUE,
+    GRAY,
+    GREEN,
+    INK,
+    ORANGE,
+    PURPLE,
+    Array,
+    Line,
+    Theme,
+    draw_lines,
+    new_figure,
+    style_axes,
+    to_png,
 )
+from ..report.report import Figure, Report, compose
+from ..report.tables import Table
+from .demo_cells import STUDENTS, TEACHERS, Cell, TeacherName
 
-GAZE_TITLES = {
-    "supervised": "teacher,\nlabels",
-    "distill_supervised": "distilled\nfrom it",
-    "mae": "teacher,\nno label",
-    "distill_mae": "distilled\nfrom it",
+COLORS = {"scratch": GRAY, "finetune": BLUE, "copy": ORANGE, "distill": GREEN, "ensemble": PURPLE}
+TITLES = {
+    "scratch": "Scratch",
+    "copy": "Attention copy",
+    "distill": "Attention distillation",
+    "finetune": "Fine-tune",
+    "ensemble": "Ensemble",
+}
+SHORT_TITLES = {
+    "scratch": "scratch",
+    "copy": "copied",
+    "distill": "distilled",
+    "finetune": "fine-tuned",
+    "ensemble": "ensemble",
+}
+TEACHER_TITLES: dict[TeacherName, str] = {
+    "supervised": "the teacher knows the labels",
+    "mae": "the teacher saw no label",
+}
+MODELS = {
+    "supervised": "teacher, labels",
+    "distill_supervised": "distilled, labels",
+    "mae": "teacher, no label",
+    "distill_mae": "distilled, no label",
     "scratch": "scratch",
 }
-TABLE_HEAD = ("method", "top-1", "against scratch")
+"""The models whose maps are shown."""
+
+
+# What the demo found, in plain numbers.
+
+
+@dataclass(frozen=True)
+class MethodResult:
+    """A method with a teacher, over the seeds. Accuracies are in percent; a curve has a row a seed."""
+
+    method: str
+    teacher: TeacherName | None
+    top1: Sequence[float]
+    steps: Sequence[int] = ()
+    curve: Sequence[Sequence[float]] = ()
+
+    @property
+    def mean(self) -> float:
+        return statistics.fmean(self.top1)
+
+    def __str__(self) -> str:
+        """Return `82.8 % ± 4.1`, the mean and the sample deviation over the seeds, or `82.8 %` for one seed."""
+        spread = f" ± {statistics.stdev(self.top1):.1f}" if len(self.top1) > 1 else ""
+        return f"{self.mean:.1f} %{spread}"
+
+
+@dataclass(frozen=True)
+class DemoResults:
+    """The methods in the order of the table, and the setting that they were compared in."""
+
+    methods: Sequence[MethodResult]
+    divergences: Mapping[TeacherName, Mapping[str, Sequence[Sequence[float]]]]
+    """From each teacher's maps, by method and layer, in nats: a row a seed."""
+    maps: Mapping[str, CellMaps]
+    """By the names of `MODELS`."""
+    seeds: Sequence[int]
+    labels: int
+    all_labels: int
+    test_images: int
+    teacher_top1: float
+    """Of the supervised teacher; the other one names nothing."""
+    teacher_steps: Mapping[TeacherName, int]
+    student_steps: int
+    minutes: float
+    quick: bool
+
+    @property
+    def scratch(self) -> MethodResult:
+        return self.find("scratch", None)
+
+    def find(self, method: str, teacher: TeacherName | None) -> MethodResult:
+        return next(found for found in self.methods if (found.method, found.teacher) == (method, teacher))
+
+    def of(self, teacher: TeacherName) -> list[MethodResult]:
+        """Return the methods that take something from this teacher."""
+        return [method for method in self.methods if method.teacher == teacher]
+
+    def gains(self, method: MethodResult) -> list[float]:
+        """Return a method's gain over training from scratch, in points, seed by seed."""
+        return [ours - theirs for ours, theirs in zip(method.top1, self.scratch.top1, strict=True)]
+
+    def gain_error(self, method: MethodResult) -> float | None:
+        """Return the standard error of the mean of `gains`; None for a single seed."""
+        gains = self.gains(method)
+        return statistics.stdev(gains) / math.sqrt(len(gains)) if len(gains) > 1 else None
+
+    def against_scratch(self, method: MethodResult) -> str:
+        """Return `+1.7 ± 0.8`: mean gain within the seeds, in points, and its standard error; empty for scratch."""
+        if method.method == "scratch":
+            return ""
+        error = self.gain_error(method)
+        mean = f"{statistics.fmean(self.gains(method)):+.1f}".replace("-", "\N{MINUS SIGN}")
+        return mean if error is None else f"{mean} ± {error:.1f}"
+
+
+# What the report says.
 
 
 def write_report(results: DemoResults, folder: Path) -> Path:
-    """Write `report.md` with `images/`, and `report.html`, in `folder`; returns the path of the HTML file.
-
-    The HTML file needs nothing beside it: its images are inside it, in a light and a dark form.
-    """
-    plots = report_plots(results)
-    pages.write_pictures(plots, folder)
-    write_bytes(folder / "images" / "summary.png", _summary(results))
-    write_text(folder / "report.md", render_markdown(results, plots))
-    write_text(folder / "report.html", render_html(results, plots))
-    return folder / "report.html"
+    """Write `report.html`, and `report.md` with `images/`, in `folder`; return the path of the page."""
+    summary = to_png(draw_summary(results, "light"), ground="white", dots_per_inch=130)
+    write_bytes(folder / "images" / "summary.png", summary)
+    return make_report(results).write(folder, "report")
 
 
-def report_plots(results: DemoResults) -> list[pages.Plot]:
-    """Return learning curves, attention maps and divergence, each with what to see in it."""
-    learning, far = (
-        [Panel(TEACHER_TITLES[name], list(curves(results, name))) for name in TEACHERS]
-        for curves in (_curves, _divergences)
+def make_report(results: DemoResults) -> Report:
+    """Return the finding, the table, learning curves, attention maps and divergences, and the setting."""
+    return compose(
+        "demo/demo.txt", results=results, table=accuracy_table(results), figures=list_figures(results)
     )
-    gazes = partial(draw_gazes, results.gazes, GAZE_TITLES)
+
+
+def accuracy_table(results: DemoResults) -> Table:
+    """Return a line a method below the heading of its teacher, with a column a seed where there are several."""
+    seeds = [f"seed {seed}" for seed in results.seeds] if len(results.seeds) > 1 else []
+    titles: dict[TeacherName, str] = {
+        "supervised": f"The teacher knows all {results.all_labels:,} labels, "
+        f"and names {results.teacher_top1:.1f} % of the test images",
+        "mae": "The teacher saw no label: a masked autoencoder",
+    }
+    rows: list[list[str]] = [_row(results, results.scratch, seeds)]
+    for teacher, title in titles.items():
+        rows += [[title], *(_row(results, method, seeds) for method in results.of(teacher))]
+    return Table(["method", "top-1", "against scratch", *seeds], rows)
+
+
+def _row(results: DemoResults, method: MethodResult, seeds: Sequence[str]) -> list[str]:
+    own = [f"{value:.1f}" for value in method.top1 if seeds]
+    return [TITLES[method.method], str(method), results.against_scratch(method), *own]
+
+
+def list_figures(results: DemoResults) -> list[Figure]:
+    """Return learning curves, attention maps and divergence."""
+    ends = ", ".join(f"{_named(m.method, m.teacher)} {m.mean:.1f} %" for m in results.methods if m.curve)
+    far = ", ".join(
+        f"{_named(method, teacher)} {np.mean(rows):.3f}"
+        for teacher, methods in results.divergences.items()
+        for method, rows in methods.items()
+    )
     return [
-        pages.Plot(
-            "curves", "Learning", text.CURVES, text.curves_alt(results), partial(draw_curves, learning)
+        Figure(
+            "curves",
+            "Learning",
+            "Accuracy on the test images while the students learn from their few labels. Lines are means over the "
+            "seeds, bands one deviation.",
+            f"Test accuracy over {results.student_steps} training steps; at the end {ends}.",
+            partial(draw_curves, results),
         ),
-        pages.Plot("maps", "Where they look", text.MAPS, text.maps_alt(results), gazes),
-        pages.Plot(
+        Figure(
+            "maps",
+            "Where they look",
+            "Which patches does the outlined patch look at? Brighter is more attention, mean over the heads; a column "
+            "has one scale, and the number is the largest weight. Layers are numbered from 0. The distilled students "
+            "make their maps by themselves. A copying student has its teacher's by construction.",
+            "Attention maps over handwritten digits: the image, then the teacher that knows the labels and the student "
+            "distilled from it, the one that saw no label and the student distilled from that, and the scratch-trained "
+            "student.",
+            partial(draw_maps, results.maps, next(iter(results.maps.values()))),
+        ),
+        Figure(
             "divergence",
             "How far from the teacher",
-            text.DIVERGENCE,
-            text.divergence_alt(results),
-            partial(draw_divergence, far),
+            "Jensen-Shannon divergence between a student's attention maps and its teacher's, mean over test images, "
+            "heads and queries, in nats: 0 is the same map, ln 2 = 0.693 no overlap at all. Copying is 0 by "
+            "construction.",
+            f"Divergence from the teacher's attention by layer; mean over layers, in nats: {far}.",
+            partial(draw_divergence, results),
         ),
     ]
 
 
-def _curves(results: DemoResults, teacher: TeacherName) -> Iterator[Curve]:
-    for method in (results.scratch, *results.of(teacher)):
-        if len(method.curve) > 0:
-            yield Curve(method.method, SHORT_TITLES[method.method], method.steps, np.asarray(method.curve))
+def _named(method: str, teacher: TeacherName | None) -> str:
+    of = {"supervised": " (labels)", "mae": " (no label)", None: ""}[teacher]
+    return f"{SHORT_TITLES[method]}{of}"
 
 
-def _divergences(results: DemoResults, teacher: TeacherName) -> Iterator[Curve]:
-    for method, rows in results.divergences[teacher].items():
-        yield Curve(method, SHORT_TITLES[method], range(1, len(rows[0]) + 1), np.asarray(rows))
-
-
-def table_groups(results: DemoResults) -> list[tuple[str | None, list[MethodResult]]]:
-    """Return the methods of the table with the heading of each teacher; training from scratch has none."""
-    taught = [(text.teacher_title(results, teacher), results.of(teacher)) for teacher in TEACHERS]
-    return [(None, [results.scratch]), *taught]
-
-
-def table_row(results: DemoResults, method: MethodResult) -> list[str]:
-    """Return the cells of a method below `TABLE_HEAD`."""
-    return [method.title, text.percent(method), text.against_scratch(results, method)]
-
-
-def render_markdown(results: DemoResults, plots: Sequence[pages.Plot]) -> str:
-    """Return the report as Markdown; its images are in `images/`."""
-    several = len(results.seeds) > 1
-    head = [*TABLE_HEAD, *(f"seed {seed}" for seed in results.seeds if several)]
-    rows = []
-    for title, methods in table_groups(results):
-        if title is not None:
-            rows.append([f"**{title}**", *[""] * (len(head) - 1)])
-        rows += [
-            [*table_row(results, method), *(f"{value:.1f}" for value in method.top1 if several)]
-            for method in methods
+def draw_curves(results: DemoResults, theme: Theme) -> Drawing:
+    """Draw test accuracy along training, a panel a teacher: the mean over seeds, and a band of one deviation."""
+    panels = {
+        TEACHER_TITLES[teacher]: [
+            _line(method.method, method.steps, method.curve)
+            for method in (results.scratch, *results.of(teacher))
+            if method.curve
         ]
-    parts = [f"# {text.TITLE}", text.question(results), text.answer(results), markdown(head, rows)]
-    parts += [text.table_note(results), *map(pages.markdown_plot, plots)]
-    parts += ["## The setting", text.setting(results), "## Go on with your own images", text.OWN_IMAGES]
-    parts += [f"```bash\n{text.COMMANDS}\n```", text.footer(results)]
-    return "\n\n".join(parts) + "\n"
+        for teacher in TEACHERS
+    }
+    values = np.concatenate([np.asarray(method.curve) for method in results.methods if method.curve])
+    low = max(values.min() - 2, values[:, -1].min() - 30)  # the first steps are alike and say little
+    names = ("training step", "top-1 on the test images, %")
+    limits = (float(low), float(values.max()) + 2)
+    return draw_lines(panels, theme, names, size=(9.2, 3.9), ticks=False, limits=limits)
 
 
-def render_html(results: DemoResults, plots: Sequence[pages.Plot]) -> str:
-    """Return the report as one HTML page."""
-    return pages.render_page(
-        "demo/demo.html",
-        title=text.TITLE,
-        text=text,
-        results=results,
-        plots=plots,
-        head=TABLE_HEAD,
-        groups=table_groups(results),
-        colors=COLORS,
-    )
+def draw_divergence(results: DemoResults, theme: Theme) -> Drawing:
+    """Draw the Jensen-Shannon divergence from the teacher's maps, by layer; zero is the teacher itself."""
+    panels = {
+        TEACHER_TITLES[teacher]: [
+            _line(method, range(len(rows[0])), rows) for method, rows in results.divergences[teacher].items()
+        ]
+        for teacher in TEACHERS
+    }
+    most = max(y for lines in panels.values() for line in lines for y in line.y)
+    limits = (0.0, 1.2 * most)
+    return draw_lines(panels, theme, ("layer", "divergence, nats"), size=(9.2, 3.2), limits=limits)
 
 
-def _summary(results: DemoResults) -> bytes:
-    """Draw accuracies and the maps of the last layer in one small picture, for a README."""
-    rows = [_summary_row(results.scratch)]
+def _line(method: str, x: Sequence[int], rows: Sequence[Sequence[float]]) -> Line:
+    values = np.asarray(rows)
+    mean = values.mean(axis=0)
+    deviation = values.std(axis=0, ddof=1) if len(values) > 1 else 0 * mean
+    band = (mean - deviation, mean + deviation)
+    return Line(SHORT_TITLES[method], x, mean, COLORS[method], band=band)
+
+
+def draw_summary(results: DemoResults, theme: Theme) -> Drawing:
+    """Draw accuracies on the left, a dot a seed and a stroke the mean, and the maps of the last layer on the right."""
+    rows: list[tuple[str, MethodResult | None]] = [(f"scratch  {results.scratch.mean:.0f}", results.scratch)]
     for teacher in TEACHERS:
-        rows += [SummaryRow(TEACHER_TITLES[teacher]), *map(_summary_row, results.of(teacher))]
-    last = [gaze for gaze in results.gazes if gaze.layer == results.gazes[-1].layer]
-    return to_png(draw_summary(rows, last, GAZE_TITLES, "light"), ground="white", dots_per_inch=130)
-
-
-def _summary_row(method: MethodResult) -> SummaryRow:
-    return SummaryRow(SHORT_TITLES[method.method], method.method, method.top1)
+        rows.append((TEACHER_TITLES[teacher], None))
+        rows += [(f"{SHORT_TITLES[each.method]}  {each.mean:.0f}", each) for each in results.of(teacher)]
+    rows.reverse()
+    figure = new_figure(9.2, 5.0)
+    left, right = figure.subfigures(1, 2, squeeze=False, width_ratios=(5, 4), wspace=0.03)[0]
+    axes = left.subplots()
+    for place, (_, method) in enumerate(rows):
+        if method is not None:
+            dots = {"markersize": 7, "alpha": 0.55, "markeredgewidth": 0}
+            color = COLORS[method.method]
+            axes.plot(method.top1, [place] * len(method.top1), "o", color=color, **dots)
+            axes.plot([method.mean], [place], "|", color=color, markersize=18, markeredgewidth=3)
+    axes.set_ylim(-0.6, len(rows) - 0.4)
+    axes.set_yticks(range(len(rows)), [words for words, _ in rows])
+    for words, (_, method) in zip(axes.get_yticklabels(), rows, strict=True):
+        words.set_fontweight("bold" if method is None else "normal")
+    style_axes(axes, theme, "x")
+    axes.set_title("top-1, %: a dot is a seed", color=INK[theme], fontsize=10)
+    shown = next(iter(results.maps.values()))
+    columns = [(image, shown.layers[-1]) for image in range(len(shown.pictures))]
+    grid = right.subplots(len(results.maps) + 1, len(columns), squeeze=False)
+    fill_maps(grid, results.maps, shown, columns, theme)
+    return figure
 
 
 # From the demo's finished cells to its results: accuracies, curves, the ensemble, maps and divergences.
@@ -193,20 +329,15 @@ def measure(cells: Sequence[Cell], quick: bool) -> DemoResults:
     together = zip(*(runs[method, "mae"] for method in ENSEMBLE), strict=True)
     top1 = [ensemble_top1(pair, test.loader) for pair in together]
     methods.append(MethodResult("ensemble", "mae", top1))
-    distilled = {name: load_student(runs["distill", name][0])[0] for name in TEACHERS}
+    models: dict[str, nn.Module] = {
+        **teachers,
+        **{f"distill_{name}": load_student(runs["distill", name][0])[0] for name in TEACHERS},
+        "scratch": load_student(scratch[0])[0],
+    }
     return DemoResults(
         methods=methods,
         divergences=divergences,
-        gazes=find_gazes(
-            {
-                "supervised": teachers["supervised"],
-                "distill_supervised": distilled["supervised"],
-                "mae": teachers["mae"],
-                "distill_mae": distilled["mae"],
-                "scratch": load_student(scratch[0])[0],
-            },
-            test,
-        ),
+        maps=find_maps({title: models[name] for name, title in MODELS.items()}, test),
         seeds=[cell.seed for cell in scratch if cell.seed is not None],
         labels=scratch[0].config.data.train_samples or 0,
         all_labels=create_train_loader(made["supervised"].config.data, spec, seed=0).num_samples,
@@ -239,30 +370,24 @@ def ensemble_top1(cells: Sequence[Cell], loader: EvalLoader) -> float:
     return evaluate(models, loader)["ensemble"].top1
 
 
-def find_gazes(models: Mapping[str, nn.Module], test: TestSet) -> list[Gaze]:
+def find_maps(models: Mapping[str, nn.Module], test: TestSet) -> dict[str, CellMaps]:
     """Find where the brightest patch of the first test image of three classes looks, mean over heads."""
     layout = token_layout(next(iter(models.values())))
     chosen = [int((test.targets == target).nonzero()[0]) for target in SHOWN_CLASSES]
     images = test.images[chosen]
     patch = (images.shape[2] // layout.grid[0], images.shape[3] // layout.grid[1])
     queries = unfold_patches(images, patch).mean(dim=-1).argmax(dim=1).tolist()
-    maps = {name: attention_maps(model, images, SHOWN_LAYERS) for name, model in models.items()}
-    gazes = []
-    for place, query in enumerate(queries):
-        for layer in SHOWN_LAYERS:
-            rows = {
-                name: by_layer[layer][place].mean(dim=0)[layout.num_prefix + query, layout.num_prefix :]
-                for name, by_layer in maps.items()
-            }
-            gazes.append(
-                Gaze(
-                    image=images[place].mean(dim=0).numpy(),
-                    query=divmod(query, layout.grid[1]),
-                    layer=f"layer {layer + 1}",
-                    maps={name: row.reshape(layout.grid).numpy() for name, row in rows.items()},
-                )
-            )
-    return gazes
+    pictures: list[Array] = [image.mean(dim=0).numpy() for image in images]
+    shown = {}
+    for name, model in models.items():
+        maps = {}
+        for layer, found in attention_maps(model, images, SHOWN_LAYERS).items():
+            for place, query in enumerate(queries):
+                row = found[place].mean(dim=0)[layout.num_prefix + query, layout.num_prefix :]
+                heat, at = row.reshape(layout.grid).numpy(), divmod(query, layout.grid[1])
+                maps[place, layer] = CellMap(heat, (1.0, 1.0), layout.grid, at)
+        shown[name] = CellMaps("the brightest patch", pictures, maps)
+    return shown
 
 
 def _method(cells: Sequence[Cell]) -> MethodResult:

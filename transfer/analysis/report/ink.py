@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -76,17 +77,79 @@ def legend_beside(axes: Any, theme: Theme) -> None:
     )
 
 
-def log_log(axes: Any, sizes: Sequence[int]) -> None:
-    """Make both axes logarithmic, with a tick at each size."""
-    axes.set(xscale="log", yscale="log")
-    axes.set_xticks(sizes, [f"{size:,}" for size in sizes])
-    axes.minorticks_off()
+@dataclass(frozen=True)
+class Line:
+    """A line of a chart with its points."""
+
+    label: str
+    x: Sequence[float]
+    y: Sequence[float]
+    color: str
+    dashes: str = "-"
+    band: tuple[Sequence[float], Sequence[float]] | None = None
+    """The lower and the upper edge of an area around the line."""
+    ring: float | None = None
+    """Where on the line a ring is."""
 
 
-def draw_ring(axes: Any, x: float, xs: Sequence[float], ys: Sequence[float], color: str) -> None:
-    """Ring the point at `x` of a line on a log-log plot."""
-    y = float(np.exp(np.interp(np.log(x), np.log(xs), np.log(ys))))
-    axes.plot([x], [y], "o", mfc="none", mec=color, markersize=11)
+def draw_lines(
+    panels: Mapping[str, Sequence[Line]],
+    theme: Theme,
+    names: tuple[str, str],
+    *,
+    size: tuple[float, float] = (8.4, 4.2),
+    stacked: bool = False,
+    log: bool = False,
+    ticks: bool = True,
+    limits: tuple[float, float] | None = None,
+) -> Figure:
+    """Draw a plot for each heading, with the names of both axes and a legend.
+
+    Plots that are `stacked` have a legend each, others lie side by side on one scale of y, with the legend of the last.
+    `ticks` are at the points of the lines.
+    """
+    count = max(1, len(panels))
+    layout: dict[str, Any] = {"rows": count} if stacked else {"columns": count, "sharey": True}
+    figure, plots = new_plots(theme, size, **layout)
+    for axes, (heading, lines) in zip(plots, panels.items(), strict=False):
+        for line in lines:
+            _draw_line(axes, line, log)
+        if log:
+            axes.set(xscale="log", yscale="log")
+            axes.minorticks_off()
+        if ticks:
+            places = sorted({x for line in lines for x in line.x})
+            axes.set_xticks(places, [f"{place:,}" for place in places])
+        axes.set_title(heading, color=INK[theme], fontsize=10)
+        axes.set_xlabel(names[0])
+        if stacked or axes is plots[-1]:
+            legend_beside(axes, theme)
+        if stacked or axes is plots[0]:
+            axes.set_ylabel(names[1])
+    if limits is not None:
+        plots[0].set_ylim(*limits)
+    return figure
+
+
+def _draw_line(axes: Any, line: Line, log: bool) -> None:
+    axes.plot(
+        line.x,
+        line.y,
+        line.dashes,
+        color=line.color,
+        marker="o",
+        markersize=3,
+        linewidth=1.4,
+        label=line.label,
+    )
+    if line.band is not None:
+        axes.fill_between(line.x, *line.band, color=line.color, alpha=0.15, linewidth=0)
+    if line.ring is not None:
+        at, x, y = (np.log(each) if log else np.asarray(each) for each in (line.ring, line.x, line.y))
+        place = float(np.interp(at, x, y))
+        axes.plot(
+            [line.ring], [np.exp(place) if log else place], "o", mfc="none", mec=line.color, markersize=11
+        )
 
 
 def spread(places: Sequence[float], gap: float, low: float | None = None, high: float | None = None) -> Array:
@@ -145,10 +208,16 @@ def draw_heat(
         place = (0, width * covers[1], height * covers[0], 0)
         limits = {"vmin": -top if signed else 0, "vmax": top}
         axes.imshow(heat, cmap=colors, alpha=0.8, extent=place, interpolation="nearest", **limits)
-    axes.spines[:].set_visible(False)
-    axes.tick_params(left=False, bottom=False, labelleft=False, labelbottom=False)
+    clear_axes(axes)
     if query is not None:
         x, y = query[1] * width / grid[1], query[0] * height / grid[0]
         right, bottom = x + width / grid[1], y + height / grid[0]
         axes.plot([x, right, right, x, x], [y, y, bottom, bottom, y], color=QUERY, linewidth=1.5)
     axes.set(xlim=(0, width), ylim=(height, 0))
+
+
+def clear_axes(axes: Any) -> None:
+    """Leave nothing of a plot but its title, its label and what is drawn on it."""
+    axes.set_facecolor("none")
+    axes.spines[:].set_visible(False)
+    axes.tick_params(left=False, bottom=False, labelleft=False, labelbottom=False)

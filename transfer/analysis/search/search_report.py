@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from matplotlib.figure import Figure
+from markupsafe import Markup
+from matplotlib.figure import Figure as Drawing
 
 from ....checkpoints.atomic import write_text
 from ....models.errors import ConfigError
 from ....models.programs.program import mathml, parse_program, torch_code
+from ....models.programs.program_checks import Check
 from ...search.program_search import (
     USED,
     Evaluation,
@@ -23,9 +24,9 @@ from ...search.program_search import (
     open_search,
     recorded_generations,
 )
-from ..report import pages
-from ..report.ink import BLUE, GRAY, GREEN, INK, ORANGE, Theme, legend_beside, new_plots
-from ..report.pages import Plot
+from ..report.ink import BLUE, GRAY, GREEN, INK, ORANGE, Line, Theme, draw_lines, legend_beside, new_plots
+from ..report.report import Figure, render_page
+from ..report.tables import Table
 
 # The ancestors of the programs of a front.
 
@@ -65,10 +66,10 @@ TOP = 1.6
 """The largest mismatch that is drawn; larger ones lie at the edge."""
 
 
-def plots_of(done: Sequence[Evaluation], controls: Controls, softmax_cost: int) -> list[Plot]:
-    """Return the plots of a search."""
+def list_figures(done: Sequence[Evaluation], controls: Controls, softmax_cost: int) -> list[Figure]:
+    """Return the figures of a search."""
     return [
-        Plot(
+        Figure(
             "search_front",
             "The front",
             "Mismatch with the teacher against cost in percent of softmax attention. Down and left is better; below "
@@ -76,14 +77,14 @@ def plots_of(done: Sequence[Evaluation], controls: Controls, softmax_cost: int) 
             f"Scatter of {len(done)} programs: mismatch against cost, with a line along the front.",
             partial(_front, done, controls, softmax_cost),
         ),
-        Plot(
+        Figure(
             "search_growth",
             "Progress by generation",
             "The part of the area below mismatch 1 and the cost of softmax that the front dominates.",
             "A line: the hypervolume of the front after each generation.",
             partial(_growth, done, softmax_cost),
         ),
-        Plot(
+        Figure(
             "search_lineage",
             "Where the front comes from",
             "All ancestors of the front, by generation and mismatch. A line joins a program to its parent.",
@@ -101,7 +102,7 @@ def _height(mismatch: float | None) -> float:
     return TOP if mismatch is None else min(mismatch, TOP)
 
 
-def _front(done: Sequence[Evaluation], controls: Controls, softmax_cost: int, theme: Theme) -> Figure:
+def _front(done: Sequence[Evaluation], controls: Controls, softmax_cost: int, theme: Theme) -> Drawing:
     figure, (axes,) = new_plots(theme, (8.4, 4.8))
     measured = [each for each in done if each.mismatch is not None]
     for programs, color, size in ((measured, GRAY, 2.5), (front(done), BLUE, 6)):
@@ -135,21 +136,18 @@ def _draw_controls(axes: Any, controls: Controls, softmax_cost: int, theme: Them
                           color=INK[theme])  # fmt: skip
 
 
-def _growth(done: Sequence[Evaluation], softmax_cost: int, theme: Theme) -> Figure:
-    figure, (axes,) = new_plots(theme, (8.4, 3.0), grid="y")
+def _growth(done: Sequence[Evaluation], softmax_cost: int, theme: Theme) -> Drawing:
     last = max((each.generation for each in done), default=0)
     volumes = [
         hypervolume([each for each in done if each.generation <= generation], softmax_cost)
         for generation in range(last + 1)
     ]
-    axes.plot(range(1, last + 2), volumes, "-o", color=BLUE, markersize=4)
-    axes.set(xlabel="generation", ylabel="hypervolume")
-    axes.set_ylim(bottom=0)
-    axes.xaxis.get_major_locator().set_params(integer=True)
-    return figure
+    line = Line("front", range(1, last + 2), volumes, BLUE)
+    limits = (0.0, 1.05 * max(volumes) or 1.0)
+    return draw_lines({"": [line]}, theme, ("generation", "hypervolume"), size=(8.4, 3.0), limits=limits)
 
 
-def _lineage(done: Sequence[Evaluation], theme: Theme) -> Figure:
+def _lineage(done: Sequence[Evaluation], theme: Theme) -> Drawing:
     figure, (axes,) = new_plots(theme, (8.4, 4.2))
     by_text = {each.program: each for each in done}
     best = front(done)
@@ -168,24 +166,11 @@ def _lineage(done: Sequence[Evaluation], theme: Theme) -> Figure:
 
 
 NAME = "report.html"
+REASONS = ("condition", "first reason", "of the program")
 LEGEND = (
     "In the formulas, c is the number of columns, φ(x) = elu(x) + 1, σ̄ = 1 − σ, and ⊙ is the product of entries. The "
     "code computes the same as the program."
 )
-
-
-@dataclass(frozen=True)
-class ShownProgram:
-    """A program of the front, as the page shows it."""
-
-    text: str
-    mismatch: str
-    cost: str
-    formula: str
-    products: str
-    entries: str
-    code: str
-    descent: list[list[str]]
 
 
 def write_report(folder: Path, rankings: Sequence[Sequence[str]] = ()) -> Path:
@@ -206,17 +191,18 @@ def write_report(folder: Path, rankings: Sequence[Sequence[str]] = ()) -> Path:
 def render(search: Search, done: Sequence[Evaluation], rankings: Sequence[Sequence[str]] = ()) -> str:
     """Return the page."""
     known = controls(search)
-    return pages.render_page(
+    shown = [[name, f"{error:g}", _format_share(search, cost)] for name, (error, cost) in known.items()]
+    return render_page(
         "search/search_page.html",
         title="Search for attention programs",
         question=_question(search, done),
         answer=_answer(search, done, known["elu + 1"]),
-        plots=plots_of(done, known, search.softmax_cost),
-        controls=[[name, f"{error:g}", _format_share(search, cost)] for name, (error, cost) in known.items()],
+        figures=list_figures(done, known, search.softmax_cost),
+        controls=Table(["program", "mismatch", "cost"], shown),
         legend=LEGEND,
-        programs=[_shown(search, each, done) for each in front(done)],
-        refused=_refused(done),
-        rankings=rankings,
+        programs=[_describe_program(search, each, done) for each in front(done)],
+        refused=Table(["check", "refused", *REASONS], [_refused(check, done) for check in USED], REASONS),
+        rankings=Table(rankings[0], rankings[1:]) if rankings else None,
     )
 
 
@@ -243,18 +229,19 @@ def _answer(search: Search, done: Sequence[Evaluation], elu: tuple[float, int]) 
     )
 
 
-def _shown(search: Search, each: Evaluation, done: Sequence[Evaluation]) -> ShownProgram:
+def _describe_program(search: Search, each: Evaluation, done: Sequence[Evaluation]) -> dict[str, object]:
     program = parse_program(each.program)
-    return ShownProgram(
-        each.program,
-        _errors(each),
-        _format_share(search, each.cost),
-        mathml(program),
-        str(program.products),
-        str(program.entries),
-        torch_code(program),
-        [[one.program, str(one.generation + 1), f"{one.mismatch:g}"] for one in line_of_descent(each, done)],
-    )
+    descent = [[one.program, one.generation + 1, f"{one.mismatch:g}"] for one in line_of_descent(each, done)]
+    return {
+        "text": each.program,
+        "mismatch": _errors(each),
+        "cost": _format_share(search, each.cost),
+        "formula": Markup(mathml(program)),
+        "products": program.products,
+        "entries": program.entries,
+        "code": torch_code(program),
+        "descent": Table(["program", "generation", "mismatch"], descent),
+    }
 
 
 def _errors(each: Evaluation) -> str:
@@ -263,10 +250,7 @@ def _errors(each: Evaluation) -> str:
     return f"{each.mismatch:g}{several}"
 
 
-def _refused(done: Sequence[Evaluation]) -> list[list[str]]:
-    rows = []
-    for check in USED:
-        refused = [each for each in done if each.refused == check.name]
-        first = (refused[0].reason, refused[0].program) if refused else ("-", "")
-        rows.append([check.name, str(len(refused)), check.condition, *first])
-    return rows
+def _refused(check: Check, done: Sequence[Evaluation]) -> list[str]:
+    refused = [each for each in done if each.refused == check.name]
+    first = (refused[0].reason, refused[0].program) if refused else ("-", "")
+    return [check.name, str(len(refused)), check.condition, *first]

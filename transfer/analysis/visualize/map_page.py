@@ -15,7 +15,7 @@ from typing import Any
 import matplotlib as mpl
 import numpy as np
 import torch
-from matplotlib.figure import Figure
+from matplotlib.figure import Figure as Drawing
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
@@ -42,7 +42,7 @@ from ..report.ink import (
     new_figure,
     new_plots,
 )
-from ..report.pages import Plot, data_url, render_page
+from ..report.report import Figure, data_url, render_page
 from .map_figures import Query, ShownLayer, ShownLook, layer_name, token_name, write_corner
 
 # Charts by layer: entropy and distance of every head, and how far a student is from its teacher.
@@ -76,7 +76,7 @@ class MapDistance:
     """Of a model of the teacher's architecture with random weights."""
 
 
-def draw_layers(models: dict[str, Numbers], between: MapDistance | None, theme: Theme) -> Figure:
+def draw_layers(models: dict[str, Numbers], between: MapDistance | None, theme: Theme) -> Drawing:
     """Draw entropy and mean distance, a dot a head and a line their mean; with a teacher, JS and CKA too."""
     rows = 1 if between is None else 2
     figure, grid = new_plots(theme, (9.6, 3.0 * rows), rows, 2, grid="y")
@@ -163,7 +163,7 @@ INCHES = 2.4
 ROWS = ("all tokens", "one token", "one token,\nto stage 1")
 
 
-def draw_merges(picture: Array, merges: Sequence[MergePlaces], query: Query, title: str) -> Figure:
+def draw_merges(picture: Array, merges: Sequence[MergePlaces], query: Query, title: str) -> Drawing:
     """Draw a column a merge: the places of all tokens, of the token under the query, and of its tokens' tokens.
 
     A frame is the area that an ordinary merge would read. The number is the mean shift of a place, in pixels.
@@ -345,7 +345,9 @@ def _bytes(model: nn.Module, layer: int, rollouts: bool) -> int:
     return tokens * (site.num_heads * (keys + SCALE) + windows + rolled)
 
 
-def map_page(images: Sequence[JsonDict], layers: Sequence[str], query: Query, chart: Plot, title: str) -> str:
+def map_page(
+    images: Sequence[JsonDict], layers: Sequence[str], query: Query, chart: Figure, title: str
+) -> str:
     """Return the page; `images` are those of `embed`, `layers` their names, `chart` the numbers by layer."""
     data = {
         "layers": list(layers),

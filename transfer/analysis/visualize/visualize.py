@@ -28,7 +28,7 @@ from ....models.families import (
 from ....models.plan_syntax import layer_numbers
 from ..layer_maps import KeyPlaces, collect_merges, key_count, layer_maps, map_divergence
 from ..report.ink import Array, to_png
-from ..report.pages import Plot
+from ..report.report import Figure, write_png
 from ..report.tables import to_json
 from . import map_figures as measures
 from .map_figures import Query, ShownLayer, ShownLook, default_query, draw_beside, draw_grid, read_query
@@ -280,11 +280,11 @@ def visualize(
 
 
 def write_page(
-    page: Callable[[Plot], str], numbers: dict[str, Numbers], comparison: MapDistance | None, out: Path
+    page: Callable[[Figure], str], numbers: dict[str, Numbers], comparison: MapDistance | None, out: Path
 ) -> Path:
     """Write the chart of the numbers, the numbers and the page with the chart; return the path of the page."""
-    chart = Plot("layers", "By layer", "", CHART, partial(draw_layers, numbers, comparison))
-    write_bytes(out / "layers.png", to_png(chart.draw("light"), ground="white"))
+    chart = Figure("layers", "By layer", "", CHART, partial(draw_layers, numbers, comparison))
+    write_png(chart, out / "layers.png")
     write_text(out / "numbers.json", to_json(_plain(numbers, comparison)))
     write_text(out / "index.html", page(chart))
     return out / "index.html"

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from graftvit.models.errors import ConfigError
-from graftvit.transfer.analysis.benchmark.benchmark import check_device, draw_latency, render, run_cases
+from graftvit.transfer.analysis.benchmark.benchmark import check_device, draw_latency, make_report, run_cases
 from graftvit.transfer.analysis.benchmark.cases import Case, Results, Row, drifted, load_results
 from support.runs.benchmark_rows import case, row
 
@@ -85,7 +85,7 @@ def test_progress_is_told(tmp_path: Path) -> None:
 def test_the_tables_say_ratio_and_crossover(tmp_path: Path) -> None:
     run_cases("operators", CASES, measured, tmp_path)
     table = (tmp_path / "table.md").read_text()
-    assert "### 1,024 tokens, 6 heads of 64, batch 1, float32, cpu, forward" in table
+    assert "## 1,024 tokens, 6 heads of 64, batch 1, float32, cpu, forward" in table
     assert "| linear | 10 | 9–12 | 80 | 8.00 | 100.0 | 1.0 | 5.0 | 5.0 |" in table
     assert "| operator | 6 heads of 64, batch 1, float32, cpu, forward |" in table
     assert "| linear | 128 |\n| ttt | above 1,024 |" in table
@@ -101,7 +101,7 @@ def test_the_table_has_only_what_was_asked_for(tmp_path: Path) -> None:
 
 def test_a_wrong_account_of_multiply_adds_is_named() -> None:
     wrong = dataclasses.replace(row("ttt"), counted_macs=4_000_000)
-    text = render(Results("operators", "here", [row(), wrong]))
+    text = make_report(Results("operators", "here", [row(), wrong])).to_markdown()
     assert "More than 5%" in text
     assert text.rstrip().endswith(": ttt.")
 

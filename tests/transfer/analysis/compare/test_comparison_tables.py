@@ -9,23 +9,25 @@ from pathlib import Path
 
 import pytest
 from graftvit.transfer.analysis.compare.comparison_cells import Record, Score, Speed, mean_over_seeds
-from graftvit.transfer.analysis.compare.comparison_plots import crossover_of, plots_of
+from graftvit.transfer.analysis.compare.comparison_plots import crossover_of, figures_of
 from graftvit.transfer.analysis.compare.comparison_report import (
     accuracy_table,
-    answer,
     best_linear,
+    cost_table,
     energy_of,
-    how_to_read,
     lines_of,
-    records_csv,
+    make_report,
     records_json,
+    records_table,
     reference,
-    render_html,
-    to_markdown,
 )
 from graftvit.transfer.analysis.report.ink import to_png
 from graftvit.transfer.cells.pool import load_record, save_record
 from scipy.stats import binomtest
+
+
+def text_of(records: list[Record]) -> str:
+    return make_report(records, []).to_markdown()
 
 
 def speed(size: int, latency: float) -> Speed:
@@ -80,16 +82,16 @@ def test_without_a_teacher_softmax_is_the_reference() -> None:
 
 
 def test_tables_have_the_numbers_and_name_what_failed() -> None:
-    text = to_markdown(ALL)
+    text = text_of(ALL)
     assert "| good | 40.0 / 99.0 | 97.0 / 99.0 |  | 95 % | 99 % | 4 |" in text
     assert "Failed: broken at 8 px: it has no value" in text
-    rows = list(csv.DictReader(io.StringIO(records_csv(ALL))))
+    rows = list(csv.DictReader(io.StringIO(records_table(ALL).to_csv())))
     assert [row["name"] for row in rows] == ["teacher", "uniform", "good", "better", "broken"]
     assert float(rows[2]["task_top1"]) == 97.0
     assert rows[4]["error"] == "it has no value"
     whole = json.loads(records_json(ALL))
     assert whole[2]["gap_recovered_trained_uniform"] == pytest.approx(0.95)
-    assert "95 %" in answer(ALL)
+    assert "95 %" in text_of(ALL)
 
 
 def test_cells_of_several_seeds_are_one_row_of_means() -> None:
@@ -110,11 +112,11 @@ def test_cells_of_several_seeds_are_one_row_of_means() -> None:
     assert good.top1 == pytest.approx(97.0)
     assert good.deviation == pytest.approx(7**0.5)  # of 95, 96 and 100 with two degrees of freedom
     assert means[2].speeds == students[0].speeds
-    text = to_markdown(means)
+    text = text_of(means)
     assert "| good | 40.0 ± 0.0 / 99.0 | 97.0 ± 2.6 / 99.0 |  | 94 % |" in text
     assert "Failed: good at 8 px, seed 3: it has no value" in text
-    assert "means over 3 seeds" in how_to_read(means)
-    rows = list(csv.DictReader(io.StringIO(records_csv(raw))))
+    assert "means over 3 seeds" in text_of(means)
+    rows = list(csv.DictReader(io.StringIO(records_table(raw).to_csv())))
     assert [row["seed"] for row in rows] == ["", "0", "1", "2", "0", "1", "2", "3"]
     gaps = [line.gap_trained for line in lines_of(raw)]
     assert gaps[5] == pytest.approx((96 - 80) / (98 - 80))  # against uniform attention of the same seed
@@ -124,11 +126,10 @@ def test_the_energy_is_that_of_multiplications_and_additions() -> None:
     known = replace(STUDENT, speeds=[speed(8, 9e-3)])
     teacher = replace(TEACHER, speeds=[])
     assert energy_of(speed(8, 9e-3)) == pytest.approx(3.7e7 + 1.8e7)
-    rows = list(csv.DictReader(io.StringIO(records_csv([teacher, known]))))
+    rows = list(csv.DictReader(io.StringIO(records_table([teacher, known]).to_csv())))
     assert [row["energy_pj"] for row in rows] == ["", "55000000.0"]
-    head, _, *cells = to_markdown([teacher, known]).split("\n\n")[1].splitlines()
-    place = [word.strip() for word in head.split("|")].index("µJ")
-    assert [line.split("|")[place].strip() for line in cells] == ["55.0"]
+    table = cost_table([teacher, known])
+    assert [row[list(table.head).index("µJ")] for row in table.rows] == ["55.0"]
 
 
 def test_the_crossover_lies_between_the_sizes() -> None:
@@ -138,29 +139,18 @@ def test_the_crossover_lies_between_the_sizes() -> None:
     assert 17 < at.size < 65
 
 
-def test_plots_are_pictures_and_the_page_needs_nothing_beside_it() -> None:
-    plots = plots_of(ALL)
-    assert [plot.name for plot in plots] == [
+def test_figures_are_drawn_of_what_was_measured() -> None:
+    figures = figures_of(ALL)
+    assert [figure.name for figure in figures] == [
         "accuracy_latency",
         "accuracy_memory",
         "latency_tokens",
         "layer_errors",
     ]
-    for plot in plots:
-        png = to_png(plot.draw("dark"), dots_per_inch=50)
-        assert png.startswith(b"\x89PNG")
-        assert len(png) > 3000
-    page = render_html(ALL, plots[:1])
-    assert page.count("data:image/png;base64,") == 2
-    assert "http" not in page.replace("http-equiv", "")
-    assert "it has no value" in page
-    assert "&lt;script&gt;" in render_html([replace(FAILED, error="<script>")], [])
-
-
-def test_nothing_measured_gives_no_plots() -> None:
-    assert plots_of([]) == []
-    assert plots_of([FAILED]) == []
-    assert len(plots_of([TEACHER])) == 2
+    for figure in figures:
+        assert len(to_png(figure.draw("dark"), dots_per_inch=50)) > 3000
+    assert figures_of([]) == figures_of([FAILED]) == []
+    assert len(figures_of([TEACHER])) == 2
 
 
 def test_a_record_comes_back_from_the_disk(tmp_path: Path) -> None:
@@ -173,50 +163,54 @@ def on(images: int, each: Record) -> Record:
     return replace(each, scores=[replace(score, samples=images) for score in each.scores])
 
 
+def column(records: list[Record], name: str) -> dict[str, str]:
+    table = accuracy_table(records)
+    return {str(row[0]): str(row[list(table.head).index(name)]) for row in table.rows}
+
+
 def test_an_interval_for_the_number_of_images_stands_beside_each_accuracy_and_gap() -> None:
     few, many = ([on(images, each) for each in ALL] for images in (128, 50_000))
-    heads, rows = accuracy_table(few)
-    column, gap = heads.index("95 % interval"), heads.index("gap recovered")
+    table = accuracy_table(few)
+    column, gap = (list(table.head).index(name) for name in ("95 % interval", "gap recovered"))
     low, high = binomtest(round(0.97 * 128), 128).proportion_ci(method="wilson")
-    student = next(row for row in rows if row[0] == "good")
+    student = next(row for row in table.rows if row[0] == "good")
     assert student[column] == f"{100 * low:.1f} to {100 * high:.1f}"
-    assert re.fullmatch(r"95 % ± \d\d", student[gap])
+    assert re.fullmatch(r"95 % ± \d\d", str(student[gap]))
     errors = [
         next(line.gap_error for line in lines_of(each) if line.record.name == "good") for each in (few, many)
     ]
     assert errors[0] > 10 * errors[1] > 0
     assert next(line for line in lines_of(few) if line.record.name == "teacher").gap_error is None
-    assert "the 128 test images" in answer(few)
-    assert f"97.0 % (95 % interval {100 * low:.1f} to {100 * high:.1f})" in answer(few)
-    assert "on the 50,000 test images" in how_to_read(many)
+    assert "the 128 test images" in text_of(few)
+    assert f"97.0 % (95 % interval {100 * low:.1f} to {100 * high:.1f})" in text_of(few)
+    assert "on the 50,000 test images" in text_of(many)
     assert json.loads(records_json(few))[2]["top1_interval"] == pytest.approx([100 * low, 100 * high])
-    assert "test_images,top1_low,top1_high" in records_csv(few)
+    assert "test_images,top1_low,top1_high" in records_table(few).to_csv()
 
 
 def test_a_gap_against_untrained_uniform_attention_has_its_error() -> None:
     few = [on(128, each) for each in ALL]
-    heads, rows = accuracy_table(few)
-    shown = {row[0]: row[heads.index("against zero-shot uniform")] for row in rows}
+    shown = column(few, "against zero-shot uniform")
     assert re.fullmatch(r"99 % ± \d", shown["good"])
     assert re.fullmatch(r"75 % ± \d+", shown["uniform"]), "its training moved it from the floor"
     assert shown["teacher"] == "100 %"
-    (row,) = (row for row in csv.DictReader(io.StringIO(records_csv(few))) if row["name"] == "good")
+    (row,) = (
+        row for row in csv.DictReader(io.StringIO(records_table(few).to_csv())) if row["name"] == "good"
+    )
     error = float(row["gap_recovered_zero_shot_uniform_error"])
     assert json.loads(records_json(few))[2]["gap_recovered_zero_shot_uniform_error"] == error
-    assert f"99 % (± {100 * error:.0f}) of that to uniform attention without training" in answer(few)
+    assert f"99 % (± {100 * error:.0f}) of that to uniform attention without training" in text_of(few)
 
 
 def test_no_gap_is_said() -> None:
     tied = [TEACHER, record("uniform", [18.0, 98.0], plan="*: uniform"), STUDENT]
-    heads, rows = accuracy_table(tied)
-    assert {row[heads.index("gap recovered")] for row in rows} == {"no gap"}
-    assert "The teacher is no better than uniform attention trained with the same budget" in answer(tied)
-    assert "no gap" in how_to_read(tied)
-    heads, rows = accuracy_table([TEACHER, STUDENT])
-    assert {row[heads.index("gap recovered")] for row in rows} == {""}, "nothing to measure a gap from"
+    assert {*column(tied, "gap recovered").values()} == {"no gap"}
+    assert "The teacher is no better than uniform attention trained with the same budget" in text_of(tied)
+    assert "no gap" in text_of(tied)
+    assert {*column([TEACHER, STUDENT], "gap recovered").values()} == {""}, "nothing to measure a gap from"
 
 
 def test_the_best_students_that_tie_are_all_named() -> None:
-    assert "the best student of linear cost, good, 97.0 %" in answer(ALL)
+    assert "the best student of linear cost, good, 97.0 %" in text_of(ALL)
     twin = replace(STUDENT, name="twin")
-    assert "the best students of linear cost, good and twin, 97.0 %" in answer([*ALL, twin])
+    assert "the best students of linear cost, good and twin, 97.0 %" in text_of([*ALL, twin])

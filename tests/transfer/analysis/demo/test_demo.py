@@ -19,6 +19,7 @@ from graftvit.models.errors import ConfigError, GraftError
 from graftvit.transfer.analysis.demo import demo, demo_cells
 from graftvit.transfer.analysis.demo.demo import Board
 from graftvit.transfer.analysis.demo.demo_cells import Cell
+from graftvit.transfer.analysis.report.tables import Table
 from graftvit.transfer.cells import pool
 from graftvit.transfer.config import RunConfig
 from graftvit.transfer.engine.runlog import WALL_CLOCK
@@ -96,7 +97,7 @@ def test_stopped_and_started_again_it_ends_as_if_nothing_had_happened(
     assert len(whole) == 8
 
     monkeypatch.setattr(demo, "measure", lambda *_: None)  # once is enough
-    monkeypatch.setattr(demo, "_table", lambda _: "")
+    monkeypatch.setattr(demo, "accuracy_table", lambda _: Table(["method"], []))
     with monkeypatch.context() as few:
         few.setattr(demo_cells, "TEACHERS", {"supervised": "digits_teacher"})
         few.setattr(demo_cells, "STUDENTS", (("scratch", None), ("copy", "supervised")))
