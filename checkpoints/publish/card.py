@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
+from importlib import resources
 
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from jinja2 import Environment, StrictUndefined, Template
 from timm.models import get_pretrained_cfg
 
 from ...models.conversion import ARCHITECTURE as CONVERTED
@@ -87,12 +90,6 @@ def recipe_rows(recipe: Json) -> Rows:
         ("seed", number(recipe["seed"]) if "seed" in recipe else None),
     ]
     return [(name, value) for name, value in rows if value]
-
-
-def table(rows: Iterable[tuple[str, ...]], *head: str) -> str:
-    """Return a Markdown table."""
-    lines = [head or ("", ""), tuple("---" for _ in head or ("", "")), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
 
 
 def number(value: object) -> str:
@@ -221,7 +218,7 @@ def _stated(card: str, place: str, known: Collection[str | None]) -> list[str]:
     return [other if name == "other" and other is not None and other in known else name for name in names]
 
 
-# Write the sections of a model card from a student's config.json; leave out or call unknown what is not recorded.
+# What the sections of a model card say, from a student's config.json.
 
 
 @dataclass(frozen=True)
@@ -244,19 +241,6 @@ class CardFacts:
     def name(self) -> str:
         """The repository without its owner."""
         return self.repository.rpartition("/")[2]
-
-
-def body(config: Json, facts: CardFacts) -> str:
-    """Return all sections as Markdown. `config` holds no path of this machine any more (`public`)."""
-    sections = {
-        f"# {facts.name}": _summary(config, facts),
-        "## How to load": _loading(config, facts),
-        "## How it was made": _making(config, facts.describe_transfer),
-        "## Results": _results(config, facts),
-        "## Intended use and limits": _limits(config),
-        "## License": _license(config, facts.license),
-    }
-    return "\n\n".join(f"{title}\n\n{text.strip()}" for title, text in sections.items()) + "\n"
 
 
 def load_lines(config: Json, facts: CardFacts) -> list[str]:
@@ -293,57 +277,26 @@ def _recipe(config: Json) -> Json:
     return section(section(config, KEY), "recipe")
 
 
-def _summary(config: Json, facts: CardFacts) -> str:
-    arguments = section(config, "model_args")
-    architecture = config.get("architecture")
-    copying = architecture == COPIED
-    architecture = arguments.get("student") if copying else architecture
-    converted = architecture == CONVERTED
-    architecture = arguments.get("architecture") if converted else architecture
-    count = facts.parameters or 0
-    size = f", {count / 1e6:.1f} M parameters" if count >= 1e6 else f", {count:,} parameters" if count else ""
-    use = (
-        f"that sorts images into {classes(config)} classes"
-        if classes(config)
-        else "that gives image features"
-    )
-    lines = [f"A vision transformer ({code(architecture)}{size}) {use}."]
-    source = section(section(config, KEY), "teacher").get("source")
-    if source:
-        lines.append(f"It learned from a frozen teacher, {code(source)}.")
-    if copying:
-        kind = COPIES.get(str(section(arguments, "copied").get("method")))
-        words = "parts of its attention" if kind is None else kind.words
-        lines.append(f"It runs with {words}, and holds the part of the teacher that this takes.")
-    if converted:
-        lines.append(f"Its attention was converted: {code(arguments.get('plan'))}.")
-    return " ".join(lines)
-
-
-def _loading(config: Json, facts: CardFacts) -> str:
-    described = section(config, "pretrained_cfg")
-    needs = f"`pip install {'graftvit' if needs_graftvit(config, facts) else 'timm'}`, then:"
+def _loading_rows(config: Json) -> Rows:
+    """Return what a user must know to load the model and to prepare its images."""
+    described, size = section(config, "pretrained_cfg"), section(config, "pretrained_cfg").get("input_size")
     rows = [("architecture", code(config.get("architecture")))] if config.get("architecture") else []
-    size = described.get("input_size")
     if isinstance(size, list):
         rows.append(("input (channels x height x width)", " x ".join(map(number, size))))
     for name in ("mean", "std"):
         values = described.get(name)
         if isinstance(values, list):
             rows.append((f"{name} of each channel", ", ".join(map(number, values))))
-    for name in ("crop_pct", "crop_mode", "interpolation"):
-        if name in described:
-            rows.append((name, code(described[name])))
+    names = ("crop_pct", "crop_mode", "interpolation")
+    rows += [(name, code(described[name])) for name in names if name in described]
     rows.append(("output", f"logits of {classes(config)} classes" if classes(config) else "features"))
-    block = fenced("\n".join(load_lines(config, facts)), "python")
     rows += _cost_rows(config)
     outside = ", ".join(map(code, _outside_operators(config)))
     if outside:
         rows.append(
             ("operators of another package", f"{outside}: first import the package that registers them")
         )
-    note = f"**It is {BARE_WORDS}.**" if _is_bare(config) else ""
-    return f"{needs}\n\n{block}\n\n{table(rows)}\n{note}"
+    return rows
 
 
 def _outside_operators(config: Json) -> list[str]:
@@ -372,23 +325,18 @@ def _cost_rows(config: Json) -> list[tuple[str, str]]:
     ]
 
 
-def _is_bare(config: Json) -> bool:
-    return section(config, KEY).get(BARE) is True
-
-
-def _making(config: Json, describe: DescribeTransfer) -> str:
-    made = section(config, KEY)
+def _making_rows(config: Json, describe: DescribeTransfer) -> Rows:
+    """Return where the weights came from and how they were trained; empty if nothing is recorded."""
+    made, recipe = section(config, KEY), _recipe(config)
     if not made:
-        return "Nothing is recorded of how it was made."
-    recipe = _recipe(config)
+        return []
     rows = _origin("teacher", made, recipe)
     for name in section(made, "teachers"):
         rows += _origin(name, section(made, "teachers"), recipe)
     rows += lesson_rows(recipe, describe) + _origin("init", made, recipe)
     rows += _part_rows(made)
     rows += recipe_rows(recipe)
-    rows += [("graftvit", number(made["version"]))] if made.get("version") else []
-    return f"{table(rows)}\n{_fold(recipe)}" if rows else "Nothing is recorded of how it was made."
+    return rows + ([("graftvit", number(made["version"]))] if made.get("version") else [])
 
 
 def _part_rows(made: Json) -> list[tuple[str, str]]:
@@ -419,55 +367,18 @@ def _license_name(license: str | None) -> str:
     return plain(normalize(license) or "unknown")
 
 
-def _fold(recipe: Json) -> str:
-    if not recipe:
-        return ""
-    text = write_yaml(dict(recipe))
-    return f"<details>\n<summary>All settings</summary>\n\n{fenced(text, 'yaml')}\n\n</details>"
-
-
-def _results(config: Json, facts: CardFacts) -> str:
+def _results(config: Json, facts: CardFacts) -> dict[str, str]:
+    """Return a row of results by its heads; empty without an accuracy or a loss."""
     recorded, found = section(section(config, KEY), "results"), measured(config)
     names = {"top1": "top-1 (%)", "top5": "top-5 (%)", "loss": "loss", "epoch": "epoch"}
     shown = [key for key in names if key in found]
     if not set(shown) & {"top1", "top5", "loss"}:
-        return "No results are recorded."
+        return {}
     dataset = facts.dataset_name or recorded.get("dataset")
     split = section(_recipe(config), "data").get("val_split")
     name = (code(dataset) if dataset else "not recorded") + (f", {code(split)}" if split and dataset else "")
-    values = (f"{found[key]:.4g}" if key in ("loss", "epoch") else f"{found[key]:.2f}" for key in shown)
-    results = table([(name, *values)], "data", *(names[key] for key in shown))
-    by = "Measured by the run that trained it"
-    if section(config, KEY).get(PICKED):
-        by += ", on the images that this state was picked by: expect a little less on others"
-    return f"{results}\n{by}."
-
-
-def _limits(config: Json) -> str:
-    if classes(config):
-        use = f"To sort images into its {classes(config)} classes, and as a start for fine-tuning."
-    else:
-        use = "As image features, and as a start for fine-tuning."
-    limits = ["Images must be prepared as above; `transform` does it."]
-    if _is_bare(config):
-        limits.append(f"It is {BARE_WORDS}: it does not compute what it was trained to compute.")
-    if section(config, KEY).get("teacher"):
-        limits.append(
-            "What is wrong with the teacher, or with the data that it saw, may be wrong with it too."
-        )
-    limits.append("Nothing is recorded of how it does on other data, or of its biases.")
-    return use + "\n\n" + "\n".join(f"- {limit}" for limit in limits)
-
-
-def _license(config: Json, license: str | None) -> str:
-    sources = [_license_name(source) for source in licenses(section(config, KEY))]
-    made_of = (
-        f"The weights that it was made from are under: {', '.join(dict.fromkeys(sources))}."
-        if sources
-        else ""
-    )
-    known = f"{code(license)}." if license else "Unknown. Ask the owner before you use it."
-    return f"{known} {made_of}".strip()
+    digits = {key: f"{found[key]:.4g}" if key in ("loss", "epoch") else f"{found[key]:.2f}" for key in shown}
+    return {"data": name} | {names[key]: digits[key] for key in shown}
 
 
 MARKER = "<!-- Written by graftvit push. Remove this line to keep a card that you edit. -->"
@@ -475,10 +386,47 @@ METRICS = {"top1": "Top-1 accuracy (%)", "top5": "Top-5 accuracy (%)"}
 
 
 def student_card(config: Json, facts: CardFacts) -> str:
-    """Return README.md for a student with this config.json, without any path of this machine."""
+    """Return README.md for a student with this config.json, without any path of this machine.
+
+    What is not recorded is left out, or called unknown.
+    """
     config = public(config)
-    head = _metadata(config, facts).to_yaml()
-    return str(ModelCard(f"---\n{head}\n---\n{MARKER}\n\n{body(config, facts)}"))
+    made, arguments = section(config, KEY), section(config, "model_args")
+    architecture = config.get("architecture")
+    copies = architecture == COPIED
+    architecture = arguments.get("student") if copies else architecture
+    converted = architecture == CONVERTED
+    recipe = dict(_recipe(config))
+    values = {
+        "architecture": arguments.get("architecture") if converted else architecture,
+        "copied": COPIES.get(str(section(arguments, "copied").get("method"))) if copies else None,
+        "copies": copies,
+        "plan": arguments.get("plan") if converted else None,
+        "converted": converted,
+        "classes": classes(config),
+        "source": section(made, "teacher").get("source"),
+        "has_teacher": bool(section(made, "teacher")),
+        "package": "graftvit" if needs_graftvit(config, facts) else "timm",
+        "lines": "\n".join(load_lines(config, facts)),
+        "loading": _loading_rows(config),
+        "bare": BARE_WORDS if made.get(BARE) is True else "",
+        "making": _making_rows(config, facts.describe_transfer),
+        "settings": write_yaml(recipe) if made and recipe else "",
+        "results": _results(config, facts),
+        "picked": made.get(PICKED),
+        "licenses": list(dict.fromkeys(map(_license_name, licenses(made)))),
+        "facts": facts,
+    }
+    text = _template().render(head=_metadata(config, facts).to_yaml(), marker=MARKER, **values)
+    return str(ModelCard(text))
+
+
+@functools.cache
+def _template() -> Template:
+    environment = Environment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment.filters |= {"code": code, "fenced": fenced}
+    text = resources.files(__package__).joinpath("model_card.txt").read_text(encoding="utf-8")
+    return environment.from_string(text)
 
 
 def is_generated(card: str) -> bool:

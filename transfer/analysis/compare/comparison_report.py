@@ -302,7 +302,7 @@ def make_report(records: Sequence[Record], figures: Sequence[Figure]) -> Report:
         findings=[
             each for size in sorted({record.size for record in records}) for each in _finding(records, size)
         ],
-        images="".join(f" {count:,}" for count in sorted(samples)),
+        images=" ".join(f"{count:,}" for count in sorted(samples)),
         accuracy=accuracy_table(records),
         cost=cost_table(records),
         failed=[record for record in records if record.error],
