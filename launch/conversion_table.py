@@ -18,52 +18,77 @@ STARTS = {"all": "copied", "mlp": "attention fresh, rest copied", "none": "fresh
 KEPT = {"all": "copied", "mlp": "copied", "none": "fresh"}
 
 
-def conversion_table(student: nn.Module, weights: str, calibration: str | None = None) -> str:
+def conversion_table(
+    teacher: nn.Module, student: nn.Module, weights: str, calibration: str | None = None
+) -> str:
     """Return a table of each layer's operator, new parameters, multiply-adds before and after, and initial weights.
 
+    A merge that the plan made deformable has a row between its stages.
     If `calibration` describes calibration images, add the error of each layer before and after calibration.
     """
-    from ..models.conversion import converted_layers, layer_macs
-    from ..models.families import attention_blocks
+    from ..models.converted import choices_of, converted_layers
+    from ..models.families import is_pyramid, sites
+    from ..models.merges import new_merges
 
-    softmax, own = layer_macs(student)
-    layers = converted_layers(student)
-    measured = calibration is not None
-    rows = [["layer", "operator", "new parameters", "map MACs", "", *(["error"] * measured), "weights"]]
-    for index in range(len(attention_blocks(student))):
-        layer = layers.get(index)
-        if layer is None:
-            costs, error = [as_number(softmax), ""], "-"
-            rows.append([str(index), "softmax", "-", *costs, *([error] * measured), KEPT[weights]])
-            continue
-        error = format_error(layer)
-        costs = [f"{as_number(softmax)} -> {as_number(own[index])}", f"{as_percent(own[index], softmax)}"]
-        new = sum(parameter.numel() for parameter in layer.operator.parameters())
-        rows.append(
-            [str(index), str(layer.choice), f"{new:,}", *costs, *([error] * measured), STARTS[weights]]
-        )
-    note = calibration_note("softmax", str(calibration)) * measured + fit_notes(layers)
-    return aligned(rows, right=(0, 2, 4)) + note + _totals(student, softmax, own)
+    before, after = _attention_macs(teacher), _attention_macs(student)
+    layers, choices, earlier = converted_layers(student), choices_of(student), choices_of(teacher)
+    staged = is_pyramid(student)
+    merges, measured = new_merges(teacher, student) if staged else {}, calibration is not None
+    stage, error = ["stage"] * staged, ["error"] * measured
+    rows = [["layer", *stage, "operator", "new parameters", "map MACs", "", *error, "weights"]]
+    for site in sites(student):
+        merge = merges.pop(site.stage, None)
+        if merge is not None:
+            place = ["merge", f"{site.stage} > {site.stage + 1}", DEFORMABLE]
+            rows.append([*place, f"{_count(merge):,}", "-", "", *(["-"] * measured), "fresh"])
+        index, layer = site.index, layers.get(site.index)
+        changed = choices[index] != earlier[index]
+        new = _count(layer.operator) if layer is not None else 0
+        costs = [as_number(before[index]), ""]
+        if changed:
+            costs = [f"{costs[0]} -> {as_number(after[index])}", as_percent(after[index], before[index])]
+        start = "-" if layer is None and changed else (STARTS if changed else KEPT)[weights]
+        place = [str(index), *([str(site.stage + 1)] * staged), str(choices[index])]
+        errors = [format_error(layer)] * measured
+        rows.append([*place, f"{new:,}" if new else "-", *costs, *errors, start])
+    note = calibration_note("timm's layer" if staged else "softmax", str(calibration)) * measured
+    right = (0, *([1] * staged), 2 + staged, 4 + staged)
+    return aligned(rows, right) + note + fit_notes(layers) + _totals(teacher, student, sum(before), sum(after))
 
 
-def _totals(student: nn.Module, softmax: int, own: dict[int, int]) -> str:
-    from ..models.conversion import new_parameters
-    from ..models.cost import dense_macs
-    from ..models.families import attention_blocks
+def _attention_macs(model: nn.Module) -> list[int]:
+    """Return the multiply-adds of each layer's attention for one image."""
+    from ..models.conversion import layer_macs
+    from ..models.cost import attention_macs
+    from ..models.families import attention_blocks, is_pyramid
 
-    count, rest = len(attention_blocks(student)), dense_macs(student)
-    before, after = count * softmax, (count - len(own)) * softmax + sum(own.values())
+    if is_pyramid(model):
+        return attention_macs(model)
+    softmax, own = layer_macs(model)
+    return [own.get(index, softmax) for index in range(len(attention_blocks(model)))]
+
+
+def _totals(teacher: nn.Module, student: nn.Module, before: int, after: int) -> str:
+    from ..models.converted import new_parameters
+    from ..models.cost import dense_macs, other_macs
+    from ..models.families import is_pyramid
+
+    rest = other_macs if is_pyramid(student) else dense_macs
+    whole = before + rest(teacher), after + rest(student)
     new = sum(parameter.numel() for parameter in new_parameters(student))
-    whole = sum(parameter.numel() for parameter in student.parameters())
     return "\n".join(
         [
             "",
             f"attention maps: {as_number(before)} -> {as_number(after)} MACs an image ({as_percent(after, before)})",
-            f"whole model:    {as_number(rest + before)} -> {as_number(rest + after)} MACs "
-            f"({as_percent(rest + after, rest + before)}), {whole:,} parameters, {new:,} of them new",
+            f"whole model:    {as_number(whole[0])} -> {as_number(whole[1])} MACs ({as_percent(whole[1], whole[0])}), "
+            f"{_count(teacher):,} -> {_count(student):,} parameters, {new:,} of them new",
             "",
         ]
     )
+
+
+def _count(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
 
 
 def calibration_note(reference: str, calibration: str) -> str:
@@ -99,69 +124,3 @@ def as_number(value: int) -> str:
 def as_percent(value: int, whole: int) -> str:
     """Return a part of a whole in percent."""
     return f"{100 * value / whole:.0f} %"
-
-
-# The table of a pyramid's conversion: for each layer its stage, operator, cost and initial weights.
-
-
-def pyramid_table(
-    teacher: nn.Module, student: nn.Module, weights: str, calibration: str | None = None
-) -> str:
-    """Return a table of each layer's operator, new parameters, multiply-adds before and after, and initial weights.
-
-    A merge that the plan made deformable has a row between its stages.
-    If `calibration` describes calibration images, add the error of each layer before and after calibration.
-    """
-    from ..models.converted import choices_of, converted_layers
-    from ..models.cost import attention_macs
-    from ..models.families import sites
-    from ..models.merges import new_merges
-
-    before, after = attention_macs(teacher), attention_macs(student)
-    layers, choices, earlier = converted_layers(student), choices_of(student), choices_of(teacher)
-    merges, measured = new_merges(teacher, student), calibration is not None
-    rows = [
-        ["layer", "stage", "operator", "new parameters", "map MACs", "", *(["error"] * measured), "weights"]
-    ]
-    for site in sites(student):
-        merge = merges.pop(site.stage, None)
-        if merge is not None:
-            place = ["merge", f"{site.stage} > {site.stage + 1}", DEFORMABLE]
-            rows.append([*place, f"{_count(merge):,}", "-", "", *(["-"] * measured), "fresh"])
-        index, layer = site.index, layers.get(site.index)
-        changed = choices[index] != earlier[index]
-        new = _count(layer.operator) if layer is not None else 0
-        costs = [as_number(before[index]), ""]
-        if changed:
-            costs = [f"{costs[0]} -> {as_number(after[index])}", as_percent(after[index], before[index])]
-        error = format_error(layer)
-        start = "-" if layer is None and changed else (STARTS if changed else KEPT)[weights]
-        place = [str(index), str(site.stage + 1), str(choices[index])]
-        rows.append([*place, f"{new:,}" if new else "-", *costs, *([error] * measured), start])
-    note = calibration_note("timm's layer", calibration) if calibration is not None else ""
-    note += fit_notes(layers)
-    return (
-        aligned(rows, right=(0, 1, 3, 5)) + note + _pyramid_totals(teacher, student, sum(before), sum(after))
-    )
-
-
-def _count(module: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in module.parameters())
-
-
-def _pyramid_totals(teacher: nn.Module, student: nn.Module, before: int, after: int) -> str:
-    from ..models.converted import new_parameters
-    from ..models.cost import other_macs
-
-    whole = before + other_macs(teacher), after + other_macs(student)
-    counts = [_count(teacher), _count(student)]
-    new = sum(parameter.numel() for parameter in new_parameters(student))
-    return "\n".join(
-        [
-            "",
-            f"attention maps: {as_number(before)} -> {as_number(after)} MACs an image ({as_percent(after, before)})",
-            f"whole model:    {as_number(whole[0])} -> {as_number(whole[1])} MACs ({as_percent(whole[1], whole[0])}), "
-            f"{counts[0]:,} -> {counts[1]:,} parameters, {new:,} of them new",
-            "",
-        ]
-    )

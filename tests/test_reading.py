@@ -22,6 +22,7 @@ ALLOWED = {
     "checkpoints/files.py open": "is the place",
     "checkpoints/atomic.py open": "waits for what was written, and reads nothing",
     "checkpoints/export/graph.py InferenceSession": "runs the graph that was just written",
+    "checkpoints/publish/card.py read_text": OWN,
     "checkpoints/safety/archive.py FileIO": STREAM,
     "checkpoints/safety/archive.py ZipFile": STREAM,
     "checkpoints/safety/archive.py open": STREAM,

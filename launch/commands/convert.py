@@ -100,18 +100,12 @@ def _write(
 ) -> int:
     """Print the table and, unless this is a dry run, write the folder."""
     from ...models.conversion import plan_of
-    from ...models.families import is_pyramid
     from ...models.pyramid_conversion import nothing_given_up
-    from ..conversion_table import conversion_table, pyramid_table
+    from ..conversion_table import conversion_table
 
     out, weights, data = arguments.out, arguments.weights, config.data.dataset or config.data.data_path
     seen = None if images is None else f"{len(images)} images of {data}"
-    pyramid = is_pyramid(student)
-    table = (
-        pyramid_table(teacher.model, student, weights, seen)
-        if pyramid
-        else conversion_table(student, weights, seen)
-    )
+    table = conversion_table(teacher.model, student, weights, seen)
     note = nothing_given_up(teacher.model, arguments.without)
     source = _describe_source(teacher) + (f"note: {note}\n" if note else "")
     say(source + _describe_tokens(teacher.model, student) + table)

@@ -5,22 +5,22 @@ Only the run folders of the cells are read.
 
 from __future__ import annotations
 
-import csv
-import io
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from ...checkpoints.atomic import write_bytes
 from ...checkpoints.json_lines import read_records
 from ...checkpoints.markdown import plain
 from ...models.errors import ConfigError, GraftError, counted
+from ...transfer.analysis.report.ink import legend_beside, new_plots, to_png
+from ...transfer.analysis.report.tables import Table, tabulate
 from ...transfer.config import RunConfig
 from ...transfer.metrics.intervals import Interval, accuracy_interval
 from ..load_config import load_config
@@ -215,7 +215,7 @@ def write_summary(summary: Summary) -> list[Path]:
     """
     files = {".csv": to_csv(summary).encode(), ".md": to_markdown(summary).encode()}
     if summary.names:
-        files[".png"] = to_png(summary)
+        files[".png"] = to_png(draw(summary), ground="white")
     for suffix, content in files.items():
         write_bytes(summary.folder / f"{NAME}{suffix}", content)
     return [summary.folder / f"{NAME}{suffix}" for suffix in files]
@@ -223,42 +223,50 @@ def write_summary(summary: Summary) -> list[Path]:
 
 def to_csv(summary: Summary) -> str:
     """Return a row for each setting; an empty field without a number, or without a deviation of a single value."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    columns = [f"{name}_{kind}" for name in summary.names for kind in ("mean", "std")]
-    columns += [f"{name}_{end}" for name in summary.names if name != LOSS for end in ("low", "high")]
-    writer.writerow([*summary.keys, "done", "asked", *columns, "test_images", "not_done"])
-    for row in summary.rows:
-        numbers: list[float | str] = []
-        for name in summary.names:
-            measure = row.measures.get(name)
-            std = None if measure is None else measure.std
-            numbers += ["" if measure is None else measure.mean, "" if std is None else std]
-        for name in summary.names:
-            numbers += [] if name == LOSS else row.interval(name) or ("", "")
-        left = "; ".join(_state(result) for result in row.cells if result.state != "done")
-        settings = [row.settings[key] for key in summary.keys]
-        writer.writerow([*settings, row.done, row.asked, *numbers, row.samples or "", left])
-    return text.getvalue()
+    columns: dict[str, Callable[[Row], object]] = {key: partial(_setting, key) for key in summary.keys}
+    columns |= {"done": lambda row: row.done, "asked": lambda row: row.asked}
+    for name in summary.names:
+        columns[f"{name}_mean"] = partial(_number_of, name, "mean")
+        columns[f"{name}_std"] = partial(_number_of, name, "std")
+    for name in (name for name in summary.names if name != LOSS):
+        for place, end in enumerate(("low", "high")):
+            columns[f"{name}_{end}"] = partial(_end, name, place)
+    columns["test_images"] = lambda row: row.samples or None
+    columns["not_done"] = lambda row: "; ".join(_state(each) for each in row.cells if each.state != "done")
+    return tabulate(summary.rows, columns).to_csv()
+
+
+def _setting(key: str, row: Row) -> str:
+    return row.settings[key]
+
+
+def _number_of(name: str, kind: str, row: Row) -> float | None:
+    return getattr(row.measures.get(name), kind, None)
+
+
+def _end(name: str, place: int, row: Row) -> float | None:
+    interval = row.interval(name)
+    return None if interval is None else interval[place]
 
 
 def to_markdown(summary: Summary) -> str:
     """Return the table with mean ± standard deviation over seeds and intervals, and a line for each unfinished cell."""
-    heads = [name.replace("_", " ") for name in summary.names]
-    lines = [[*(summary.keys or ["setting"]), "done", *heads]]
-    for row in summary.rows:
-        settings = [row.settings[key] for key in summary.keys] or ["as in the recipe"]
-        numbers = [
-            shown(row.measures.get(name), name) + _between(row.interval(name)) for name in summary.names
+    heads = [*(summary.keys or ["setting"]), "done", *(name.replace("_", " ") for name in summary.names)]
+    lines = [
+        [
+            *([row.settings[key] for key in summary.keys] or ["as in the recipe"]),
+            f"{row.done}/{row.asked}",
+            *(shown(row.measures.get(name), name) + _between(row.interval(name)) for name in summary.names),
         ]
-        lines.append([*settings, f"{row.done}/{row.asked}", *numbers])
-    left = "\n".join(f"- {plain(_state(result))}" for result in summary.missing)
-    parts = [_table(lines, len(summary.keys) or 1)]
+        for row in summary.rows
+    ]
+    parts = [Table(heads, lines, summary.keys).to_markdown()]
     counts = sorted({row.samples for row in summary.rows if row.samples})
     if counts:
         images = " or ".join(f"{count:,}" for count in counts)
         parts.append(f"[low, high] is the 95 % interval (Wilson's) of an accuracy on {images} test images.")
     if summary.missing:
+        left = "\n".join(f"- {plain(_state(result))}" for result in summary.missing)
         parts.append(f"{counted(len(summary.missing), 'cell')} not done:\n\n{left}")
     return "\n\n".join(parts) + "\n"
 
@@ -280,28 +288,13 @@ def _state(result: CellResult) -> str:
     return f"{result.cell.name} {result.state}" + (f": {result.why}" if result.why else "")
 
 
-def _table(lines: Sequence[Sequence[str]], words: int) -> str:
-    """Markdown; the first `words` columns to the left, the numbers to the right."""
-    rule = ["---"] * words + ["---:"] * (len(lines[0]) - words)
-    shown = [[plain(cell) for cell in line] for line in lines]
-    return "\n".join("| " + " | ".join(line) + " |" for line in [shown[0], rule, *shown[1:]])
-
-
 # Plot a sweep: a point for each setting with its deviation over seeds; lines over a swept number.
 
-INK, FAINT = "#24292f", "#d4d9df"
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00")
 """Colors of Okabe and Ito (2008), distinct with every kind of color vision; the yellow is too pale for lines."""
 MARKERS = "osD^vP"
 LOG_FROM = 20.0
 """The axis is logarithmic if the largest value is at least this many times the smallest."""
-
-
-def to_png(summary: Summary) -> bytes:
-    """Return the plot as a PNG file. At least one cell must be done."""
-    file = io.BytesIO()
-    draw(summary).savefig(file, format="png", dpi=150, facecolor="white")
-    return file.getvalue()
 
 
 def draw(summary: Summary) -> Figure:
@@ -333,7 +326,7 @@ def _lines(rows: Sequence[Row], key: str) -> dict[str, list[Row]]:
 
 
 def _over_number(lines: dict[str, list[Row]], key: str, name: str) -> Figure:
-    figure, axes = _figure(8.0, 4.6)
+    figure, (axes,) = new_plots("light", (8.0, 4.6))
     everything = [float(row.settings[key]) for rows in lines.values() for row in rows]
     for place, (label, rows) in enumerate(lines.items()):
         x = [float(row.settings[key]) for row in rows]
@@ -349,13 +342,13 @@ def _over_number(lines: dict[str, list[Row]], key: str, name: str) -> Figure:
     axes.set_xlabel(key)
     axes.set_ylabel(_words(name, [row for rows in lines.values() for row in rows]))
     if any(lines):
-        axes.legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5), labelcolor=INK)
+        legend_beside(axes, "light")
     return figure
 
 
 def _points(rows: Sequence[Row], name: str) -> Figure:
     """Draw a line of text for each setting, with its mean and deviation, and its seeds as small marks."""
-    figure, axes = _figure(8.0, max(2.0, 0.32 * len(rows) + 1.0))
+    figure, (axes,) = new_plots("light", (8.0, max(2.0, 0.32 * len(rows) + 1.0)))
     for place, row in enumerate(rows):
         measure = row.measures[name]
         axes.plot(measure.values, [place] * len(measure.values), "|", color=COLORS[4], markersize=9, zorder=2)
@@ -395,15 +388,3 @@ def _number(text: str) -> float | None:
     except ValueError:
         return None
     return value if math.isfinite(value) else None
-
-
-def _figure(width: float, height: float) -> tuple[Figure, Any]:
-    figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots()
-    axes.spines[["top", "right", "left"]].set_visible(False)
-    axes.spines["bottom"].set_color(FAINT)
-    axes.grid(color=FAINT, linewidth=0.6)
-    axes.set_axisbelow(True)
-    axes.tick_params(colors=INK, length=0, labelsize=9)
-    return figure, axes

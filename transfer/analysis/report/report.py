@@ -159,8 +159,9 @@ def _pages() -> Environment:
     )
     environment.globals |= {"file": lambda path: Markup(_read(path)), "image": _image}
     environment.tests |= {
-        name: functools.partial(lambda kind, block: isinstance(block, kind), kind)
-        for name, kind in {"table": Table, "figure": Figure, "text": Text}.items()
+        "table": lambda block: isinstance(block, Table),
+        "figure": lambda block: isinstance(block, Figure),
+        "text": lambda block: isinstance(block, Text),
     }
     return environment
 
