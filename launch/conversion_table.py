@@ -53,7 +53,9 @@ def conversion_table(
         rows.append([*place, f"{new:,}" if new else "-", *costs, *errors, start])
     note = calibration_note("timm's layer" if staged else "softmax", str(calibration)) * measured
     right = (0, *([1] * staged), 2 + staged, 4 + staged)
-    return aligned(rows, right) + note + fit_notes(layers) + _totals(teacher, student, sum(before), sum(after))
+    return (
+        aligned(rows, right) + note + fit_notes(layers) + _totals(teacher, student, sum(before), sum(after))
+    )
 
 
 def _attention_macs(model: nn.Module) -> list[int]:

@@ -330,7 +330,7 @@ def measure(cells: Sequence[Cell], quick: bool) -> DemoResults:
     top1 = [ensemble_top1(pair, test.loader) for pair in together]
     methods.append(MethodResult("ensemble", "mae", top1))
     models: dict[str, nn.Module] = {
-        **teachers,
+        **{str(name): model for name, model in teachers.items()},
         **{f"distill_{name}": load_student(runs["distill", name][0])[0] for name in TEACHERS},
         "scratch": load_student(scratch[0])[0],
     }
