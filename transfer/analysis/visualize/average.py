@@ -22,8 +22,8 @@ from ...data.augment import with_settings
 from ..layer_maps import KeyPlaces, LayerMap, key_count, layer_maps, preprocessed, spread_images
 from ..report.ink import Array, write_arrays
 from . import map_figures as measures
-from .map_figures import ShownLayer, ShownLook
-from .map_page import Numbers, Shown, View, check_page_size, embed, layer_names, map_page, to_pixels
+from .map_figures import LayerLook, Look, Numbers
+from .map_page import Shown, View, check_page_size, embed, layer_names, map_page, to_pixels
 from .visualize import (
     chosen_layers,
     draw_query,
@@ -213,18 +213,18 @@ class MeanPicture:
         return (self._sum / self.count).float()
 
 
-def shown_means(model: nn.Module, means: dict[int, MeanMap]) -> ShownLook:
+def shown_means(model: nn.Module, means: dict[int, MeanMap]) -> Look:
     """Return the layers of a model with their mean maps, as pictures and pages show them; without rollouts."""
     layers = []
     for site, layout in zip(sites(model), token_layouts(model), strict=True):
         found = means.get(site.index)
         maps = None if found is None else found.weights.float()
         places = KeyPlaces(layout.geometry) if found is None else found.places
-        layers.append(ShownLayer(site.stage, layout, maps, places, None))
-    return ShownLook(layers)
+        layers.append(LayerLook(site.stage, layout, maps, places))
+    return Look(layers)
 
 
-def _numbers(look: ShownLook, means: dict[int, MeanMap]) -> Numbers:
+def _numbers(look: Look, means: dict[int, MeanMap]) -> Numbers:
     """Return the means over images of the heads' numbers; a mean map has a larger entropy than its images."""
     of_layer = [means.get(number) for number in range(len(look.layers))]
     return Numbers(

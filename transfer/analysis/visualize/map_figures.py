@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -145,16 +145,18 @@ def _have_one_grid(layouts: Sequence[TokenLayout]) -> bool:
 
 
 @dataclass(frozen=True)
-class ShownLayer:
-    """The attention of a layer; float32."""
+class LayerLook:
+    """The attention of a layer, on one image or as a mean; float32."""
 
     stage: int
     layout: TokenLayout
     maps: Tensor | None
     """(H, N, M), over the keys of `places`; None for a block without attention."""
     places: KeyPlaces
-    rolled: Tensor | None
-    """The rollout from the first layer of the stage, (N, N); None in an average."""
+    rolled: Tensor | None = None
+    """The rollout from the first layer of the stage, (N, N); None in a mean."""
+    tokens: Tensor | None = None
+    """The tokens (N, C) after the block; None in a mean."""
 
     @property
     def heads(self) -> int:
@@ -165,17 +167,70 @@ class ShownLayer:
         """Whether some weight is negative."""
         return self.maps is not None and bool((self.maps < 0).any())
 
+    @property
+    def patches(self) -> Tensor:
+        """Return the tokens after the block without prefix tokens; none in a mean."""
+        return torch.zeros(0) if self.tokens is None else self.tokens[self.layout.num_prefix :]
+
+    def entropy(self) -> Array | None:
+        """Return the entropy of each head (H), in nats."""
+        return None if self.maps is None else entropy(self.maps).numpy()
+
+    def distance(self) -> Array | None:
+        """Return the mean distance of each head (H), in patches of the stage."""
+        if self.maps is None:
+            return None
+        start = self.layout.num_prefix
+        return mean_distance(self.maps[:, start:, start:], self.places.distances()).numpy()
+
+    def shares_of_tokens(self, skip: int = 0) -> Tensor | None:
+        """Return the shares of all tokens, (H, N, N), without the first `skip` ones."""
+        return None if self.maps is None else shares(self.places.on_tokens(self.maps)[:, skip:, skip:])
+
 
 @dataclass(frozen=True)
-class ShownLook:
+class Numbers:
+    """By layer, those of each head (H), on an image or means over images; None for a layer without attention."""
+
+    entropy: Sequence[Array | None]
+    distance: Sequence[Array | None]
+    keys: Sequence[int]
+    """The number of keys of each query, from which the largest entropy follows."""
+    stages: Sequence[int]
+    merges: Array
+    """By deformable merge: the mean shift of a place in pixels, and the share of places outside of the image."""
+
+
+@dataclass(frozen=True)
+class Look:
     """The layers of a model, and its deformable merges."""
 
-    layers: Sequence[ShownLayer]
+    layers: Sequence[LayerLook]
     merges: Sequence[MergePlaces] = ()
 
     @property
     def layouts(self) -> list[TokenLayout]:
         return [layer.layout for layer in self.layers]
+
+    def numbers(self) -> Numbers:
+        """Return all but the maps."""
+        return Numbers(
+            [layer.entropy() for layer in self.layers],
+            [layer.distance() for layer in self.layers],
+            [0 if layer.maps is None else layer.maps.shape[-1] for layer in self.layers],
+            [layer.stage for layer in self.layers],
+            np.array([[each.shift().mean(), each.outside().mean()] for each in self.merges]).reshape(-1, 2),
+        )
+
+
+def mean_numbers(images: Sequence[Numbers]) -> Numbers:
+    """Return the means over images."""
+    entropies, distances = (
+        [None if layer[0] is None else np.mean(layer, axis=0) for layer in zip(*each, strict=True)]
+        for each in ([one.entropy for one in images], [one.distance for one in images])
+    )
+    merges = np.mean([one.merges for one in images], axis=0)
+    return Numbers(entropies, distances, images[0].keys, images[0].stages, merges)
 
 
 INCHES = 1.35
@@ -221,48 +276,46 @@ class Row:
         return max(each.top for each in self.panels if each is not None and each.rolled == panel.rolled)
 
 
-def draw_grid(picture: Array, look: ShownLook, query: Query, layers: Sequence[int], title: str) -> Figure:
+def draw_grid(picture: Array, look: Look, query: Query, layers: Sequence[int], title: str) -> Figure:
     """Draw a row a layer: the mean of the heads, the rollout up to there where there is one, then each head."""
-    heads = max(look.layers[layer].heads for layer in layers)
-    rolled = _have_rollouts([look], layers)
-    columns = ["mean", *(["rollout"] if rolled else []), *(f"head {head}" for head in range(heads))]
+    rolled, heads = _have_rollouts([look], layers), max(look.layers[layer].heads for layer in layers)
     rows = []
     for layer in layers:
-        own = look.layers[layer]
-        each = _head_panels(own, query)
-        first = [_mean_panel(own, query), *([_rolled_panel(own, query)] if rolled else [])]
-        panels = [*first, *each, *[None] * (heads - len(each))]
+        mean, rollout, each = _panels(look.layers[layer], query)
+        panels = [mean, *([rollout] * rolled), *each, *[None] * (heads - len(each))]
         rows.append(_row(look, layer, query, panels))
+    columns = ["mean", *(["rollout"] * rolled), *(f"head {head}" for head in range(heads))]
     return _draw(picture, rows, columns, title)
 
 
 def draw_beside(
-    picture: Array, looks: Sequence[ShownLook], query: Query, layers: Sequence[int], title: str
+    picture: Array, looks: Sequence[Look], query: Query, layers: Sequence[int], title: str
 ) -> Figure:
     """Draw a row a layer: the mean of the heads of the teacher and of the student, then the rollout of both.
 
     `looks` are the teacher's and the student's.
     """
-    draws = {"mean": _mean_panel} | ({"rollout": _rolled_panel} if _have_rollouts(looks, layers) else {})
-    columns = [f"{model}\n{name}" for name in draws for model in ("teacher", "student")]
+    names = ["mean", *(["rollout"] * _have_rollouts(looks, layers))]
+    columns = [f"{model}\n{name}" for name in names for model in ("teacher", "student")]
     rows = []
     for layer in layers:
-        panels = [draw(look.layers[layer], query) for draw in draws.values() for look in looks]
+        both = [_panels(look.layers[layer], query)[:2] for look in looks]
+        panels = [each[kind] for kind in range(len(names)) for each in both]
         rows.append(_row(looks[1], layer, query, panels))
     return _draw(picture, rows, columns, title)
 
 
-def layer_name(look: ShownLook, layer: int) -> str:
+def layer_name(look: Look, layer: int) -> str:
     """Return the name of a layer, with its stage if the model has several."""
     stages = {each.stage for each in look.layers}
     return f"layer {layer}" + (f", stage {look.layers[layer].stage + 1}" if len(stages) > 1 else "")
 
 
-def _have_rollouts(looks: Sequence[ShownLook], layers: Sequence[int]) -> bool:
+def _have_rollouts(looks: Sequence[Look], layers: Sequence[int]) -> bool:
     return any(look.layers[layer].rolled is not None for look in looks for layer in layers)
 
 
-def _row(look: ShownLook, layer: int, query: Query, panels: Sequence[Panel | None]) -> Row:
+def _row(look: Look, layer: int, query: Query, panels: Sequence[Panel | None]) -> Row:
     layout = look.layers[layer].layout
     token = query.token(layout)
     at = -1 if token is None else token - layout.num_prefix
@@ -270,32 +323,21 @@ def _row(look: ShownLook, layer: int, query: Query, panels: Sequence[Panel | Non
     return Row(layer_name(look, layer).replace(", ", "\n"), layout.grid, asking, panels)
 
 
-def _head_panels(layer: ShownLayer, query: Query) -> list[Panel]:
-    token = query.token(layer.layout)
-    if layer.maps is None or token is None:
-        return []
-    return [_panel(head[token], layer.places, token, layer.signed) for head in layer.maps]
-
-
-def _mean_panel(layer: ShownLayer, query: Query) -> Panel | None:
-    token = query.token(layer.layout)
-    if layer.maps is None or token is None:
-        return None
-    return _panel(layer.maps[:, token].mean(0), layer.places, token, layer.signed)
-
-
-def _rolled_panel(layer: ShownLayer, query: Query) -> Panel | None:
-    token = query.token(layer.layout)
-    if token is None or layer.rolled is None:
-        return None
-    own = token - layer.layout.num_prefix
-    places = KeyPlaces(layer.layout.geometry)
-    panel = _panel(layer.rolled[token], places, token, signed=False, but=own if own >= 0 else None)
-    return replace(panel, rolled=True)
-
-
-def _panel(row: Tensor, places: KeyPlaces, token: int, signed: bool, but: int | None = None) -> Panel:
-    return Panel(places.picture(row, token).numpy(), signed, but, places.extent)
+def _panels(layer: LayerLook, query: Query) -> tuple[Panel | None, Panel | None, list[Panel]]:
+    """Return the mean of the heads, the rollout, and each head; nothing without the token or without attention."""
+    token, places = query.token(layer.layout), layer.places
+    if token is None:
+        return None, None, []
+    mean, rollout, heads = None, None, list[Panel]()
+    if layer.maps is not None:
+        rows = [layer.maps[:, token].mean(0), *layer.maps[:, token]]
+        pictures = (places.picture(row, token).numpy() for row in rows)
+        mean, *heads = (Panel(picture, layer.signed, extent=places.extent) for picture in pictures)
+    if layer.rolled is not None:
+        own = token - layer.layout.num_prefix
+        picture = KeyPlaces(layer.layout.geometry).picture(layer.rolled[token], token).numpy()
+        rollout = Panel(picture, but=own if own >= 0 else None, rolled=True)
+    return mean, rollout, heads
 
 
 def _draw(picture: Array, rows: Sequence[Row], columns: Sequence[str], title: str) -> Figure:

@@ -43,24 +43,11 @@ from ..report.ink import (
     new_plots,
 )
 from ..report.report import Figure, data_url, render_page
-from .map_figures import Query, ShownLayer, ShownLook, layer_name, token_name, write_corner
+from .map_figures import LayerLook, Look, Numbers, Query, layer_name, token_name, write_corner
 
 # Charts by layer: entropy and distance of every head, and how far a student is from its teacher.
 
 STUDENT, TEACHER, BETWEEN = ORANGE, BLUE, GREEN
-
-
-@dataclass(frozen=True)
-class Numbers:
-    """By layer, those of each head (H), means over images; None for a layer without attention."""
-
-    entropy: Sequence[Array | None]
-    distance: Sequence[Array | None]
-    keys: Sequence[int]
-    """The number of keys of each query, from which the largest entropy follows."""
-    stages: Sequence[int]
-    merges: Array
-    """By deformable merge: the mean shift of a place in pixels, and the share of places outside of the image."""
 
 
 @dataclass(frozen=True)
@@ -320,7 +307,7 @@ class View:
     """One image, and what each model did with it (by name: `student`, `teacher`)."""
 
     shown: Shown
-    looks: Mapping[str, ShownLook]
+    looks: Mapping[str, Look]
 
 
 def check_page_size(
@@ -360,7 +347,7 @@ def map_page(
     return render_page("visualize/map_page.html", title=title, chart=chart, data=words)
 
 
-def layer_names(look: ShownLook, layers: Sequence[int]) -> list[str]:
+def layer_names(look: Look, layers: Sequence[int]) -> list[str]:
     """Return the names of the chosen layers."""
     return [layer_name(look, layer) for layer in layers]
 
@@ -391,7 +378,7 @@ def _merge(merge: MergePlaces) -> JsonDict:
     }
 
 
-def _layer(layer: ShownLayer) -> JsonDict:
+def _layer(layer: LayerLook) -> JsonDict:
     """Return the maps of a layer, head by head, and its rollout, as bytes with a scale a row."""
     maps = [] if layer.maps is None else [_quantized(head) for head in layer.maps]
     layout = layer.layout

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,10 +31,19 @@ from ..report.ink import Array, to_png
 from ..report.report import Figure, write_png
 from ..report.tables import to_json
 from . import map_figures as measures
-from .map_figures import Query, ShownLayer, ShownLook, default_query, draw_beside, draw_grid, read_query
+from .map_figures import (
+    LayerLook,
+    Look,
+    Numbers,
+    Query,
+    default_query,
+    draw_beside,
+    draw_grid,
+    mean_numbers,
+    read_query,
+)
 from .map_page import (
     MapDistance,
-    Numbers,
     Shown,
     View,
     check_page_size,
@@ -50,69 +59,6 @@ from .map_page import (
 # What one model does with one image: the maps of its layers, the tokens after each block, and their numbers.
 
 MAX_MAP_BYTES = 4 * 2**30
-
-
-@dataclass(frozen=True)
-class LayerLook(ShownLayer):
-    """A layer of a model on one image; float32."""
-
-    rolled: Tensor
-    tokens: Tensor
-    """The tokens (N, C) after the block."""
-
-    @property
-    def patches(self) -> Tensor:
-        """Return the tokens after the block without prefix tokens."""
-        return self.tokens[self.layout.num_prefix :]
-
-    def entropy(self) -> Tensor | None:
-        """Return the entropy of each head (H), in nats."""
-        return None if self.maps is None else measures.entropy(self.maps)
-
-    def distance(self) -> Tensor | None:
-        """Return the mean distance of each head (H), in patches of the stage."""
-        if self.maps is None:
-            return None
-        start = self.layout.num_prefix
-        return measures.mean_distance(self.maps[:, start:, start:], self.places.distances())
-
-    def shares_of_tokens(self, skip: int = 0) -> Tensor | None:
-        """Return the shares of all tokens, (H, N, N), without the first `skip` ones."""
-        return (
-            None if self.maps is None else measures.shares(self.places.on_tokens(self.maps)[:, skip:, skip:])
-        )
-
-
-@dataclass(frozen=True)
-class Summary:
-    """What is kept of a look: by layer entropy and distance of each head, and the patch tokens after the block."""
-
-    entropy: list[Tensor | None]
-    distance: list[Tensor | None]
-    patches: list[Tensor]
-    keys: list[int]
-    """The number of keys of each query."""
-    stages: list[int]
-    merges: Tensor
-    """Of each deformable merge the mean shift of a place in pixels, and the share of places outside, (merges, 2)."""
-
-
-@dataclass(frozen=True)
-class Look(ShownLook):
-    """The layers of a model on one image, and its deformable merges."""
-
-    layers: Sequence[LayerLook]
-
-    def summary(self) -> Summary:
-        """Return all but the maps."""
-        return Summary(
-            [layer.entropy() for layer in self.layers],
-            [layer.distance() for layer in self.layers],
-            [layer.patches for layer in self.layers],
-            [0 if layer.maps is None else layer.maps.shape[-1] for layer in self.layers],
-            [layer.stage for layer in self.layers],
-            torch.tensor([[each.shift().mean(), each.outside().mean()] for each in self.merges]),
-        )
 
 
 @torch.no_grad()
@@ -131,14 +77,14 @@ def look(model: nn.Module, image: Tensor) -> Look:
         model(image)
     found, places = layer_maps(model, image, range(len(tokens))), sites(model)
     layers: list[LayerLook] = []
+    rolled = torch.eye(0)
     for site, layout in zip(places, token_layouts(model), strict=True):
         seen = found.get(site.index)
         maps = None if seen is None else seen.weights[0].cpu()
         keys = KeyPlaces(layout.geometry) if seen is None else seen.places
-        before = layers[-1].rolled if site.place else torch.eye(layout.num_tokens)
-        rolled = (
-            before if maps is None else measures.roll(before, keys.on_tokens(measures.shares(maps).mean(0)))
-        )
+        rolled = rolled if site.place else torch.eye(layout.num_tokens)
+        if maps is not None:
+            rolled = measures.roll(rolled, keys.on_tokens(measures.shares(maps).mean(0)))
         layers.append(LayerLook(site.stage, layout, maps, keys, rolled, tokens[site.index]))
     return Look(layers, merges)
 
@@ -268,6 +214,7 @@ def visualize(
     for image in shown:
         looks = _looks(image, loaded)
         seen.add(looks)
+        looks.pop(RANDOM, None)
         view = View(image, looks)
         embedded.append(embed(view, chosen))
         for query in asked:
@@ -313,46 +260,31 @@ class Seen:
     """Numbers of every image seen so far, by model; maps are dropped, because they are large."""
 
     def __init__(self) -> None:
-        self.looks: dict[str, list[Summary]] = {}
-        self.js: list[list[float | None]] = []
-        self.random: list[list[Tensor]] = []
+        self._numbers: dict[str, list[Numbers]] = {}
+        self._patches: dict[str, list[list[Tensor]]] = {}
+        self._js: list[list[float | None]] = []
 
     def add(self, looks: dict[str, Look]) -> None:
         """Take the numbers of one image; of random weights the patches alone."""
-        if RANDOM in looks:
-            self.random.append(looks.pop(RANDOM).summary().patches)
         for name, each in looks.items():
-            self.looks.setdefault(name, []).append(each.summary())
+            self._patches.setdefault(name, []).append([layer.patches for layer in each.layers])
+            if name != RANDOM:
+                self._numbers.setdefault(name, []).append(each.numbers())
         if "teacher" in looks:
-            self.js.append(divergence(looks["teacher"], looks["student"]))
+            self._js.append(divergence(looks["teacher"], looks["student"]))
 
     def numbers(self) -> dict[str, Numbers]:
         """Return means over images, teacher last."""
-        return {
-            name: Numbers(
-                _means([each.entropy for each in found]),
-                _means([each.distance for each in found]),
-                found[0].keys,
-                found[0].stages,
-                torch.stack([each.merges for each in found]).mean(0).numpy(),
-            )
-            for name, found in self.looks.items()
-        }
+        return {name: mean_numbers(found) for name, found in self._numbers.items()}
 
     def comparison(self) -> MapDistance | None:
         """Return the distance from the teacher; None without one."""
-        if not self.js:
+        if not self._js:
             return None
-        theirs, ours = ([each.patches for each in self.looks[name]] for name in ("teacher", "student"))
-        by_layer = ([each for each in layer if each is not None] for layer in zip(*self.js, strict=True))
-        js = [sum(layer) / len(layer) if layer else None for layer in by_layer]
-        return MapDistance(js, cka(theirs, ours), cka(theirs, self.random))
-
-
-def _means(images: Sequence[Sequence[Tensor | None]]) -> list[Array | None]:
-    """Return the mean over images of each layer's numbers (H); None for a layer without attention."""
-    by_layer = ([each for each in layer if each is not None] for layer in zip(*images, strict=True))
-    return [torch.stack(layer).mean(0).numpy() if layer else None for layer in by_layer]
+        layers = ([each for each in layer if each is not None] for layer in zip(*self._js, strict=True))
+        js = [sum(layer) / len(layer) if layer else None for layer in layers]
+        theirs, ours, random = (self._patches[name] for name in ("teacher", "student", RANDOM))
+        return MapDistance(js, cka(theirs, ours), cka(theirs, random))
 
 
 def _plain(numbers: dict[str, Numbers], between: MapDistance | None) -> JsonDict:

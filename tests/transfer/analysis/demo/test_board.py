@@ -1,8 +1,7 @@
-"""What the demo says while it runs, where no terminal shows a bar."""
+"""What the demo says while it runs, cell by cell."""
 
 from __future__ import annotations
 
-import io
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +10,7 @@ import pytest
 from graftvit.transfer.analysis.demo import demo as module
 from graftvit.transfer.analysis.demo.demo import Board
 from graftvit.transfer.analysis.demo.demo_cells import Cell, demo_cells
-from rich.console import Console
+from graftvit.transfer.cells.pool import Ending, save_record
 
 
 class Clock:
@@ -34,26 +33,21 @@ def log(cell: Cell, step: int) -> None:
     (cell.folder / "log.jsonl").write_text(json.dumps(record) + "\n")
 
 
-def lines(said: io.StringIO) -> list[str]:
-    return said.getvalue().splitlines()
-
-
 def test_the_time_left_is_the_work_left_at_the_speed_so_far(
     tmp_path: Path, clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "PRIOR", 0.001)
     cells = [replace(cell, seconds=30.0) for cell in demo_cells(tmp_path, (3,), quick=False)[2:6]]
-    said = io.StringIO()
-    with Board(cells, 2, Console(file=said, width=40)) as board:
-        board.start(cells, 0)
-        log(cells[0], 150)
-        clock.now = 600.0  # half a cell, alone: 40 times as slow as its 30 seconds
-        board.look(cells[:1])
-        log(cells[0], 300)
-        clock.now = 1200.0
-        board.look(cells[:1])
-        board.finish(cells[0])
-    assert lines(said) == [
+    said: list[str] = []
+    board = Board(cells, 2, said.append)
+    log(cells[0], 150)
+    clock.now = 600.0  # half a cell, alone: 40 times as slow as its 30 seconds
+    board.look(cells[:1])
+    log(cells[0], 300)
+    clock.now = 1200.0
+    board.look(cells[:1])
+    board.finish(cells[0])
+    assert said == [
         "4 cells; 2 at a time, about 1 min left",
         "0 of 4 cells finished; running: scratch seed 3 (50 %), about 35 min left",  # 40 x 105 / 2 seconds
         "0 of 4 cells finished; running: scratch seed 3 (100 %), about 30 min left",
@@ -63,11 +57,9 @@ def test_the_time_left_is_the_work_left_at_the_speed_so_far(
 
 def test_the_last_cell_takes_no_less_than_its_own_time(tmp_path: Path) -> None:
     (cell,) = (replace(cell, seconds=600.0) for cell in demo_cells(tmp_path, (0,), quick=False)[:1])
-    said = io.StringIO()
-    board = Board([cell], 16, Console(file=said))
-    board.start([cell], 0)
-    board.finish(cell)
-    assert lines(said) == [
+    said: list[str] = []
+    Board([cell], 16, said.append).finish(cell)
+    assert said == [
         "1 cells; 16 at a time, about 10 min left",
         "cell 1 of 1, supervised teacher: finished",
     ]
@@ -75,16 +67,17 @@ def test_the_last_cell_takes_no_less_than_its_own_time(tmp_path: Path) -> None:
 
 def test_silence_is_broken_now_and_then_only(tmp_path: Path, clock: Clock) -> None:
     cells = demo_cells(tmp_path, (0,), quick=False)
-    said = io.StringIO()
-    board = Board(cells, 6, Console(file=said))
-    board.start(cells, 2)
+    for cell in cells[:2]:
+        save_record(Ending(cell.settings), cell.folder)
+    said: list[str] = []
+    board = Board(cells, 6, said.append)
     for _ in range(60):
         clock.now += 1.0
         board.look(cells[2:])
-    first, *rest = lines(said)
+    first, *rest = said
     assert first.startswith("8 cells, 2 of them finished before; 6 at a time, ")
     assert len(rest) == 60 / module.LINE_EVERY
-    assert all(" and 2 more, about " in line for line in rest)
+    assert all(line.count("(0 %)") == 6 and ", about " in line for line in rest)
 
 
 def test_work_of_an_earlier_session_is_no_speed_of_this_one(
@@ -93,10 +86,9 @@ def test_work_of_an_earlier_session_is_no_speed_of_this_one(
     monkeypatch.setattr(module, "PRIOR", 1.0)
     cells = [replace(cell, seconds=60.0) for cell in demo_cells(tmp_path, (0,), quick=False)[2:4]]
     log(cells[0], 270)
-    said = io.StringIO()
-    board = Board(cells, 1, Console(file=said))
-    board.start(cells, 0)
+    said: list[str] = []
+    board = Board(cells, 1, said.append)
     log(cells[0], 300)
     clock.now = 119.0
     board.look(cells[:1])  # 6 seconds of work in 119
-    assert lines(said)[-1].endswith("about 17 min left")
+    assert said[-1].endswith("about 17 min left")
