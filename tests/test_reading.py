@@ -37,7 +37,7 @@ ALLOWED = {
     "launch/slurm/batch.py read_bytes": OWN,
     "launch/slurm/batch.py read_text": OWN,
     "transfer/analysis/demo/demo_cells.py read_text": OWN,
-    "transfer/analysis/report/report.py read_text": OWN,
+    "transfer/analysis/report/rendering.py read_text": OWN,
     "transfer/attnbench/bench_rows.py ParquetFile": STREAM,
     "transfer/attnbench/bench_run.py read_text": SYSTEM,
     "transfer/cache/target_shards.py safe_open": CHECKED,

@@ -31,7 +31,7 @@ from ....models.layer_plan import Choice, create_operator
 from ....models.plan_syntax import parse_plan
 from ...cells.pool import left_to_run, run_in_turn
 from ..report.ink import INK, Line, color_of, dashes_of, draw_lines, to_png
-from ..report.report import Report, compose
+from ..report.rendering import Report, compose
 from ..report.tables import Table, milliseconds, tabulate
 from .cases import (
     DTYPES,

@@ -25,7 +25,7 @@ from ..report.ink import (
     new_plots,
     spread,
 )
-from ..report.report import Figure
+from ..report.rendering import Figure
 from ..visualize.map_figures import SIGNED_LABEL, color_bar, write_corner
 from .comparison_cells import TEACHER, UNIFORM, Record, Speed
 from .student_cell import CellMap, CellMaps

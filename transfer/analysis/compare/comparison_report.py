@@ -14,7 +14,7 @@ from ....checkpoints.atomic import write_text
 from ....models.attention.base import Operations
 from ...metrics.intervals import Interval, Z, accuracy_interval, standard_error
 from ..benchmark.cases import Prices
-from ..report.report import Figure, Report, compose
+from ..report.rendering import Figure, Report, compose
 from ..report.tables import Table, milliseconds, tabulate, to_json
 from .comparison_cells import TEACHER, UNIFORM, Record, Score, Speed, mean_over_seeds
 from .comparison_plots import figures_of, map_figure

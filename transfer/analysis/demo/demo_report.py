@@ -39,7 +39,7 @@ from ..report.ink import (
     style_axes,
     to_png,
 )
-from ..report.report import Figure, Report, compose
+from ..report.rendering import Figure, Report, compose
 from ..report.tables import Table
 from .demo_cells import STUDENTS, TEACHERS, Cell, TeacherName
 

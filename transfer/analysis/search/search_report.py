@@ -25,7 +25,7 @@ from ...search.program_search import (
     recorded_generations,
 )
 from ..report.ink import BLUE, GRAY, GREEN, INK, ORANGE, Line, Theme, draw_lines, legend_beside, new_plots
-from ..report.report import Figure, render_page
+from ..report.rendering import Figure, render_page
 from ..report.tables import Table
 
 # The ancestors of the programs of a front.

@@ -42,7 +42,7 @@ from ..report.ink import (
     new_figure,
     new_plots,
 )
-from ..report.report import Figure, data_url, render_page
+from ..report.rendering import Figure, data_url, render_page
 from .map_figures import LayerLook, Look, Numbers, Query, layer_name, token_name, write_corner
 
 # Charts by layer: entropy and distance of every head, and how far a student is from its teacher.

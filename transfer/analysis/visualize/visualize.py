@@ -28,7 +28,7 @@ from ....models.families import (
 from ....models.plan_syntax import layer_numbers
 from ..layer_maps import KeyPlaces, collect_merges, key_count, layer_maps, map_divergence
 from ..report.ink import Array, to_png
-from ..report.report import Figure, write_png
+from ..report.rendering import Figure, write_png
 from ..report.tables import to_json
 from . import map_figures as measures
 from .map_figures import (

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from graftvit.transfer.analysis.report import report as module
+from graftvit.transfer.analysis.report import rendering as module
 from graftvit.transfer.analysis.report.ink import INK, Line, Theme, draw_lines, new_plots, to_png
-from graftvit.transfer.analysis.report.report import Figure, Report, Text, compose
+from graftvit.transfer.analysis.report.rendering import Figure, Report, Text, compose
 from graftvit.transfer.analysis.report.tables import Table, tabulate, to_json
 from markupsafe import Markup
 from matplotlib.collections import PolyCollection
