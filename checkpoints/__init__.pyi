@@ -2,14 +2,12 @@ from .describe import describe_file as describe_file
 from .describe import describe_source as describe_source
 from .describe import describe_teacher as describe_teacher
 from .describe import extract as extract
-from .export.export import export_model as export_model
-from .export.export import export_source as export_source
-from .pretrained import Pretrained as Pretrained
-from .pretrained import Teacher as Teacher
+from .export import export_model as export_model
+from .export import export_source as export_source
 from .pretrained import load as load
 from .pretrained import load_pretrained as load_pretrained
-from .pretrained import load_teacher as load_teacher
 from .pretrained import load_weights as load_weights
+from .provenance import Pretrained as Pretrained
 from .publish.upload import plan_upload as plan_upload
 from .publish.upload import push_student as push_student
 from .report import LoadReport as LoadReport

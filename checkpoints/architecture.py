@@ -6,8 +6,9 @@ import dataclasses
 import math
 import re
 import sys
-from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+import threading
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 
 import timm
@@ -22,13 +23,13 @@ from timm.models import (
     split_model_name_tag,
 )
 from torch import Tensor, nn
+from torch.nn.modules import module as hooks
 
 from ..models.errors import CheckpointError, GraftError, Json, JsonDict
 from ..models.families import create_timm_model, image_size, is_pyramid, vit
 from ..models.small import without_memory
-from .hub.download import commit_of, download, try_download
+from .hub import commit_of, download, try_download
 from .report import shortened, some
-from .safety.archive import bounded
 from .sources import TimmSource, parse_source
 from .weight_files import Weights
 
@@ -182,6 +183,40 @@ def _question(weights: Weights, reason: str) -> str:
     )
 
 
+# Bound what a constructor may make: stop it when a model outgrows the weights that it is built for.
+
+PARTS_EACH, SPARE_PARTS, MOST_PARTS = 8, 10_000, 200_000
+"""Modules, parameters and buffers for each tensor of the weights, and beside that; however many tensors there are."""
+SPARE_NUMBERS, MOST_INDICES = 1 << 26, 1 << 29
+"""Numbers beside twice those of the weights (positions of larger images), and whole numbers (tables of relative
+positions, which lie in no file: a BEiT of 24 layers has 400 million of them at 1,024 pixels)."""
+
+
+@contextmanager
+def bounded(weights: Collection[Tensor]) -> Iterator[None]:
+    """Raise ValueError out of a constructor in this thread as soon as what it makes is far more than `weights`."""
+    builder, held = threading.get_ident(), sum(tensor.numel() for tensor in weights)
+    parts = min(PARTS_EACH * len(weights) + SPARE_PARTS, MOST_PARTS)
+    left = {"parts": parts, "numbers": 2 * held + SPARE_NUMBERS, "indices": MOST_INDICES}
+
+    def count(module: nn.Module, name: str, part: nn.Module | Tensor | None) -> None:
+        if threading.get_ident() != builder:
+            return
+        left["parts"] -= 1
+        if isinstance(part, Tensor):
+            left["numbers" if part.is_floating_point() else "indices"] -= part.numel()
+        if min(left.values()) < 0:
+            raise ValueError(
+                "the model would be far larger than its weights: "
+                f"its weights hold {len(weights):,} tensors with {held:,} numbers"
+            )
+
+    with ExitStack() as stack:
+        for kind in ("parameter", "buffer", "module"):
+            stack.callback(getattr(hooks, f"register_module_{kind}_registration_hook")(count).remove)
+        yield
+
+
 # Build a timm model for weights, and find what timm publishes under a name.
 
 SAFE_NAMES = {
@@ -286,12 +321,11 @@ def read_timm(source: TimmSource, arguments: Json, *, download: bool = True) -> 
     )
 
 
-def check_published(text: str, arguments: Json, revision: str | None) -> None:
+def check_published(source: object, arguments: Json) -> None:
     """Raise CheckpointError where the source is a timm name without published weights, or without such a revision."""
-    source = parse_source(text)
     if isinstance(source, TimmSource):
         check_name(source.name)
-        _published(dataclasses.replace(source, revision=revision), arguments)
+        _published(source, arguments)
 
 
 def _published(source: TimmSource, keywords: Json) -> PretrainedCfg:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 from ..models.errors import Json
 
@@ -11,6 +12,16 @@ KEY = "label_names"
 """The entry of config.json that timm and the hub read; also of a training state."""
 WORDNET = re.compile(r"n\d{8}")
 """An id of WordNet, which ImageNet's folders are named by; other sources name the same classes in words."""
+
+
+@dataclass(frozen=True)
+class Head:
+    """The head of a model and its classes."""
+
+    num_classes: int = 0
+    """0 without a head."""
+    label_names: tuple[str, ...] | None = None
+    """The classes in their order, where they are known."""
 
 
 def read_names(described: Json, num_classes: int) -> tuple[str, ...] | None:

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from timm.models import split_model_name_tag
 from torch import Tensor
@@ -16,13 +15,9 @@ from ..models.copying.teacher_view import Normalization
 from ..models.errors import CheckpointError, GraftError, Json
 from .architecture import build
 from .fit import own_norm_eps
-from .model_folders import read_folder
-from .provenance import BARE, COST
-from .sources import FolderSource
+from .model_folders import open_model, read_folder
+from .provenance import BARE, COST, Pretrained
 from .weight_files import Weights
-
-if TYPE_CHECKING:
-    from .pretrained import Pretrained
 
 TEACHER = "teacher."
 """Before the names of the weights that are the teacher's."""
@@ -101,7 +96,7 @@ def _of_teacher(weights: Weights) -> dict[str, Tensor]:
 def _part_beside(weights: Weights) -> dict[str, Tensor]:
     """Return the teacher's part from the student that this state's run has exported; empty without one."""
     with suppress(CheckpointError):
-        exported = read_folder(FolderSource(Path(weights.origin).parent.parent / "student"))
+        exported = read_folder(open_model(Path(weights.origin).parent.parent / "student"))
         alike = exported.model_args.get("copied") == weights.model_args["copied"]
         if alike and _known(exported).get("digest") == _known(weights).get("digest"):
             return _of_teacher(exported)

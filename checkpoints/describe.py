@@ -32,15 +32,16 @@ from ..models.families import (
 from .architecture import build
 from .atomic import write_file
 from .fit import match
+from .formats import read_weights
 from .formats.containers import as_metadata, unwrap
 from .formats.keymap import IMAGENET
-from .formats.read import read_weights
-from .pretrained import Pretrained, load_pretrained, plan_model, read_source
+from .model_folders import open_source
+from .pretrained import load_pretrained, plan_model, read_source
+from .provenance import Pretrained
 from .report import grouped, printable
 from .safety.archive import children, tensors_of
-from .safety.file_outline import outline
 from .sources import PICKLE_SUFFIXES, SAFE_SUFFIXES, FileSource
-from .weight_files import Weights, read_file
+from .weight_files import Weights, outline, read_file
 
 
 def teacher_facts(teacher: Pretrained) -> dict[str, str]:
@@ -84,7 +85,7 @@ def describe_source(
         return describe_teacher(teacher), None
     except CheckpointError as error:
         asked = dict(model_args or {})
-        weights = read_source(source, asked, how.get("revision"))
+        weights = read_source(open_source(source, how.get("revision")), asked)
         return _describe_misfit(source, weights, asked, model), error
 
 
@@ -198,7 +199,7 @@ def describe_file(path: Path) -> list[str]:
     found = outline(path)
     rows = [(name, str(t.dtype).removeprefix("torch."), t) for name, t in tensors_of(found.tree)]
     width = max((len(name) for name, *_ in rows), default=0)
-    lines = [f"{path}: {found.kind}, {found.size:,} bytes"]
+    lines = [f"{path}: {found.format}, {path.stat().st_size:,} bytes"]
     lines += [
         f"  {name:<{width}}  {dtype:<8}  {_format_shape(tensor):<20}  {tensor.nbytes:>14,}"
         for name, dtype, tensor in rows

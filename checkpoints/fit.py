@@ -21,8 +21,7 @@ from ..models.copied import ARCHITECTURE as COPIED
 from ..models.copied import copying_of, resize
 from ..models.errors import CheckpointError, Json
 from ..models.families import Site, patch_size, sites, vit
-from .keys import KeyRules, Role, sort_keys
-from .report import LoadReport, some
+from .report import BIAS_TABLE, KeyRules, LoadReport, Role, some, sort_keys
 from .safety.description import INNER
 from .weight_files import Weights, as_pair
 
@@ -147,9 +146,6 @@ def _rows_by_token(counts: Mapping[str, int], rows_1PD: Tensor) -> dict[str, Ten
     if rows_1PD.shape[1] < sum(counts.values()):
         counts = {name: count for name, count in counts.items() if name == "cls_token" and rows_1PD.shape[1]}
     return dict(zip(counts, rows_1PD.split(list(counts.values()), dim=1), strict=True)) if counts else {}
-
-
-BIAS_TABLE = "relative_position_bias_table"
 
 
 @dataclass(frozen=True)

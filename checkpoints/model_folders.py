@@ -1,10 +1,10 @@
-"""Read folders with a config.json and weights, on this disk or on the hub, in timm's or transformers' layout."""
+"""Open a source of weights and read it: a file, or a folder or repository in timm's or transformers' layout."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import yaml
@@ -15,14 +15,14 @@ from ..models.errors import CheckpointError, Json, JsonDict
 from .architecture import is_ours, known_fields, published_config
 from .files import read_json, read_regular
 from .formats import read_weights
-from .hub.download import commit_of, download, try_download
+from .hub import commit_of, download, try_download
 from .preprocessing import Preprocessing
 from .provenance import KEY as PROVENANCE
 from .provenance import NORM_EPS
 from .report import shortened
-from .sources import FileSource, FolderSource, HubSource, Part
+from .sources import FileSource, FolderSource, HubSource, TimmSource, parse_source
 from .state import BEST, read_meta
-from .weight_files import INDEX_SUFFIX, Content, Weights, read_file, read_shards
+from .weight_files import INDEX_SUFFIX, Weights, outline, read_file, read_shards
 
 CONFIG = "config.json"
 STAGES_FILE = "stages.json"
@@ -38,10 +38,109 @@ Find = Callable[[str], Path | None]
 """Returns the path of a file of the folder or repository by its name, None if it has none."""
 
 
-def read_folder(source: FolderSource) -> Weights:
+@dataclass(frozen=True)
+class ModelFolder:
+    """A folder or repository with a config.json."""
+
+    origin: str
+    """As errors name it."""
+    path: Path
+    config: JsonDict
+    find: Find
+    revision: str | None = None
+    """Commit on the hub."""
+
+    @property
+    def preprocessor(self) -> JsonDict:
+        """The settings of the image processor of transformers; empty without a file of them."""
+        path = self.find("preprocessor_config.json")
+        return {} if path is None else read_config(path)
+
+    @property
+    def license(self) -> str | None:
+        """The license in the YAML head of its model card."""
+        card = self.find("README.md")
+        if card is None:
+            return None
+        from huggingface_hub import ModelCard
+
+        try:
+            text = read_regular(card, limit=MAX_CARD)
+            license = ModelCard(text, ignore_metadata_errors=True).data.get("license")
+        except (CheckpointError, ValueError, TypeError, AttributeError, RecursionError, yaml.YAMLError):
+            return None
+        return license if isinstance(license, str) and license else None
+
+    @property
+    def provenance(self) -> JsonDict:
+        """What a student of this package records of how it was made."""
+        made = self.config.get(PROVENANCE) or {}
+        if not isinstance(made, dict):
+            raise CheckpointError(
+                f"{self.path / CONFIG} says {PROVENANCE}={shortened(made)}, which is no table of facts"
+            )
+        return made
+
+    def read(self, names: Sequence[str]) -> Weights | None:
+        """Return the content of the first file of these names that is there, or of the index of several files."""
+        for name in names:
+            path = self.find(name)
+            if path is not None:
+                is_index = name.endswith(INDEX_SUFFIX)
+                return read_shards(path, self.find) if is_index else read_file(path, inside=self.path)
+        return None
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A source of weights, found and judged."""
+
+    text: str
+    """As the user wrote it."""
+    found: TimmSource | FileSource | ModelFolder
+    """A run is the folder or file of the model that was asked for."""
+
+
+def open_source(text: str, revision: str | None = None) -> Opened:
+    """Find what a source is, at a branch, tag or commit of the hub, and read its config.json if it has one.
+
+    Raises CheckpointError: there is no such source, or it holds no model.
+    """
+    source = parse_source(text)
+    if revision is not None:
+        if not isinstance(source, HubSource | TimmSource):
+            raise CheckpointError(
+                f"revision={revision!r} is of the hub, and {text!r} is on this disk: leave it out"
+            )
+        source = replace(source, revision=revision)
+    if isinstance(source, FolderSource):
+        return Opened(text, _open_folder(source))
+    return Opened(text, _open_repository(source) if isinstance(source, HubSource) else source)
+
+
+def open_model(folder: Path) -> ModelFolder:
+    """Open a folder with a config.json. Raises CheckpointError: that is damaged."""
+    return ModelFolder(
+        str(folder), folder, read_config(folder / CONFIG), lambda name: _existing(folder / name)
+    )
+
+
+def _open_repository(source: HubSource) -> ModelFolder:
+    """Open a hub repository at its revision or newest commit. Raises CheckpointError as `hub.explained`."""
+    name = source.repository
+    config = download(name, CONFIG, source.revision)
+    # The commit of the first file, so that all files are of one commit.
+    commit = commit_of(config) or source.revision
+    origin = f"hf-hub:{name}"
+    return ModelFolder(
+        origin, config.parent, read_config(config), lambda file: try_download(name, file, commit), commit
+    )
+
+
+def _open_folder(source: FolderSource) -> ModelFolder | FileSource:
     """Return the model of a timm folder, or of a run: the export of its newest step, else its state.
 
-    Raises CheckpointError: there is no such model, or the files are damaged.
+    Raises CheckpointError: there is no such model, or config.json is damaged.
     """
     folder, part = source.path, source.part
     if (folder / CONFIG).is_file():
@@ -49,19 +148,19 @@ def read_folder(source: FolderSource) -> Weights:
             raise CheckpointError(
                 f"{folder} is one model, and #{part} is of the folder of a run; leave it out"
             )
-        return _read(folder, lambda name: _existing(folder / name), str(folder))
+        return open_model(folder)
     exported = folder / ("student_ema" if part == "ema" else "student")
     state = folder / "checkpoints" / (BEST if part == "best" else "last.safetensors")
-    if part != "best" and (exported / CONFIG).is_file() and not _went_on(exported, state):
-        return read_folder(FolderSource(exported))
+    if part != "best" and (exported / CONFIG).is_file():
+        model = open_model(exported)
+        if not _went_on(model, state):
+            return model
     stage = last_stage(folder)
     if stage is not None:
-        return read_folder(FolderSource(stage, part))
+        return _open_folder(FolderSource(stage, part))
     if state.is_file():
-        content = read_file(state)
-        return read_weights(
-            content, _part_of(content) if part == "best" else "ema" if part == "ema" else None
-        )
+        averaged = part == "ema" or (part == "best" and _has_average(state))
+        return FileSource(state, "ema" if averaged else None)
     if part == "best" and ((exported / CONFIG).is_file() or (state.parent / "last.safetensors").is_file()):
         raise CheckpointError(
             f"the run {folder} has no best state, because nothing was scored in it; leave #best out"
@@ -80,31 +179,18 @@ def last_stage(folder: Path) -> Path | None:
     return begun.get(last)
 
 
-def _went_on(exported: Path, state: Path) -> bool:
+def _went_on(exported: ModelFolder, state: Path) -> bool:
     """Return whether the run has trained on since it exported its student."""
-    step = _provenance(read_config(exported / CONFIG), exported).get("step")
+    step = exported.provenance.get("step")
     try:
         return step is not None and int(read_meta(state)["position"]["step"]) > step
     except (CheckpointError, KeyError, TypeError, ValueError):
         return False  # no state, or a damaged one
 
 
-def _part_of(state: Content) -> Part:
-    """Return the model in a run's state that its score belongs to: the average if the state has one."""
-    return "ema" if any(name.startswith("ema.") for name in state.tree) else "student"
-
-
-def read_hub(source: HubSource) -> Weights:
-    """Return the model of a hub repository in timm's layout, at `revision` or at the newest commit.
-
-    Raises CheckpointError as `hub.explained`, or as `read_folder`.
-    """
-    name, revision = source.repository, source.revision
-    config = download(name, CONFIG, revision)
-    # The commit of the first file, so that all files are of one commit.
-    commit = commit_of(config) or revision
-    weights = _read(config.parent, lambda file: try_download(name, file, commit), f"hf-hub:{name}")
-    return replace(weights, revision=commit)
+def _has_average(state: Path) -> bool:
+    """Return whether a run's state holds a moving average, to which its score then belongs."""
+    return any(name.startswith("ema.") for name in outline(state).tree)
 
 
 def read_weights_file(source: FileSource) -> Weights:
@@ -114,11 +200,11 @@ def read_weights_file(source: FileSource) -> Weights:
 
 def loads_in_plain_timm(folder: Path) -> bool:
     """Return whether timm alone builds the model of a folder: its own attention and norms, all weights in one file."""
-    config = read_config(folder / CONFIG)
-    architecture, own = config.get("architecture"), _provenance(config, folder)
+    model = open_model(folder)
+    architecture = model.config.get("architecture")
     plain = is_model(str(architecture)) and not is_ours(str(architecture))
     # Beside what a norm sees, a smaller epsilon is a matter of rounding, whatever the architecture's own.
-    plain = plain and (own.get(NORM_EPS) or 0.0) <= 1e-5
+    plain = plain and (model.provenance.get(NORM_EPS) or 0.0) <= 1e-5
     return plain and (folder / WEIGHTS_NAMES[0]).is_file()
 
 
@@ -129,48 +215,48 @@ def _existing(path: Path) -> Path | None:
         return None
 
 
-def _read(folder: Path, find: Find, origin: str) -> Weights:
-    """Return the model of a folder with a config.json: timm's own, or one of transformers."""
-    config = read_config(folder / CONFIG)
+def read_folder(folder: ModelFolder) -> Weights:
+    """Return the model of a folder with a config.json: timm's own, or one of transformers that timm has.
+
+    Raises CheckpointError: it names no model or no weights, or a file is damaged.
+    """
+    config = folder.config
     if "model_type" in config and "architecture" not in config:
-        weights = _weights(find, (), origin, {**config, **_preprocessor(find)}, folder)
-        return replace(weights, origin=origin, pretrained_cfg=_with_license(weights.pretrained_cfg, find))
-    made, own = _provenance(config, folder), config.get("pretrained_cfg")
+        weights = _read_weights(folder, (), {**config, "preprocessor": folder.preprocessor})
+    else:
+        weights = _read_timm_folder(folder)
+    described = dict(weights.pretrained_cfg)
+    described["license"] = described.get("license") or folder.license
+    return replace(weights, origin=folder.origin, pretrained_cfg=described, revision=folder.revision)
+
+
+def _read_timm_folder(folder: ModelFolder) -> Weights:
+    config, own, provenance = folder.config, folder.config.get("pretrained_cfg"), dict(folder.provenance)
     if isinstance(own, dict):
         Preprocessing.read(own)  # as it stands there: timm puts other settings in place of a size
     try:
         described, architecture, model_args = _parse_model_cfg(copy.deepcopy(config), {})
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         reason = "is damaged or of no known kind: it names neither timm's architecture nor a model_type"
-        raise CheckpointError(f"{folder / CONFIG} {reason}") from error
+        raise CheckpointError(f"{folder.path / CONFIG} {reason}") from error
     named = described.get("hf_hub_filename")
     if named is not None and not isinstance(named, str):
-        raise CheckpointError(f"{folder / CONFIG} says hf_hub_filename={named!r}, which is no name of a file")
-    weights = _weights(find, (named,) if named else (), origin, {}, folder)
+        raise CheckpointError(
+            f"{folder.path / CONFIG} says hf_hub_filename={named!r}, which is no name of a file"
+        )
+    weights = _read_weights(folder, (named,) if named else (), {})
     known = known_fields(described)
     if PROVENANCE not in config and _repeats_timm(known, architecture):
         known["license"] = None
-    known = _with_license(known, find)
-    words = f"a timm folder ({Path(weights.origin).name})"
-    provenance = dict(made)
     epsilon = provenance.pop(NORM_EPS, None)
     if epsilon is not None and not (isinstance(epsilon, float) and 0 < epsilon < 1):
         raise CheckpointError(
-            f"{folder / CONFIG} says {NORM_EPS}={epsilon!r}, which is no number from 0 to 1"
+            f"{folder.path / CONFIG} says {NORM_EPS}={epsilon!r}, which is no number from 0 to 1"
         )
+    words = f"a timm folder ({Path(weights.origin).name})"
     return Weights(
-        weights.tensors, origin, words, architecture, model_args, known, epsilon, provenance=provenance
+        weights.tensors, folder.origin, words, architecture, model_args, known, epsilon, provenance=provenance
     )
-
-
-def _provenance(config: Json, folder: Path) -> JsonDict:
-    """Return the provenance that a student of this package records."""
-    made = config.get(PROVENANCE) or {}
-    if not isinstance(made, dict):
-        raise CheckpointError(
-            f"{folder / CONFIG} says {PROVENANCE}={shortened(made)}, which is no table of facts"
-        )
-    return made
 
 
 def read_config(path: Path) -> JsonDict:
@@ -180,46 +266,17 @@ def read_config(path: Path) -> JsonDict:
     return config
 
 
-def _weights(find: Find, first: tuple[str, ...], origin: str, config: Json, folder: Path) -> Weights:
+def _read_weights(folder: ModelFolder, first: tuple[str, ...], config: Json) -> Weights:
     """Return the weights in the first existing file: one file, or the index of several."""
-    for name in (*first, *WEIGHTS_NAMES):
-        path = find(name)
-        if path is None:
-            continue
-        content = read_shards(path, find) if name.endswith(INDEX_SUFFIX) else read_file(path, inside=folder)
-        return read_weights(content, config=config)
-    raise CheckpointError(f"{origin} has a {CONFIG} but no weights: none of {', '.join(WEIGHTS_NAMES)}")
-
-
-def _preprocessor(find: Find) -> JsonDict:
-    """Return how transformers prepares the images: image_mean, image_std and more, if the source gives them."""
-    path = find("preprocessor_config.json")
-    return {} if path is None else {"preprocessor": read_config(path)}
+    content = folder.read((*first, *WEIGHTS_NAMES))
+    if content is None:
+        raise CheckpointError(
+            f"{folder.origin} has a {CONFIG} but no weights: none of {', '.join(WEIGHTS_NAMES)}"
+        )
+    return read_weights(content, config=config)
 
 
 def _repeats_timm(described: Json, architecture: str) -> bool:
     """Return whether a license is that of timm's own weights, which timm writes beside any weights that it saves."""
     name = f"{split_model_name_tag(architecture)[0]}.{described.get('tag')}"
     return name in list_pretrained() and described.get("license") == published_config(name).get("license")
-
-
-def _with_license(described: Json, find: Find) -> JsonDict:
-    known = dict(described)
-    if not known.get("license"):
-        known["license"] = read_card_license(find("README.md"))
-    return known
-
-
-def read_card_license(card: Path | None) -> str | None:
-    """Return the license in the YAML head of a model card."""
-    if card is None:
-        return None
-    from huggingface_hub import ModelCard
-
-    try:
-        license = ModelCard(read_regular(card, limit=MAX_CARD), ignore_metadata_errors=True).data.get(
-            "license"
-        )
-    except (CheckpointError, ValueError, TypeError, AttributeError, RecursionError, yaml.YAMLError):
-        return None
-    return license if isinstance(license, str) and license else None

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import copy
 import logging
-import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +24,7 @@ from ..models.plan_syntax import plan_text
 from .architecture import (
     build,
     check_name,
+    check_published,
     converted,
     infer_architecture,
     known_fields,
@@ -33,101 +33,20 @@ from .architecture import (
 )
 from .class_names import read_names
 from .copying_students import described_architecture, make_whole, refuse_as_start
-from .fit import (
-    BIAS_TABLE,
-    Method,
-    fit,
-    late_size,
-    refuse_not_finite,
-    resize_loaded,
-    source_grid,
-    without_values,
-)
-from .identity import digest_weights
-from .model_folders import read_folder, read_hub, read_weights_file
+from .fit import Method, fit, late_size, refuse_not_finite, resize_loaded, source_grid, without_values
+from .model_folders import Opened, open_source, read_folder, read_weights_file
 from .preprocessing import Preprocessing, input_size
-from .report import LoadReport, shortened, some
-from .safety.description import check_description, check_settings
-from .sources import FileSource, FolderSource, HubSource, TimmSource, parse_source, source_text
+from .provenance import Pretrained, digest_weights
+from .report import LoadReport, some
+from .safety.description import check_description, check_settings, check_windows
+from .sources import FileSource, TimmSource, source_text
 from .weight_files import Weights, as_pair
-
-# Hold the windows that a source gives a Swin against its tables of relative position biases, a row for each offset.
-#
-# Swin V2 computes its biases and has no tables, so nothing in its weights shows the windows.
-
-
-def check_windows(weights: Weights) -> Weights:
-    """Return the weights themselves, once the windows in their description have been checked.
-
-    Raises CheckpointError: `window_size` makes tables of other lengths than those of the weights, or no model.
-    """
-    tables = {key: tensor for key, tensor in weights.tensors.items() if key.endswith(BIAS_TABLE)}
-    if not tables or weights.architecture is None or weights.model_args.get("window_size") is None:
-        return weights
-    described = build(weights.architecture, weights.model_args, on_meta=True, within=weights.tensors)
-    wanted = described.state_dict()
-    for key, table in tables.items():
-        rows = len(wanted[key]) if key in wanted else None
-        if table.ndim and rows is not None and len(table) != rows:
-            given = shortened(weights.model_args["window_size"])
-            raise CheckpointError(
-                f"{weights.origin} says window_size={given}, but {key} has {len(table)} rows and not {rows}"
-                f"{_side(len(table))}; give config.json the window_size that the model was trained with"
-            )
-    return weights
-
-
-def _side(rows: int) -> str:
-    """Return the windows that a table belongs to, in words, if they are square."""
-    root = math.isqrt(rows)
-    side = (root + 1) // 2
-    return f": its windows are {side}x{side}" if root * root == rows and root % 2 else ""
-
 
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class Pretrained:
-    """A frozen model in eval mode with its description."""
-
-    model: nn.Module
-    source: str
-    """The source as the user wrote it."""
-    architecture: str
-    """timm name, without a tag."""
-    preprocessing: Preprocessing
-    """How its images are prepared."""
-    license: str | None
-    revision: str | None
-    """Commit on the hub."""
-    has_head: bool
-    """Whether it has the head of the weights."""
-    report: LoadReport
-    model_args: Json = field(default_factory=dict)
-    """The arguments of timm's constructor beside the architecture."""
-    config: Json = field(default_factory=dict)
-    """The settings that decide what a model of transformers computes; empty for one of timm."""
-    provenance: Json = field(default_factory=dict)
-    """What a student of this package learned from, and how."""
-    label_names: tuple[str, ...] | None = None
-    """The classes of its head in their order, where the weights say them."""
-    digest: str | None = None
-    """The digest of the weights in the source (`identity.py`), if `load_pretrained` was asked for it."""
-
-    @property
-    def mean(self) -> tuple[float, ...]:
-        """Mean of each channel, of images in 0..1."""
-        return self.preprocessing.mean
-
-    @property
-    def std(self) -> tuple[float, ...]:
-        """Deviation of each channel, of images in 0..1."""
-        return self.preprocessing.std
-
-
 def load_pretrained(
-    source: str,
+    source: str | Opened,
     *,
     model: str | None = None,
     model_args: Json | None = None,
@@ -138,12 +57,13 @@ def load_pretrained(
     bare: bool = False,
     identified: bool = False,
     download: bool = True,
+    keep: bool = False,
 ) -> Pretrained:
     """Load a model and freeze it.
 
     Args:
         source: timm name, `hf-hub:org/name[@revision]`, `local-dir:path`, or a weights file; `#ema`, `#teacher`
-            or `#student` behind a path takes that one of the models in it.
+            or `#student` behind a path takes that one of the models in it. Or one that is open already.
         model: timm architecture of a file that does not name its own; of a plain ViT it is read from the shapes.
         model_args: further keyword arguments of timm's constructor.
         img_size: resolution to resample the position embeddings to; that of the weights by default.
@@ -154,12 +74,24 @@ def load_pretrained(
             attention was never trained.
         identified: also compute the digest of the weights: a second or two for a large model.
         download: False for a model without weights, on the meta device, where they are published under a timm name.
+        keep: also keep what was read from the source, for a student that starts from it.
 
     Raises CheckpointError: one sentence that names what is missing, damaged, unsafe, or does not fit.
     UnsupportedModelError: the model does not take images of this size.
     """
     asked = {key: value for key, value in (model_args or {}).items() if value is not None}
-    weights = make_whole(read_source(source, asked, revision, download=download), load_pretrained, bare=bare)
+    opened = source if isinstance(source, Opened) else open_source(source, revision)
+    weights = make_whole(read_source(opened, asked, download=download), load_pretrained, bare=bare)
+    loaded = _load(weights, opened.text, asked, model, img_size, num_classes, position_embedding)
+    digest = digest_weights(weights) if identified and not without_values(weights.tensors) else None
+    return replace(loaded, digest=digest, weights=weights if keep else None)
+
+
+def _load(
+    weights: Weights, source: str, asked: JsonDict, model: str | None, img_size: int | tuple[int, int] | None,
+    num_classes: int | None, position_embedding: Method,
+) -> Pretrained:  # fmt: skip
+    """Build the model of `weights` and load them; the arguments are those of `load_pretrained`."""
     later = late_size(weights, asked, img_size, model)
     if later is not None:
         img_size, asked = None, {key: value for key, value in asked.items() if key != "img_size"}
@@ -174,17 +106,16 @@ def load_pretrained(
         copying = copying_of(built)
         if copying is not None:
             plan.arguments["copied"] = copying.to_json()
-    known = identified and not without_values(tensors)
-    described = _describe(built, source, plan, report)
+    loaded = _describe(built, source, plan, report)
     if img_size is not None and image_size(built) is None and not plan.config.get("fixed_input_size"):
-        channels = described.preprocessing.input_size[0]
-        shown = replace(described.preprocessing, input_size=(channels, *as_pair(img_size)))
-        described = replace(described, preprocessing=shown)
+        channels = loaded.preprocessing.input_size[0]
+        shown = replace(loaded.preprocessing, input_size=(channels, *as_pair(img_size)))
+        loaded = replace(loaded, preprocessing=shown)
     if is_pyramid(built) and image_size(built) is None:
-        resize(built, described.preprocessing.input_size[1:])
+        resize(built, loaded.preprocessing.input_size[1:])
     if not without_values(tensors):
         logger.info("%s", report)
-    return replace(described, digest=digest_weights(weights) if known else None)
+    return loaded
 
 
 def describe_model(model: nn.Module, **own: Any) -> Pretrained:
@@ -211,10 +142,6 @@ def describe_model(model: nn.Module, **own: Any) -> Pretrained:
         report=LoadReport("Python", "a model", 0),
         model_args=arguments,
     )
-
-
-Teacher, load_teacher = Pretrained, load_pretrained
-"""The public names, for a model that teaches."""
 
 
 @dataclass(frozen=True)
@@ -259,31 +186,26 @@ def plan_model(
 
 def load_weights(
     model: nn.Module,
-    source: str,
+    source: str | Weights,
     *,
     position_embedding: Method = "timm",
-    revision: str | None = None,
-    download: bool = True,
     replanned: bool = False,
 ) -> LoadReport:
-    """Load any source into `model`, to continue training from it.
+    """Load any source, or what was read from one, into `model`, to continue training from it.
 
     A head that is absent or of another size stays fresh, and so does the final norm where the pooling
     differs; the report says it. With `replanned`, for a model that was converted by a plan of its own, so does an
-    operator where the weights have another. Without `download` the weights behind a timm name are held against the
-    model by their shapes alone; a model on the meta device keeps no values in any case.
+    operator where the weights have another. A model on the meta device, or one for weights without values, is held
+    against them by the shapes alone.
 
     Raises CheckpointError as `load_pretrained`.
     """
-    weights = read_source(source, {}, revision, download=download)
+    weights = source if isinstance(source, Weights) else read_source(source, {})
     refuse_as_start(weights)
-    weights = make_whole(weights, load_pretrained, bare=False)
     size = late_size(weights, {}, image_size(model))
     resampled: Mapping[str, str] = {}
     if size is not None and size != weights.img_size:
-        twin = load_pretrained(
-            source, img_size=size, position_embedding=position_embedding, revision=revision
-        )
+        twin = _load(weights, weights.origin, {}, None, size, None, position_embedding)
         arguments, resampled = {**weights.model_args, "img_size": size}, twin.report.resampled
         weights = replace(weights, tensors=dict(twin.model.state_dict()), model_args=arguments)
     tensors, left_out = drop_parts(model, converted(model, weights.tensors))
@@ -296,47 +218,19 @@ def load_weights(
     return replace(report, resampled={**report.resampled, **resampled})
 
 
-@dataclass(frozen=True)
-class Head:
-    """The head of a model and its classes."""
-
-    num_classes: int = 0
-    """0 without a head."""
-    label_names: tuple[str, ...] | None = None
-    """Return the classes in their order, if that is known."""
-
-
-def find_head(source: str) -> Head:
-    """Return the head that the weights of a source have; for a timm name by its description.
-
-    Raises CheckpointError as `load_pretrained`.
-    """
-    config, weights = _look_up(source)
-    if weights is None:
-        return Head(int(config.get("num_classes") or 0))
-    count = _num_classes(weights, _classifiers(config))
-    return Head(count, read_names(weights.pretrained_cfg, count))
-
-
 def read_outline(source: str) -> Pretrained:
-    """Return the model of a source without the values of its weights; for a timm name download nothing.
+    """Return the model of a source without the values of its weights, and these beside it; download no published ones.
 
     Raises CheckpointError as `load_pretrained`.
     """
-    weights = read_source(source, {}, download=False)
+    opened = open_source(source)
+    check_published(opened.found, {})
+    weights = read_source(opened, {}, download=False)
     refuse_as_start(weights)
     plan = plan_model(weights, {})
     model = build(plan.architecture, plan.arguments, within=plan.weights.tensors, on_meta=True)
-    return _describe(model, source, plan, LoadReport(weights.origin, weights.format, 0))
-
-
-def _look_up(source: str) -> tuple[JsonDict, Weights | None]:
-    """timm's description of the weights of a source, and the weights; of a timm name the description alone."""
-    parsed = parse_source(source)
-    if isinstance(parsed, TimmSource):
-        return published_config(parsed.name), None
-    weights = _with_architecture(read_source(source, {}), None)
-    return _described(weights), weights
+    described = _describe(model, source, plan, LoadReport(weights.origin, weights.format, 0))
+    return replace(described, weights=weights)
 
 
 def _described(weights: Weights) -> JsonDict:
@@ -344,32 +238,18 @@ def _described(weights: Weights) -> JsonDict:
     return published_config(described_architecture(weights)) | known_fields(weights.pretrained_cfg)
 
 
-def read_source(text: str, arguments: Json, revision: str | None = None, *, download: bool = True) -> Weights:
+def read_source(source: str | Opened, arguments: Json, *, download: bool = True) -> Weights:
     """Return the weights of a source under timm's names, with everything that the source records about them.
 
     Raises CheckpointError: there is no such source, it cannot be read, or what it or `arguments` say of a model cannot
     be meant.
     """
     check_settings("model_args", arguments)
-    weights = check_description(_read_source(text, arguments, revision, download))
-    return weights if isinstance(parse_source(text), TimmSource) else check_windows(weights)
-
-
-def _read_source(text: str, arguments: Json, revision: str | None, download: bool) -> Weights:
-    source = parse_source(text)
-    if revision is not None:
-        if not isinstance(source, HubSource | TimmSource):
-            raise CheckpointError(
-                f"revision={revision!r} is of the hub, and {text!r} is on this disk: leave it out"
-            )
-        source = replace(source, revision=revision)
-    if isinstance(source, FileSource):
-        return read_weights_file(source)
-    if isinstance(source, FolderSource):
-        return read_folder(source)
-    if isinstance(source, HubSource):
-        return read_hub(source)
-    return read_timm(source, arguments, download=download)
+    found = (source if isinstance(source, Opened) else open_source(source)).found
+    if isinstance(found, TimmSource):
+        return check_description(read_timm(found, arguments, download=download))
+    weights = read_weights_file(found) if isinstance(found, FileSource) else read_folder(found)
+    return check_windows(check_description(weights))
 
 
 def _with_architecture(weights: Weights, model: str | None) -> Weights:

@@ -1,20 +1,136 @@
-"""Record how a student was made: the `graftvit` entry of its config.json and of a run's states."""
+"""Describe a loaded model, identify it by all that decides what it computes, and record how a student was made."""
 
 from __future__ import annotations
 
+import hashlib
+import inspect
+import json
 from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
 
 from ..models.errors import CheckpointError, Json, JsonDict
 from ..models.families import pooling_of
-from .identity import collect_identity
+from .files import read_if_there
 from .licenses import carried
+from .preprocessing import Preprocessing
+from .report import LoadReport
+from .weight_files import Weights
 
-if TYPE_CHECKING:
-    from .pretrained import Pretrained
-    from .report import LoadReport
+
+@dataclass(frozen=True)
+class Pretrained:
+    """A frozen model in eval mode with its description."""
+
+    model: nn.Module
+    source: str
+    """The source as the user wrote it."""
+    architecture: str
+    """timm name, without a tag."""
+    preprocessing: Preprocessing
+    """How its images are prepared."""
+    license: str | None
+    revision: str | None
+    """Commit on the hub."""
+    has_head: bool
+    """Whether it has the head of the weights."""
+    report: LoadReport
+    model_args: Json = field(default_factory=dict)
+    """The arguments of timm's constructor beside the architecture."""
+    config: Json = field(default_factory=dict)
+    """The settings that decide what a model of transformers computes; empty for one of timm."""
+    provenance: Json = field(default_factory=dict)
+    """What a student of this package learned from, and how."""
+    label_names: tuple[str, ...] | None = None
+    """The classes of its head in their order, where the weights say them."""
+    digest: str | None = None
+    """The digest of the weights in the source, if `load_pretrained` was asked for it."""
+    weights: Weights | None = None
+    """What the source holds, for a student that starts from it."""
+
+    @property
+    def mean(self) -> tuple[float, ...]:
+        """Mean of each channel, of images in 0..1."""
+        return self.preprocessing.mean
+
+    @property
+    def std(self) -> tuple[float, ...]:
+        """Deviation of each channel, of images in 0..1."""
+        return self.preprocessing.std
+
+
+# Identify weights by a digest of their tensors, and teachers by all that decides what they compute, in any place.
+
+OWN = "graftvit"
+LIBRARIES = (OWN, "torch", "torchvision", "timm", "transformers")
+"""Packages whose code of layers is known by a version."""
+
+
+def collect_identity(teacher: Pretrained) -> JsonDict:
+    """Return all that decides what a teacher computes, as JSON: tensors, configuration, preprocessing and code.
+
+    The same teacher has the same identity in any file, folder or repository.
+    """
+    known = {
+        "digest": teacher.digest,
+        "architecture": teacher.architecture,
+        "model_args": dict(teacher.model_args),
+        "config": dict(teacher.config),
+        "preprocessing": teacher.preprocessing.described(),
+        "library": _collect_code(teacher),
+    }
+    found: JsonDict = json.loads(json.dumps(known, default=repr))
+    return found
+
+
+def _collect_code(teacher: Pretrained) -> str:
+    """Return the code that computes a teacher: the libraries' versions, and digests of other files of its layers."""
+    packages = {"transformers" if teacher.config else "timm"}
+    files = set[str]()
+    for kind in {type(module) for module in teacher.model.modules()}:
+        if kind.__module__.startswith(f"{OWN}.models."):
+            packages.add(OWN)
+        elif kind.__module__.partition(".")[0] not in LIBRARIES:
+            with suppress(TypeError):  # of a notebook, which has no file
+                files.add(inspect.getsourcefile(kind) or "")
+    code = [f"{name} {version(name)}" for name in sorted(packages, key=lambda name: name == OWN)]
+    for file in map(Path, sorted(files - {""})):
+        code.append(f"{file.name} {hashlib.sha256((read_if_there(file) or '').encode()).hexdigest()[:12]}")
+    return ", ".join(code)
+
+
+def identify(teacher: Pretrained) -> str:
+    """Return the digest of a teacher's identity; another version of its code is the same teacher."""
+    known = collect_identity(teacher)
+    del known["library"]
+    return hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()
+
+
+def digest_weights(weights: Weights) -> str:
+    """Return the digest of weights: their tensors under timm's names, and the norms' epsilon if the source gives one.
+
+    The same tensors have the same digest in any file and any container, and in any order.
+    """
+    return digest_tensors(weights.tensors, "" if weights.norm_eps is None else repr(weights.norm_eps))
+
+
+def digest_tensors(tensors: Mapping[str, Tensor], said: str = "") -> str:
+    """SHA-256 over the tensors, as hexadecimal digits; `said` is what else is part of what they are."""
+    whole = hashlib.sha256(said.encode())
+    for name in sorted(tensors):
+        tensor = tensors[name].detach()
+        whole.update(f"\n{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode("utf-8", "surrogatepass"))
+        numbers = tensor.cpu().contiguous().reshape(-1).view(torch.uint8)
+        whole.update(numbers.numpy().data)
+    return whole.hexdigest()
+
+
+# The `graftvit` entry of a student's config.json and of a run's states.
 
 KEY = "graftvit"
 """The entry of config.json; timm ignores it."""
@@ -34,13 +150,13 @@ def of_teacher(teacher: Pretrained | None) -> JsonDict | None:
     """Return a teacher as provenance, in JSON: its source, its license and its identity."""
     if teacher is None:
         return None
-    origin = {"source": teacher.source, "revision": teacher.revision, "licence": teacher.license}
+    origin = {"source": teacher.source, "revision": teacher.revision, "license": teacher.license}
     return origin | {"pooling": pooling_of(teacher.model)} | collect_identity(teacher)
 
 
 def of_weights(source: str, report: LoadReport) -> JsonDict:
     """Return weights that a student started from, as provenance."""
-    return {"source": source, "revision": report.revision, "licence": report.license}
+    return {"source": source, "revision": report.revision, "license": report.license}
 
 
 def licenses(provenance: Json) -> list[str | None]:
@@ -48,7 +164,7 @@ def licenses(provenance: Json) -> list[str | None]:
     further = provenance.get("teachers")
     named = list(further.values()) if isinstance(further, Mapping) else []
     origins = [provenance.get("teacher"), *named, provenance.get("init")]
-    return [origin.get("licence") for origin in origins if origin and isinstance(origin, Mapping)]
+    return [origin.get("license") for origin in origins if origin and isinstance(origin, Mapping)]
 
 
 def carried_license(provenance: Json) -> str | None:

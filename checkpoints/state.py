@@ -2,39 +2,32 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
-import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
 
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from ..models.errors import CheckpointError, JsonDict
 from .atomic import remove, sync, write_file
-from .files import open_regular
-from .safety.file_outline import outline
+from .weight_files import (
+    BLANK,
+    DIGEST_KEY,
+    STATE_KEY,
+    Weights,
+    check_digest,
+    compute_digest,
+    outline,
+    read_tree,
+)
 
-# The state of a training run in one safetensors file that proves it is whole.
-#
-# The file's metadata holds `graftvit.state`, the JSON part, and `sha256`: the digest of the whole file
-# with its own 64 characters read as zeros. So one changed byte anywhere (header, names, shapes, JSON,
-# tensors) is found.
-
-META_KEY = "graftvit.state"
 BEST = "best.safetensors"
 """The file of the state that a run's metric picks."""
-DIGEST_KEY = "sha256"
-_BLANK = b"0" * 64
-_MARK = f'"{DIGEST_KEY}":"'.encode()
-_CHUNK = 1 << 22
 
 
 @dataclass
@@ -56,12 +49,11 @@ def write_state(path: Path, state: TrainingState) -> None:
     size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values()) + len(meta)
 
     def write(temporary: Path) -> None:
-        save_file(tensors, temporary, metadata={META_KEY: meta, DIGEST_KEY: _BLANK.decode()})
+        save_file(tensors, temporary, metadata={STATE_KEY: meta, DIGEST_KEY: BLANK.decode()})
         with temporary.open("r+b") as file:
-            position = _digest_position(_header(temporary, file, file.seek(0, os.SEEK_END))) or 0
-            digest = _digest(file, position)
+            position, digest = compute_digest(temporary, file)
             file.seek(position)
-            file.write(digest.encode())
+            file.write(digest)
 
     write_file(path, write, size=size)
 
@@ -71,17 +63,8 @@ def read_state(path: Path) -> TrainingState:
 
     Raises CheckpointError naming the file: missing, no training state, truncated, or changed since.
     """
-    check_state(path)
-    try:
-        with safe_open(path, framework="pt") as file:
-            meta = _meta(file.metadata())
-            return TrainingState({name: file.get_tensor(name) for name in file.keys()}, meta)  # noqa: SIM118
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
-    except (SafetensorError, ValueError, KeyError, RecursionError) as error:
-        raise CheckpointError(f"{path} is damaged: {error}") from error
-    except MemoryError as error:
-        raise CheckpointError(f"{path} cannot be read: it needs more memory than there is") from error
+    meta = check_state(path)
+    return TrainingState(read_tree(path, "safetensors"), meta)
 
 
 def read_meta(path: Path) -> JsonDict:
@@ -89,32 +72,28 @@ def read_meta(path: Path) -> JsonDict:
 
     Raises CheckpointError naming the file: missing, no training state, or cut short.
     """
-    try:
-        return _meta(outline(path).metadata)
-    except (ValueError, KeyError, RecursionError) as error:
-        raise CheckpointError(f"{path} is damaged: {error}") from error
+    return _meta(outline(path))
 
 
-def _meta(metadata: Mapping[str, str]) -> JsonDict:
-    """Return the JSON part of a state. Raises ValueError, KeyError or RecursionError if it is not valid."""
-    meta = json.loads(metadata[META_KEY])
-    if not isinstance(meta, dict):
-        raise ValueError(f"its {META_KEY} is no table")
+def check_state(path: Path) -> JsonDict:
+    """Return the JSON part of a state. Raise CheckpointError as `read_state`, without its tensors in memory."""
+    meta = _meta(outline(path))  # first: a file longer than its tensors is not read to its end
+    check_digest(path)
     return meta
 
 
-def check_state(path: Path) -> None:
-    """Raise CheckpointError as `read_state`, without holding the tensors in memory."""
+def _meta(found: Weights) -> JsonDict:
     try:
-        with open_regular(path) as file:
-            _check_digest(path, file)
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
-
-
-def is_state(metadata: Mapping[str, str] | None) -> bool:
-    """Return whether the metadata of a safetensors file are those of a training state."""
-    return metadata is not None and META_KEY in metadata
+        meta = json.loads(found.metadata[STATE_KEY])
+    except KeyError as error:
+        raise CheckpointError(
+            f"{found.origin} is damaged or no training state: it has no {STATE_KEY}"
+        ) from error
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{found.origin} is damaged: {error}") from error
+    if not isinstance(meta, dict):
+        raise CheckpointError(f"{found.origin} is damaged: its {STATE_KEY} is no table")
+    return meta
 
 
 def _separate(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -128,46 +107,6 @@ def _separate(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         storages.add(storage)
     return separate
 
-
-def _check_digest(path: Path, file: BinaryIO) -> None:
-    outline(path)  # a file longer than its tensors is not read to its end
-    header = _header(path, file, file.seek(0, os.SEEK_END))
-    position = _digest_position(header)
-    if position is None:
-        raise CheckpointError(f"{path} is damaged or no training state: its header holds no {DIGEST_KEY}")
-    if header[position : position + 64] != _digest(file, position).encode():
-        raise CheckpointError(f"{path} is damaged: its {DIGEST_KEY} does not match its content")
-
-
-def _header(path: Path, file: BinaryIO, size: int) -> bytes:
-    """Return all before the tensors: eight bytes for the length of the JSON header, and the header."""
-    file.seek(0)
-    length = int.from_bytes(file.read(8), "little")
-    if size < 8 or length > size - 8:
-        raise CheckpointError(f"{path} is damaged: {size} bytes are too few for a safetensors file")
-    file.seek(0)
-    return file.read(8 + length)
-
-
-def _digest_position(header: bytes) -> int | None:
-    """Return where the digest's 64 characters are; JSON escapes quotes inside strings, so the mark is there once."""
-    found = header.find(_MARK)
-    if found < 0 or found + len(_MARK) + 64 > len(header):
-        return None
-    return found + len(_MARK)
-
-
-def _digest(file: BinaryIO, position: int) -> str:
-    digest = hashlib.sha256()
-    file.seek(0)
-    digest.update(file.read(position) + _BLANK)
-    file.seek(position + 64)
-    while chunk := file.read(_CHUNK):
-        digest.update(chunk)
-    return digest.hexdigest()
-
-
-__all__ = ["StateFolder", "TrainingState", "read_state", "write_state"]
 
 logger = logging.getLogger(__name__)
 

@@ -29,8 +29,8 @@ from .class_names import KEY as LABEL_NAMES
 from .fit import own_norm_eps, refuse_not_finite
 from .model_folders import CONFIG
 from .preprocessing import Preprocessing
-from .pretrained import Pretrained, load_pretrained
-from .provenance import COST, NORM_EPS, carried_license, of_weights
+from .pretrained import load_pretrained
+from .provenance import COST, NORM_EPS, Pretrained, carried_license, of_weights
 from .provenance import KEY as PROVENANCE
 from .report import some
 from .sources import source_text
@@ -297,11 +297,7 @@ def write_converted(
         },
     }
     if weights != "none":
-        made["init"] = of_weights(teacher.source, teacher.report) | {
-            "architecture": teacher.architecture,
-            "licence": teacher.license,
-            "revision": teacher.revision,
-        }
+        made["init"] = of_weights(teacher.source, teacher.report) | {"architecture": teacher.architecture}
     write_student(
         student,
         folder,

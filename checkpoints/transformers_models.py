@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,94 +14,15 @@ from ..models.errors import CheckpointError, Json, JsonDict
 from ..models.parts import OutsideTeacher
 from .class_names import KEY as LABEL_NAMES
 from .class_names import read_names
-from .files import is_there
+from .formats.hf_families import MODEL_TYPES
 from .formats.keymap import IMAGENET
-from .formats.transformers.hf_families import MODEL_TYPES
-from .hub.download import commit_of, download, try_download
-from .identity import digest_tensors
-from .model_folders import CONFIG, read_card_license, read_config
+from .model_folders import CONFIG, ModelFolder, Opened
 from .preprocessing import Preprocessing
-from .pretrained import Pretrained
+from .provenance import Pretrained, digest_tensors
 from .report import LoadReport, some
-from .sources import FolderSource, HubSource, Source, parse_source
-from .weight_files import INDEX_SUFFIX, as_pair, read_file, read_shards
-
-# Folders and hub repositories of transformers with a model that no key map turns into one of timm.
+from .weight_files import INDEX_SUFFIX, as_pair
 
 NAMES = ("model.safetensors", f"model.safetensors{INDEX_SUFFIX}")
-
-
-@dataclass(frozen=True)
-class ForeignFolder:
-    """A model of transformers as it lies on the disk."""
-
-    origin: str
-    folder: Path
-    config: Json
-    find: Callable[[str], Path | None]
-    """Returns the path of a file by its name, or None."""
-    revision: str | None = None
-
-    @property
-    def preprocessor(self) -> Json:
-        """The settings of its image processor; empty without a file of them."""
-        path = self.find("preprocessor_config.json")
-        return {} if path is None else read_config(path)
-
-    @property
-    def license(self) -> str | None:
-        """The license in its model card."""
-        return read_card_license(self.find("README.md"))
-
-    def read_tensors(self) -> dict[str, Tensor]:
-        """Return its tensors, of safetensors files alone. Raises CheckpointError: there are none, or damaged ones."""
-        for name in NAMES:
-            path = self.find(name)
-            if path is None:
-                continue
-            content = (
-                read_shards(path, self.find) if name.endswith(INDEX_SUFFIX) else read_file(path, self.folder)
-            )
-            return dict(content.tree)
-        raise CheckpointError(
-            f"{self.origin} has a {CONFIG} and no {NAMES[0]}: a teacher of transformers is read from safetensors alone"
-        )
-
-
-def find_foreign(source: Source, revision: str | None) -> ForeignFolder | None:
-    """Return the folder of a source whose config.json names a type that no key map knows, else None."""
-    if isinstance(source, HubSource):
-        source = replace(source, revision=revision or source.revision)
-        name = source.repository
-        config = download(name, CONFIG, source.revision)
-        commit = commit_of(config) or source.revision
-        made = ForeignFolder(
-            f"hf-hub:{name}",
-            config.parent,
-            read_config(config),
-            lambda file: try_download(name, file, commit),
-            commit,
-        )
-    elif isinstance(source, FolderSource) and is_there(source.path / CONFIG):
-        folder = source.path
-        made = ForeignFolder(
-            str(folder),
-            folder,
-            read_config(folder / CONFIG),
-            lambda file: folder / file if is_there(folder / file) else None,
-        )
-    else:
-        return None
-    kind = made.config.get("model_type")
-    if not isinstance(kind, str) or "architecture" in made.config or kind in MODEL_TYPES:
-        return None
-    if revision is not None and isinstance(source, FolderSource):
-        raise CheckpointError(
-            f"revision={revision!r} is of the hub, and {made.origin} is on this disk: leave it out"
-        )
-    return made
-
-
 logger = logging.getLogger(__name__)
 EXTRA = "pip install 'graftvit[transformers]'"
 DROPPED = (
@@ -121,10 +40,7 @@ GRIDS = {"swin": 0, "swinv2": 0, "dinov3_convnext": 1}
 
 
 def load_transformers(
-    source: str,
-    img_size: int | tuple[int, int] | None = None,
-    revision: str | None = None,
-    timm_settings: Json | None = None,
+    source: Opened, img_size: int | tuple[int, int] | None = None, timm_settings: Json | None = None
 ) -> Pretrained | None:
     """Load a vision model of transformers from a folder or the hub; None if the source is anything else.
 
@@ -134,8 +50,8 @@ def load_transformers(
     Raises CheckpointError: transformers is not installed, does not have the model, or the model takes no images; or
     `timm_settings`, by name, has a setting of timm's constructor.
     """
-    folder = find_foreign(parse_source(source), revision)
-    if folder is None:
+    folder = source.found
+    if not isinstance(folder, ModelFolder) or not _is_foreign(folder):
         return None
     for name, value in (timm_settings or {}).items():
         if value:
@@ -162,10 +78,10 @@ def load_transformers(
     logger.info("%s", report)
     return Pretrained(
         model=teacher,
-        source=source,
+        source=source.text,
         architecture=type(model).__name__,
         preprocessing=spec,
-        license=folder.license,
+        license=report.license,
         revision=folder.revision,
         has_head=widths["classes"] > 0,
         report=report,
@@ -173,6 +89,12 @@ def load_transformers(
         config=_without(model.config.to_dict(), (*DROPPED, *NO_NUMBER)),
         digest=digest_tensors(model.state_dict()),
     )
+
+
+def _is_foreign(folder: ModelFolder) -> bool:
+    """Return whether config.json names a type that no key map knows."""
+    kind = folder.config.get("model_type")
+    return isinstance(kind, str) and "architecture" not in folder.config and kind not in MODEL_TYPES
 
 
 class _Images(nn.Module):
@@ -217,7 +139,7 @@ class _Images(nn.Module):
         return patches
 
 
-def _load(folder: ForeignFolder) -> tuple[Any, int]:
+def _load(folder: ModelFolder) -> tuple[Any, int]:
     """Return the model with its weights, and the number of tensors."""
     config, kind = folder.config, str(folder.config["model_type"])
     try:
@@ -255,8 +177,14 @@ def _load(folder: ForeignFolder) -> tuple[Any, int]:
     return _fill(folder, model_class, built)
 
 
-def _fill(folder: ForeignFolder, model_class: Any, config: Any) -> tuple[Any, int]:
-    tensors = folder.read_tensors()
+def _fill(folder: ModelFolder, model_class: Any, config: Any) -> tuple[Any, int]:
+    content = folder.read(NAMES)
+    if content is None:
+        raise CheckpointError(
+            f"{folder.origin} has a {CONFIG} and no {NAMES[0]}: a teacher of transformers is read from safetensors "
+            "alone"
+        )
+    tensors = content.tree
     try:
         with _quiet():
             model, info = model_class.from_pretrained(
@@ -295,14 +223,14 @@ def _without(config: Json, left_out: Sequence[str]) -> JsonDict:
     }
 
 
-def _no_images(folder: ForeignFolder) -> CheckpointError:
+def _no_images(folder: ModelFolder) -> CheckpointError:
     return CheckpointError(
         f"{folder.origin} is a transformers model of type {folder.config['model_type']!r}, which is no model of images "
         "alone: use one that AutoModelForImageClassification or AutoModel loads and that takes pixel_values"
     )
 
 
-def _probe(folder: ForeignFolder, images: nn.Module, spec: Preprocessing) -> dict[str, Tensor]:
+def _probe(folder: ModelFolder, images: nn.Module, spec: Preprocessing) -> dict[str, Tensor]:
     """Return the results for one gray image."""
     try:
         with torch.no_grad():
@@ -317,7 +245,7 @@ def _probe(folder: ForeignFolder, images: nn.Module, spec: Preprocessing) -> dic
     return found
 
 
-def _preprocessing(folder: ForeignFolder, img_size: int | tuple[int, int] | None) -> Preprocessing:
+def _preprocessing(folder: ModelFolder, img_size: int | tuple[int, int] | None) -> Preprocessing:
     """Return mean, deviation and size of preprocessor_config.json; ImageNet's where it says none."""
     said, config = folder.preprocessor, folder.config
     if said.get("do_flip_channel_order") or said.get("rescale_offset"):

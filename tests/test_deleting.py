@@ -15,7 +15,7 @@ ALLOWED = {
     "checkpoints/atomic.py remove": "temporary names of a path that it writes, and what that path was before",
     "checkpoints/atomic.py rmtree": "see remove; never what a link leads to",
     "checkpoints/atomic.py unlink": "see remove",
-    "checkpoints/export/export.py unlink": "the file that --force replaces, and its weights",
+    "checkpoints/export.py unlink": "the file that --force replaces, and its weights",
     "checkpoints/state.py remove": STATES,
     "checkpoints/state.py unlink": STATES,
     "launch/slurm/job_folder.py unlink": "a submission that was not sent",

@@ -20,9 +20,9 @@ from ..provenance import PICKED, carried_license, of_state
 from ..report import shortened, some
 from ..safety.description import check_description
 from ..sources import Part
-from ..state import BEST, META_KEY, is_state
-from ..weight_files import Content, Weights
-from .keymap import IMAGENET, NOTE
+from ..state import BEST
+from ..weight_files import STATE_KEY, Weights, is_state
+from .keymap import BEIT2_NOTE, IMAGENET, NOTE
 from .onnx_names import named_weights, with_own_marks
 
 # Read the model's description from the metadata of a file of bare tensors that `graftvit checkpoint` wrote.
@@ -172,12 +172,12 @@ TABLES = (
 """Places of a state's meta that hold a table, where they hold anything."""
 NAMES = (
     "student.architecture", "config.student.model", "config.data.dataset", "config.data.data_path",
-    "config.transfer.method", "origins.teacher.licence", "origins.init.licence",
+    "config.transfer.method", "origins.teacher.license", "origins.init.license",
 )  # fmt: skip
 DESCRIBED = (*(field.name for field in fields(Preprocessing)), LABEL_NAMES)
 
 
-def read_state_weights(content: Content, part: Part) -> Weights:
+def read_state_weights(content: Weights, part: Part) -> Weights:
     """Return a run's state: `student.…` as trained, `ema.…` its average; of an autoencoder, the encoder alone.
 
     Raises CheckpointError: the state has no such part, or is damaged.
@@ -185,7 +185,7 @@ def read_state_weights(content: Content, part: Part) -> Weights:
     tensors = _part(content.tree, part)
     if not tensors:
         what = "moving average" if part == "ema" else part
-        raise CheckpointError(f"{content.path} holds no {what}; leave #{part} out")
+        raise CheckpointError(f"{content.origin} holds no {what}; leave #{part} out")
     if part == "ema":  # whole numbers have no average: they are the student's own
         own = _part(content.tree, "student")
         tensors = {name: t for name, t in own.items() if not t.is_floating_point()} | tensors
@@ -194,21 +194,21 @@ def read_state_weights(content: Content, part: Part) -> Weights:
         tensors = {name.removeprefix(encoder): t for name, t in tensors.items() if name.startswith(encoder)}
     try:
         tensors = merged(tensors)
-        meta = json.loads(content.metadata[META_KEY])
+        meta = json.loads(content.metadata[STATE_KEY])
     except (ValueError, KeyError, RuntimeError) as error:  # RecursionError is a RuntimeError
         raise CheckpointError(
-            f"{content.path} is damaged: {type(error).__name__} {str(error)[:200]}"
+            f"{content.origin} is damaged: {type(error).__name__} {str(error)[:200]}"
         ) from error
-    _check_meta(content.path, meta)
+    _check_meta(content.origin, meta)
     provenance = of_state(meta, part)
-    if content.path.name == BEST:
+    if Path(content.origin).name == BEST:
         provenance[PICKED] = (meta.get("position") or {}).get("best_metric", "top1")
     entry = meta.get("student") or {}
     config = {key: entry[key] for key in DESCRIBED if entry.get(key) is not None}
     config["license"] = carried_license(provenance)
     return Weights(
         tensors,
-        str(content.path),
+        content.origin,
         f"the {'average' if part == 'ema' else 'student'} in a run's training state",
         entry.get("architecture"),
         dict(entry.get("model_args") or {}),
@@ -223,7 +223,7 @@ def _part(tree: Mapping[str, Any], part: str) -> dict[str, Any]:
     return {name.removeprefix(prefix): t for name, t in tree.items() if name.startswith(prefix)}
 
 
-def _check_meta(path: Path, meta: Any) -> None:
+def _check_meta(path: str, meta: Any) -> None:
     """Raise CheckpointError unless each of `TABLES` is a mapping and each of `NAMES` a text, where they are there."""
     for place in TABLES:
         found = _at(meta, place)
@@ -246,7 +246,6 @@ WRAPPERS = ("module.", "_orig_mod.")
 """The prefix that DDP and torch.compile put before every name."""
 INNER_WRAPPERS = re.compile(r"(?:_fsdp_wrapped_module|_checkpoint_wrapped_module|_orig_mod)\.")
 """Parts that FSDP, activation checkpointing and torch.compile put anywhere into a name."""
-BEIT2_NOTE = NOTE + "ImageNet's, as BEiTv2 trains"
 
 
 @dataclass(frozen=True)
@@ -279,7 +278,7 @@ DICTIONARIES = (
 )
 
 
-def unwrap(content: Content, part: Part | None) -> Weights:
+def unwrap(content: Weights, part: Part | None) -> Weights:
     """Return the tensors of `part` under the file's own names; the default part for None.
 
     Raises CheckpointError: the file holds no weights in a known place, or no such part.
@@ -291,7 +290,7 @@ def unwrap(content: Content, part: Part | None) -> Weights:
     weights = one_model(replace(weights, tensors=_unwrapped(weights)), part, seen, content.tree.get("args"))
     if part is not None and part not in (seen or {"student": None}):
         what = {"ema": "moving average"}.get(str(part), part)
-        raise CheckpointError(f"{content.path} holds no {what}, {_listed(seen)}; leave #{part} out")
+        raise CheckpointError(f"{content.origin} holds no {what}, {_listed(seen)}; leave #{part} out")
     return weights
 
 
@@ -299,9 +298,9 @@ def _listed(seen: Mapping[Part, None]) -> str:
     return f"only {' and '.join(f'#{name}' for name in seen)}" if seen else "only one model"
 
 
-def _entry(content: Content, part: Part | None, seen: dict[Part, None]) -> Weights:
+def _entry(content: Weights, part: Part | None, seen: dict[Part, None]) -> Weights:
     """Return the dictionary of tensors in the file, and the file's metadata about it."""
-    origin, tree = str(content.path), content.tree
+    origin, tree = content.origin, content.tree
     if content.graph is not None:
         weights = with_metadata(named_weights(content.graph, origin), content.metadata)
         return with_own_marks(check_description(weights), content.metadata)

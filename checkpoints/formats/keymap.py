@@ -1,6 +1,6 @@
 """Apply key maps: rename the parts of a vision transformer from other libraries to timm's names.
 
-A map is data, and `apply` is the only code that reads it. A new family is one more row of `read.KEY_MAPS`.
+A map is data, and `apply` is the only code that reads it. A new family is one more row of `formats.KEY_MAPS`.
 """
 
 from __future__ import annotations
@@ -127,6 +127,7 @@ IMAGENET = {"mean": IMAGENET_DEFAULT_MEAN, "std": IMAGENET_DEFAULT_STD}
 INCEPTION = {"mean": IMAGENET_INCEPTION_MEAN, "std": IMAGENET_INCEPTION_STD}
 """One half each: values from -1 to 1."""
 NOTE = "normalization: "
+BEIT2_NOTE = NOTE + "ImageNet's, as BEiTv2 trains"
 
 
 def normalized(weights: Weights, statistics: Json, reason: str) -> Weights:

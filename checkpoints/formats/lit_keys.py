@@ -12,7 +12,6 @@ import math
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +20,7 @@ from ...models.conversion import with_plan
 from ...models.converted import MARK, as_mark
 from ...models.errors import CheckpointError, Json
 from ...models.plan_syntax import AS_IT_IS, parse_choice
-from ..weight_files import Content, Weights
+from ..weight_files import Weights
 from .containers import unwrap
 from .keymap import IMAGENET, KeyMap, apply, normalized, recognize
 
@@ -197,7 +196,7 @@ def from_reference(published: Json) -> dict[str, Tensor]:
 
     Raises CheckpointError: the keys are of no such model.
     """
-    weights = unwrap(Content(Path("the state dict"), dict(published), {}), None)
+    weights = unwrap(Weights({}, "the state dict", "a state dict", tree=dict(published)), None)
     found = recognize(weights.tensors, LIT_MAPS)
     if found is None:
         raise CheckpointError("the state dict has the keys of no PVT, LIT or LITv2: see docs/checkpoints.md")

@@ -15,9 +15,8 @@ from torch import Tensor
 from ...models.errors import CheckpointError, Json, JsonDict
 from ..fit import find_grid
 from ..weight_files import Weights
-from .containers import BEIT2_NOTE
 from .flax import FLAX_MAPS
-from .keymap import IMAGENET, INCEPTION, NOTE, KeyMap, imagenet, normalized
+from .keymap import BEIT2_NOTE, IMAGENET, INCEPTION, NOTE, KeyMap, imagenet, normalized
 from .lit_keys import ECOFORMER_MAPS, LIT_MAPS
 
 # Map the keys of BEiT and BEiTv2, whose parts have timm's names.

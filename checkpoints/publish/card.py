@@ -359,7 +359,7 @@ def _origin(key: str, made: Json, recipe: Json) -> list[tuple[str, str]]:
     if origin.get("architecture"):
         rows.append((f"{name}: architecture", code(origin["architecture"])))
     rows.append((f"{name}: revision", code(origin["revision"]) if origin.get("revision") else "not recorded"))
-    rows.append((f"{name}: license", _license_name(origin.get("licence"))))
+    rows.append((f"{name}: license", _license_name(origin.get("license"))))
     return rows
 
 

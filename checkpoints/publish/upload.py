@@ -25,13 +25,12 @@ from torch import Tensor
 
 from ...models.errors import CheckpointError, Json, JsonDict, RunFailedError
 from ..files import read_json, read_regular
-from ..hub.download import download, is_network, line, status_of
+from ..hub import download, is_network, line, status_of
 from ..licenses import public
 from ..model_folders import CONFIG
 from ..report import some
-from ..safety.file_outline import outline
 from ..sources import PICKLE_SUFFIXES, STUDENTS
-from ..weight_files import weight_map
+from ..weight_files import outline, weight_map
 from .card import (
     CardFacts,
     Claim,
@@ -191,7 +190,7 @@ def _inside(folder: Path, name: str) -> Path:
 def _described(path: Path) -> dict[str, Tensor]:
     """Return the tensors without their numbers, from the header."""
     found = outline(path)
-    if found.kind != "safetensors":
+    if found.format != "safetensors":
         raise CheckpointError(f"{path} is no safetensors file")
     return found.tree
 

@@ -1,57 +1,26 @@
-"""Read the directory of a zip archive, and what of it describes tensors, without unpacking more than that."""
+"""Read what describes tensors in a zip archive or a pickle, without its numbers, before torch or numpy reads it."""
 
 from __future__ import annotations
 
 import argparse
 import io
 import math
-import threading
+import pickle
+import pickletools
+import re
 import zipfile
-from collections.abc import Collection, Iterator
-from contextlib import ExitStack, contextmanager
-from itertools import pairwise
-from pathlib import Path
+from collections.abc import Iterator
+from itertools import islice, pairwise
+from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
-from torch.nn.modules import module as hooks
+from torch import Tensor
+from torch.serialization import StorageType
 
-# Bound what a constructor may make: stop it when a model outgrows the weights that it is built for.
-
-PARTS_EACH, SPARE_PARTS, MOST_PARTS = 8, 10_000, 200_000
-"""Modules, parameters and buffers for each tensor of the weights, and beside that; however many tensors there are."""
-SPARE_NUMBERS, MOST_INDICES = 1 << 26, 1 << 29
-"""Numbers beside twice those of the weights (positions of larger images), and whole numbers (tables of relative
-positions, which lie in no file: a BEiT of 24 layers has 400 million of them at 1,024 pixels)."""
-
-
-@contextmanager
-def bounded(weights: Collection[Tensor]) -> Iterator[None]:
-    """Raise ValueError out of a constructor in this thread as soon as what it makes is far more than `weights`."""
-    builder, held = threading.get_ident(), sum(tensor.numel() for tensor in weights)
-    parts = min(PARTS_EACH * len(weights) + SPARE_PARTS, MOST_PARTS)
-    left = {"parts": parts, "numbers": 2 * held + SPARE_NUMBERS, "indices": MOST_INDICES}
-
-    def count(module: nn.Module, name: str, part: nn.Module | Tensor | None) -> None:
-        if threading.get_ident() != builder:
-            return
-        left["parts"] -= 1
-        if isinstance(part, Tensor):
-            left["numbers" if part.is_floating_point() else "indices"] -= part.numel()
-        if min(left.values()) < 0:
-            raise ValueError(
-                "the model would be far larger than its weights: "
-                f"its weights hold {len(weights):,} tensors with {held:,} numbers"
-            )
-
-    with ExitStack() as stack:
-        for kind in ("parameter", "buffer", "module"):
-            stack.callback(getattr(hooks, f"register_module_{kind}_registration_hook")(count).remove)
-        yield
-
+from ..report import printable
 
 # The tree of dictionaries and lists that a file of weights holds, and what is refused of a file.
 
@@ -172,3 +141,167 @@ def _array(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> NDArray[Any]:
     with archive.open(info) as record:
         array: NDArray[Any] = np.lib.format.read_array(record, allow_pickle=False)
         return array
+
+
+# Rebuild what a torch file describes without its numbers.
+#
+# `torch.load(weights_only=True)` calls no foreign code, and it takes every size on trust: `torch.FloatTensor(1 << 40)`
+# passes, a storage of an old file is allocated as long as the pickle says, and a nested tuple can take years to hash.
+# So the pickle is rebuilt first with a stand-in for each name that `torch.save` writes: it takes the same arguments,
+# refuses those that torch never writes, and makes tensors on the meta device.
+
+PurePickle: Any = pickle._Unpickler
+"""The one in Python: its steps can be replaced, and its memo is no larger than what is in it."""
+OPCODES = b"\x80.(N\x88\x89JKM\x8aGUX})]\x8fast\x85\x86\x87eubRQ\x81cqrhj" + b"\x93\x94\x95\x8ciS"
+"""The opcodes that torch reads, and the ones by which other pickles name what they would call."""
+
+
+def rebuild(stream: io.BytesIO) -> tuple[Any, dict[str, int]]:
+    """Return what the next pickle in `stream` describes, and the bytes of each storage in it by its key.
+
+    Raises RefusedError if it names what no checkpoint needs, and any other error if it is damaged.
+    """
+    start = stream.tell()
+    if sum(1 for _ in islice(pickletools.genops(stream), MAX_ENTRIES + 1)) > MAX_ENTRIES:
+        raise ValueError(f"its pickle describes more than {MAX_ENTRIES:,} entries")
+    stream.seek(start)
+    outline = _Outline(stream, encoding="utf-8")
+    return outline.load(), {key: flat.nbytes for key, flat in outline.storages.items()}
+
+
+class _Table(dict[Any, Any]):
+    """A dictionary, empty at first, whose keys are checked."""
+
+    def __init__(self) -> None:
+        super().__init__()
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        _keys([key])
+        super().__setitem__(key, value)
+
+
+class _Dtype:
+    """A numpy dtype of plain numbers."""
+
+    def __init__(self, kind: str, *_: Any) -> None:
+        if re.fullmatch("[biuf][1248]", kind) is None:
+            raise ValueError("it has a kind of numpy's numbers that is not plain")
+        self.dtype = np.dtype(kind)
+
+    def __setstate__(self, state: Any) -> None:
+        if state not in [(3, order, None, None, None, -1, -1, 0) for order in "<>|"]:
+            raise ValueError("it changes a kind of numpy's numbers")
+        self.dtype = self.dtype.newbyteorder(state[1])
+
+
+def _keys(keys: Any) -> list[Any]:
+    """Refuse a key that could take years to hash (a tuple), or of which others have the hash (a large number)."""
+    for key in keys:
+        is_text = isinstance(key, (str, bytes)) and len(key) <= MAX_NAME
+        if not is_text and not (isinstance(key, (int, float)) and abs(key) < 1 << 60) and key is not None:
+            raise ValueError(f"it has a key that is no number and no text of {MAX_NAME:,} characters")
+    return list(keys)
+
+
+def _counter(counts: Any) -> _Table:
+    if type(counts) is not _Table:
+        raise ValueError("it counts what is no table")
+    return counts
+
+
+def _encode(text: str, codec: str) -> bytes:
+    if codec not in ("latin1", "latin-1"):  # others are quadratic
+        raise ValueError("it encodes a text otherwise than torch")
+    return text.encode(codec)
+
+
+def _tensor(storage: Tensor, offset: int, shape: Any, stride: Any, *_: Any) -> Tensor:
+    tensor = storage.as_strided(shape, stride, offset)  # refuses what is negative
+    last = offset + sum((size - 1) * step for size, step in zip(shape, stride, strict=True))
+    if tensor.numel() and max(last + 1, tensor.numel()) > storage.numel():
+        raise ValueError(
+            f"a tensor of shape {tuple(shape)} does not fit into {storage.numel():,} numbers"[:160]
+        )
+    return tensor
+
+
+def _typed_tensor(
+    storage: Tensor, offset: int, shape: Any, stride: Any, _: Any, __: Any, dtype: Any, *___: Any
+) -> Tensor:
+    return _tensor(storage.view(dtype), offset, shape, stride)
+
+
+STAND_INS: dict[str, Any] = {
+    **dict.fromkeys(("torch._utils._rebuild_tensor", "torch._utils._rebuild_tensor_v2"), _tensor),
+    "torch._utils._rebuild_tensor_v3": _typed_tensor,
+    "torch._utils._rebuild_parameter": lambda data, *_: data,
+    "torch._utils._rebuild_parameter_with_state": lambda data, *_: data,
+    "torch._tensor._rebuild_from_type_v2": lambda rebuild, kind, arguments, state: rebuild(*arguments),
+    **dict.fromkeys(("torch.Tensor", "torch.nn.parameter.Parameter")),
+    "torch.storage.UntypedStorage": torch.uint8,
+    "torch.Size": torch.Size,
+    "torch.device": torch.device,
+    "torch.serialization._get_layout": lambda name: _keys([name]),
+    "collections.OrderedDict": _Table,
+    "collections.Counter": _counter,
+    "builtins.set": _keys,
+    "builtins.complex": lambda real, imaginary: real + 1j * imaginary,
+    "_codecs.encode": _encode,
+    "argparse.Namespace": argparse.Namespace,
+    "pathlib.PosixPath": PurePosixPath,
+    "numpy.dtype": _Dtype,
+    **{
+        f"numpy.{core}.multiarray.scalar": lambda kind, data: np.frombuffer(data, kind.dtype)[0]
+        for core in ("core", "_core")
+    },
+}
+"""What torch files name, and what is called in its place; None and a dtype cannot be called."""
+
+
+class _Outline(PurePickle):
+    """Rebuilds one pickle."""
+
+    def __init__(self, stream: io.BytesIO, *, encoding: str) -> None:
+        super().__init__(stream, encoding=encoding)
+        self.storages: dict[str, Tensor] = {}
+
+    def find_class(self, module: str, name: str) -> Any:
+        """Return what stands for a name. Raises RefusedError."""
+        full = f"{module.replace('__builtin__', 'builtins')}.{name}"
+        if full in STAND_INS:
+            return STAND_INS[full]
+        if module in ("torch", "torch.cuda") and name.endswith("Storage"):
+            return StorageType(name).dtype
+        if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
+            return getattr(torch, name)
+        raise RefusedError(
+            f"it holds {printable(full[:120])}, and rebuilding that could run code; "
+            "save the weights alone (a state dict) or as .safetensors"
+        )
+
+    def persistent_load(self, pid: Any) -> Tensor:
+        """Return a storage: ("storage", type, key, device, elements[, None])."""
+        _, dtype, key, _, elements, *_ = pid
+        if not isinstance(dtype, torch.dtype) or not isinstance(key, str) or any(pid[5:]):
+            raise ValueError("it names a storage of no known type")
+        flat = torch.empty(elements, dtype=dtype, device="meta")
+        there = self.storages.setdefault(key, flat)
+        if there.dtype != dtype or there.numel() != elements:
+            raise ValueError(f"its storage {key[:40]!r} is described twice")
+        return flat
+
+    def load_empty_dictionary(self) -> None:
+        """Begin a dictionary."""
+        self.append(_Table())
+
+    def load_build(self) -> None:
+        """Give a state to what has one. A tensor has none: it would set its shape again."""
+        target, state = self.stack[-2:]
+        is_plain = isinstance(target, (_Table, argparse.Namespace)) and isinstance(state, _Table)
+        if not is_plain and not isinstance(target, _Dtype):
+            raise ValueError("it gives a state to what has none")
+        super().load_build()
+
+    dispatch = {code: PurePickle.dispatch[code] for code in OPCODES} | {
+        pickle.BUILD[0]: load_build, pickle.EMPTY_DICT[0]: load_empty_dictionary
+    }  # fmt: skip

@@ -15,7 +15,7 @@ from ..submitted import Work
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from ...checkpoints.pretrained import Pretrained
+    from ...checkpoints.provenance import Pretrained
     from ...transfer.config import RunConfig
 
 DATA = ("data.dataset", "data.data_path", "data.train_split", "data.download", "seed")

@@ -12,7 +12,7 @@ from ..say import say
 from ..submitted import Work
 
 if TYPE_CHECKING:
-    from ...checkpoints.export.graph import Dynamic
+    from ...checkpoints.export_graph import Dynamic
 
 EXAMPLES = (
     "graftvit export runs/distill student.onnx",
@@ -25,7 +25,7 @@ EXAMPLES = (
 def run(argv: list[str]) -> int:
     """Export one model, and print the files and their error against the model."""
     arguments, how = _parse(argv)
-    from ...checkpoints.export.export import export_source
+    from ...checkpoints.export import export_source
 
     report = export_source(
         arguments.source,
@@ -45,7 +45,7 @@ def run(argv: list[str]) -> int:
 def check(argv: list[str], *, here: bool = True) -> Work:
     """Check the arguments and, with `here`, the source."""
     arguments, _ = _parse(argv)
-    from ...checkpoints.export.export import check_export
+    from ...checkpoints.export import check_export
     from ...checkpoints.sources import parse_source
 
     check_export(

@@ -171,8 +171,8 @@ def _parse(argv: list[str]) -> tuple[argparse.Namespace, RunConfig]:
 
 def _search(arguments: argparse.Namespace, config: RunConfig) -> Search:
     """Load the teacher and record its layers."""
-    from ...checkpoints.identity import identify
     from ...checkpoints.pretrained import load_pretrained
+    from ...checkpoints.provenance import identify
     from ...transfer.cells.pool import digest, torch_threads
     from ...transfer.data.survey import sample_images
     from ...transfer.search.matching import record_layers

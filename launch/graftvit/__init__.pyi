@@ -1,5 +1,5 @@
 from .checkpoints.pretrained import load as load
-from .checkpoints.pretrained import load_teacher as load_teacher
+from .checkpoints.pretrained import load_pretrained as load_pretrained
 from .checkpoints.student import save_student as save_student
 from .models.conversion import convert as convert
 from .transfer.config import RunConfig as RunConfig

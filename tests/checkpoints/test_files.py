@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from graftvit.checkpoints.describe import describe_file
-from graftvit.checkpoints.pretrained import load_teacher
+from graftvit.checkpoints.pretrained import load_pretrained
 from graftvit.checkpoints.weight_files import read_file
 from graftvit.models.errors import CheckpointError
 from safetensors.torch import save_file
@@ -54,7 +54,7 @@ def test_a_flipped_header_is_named_or_harmless(tmp_path: Path) -> None:
 def test_what_holds_no_weights_is_refused(tmp_path: Path, tree: Any) -> None:
     torch.save(tree, tmp_path / "odd.pth")
     with pytest.raises(CheckpointError, match=r"odd\.pth (holds a|is of no known format)"):
-        load_teacher(str(tmp_path / "odd.pth"))
+        load_pretrained(str(tmp_path / "odd.pth"))
 
 
 def test_a_file_for_which_there_is_no_memory_is_one_sentence(
@@ -65,7 +65,7 @@ def test_a_file_for_which_there_is_no_memory_is_one_sentence(
     def none_left(*_: object, **__: object) -> None:
         raise MemoryError
 
-    monkeypatch.setattr("graftvit.checkpoints.safety.file_outline.safe_open", none_left)
+    monkeypatch.setattr("graftvit.checkpoints.weight_files.safe_open", none_left)
     with pytest.raises(
         CheckpointError, match=r"m\.safetensors cannot be read: its [\d,]+ bytes need more memory"
     ):

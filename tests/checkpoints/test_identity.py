@@ -7,8 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from graftvit.checkpoints.identity import collect_identity, identify
 from graftvit.checkpoints.pretrained import load_pretrained
+from graftvit.checkpoints.provenance import collect_identity, identify
 from graftvit.models.conversion import convert
 from graftvit.models.layer_plan import OPERATORS, register_operator
 from support.runs.engine_runs import make_teacher
@@ -22,7 +22,7 @@ class Mine(UniformAttention):
 
 
 def test_the_code_of_operators_belongs_to_a_teacher(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("graftvit.checkpoints.identity.version", lambda name: "2.0")
+    monkeypatch.setattr("graftvit.checkpoints.provenance.version", lambda name: "2.0")
     plain = load_pretrained(f"local-dir:{make_teacher(tmp_path / 'teacher')}", identified=True)
     assert collect_identity(plain)["library"] == "timm 2.0"
     linear = replace(plain, model=convert(plain.model, "*: linear"))

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from graftvit.checkpoints.pretrained import load_teacher
+from graftvit.checkpoints.pretrained import load_pretrained
 from graftvit.checkpoints.publish.upload import plan_upload
 from graftvit.checkpoints.state import (
     StateFolder,
@@ -41,13 +41,13 @@ def test_in_place_of_a_file_of_a_model(name: str, kind: str, tmp_path: Path) -> 
     (folder / name).unlink(missing_ok=True)
     irregular(kind, folder / name)
     with pytest.raises(GraftError):
-        load_teacher(f"local-dir:{folder}")
+        load_pretrained(f"local-dir:{folder}")
 
 
 @pytest.mark.parametrize("kind", sorted(KINDS))
 def test_in_place_of_a_weights_file(kind: str, tmp_path: Path) -> None:
     with pytest.raises(GraftError, match=f"(is {KINDS[kind]}, not a regular file|is a folder)"):
-        load_teacher(str(irregular(kind, tmp_path / "model.safetensors")))
+        load_pretrained(str(irregular(kind, tmp_path / "model.safetensors")))
 
 
 @pytest.mark.parametrize("kind", sorted(KINDS))
@@ -55,7 +55,7 @@ def test_in_place_of_a_weights_file(kind: str, tmp_path: Path) -> None:
 def test_what_a_model_can_do_without_is_left_out(name: str, kind: str, tmp_path: Path) -> None:
     folder = write_model("plain", tmp_path / "m")
     irregular(kind, folder / name)
-    assert load_teacher(f"local-dir:{folder}").license is None
+    assert load_pretrained(f"local-dir:{folder}").license is None
 
 
 @pytest.mark.parametrize("kind", sorted(KINDS))

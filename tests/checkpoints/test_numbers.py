@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from graftvit.checkpoints.preprocessing import Preprocessing
-from graftvit.checkpoints.pretrained import load, load_teacher, load_weights
+from graftvit.checkpoints.pretrained import load, load_pretrained, load_weights
 from graftvit.checkpoints.student import save_student
 from graftvit.models.errors import CheckpointError
 from safetensors.torch import load_file, save_file
@@ -29,7 +29,7 @@ def test_a_number_beyond_float32_is_refused(name: str, value: float, tmp_path: P
     path = tmp_path / "model.safetensors"
     save_file(with_value(weights(), name, value), path)
     with pytest.raises(CheckpointError, match=f"values that are not finite as float32 in {name}"):
-        load_teacher(str(path), model=ARCHITECTURE, model_args=ARGUMENTS)
+        load_pretrained(str(path), model=ARCHITECTURE, model_args=ARGUMENTS)
     model, _, _ = small_model("plain")
     with pytest.raises(CheckpointError, match=f"not finite as float32 in {name}"):
         load_weights(model, str(path))
@@ -46,7 +46,7 @@ def test_a_number_beyond_float32_in_the_part_of_a_teacher_is_refused(tmp_path: P
 def test_numbers_of_float64_within_float32_load(tmp_path: Path) -> None:
     path = tmp_path / "model.safetensors"
     save_file(with_value(weights(), "norm.bias", 3e38), path)
-    model = load_teacher(str(path), model=ARCHITECTURE, model_args=ARGUMENTS).model
+    model = load_pretrained(str(path), model=ARCHITECTURE, model_args=ARGUMENTS).model
     assert model.state_dict()["norm.bias"][0] == torch.tensor(3e38)
 
 

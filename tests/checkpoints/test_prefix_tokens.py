@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import timm
 import torch
-from graftvit.checkpoints.pretrained import load_teacher, load_weights
+from graftvit.checkpoints.pretrained import load_pretrained, load_weights
 from graftvit.models.errors import CheckpointError
 from torch import Tensor, nn
 
@@ -35,18 +35,18 @@ def test_a_row_and_a_token_without_one_are_the_same(
     tiny: Make, tmp_path: Path, source: dict[str, Any], target: dict[str, Any]
 ) -> None:
     model = tiny(**source)
-    teacher = load_teacher(
+    teacher = load_pretrained(
         saved(model, tmp_path), model="vit_tiny_patch16_224", model_args={**TINY, **target}
     )
     images = torch.randn(2, 3, 16, 16)
     assert torch.allclose(tokens(teacher.model, images), tokens(model, images), atol=1e-5)
     folded = "no_embed_class" in target and "no_embed_class" not in source
     assert ("cls_token: added to the tokens" in teacher.report.summary()) == folded
-    resized = load_teacher(
+    resized = load_pretrained(
         saved(model, tmp_path), model="vit_tiny_patch16_224", model_args={**TINY, **target}, img_size=(24, 32)
     )
     assert resized.report.resampled == {"pos_embed": "from grid 4x4 to 6x8 (timm's bicubic)"}
-    native: Any = load_teacher(
+    native: Any = load_pretrained(
         saved(model, tmp_path), model="vit_tiny_patch16_224", model_args={**TINY, **source}, img_size=(24, 32)
     ).model
     images = torch.randn(1, 3, 24, 32)
@@ -104,7 +104,7 @@ def test_a_teacher_needs_all_its_tokens(tiny: Make, tmp_path: Path) -> None:
         (tiny(), {"class_token": False, "global_pool": "avg"}, "unexpected keys: cls_token"),
     ):
         with pytest.raises(CheckpointError, match=said):
-            load_teacher(
+            load_pretrained(
                 saved(model, tmp_path), model="vit_tiny_patch16_224", model_args={**TINY, **arguments}
             )
 
@@ -113,7 +113,7 @@ def test_a_token_of_another_width_is_named_and_not_added(tiny: Make, tmp_path: P
     tensors = {**tiny().state_dict(), "cls_token": torch.zeros(1, 1, 8)}
     torch.save(tensors, tmp_path / "source.pth")
     with pytest.raises(CheckpointError, match=r"cls_token is \(1, 1, 8\) and its position \(1, 1, 16\)"):
-        load_teacher(
+        load_pretrained(
             str(tmp_path / "source.pth"),
             model="vit_tiny_patch16_224",
             model_args={**TINY, "no_embed_class": True},

@@ -12,7 +12,8 @@ import timm
 import torch
 from graftvit.checkpoints.describe import describe_teacher, teacher_facts
 from graftvit.checkpoints.fit import resample_position
-from graftvit.checkpoints.pretrained import Teacher, load_teacher, load_weights
+from graftvit.checkpoints.pretrained import load_pretrained, load_weights
+from graftvit.checkpoints.provenance import Pretrained
 from graftvit.models.errors import CheckpointError
 from graftvit.models.small import without_memory
 from safetensors.torch import save_file
@@ -25,9 +26,9 @@ NAME = "vit_tiny_patch16_224"
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 
-def load(source: str, **keywords: Any) -> Teacher:
+def load(source: str, **keywords: Any) -> Pretrained:
     arguments = {**TINY, **keywords.pop("model_args", {})}
-    return load_teacher(source, **{"model": NAME, "model_args": arguments, **keywords})
+    return load_pretrained(source, **{"model": NAME, "model_args": arguments, **keywords})
 
 
 def decoder() -> dict[str, Tensor]:
@@ -263,7 +264,7 @@ def test_a_plain_vit_is_known_by_its_shapes(
         "img_size": size,
     }
     model = timm.create_model(NAME, **arguments, num_classes=4, global_pool="avg", in_chans=1)
-    teacher = load_teacher(mae_file(model.state_dict()))
+    teacher = load_pretrained(mae_file(model.state_dict()))
     assert teacher.architecture == name
     assert same_weights(teacher.model, model)
     images = torch.randn(1, 1, size, size)
@@ -292,7 +293,7 @@ def test_the_published_mae_sizes_are_known(width: int, depth: int, heads: int, p
 def test_other_shapes_are_asked_for(tiny: Make, mae_file: Write, arguments: dict[str, Any]) -> None:
     path = mae_file(tiny(**arguments, embed_dim=16 if not arguments else 192).state_dict())
     with pytest.raises(CheckpointError, match=r"does not say its architecture .* as teacher\.model"):
-        load_teacher(path)
+        load_pretrained(path)
 
 
 @pytest.mark.parametrize(("model", "said"), [
@@ -308,7 +309,7 @@ def test_an_unknown_architecture_or_tag_is_answered(
 def test_a_tag_says_more_than_the_format(tiny: Make, tmp_path: Path) -> None:
     torch.save(tiny().state_dict(), tmp_path / "w.pth")
     arguments = {**TINY, "img_size": 16}
-    teacher = load_teacher(str(tmp_path / "w.pth"), model="vit_base_patch16_224.mae", model_args=arguments)
+    teacher = load_pretrained(str(tmp_path / "w.pth"), model="vit_base_patch16_224.mae", model_args=arguments)
     assert (teacher.mean, teacher.std) == IMAGENET
     assert teacher.license == "cc-by-nc-4.0"
     assert teacher.architecture == "vit_base_patch16_224"
@@ -365,9 +366,9 @@ def test_beit_tables_are_resampled_timms_way_only(tmp_path: Path) -> None:
     model = timm.create_model("beit_base_patch16_224", img_size=16, **arguments)
     torch.save(model.state_dict(), tmp_path / "beit.pth")
     keywords: dict[str, Any] = {"model": "beit_base_patch16_224", "model_args": {**arguments, "img_size": 16}}
-    same = load_teacher(str(tmp_path / "beit.pth"), **keywords)
+    same = load_pretrained(str(tmp_path / "beit.pth"), **keywords)
     assert same_weights(same.model, model)
-    resized = load_teacher(str(tmp_path / "beit.pth"), img_size=24, **keywords)
+    resized = load_pretrained(str(tmp_path / "beit.pth"), img_size=24, **keywords)
     assert list(resized.report.resampled) == ["blocks.0.attn.relative_position_bias_table"]
     with pytest.raises(CheckpointError, match="position_embedding=timm does it"):
-        load_teacher(str(tmp_path / "beit.pth"), img_size=24, position_embedding="mae", **keywords)
+        load_pretrained(str(tmp_path / "beit.pth"), img_size=24, position_embedding="mae", **keywords)

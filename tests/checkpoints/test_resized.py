@@ -12,7 +12,7 @@ import timm
 import torch
 import torch.nn.functional as F
 from graftvit.checkpoints.preprocessing import Preprocessing
-from graftvit.checkpoints.pretrained import load, load_teacher, load_weights
+from graftvit.checkpoints.pretrained import load, load_pretrained, load_weights
 from graftvit.checkpoints.student import save_student, write_student
 from graftvit.models import layer_plan as operators
 from graftvit.models.attention.base import AttentionOperator, Geometry, Heads, LayerShape, Traits
@@ -90,7 +90,7 @@ def images(height: int, width: int) -> Tensor:
 def test_loading_at_another_size_is_loading_and_resizing(
     student: nn.Module, tmp_path: Path, how: dict[str, Any]
 ) -> None:
-    teacher = load_teacher(write(student, tmp_path / "out"), **how)
+    teacher = load_pretrained(write(student, tmp_path / "out"), **how)
     resize(student, (24, 40))
     assert torch.equal(teacher.model(images(24, 40)), student(images(24, 40)))
     assert teacher.model_args["img_size"] == (24, 40)
@@ -101,7 +101,7 @@ def test_loading_at_another_size_is_loading_and_resizing(
 
 def test_the_stored_size_changes_nothing(student: nn.Module, tmp_path: Path) -> None:
     folder = write(student, tmp_path / "out")
-    teacher = load_teacher(folder, img_size=(16, 24))
+    teacher = load_pretrained(folder, img_size=(16, 24))
     assert torch.equal(teacher.model(images(16, 24)), student(images(16, 24)))
     assert not teacher.report.resampled
     assert plan_size(teacher.model) is None
@@ -139,7 +139,7 @@ def test_positions_are_resampled_as_of_any_model(student: Any, tmp_path: Path, m
     plain = timm.create_model(NAME, **ARGUMENTS)
     plain.pos_embed.data.copy_(student.pos_embed.detach())
     ours, wanted = (
-        load_teacher(write(model, tmp_path / name), img_size=(24, 40), position_embedding=method)
+        load_pretrained(write(model, tmp_path / name), img_size=(24, 40), position_embedding=method)
         for name, model in (("ours", student), ("plain", plain))
     )
     assert torch.equal(ours.model.pos_embed, wanted.model.pos_embed)
@@ -159,7 +159,7 @@ def test_a_size_that_does_not_fit_is_one_sentence(student: nn.Module, tmp_path: 
 
 def test_a_student_of_another_size_starts_from_it(student: nn.Module, tmp_path: Path) -> None:
     folder = write(student, tmp_path / "out")
-    known = load_teacher(folder, img_size=(24, 40))
+    known = load_pretrained(folder, img_size=(24, 40))
     fresh = timm.create_model(known.architecture, **known.model_args).eval()
     report = load_weights(fresh, folder)
     assert torch.equal(fresh(images(24, 40)), known.model(images(24, 40)))

@@ -12,7 +12,7 @@ import pytest
 import timm
 import torch
 from graftvit.checkpoints.preprocessing import Preprocessing
-from graftvit.checkpoints.pretrained import load, load_teacher
+from graftvit.checkpoints.pretrained import load, load_pretrained
 from graftvit.checkpoints.state import TrainingState, write_state
 from graftvit.checkpoints.student import save_student, write_student
 from graftvit.models.conversion import convert, plan_of
@@ -30,7 +30,7 @@ META = {
     "config": {"mode": "transfer", "output_dir": "/home/me/runs", "engine": {"fsdp": False},
                "data": {"dataset": "digits"}},
     "position": {"metrics": {"test_top1": 80.5, "test_top5": 99.0, "test_loss": 0.5, "test_ema_top1": 82.0}},
-    "origins": {"teacher": {"source": "vit_x.mae", "revision": "a" * 40, "licence": "cc-by-nc-4.0"}, "init": None},
+    "origins": {"teacher": {"source": "vit_x.mae", "revision": "a" * 40, "license": "cc-by-nc-4.0"}, "init": None},
 }  # fmt: skip
 
 
@@ -63,7 +63,7 @@ def test_a_run_gives_its_student_alone(run: Any, tmp_path: Path, part: str) -> N
     assert load_file(written / "model.safetensors").keys() == weights.keys()
     assert same(timm.create_model(f"local-dir:{written}", pretrained=True), wanted)
     assert same(load(str(written)), wanted)
-    again = load_teacher(str(written))
+    again = load_pretrained(str(written))
     assert (again.mean, again.std, again.license) == (MEAN, STD, "cc-by-nc-4.0")
 
 

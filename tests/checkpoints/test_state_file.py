@@ -197,6 +197,8 @@ def test_a_state_that_goes_on_behind_its_tensors_is_not_read_to_its_end(
     write_state(path, TrainingState({"a": torch.ones(3)}, {}))
     with path.open("r+b") as file:
         file.truncate(5 << 30)
-    monkeypatch.setattr("graftvit.checkpoints.state._digest", lambda *_: pytest.fail("it was read"))
+    monkeypatch.setattr(
+        "graftvit.checkpoints.weight_files.check_digest", lambda *_: pytest.fail("it was read")
+    )
     with pytest.raises(CheckpointError, match=r"last\.safetensors is damaged"):
         read_state(path)

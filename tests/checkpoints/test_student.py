@@ -14,7 +14,7 @@ import pytest
 import timm
 import torch
 from graftvit.checkpoints.preprocessing import Preprocessing
-from graftvit.checkpoints.pretrained import load_teacher
+from graftvit.checkpoints.pretrained import load_pretrained
 from graftvit.checkpoints.student import write_student
 from graftvit.models.conversion import with_plan
 from graftvit.models.errors import CheckpointError
@@ -124,7 +124,7 @@ def test_a_saved_student_is_a_teacher(tmp_path: Path, kind: str) -> None:
     architecture, arguments = STUDENTS[kind]
     model = randomized(timm.create_model(architecture, **arguments))
     save(model, tmp_path / "s", architecture, arguments, license="mit")
-    teacher = load_teacher(f"local-dir:{tmp_path / 's'}")
+    teacher = load_pretrained(f"local-dir:{tmp_path / 's'}")
     ours, theirs = teacher.model.state_dict(), model.state_dict()
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[key], theirs[key]) for key in ours)

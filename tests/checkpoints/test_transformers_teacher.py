@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from graftvit.checkpoints.model_folders import open_source
 from graftvit.checkpoints.transformers_models import load_transformers
 from graftvit.launch.plan_text import describe_plan
 from graftvit.models.errors import CheckpointError, ConfigError, GraftError
@@ -56,7 +57,7 @@ def make(folder: Path, name: str, *, head: bool = True, **changes: Any) -> Any:
 @pytest.mark.parametrize("name", CASES)
 def test_results_are_those_of_transformers(name: str, head: bool, tmp_path: Path) -> None:
     model = make(tmp_path / name, name, head=head)
-    found = load_transformers(str(tmp_path / name))
+    found = load_transformers(open_source(str(tmp_path / name)))
     assert found is not None
     assert (found.mean, found.std, found.preprocessing.input_size) == ((0.4,), (0.25,), (1, 32, 32))
     assert found.has_head is head
@@ -137,7 +138,7 @@ def test_another_version_of_transformers_fills_the_cache_again_and_resumes_with_
 ) -> None:
     make(tmp_path / "swin", "swin")
     train(run_of(tmp_path, "run"))
-    monkeypatch.setattr("graftvit.checkpoints.identity.version", lambda name: "99.0")
+    monkeypatch.setattr("graftvit.checkpoints.provenance.version", lambda name: "99.0")
     with caplog.at_level("WARNING"):
         assert train(run_of(tmp_path, "run", steps=3)).steps == 3
     assert "is now computed by transformers 99.0, graftvit 99.0, and was by" in caplog.text
@@ -161,7 +162,7 @@ def test_it_is_downloaded_at_one_commit(tmp_path: Path, monkeypatch: pytest.Monk
     files = {("org/resnet", COMMIT, path.name): path.read_bytes() for path in (tmp_path / "resnet").iterdir()}
     with serve(files, refs={"org/resnet": {"main": COMMIT}}) as hub:
         use_hub(monkeypatch, hub, tmp_path, token=None)
-        found = load_transformers("hf-hub:org/resnet")
+        found = load_transformers(open_source("hf-hub:org/resnet"))
     assert found is not None
     assert found.revision == COMMIT
     x = torch.randn(2, 1, 32, 32)
@@ -208,7 +209,7 @@ def test_what_cannot_teach_is_named(case: str, tmp_path: Path) -> None:
     make(tmp_path / "resnet", "resnet")
     change(tmp_path / "resnet")
     with pytest.raises(CheckpointError, match=message) as refused:
-        load_transformers(str(tmp_path / "resnet"))
+        load_transformers(open_source(str(tmp_path / "resnet")))
     assert "\n" not in str(refused.value)
 
 
@@ -236,7 +237,7 @@ def test_code_beside_the_weights_is_not_run(tmp_path: Path) -> None:
         auto_map={"AutoModelForImageClassification": "evil.Mine", "AutoConfig": "evil.Mine"},
         _attn_implementation="org/kernels",
     )(tmp_path / "resnet")
-    assert load_transformers(str(tmp_path / "resnet")) is not None
+    assert load_transformers(open_source(str(tmp_path / "resnet"))) is not None
     assert not (tmp_path / "ran").exists()
 
 
@@ -253,7 +254,7 @@ def test_without_transformers_the_extra_is_named(tmp_path: Path, monkeypatch: py
     with pytest.raises(
         CheckpointError, match=r"type 'resnet', and transformers is not installed: pip install"
     ):
-        load_transformers(str(tmp_path / "resnet"))
+        load_transformers(open_source(str(tmp_path / "resnet")))
 
 
 def test_a_vision_transformer_is_left_to_timm(tmp_path: Path) -> None:
@@ -261,8 +262,8 @@ def test_a_vision_transformer_is_left_to_timm(tmp_path: Path) -> None:
         hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16
     )
     transformers.ViTModel(built).save_pretrained(tmp_path / "vit")
-    assert load_transformers(str(tmp_path / "vit")) is None
-    assert load_transformers("vit_tiny_patch16_224") is None
+    assert load_transformers(open_source(str(tmp_path / "vit"))) is None
+    assert load_transformers(open_source("vit_tiny_patch16_224")) is None
 
 
 @pytest.mark.parametrize(

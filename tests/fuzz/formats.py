@@ -19,7 +19,8 @@ import safetensors.torch
 import torch
 import yaml
 from graftvit.checkpoints.json_lines import read_records
-from graftvit.checkpoints.pretrained import Teacher, load_teacher
+from graftvit.checkpoints.pretrained import load_pretrained
+from graftvit.checkpoints.provenance import Pretrained
 from graftvit.checkpoints.state import TrainingState, read_state, write_state
 from graftvit.launch.comparison import load_rows
 from graftvit.launch.load_config import dump_config, load_config
@@ -101,7 +102,7 @@ def _same(found: Mapping[str, Tensor], there: Mapping[str, Tensor], resampled: b
             raise WrongError(f"{name} was taken with values that are not finite")
 
 
-def _hold(teacher: Teacher, there: Mapping[str, Tensor]) -> None:
+def _hold(teacher: Pretrained, there: Mapping[str, Tensor]) -> None:
     """The loaded model has the numbers of the file, knows what its images are, and runs on one of them."""
     prefix = "module." if all(name.startswith("module.") for name in there) else ""
     report = teacher.report
@@ -163,7 +164,7 @@ def _weights_format(container: str) -> Format:
         return how
 
     def check(folder: Path) -> None:
-        teacher = load_teacher(str(_only(folder)), model=ARCHITECTURE, model_args=ARGUMENTS)
+        teacher = load_pretrained(str(_only(folder)), model=ARCHITECTURE, model_args=ARGUMENTS)
         _hold(teacher, READERS[container](_only(folder)))
 
     return Format(lambda folder: valid(container, folder), damage, check)
@@ -205,7 +206,7 @@ def _read_onnx(path: Path) -> dict[str, Tensor]:
 
 
 def _check_onnx(folder: Path) -> None:
-    teacher = load_teacher(str(folder / "m.onnx"), model=ARCHITECTURE, model_args=ARGUMENTS)
+    teacher = load_pretrained(str(folder / "m.onnx"), model=ARCHITECTURE, model_args=ARGUMENTS)
     _hold(teacher, _read_onnx(folder / "m.onnx"))
 
 
@@ -214,7 +215,9 @@ def _check_onnx(folder: Path) -> None:
 
 def _config_format(kind: str) -> Format:
     def check(folder: Path) -> None:
-        _hold(load_teacher(f"local-dir:{folder}"), safetensors.torch.load_file(folder / "model.safetensors"))
+        _hold(
+            load_pretrained(f"local-dir:{folder}"), safetensors.torch.load_file(folder / "model.safetensors")
+        )
 
     return Format(
         lambda folder: write_model(kind, folder),
@@ -241,7 +244,7 @@ def _damage_shards(rng: Random, folder: Path) -> str:
 
 
 def _check_shards(folder: Path) -> None:
-    teacher = load_teacher(f"local-dir:{folder}")
+    teacher = load_pretrained(f"local-dir:{folder}")
     names = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
     read = {file: safetensors.torch.load_file(folder / file) for file in set(names.values())}
     _hold(teacher, {name: read[file][name] for name, file in names.items()})
@@ -281,7 +284,7 @@ def _check_state(folder: Path) -> None:
     path = folder / "last.safetensors"
     there = {f"student.{name}": tensor for name, tensor in weights().items()}
     _same(read_state(path).tensors, there)
-    _hold(load_teacher(str(path)), weights())
+    _hold(load_pretrained(str(path)), weights())
 
 
 # A recipe.

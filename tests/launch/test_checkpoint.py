@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from graftvit.checkpoints.pretrained import load_teacher
+from graftvit.checkpoints.pretrained import load_pretrained
 from graftvit.checkpoints.weight_files import read_file
 from graftvit.launch.cli import main
 from graftvit.models.errors import CheckpointError
@@ -91,8 +91,8 @@ def test_strip_keeps_one_model(
     tree = read_file(out).tree
     tensors = tree if suffix == ".safetensors" else tree.pop("model")
     assert all(isinstance(tensor, torch.Tensor) for tensor in (*tree.values(), *tensors.values()))
-    wanted = load_teacher(f"{training_file}#{part}", **LOAD).model.state_dict()
-    found = load_teacher(str(out), **LOAD).model.state_dict()
+    wanted = load_pretrained(f"{training_file}#{part}", **LOAD).model.state_dict()
+    found = load_pretrained(str(out), **LOAD).model.state_dict()
     assert all(torch.equal(tensor, found[name]) for name, tensor in wanted.items())
     assert torch.equal(found["cls_token"], weights()["cls_token"] + shift)
     assert out.stat().st_size < training_file.stat().st_size / 2
@@ -160,7 +160,7 @@ def test_what_is_taken_out_loads_as_before(tmp_path: Path, suffix: str, around: 
     path, out = tmp_path / "all.pth", tmp_path / f"alone.{suffix}"
     torch.save(around(weights()), path)
     assert main(["checkpoint", "strip", str(path), str(out)]) == 0
-    before, after = (load_teacher(str(one), **LOAD) for one in (path, out))
+    before, after = (load_pretrained(str(one), **LOAD) for one in (path, out))
     assert (after.mean, after.std) == (before.mean, before.std)
     images = torch.rand(2, 3, 16, 16)
     assert torch.equal(after.model(images), before.model(images))
@@ -172,7 +172,7 @@ def test_an_average_of_a_run_says_its_normalization(
     train(config(tmp_path / "run", make_teacher(tmp_path / "teacher"), optim={"max_steps": 1}))
     state = tmp_path / "run" / "checkpoints" / "last.safetensors"
     say(capsys, "strip", state, tmp_path / "ema.safetensors", "--part", "ema")
-    before, after = load_teacher(f"{state}#ema"), load_teacher(str(tmp_path / "ema.safetensors"))
+    before, after = load_pretrained(f"{state}#ema"), load_pretrained(str(tmp_path / "ema.safetensors"))
     assert (after.mean, after.std) == (before.mean, before.std)
     assert main(["checkpoint", "strip", str(state), str(tmp_path / "ema.pth"), "--part", "ema"]) == 2
     assert "write .safetensors" in capsys.readouterr().err
@@ -184,4 +184,4 @@ def test_an_average_of_a_run_says_its_normalization(
 def test_a_damaged_description_is_named(tmp_path: Path, said: str) -> None:
     save_file(weights(), tmp_path / "m.safetensors", metadata={"graftvit.described": said})
     with pytest.raises(CheckpointError, match=r"m\.safetensors is damaged: its graftvit\.described"):
-        load_teacher(str(tmp_path / "m.safetensors"), **LOAD)
+        load_pretrained(str(tmp_path / "m.safetensors"), **LOAD)

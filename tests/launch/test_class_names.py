@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import timm
-from graftvit.checkpoints.pretrained import load_teacher
+from graftvit.checkpoints.pretrained import load_pretrained
 from graftvit.checkpoints.publish.upload import plan_upload
 from graftvit.checkpoints.student import save_student
 from graftvit.launch.cli import main
@@ -85,14 +85,14 @@ def test_what_a_run_leaves_says_its_classes(trained: tuple[Path, float], tmp_pat
         assert json.loads((folder / "config.json").read_text())["label_names"] == list(NAMES)
         plain = timm.create_model(f"local-dir:{folder}", pretrained=True)
         assert tuple(plain.pretrained_cfg["label_names"]) == NAMES
-        assert load_teacher(str(folder)).label_names == NAMES
-    assert load_teacher(str(run_folder / "student"), num_classes=0).label_names is None
+        assert load_pretrained(str(folder)).label_names == NAMES
+    assert load_pretrained(str(run_folder / "student"), num_classes=0).label_names is None
     stripped = tmp_path / "stripped.safetensors"
     assert (
         main(["checkpoint", "strip", str(run_folder / "checkpoints" / "last.safetensors"), str(stripped)])
         == 0
     )
-    assert load_teacher(str(stripped)).label_names == NAMES
+    assert load_pretrained(str(stripped)).label_names == NAMES
     pushed = plan_upload(run_folder / "student", "someone/student", license="mit", confirm_license=True)
     assert pushed.config["label_names"] == list(NAMES)
 
@@ -145,12 +145,12 @@ def test_students_in_several_orders_are_evaluated_together(
     "names", ["dark", 5, ["bright"], ["a", "a"], [1, 2], {"0": "bright"}, {"x": "a", "1": "b"}]
 )
 def test_names_that_say_nothing_are_unknown(names: Any, trained: tuple[Path, float], tmp_path: Path) -> None:
-    assert load_teacher(renamed(trained[0], tmp_path / "s", names)).label_names is None
+    assert load_pretrained(renamed(trained[0], tmp_path / "s", names)).label_names is None
 
 
 def test_names_by_number_are_read(trained: tuple[Path, float], tmp_path: Path) -> None:
     folder = renamed(trained[0], tmp_path / "s", {"1": "dark", "0": "bright"})
-    assert load_teacher(folder).label_names == NAMES
+    assert load_pretrained(folder).label_names == NAMES
 
 
 def test_other_names_at_a_resume_are_refused(tmp_path: Path) -> None:

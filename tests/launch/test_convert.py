@@ -66,7 +66,7 @@ def test_the_folder_says_what_it_was_made_from(teacher: Path, tmp_path: Path) ->
     assert main(["convert", str(teacher), "--plan", PLAN, "--out", str(out)]) == 0
     config = json.loads((out / "config.json").read_text())
     made = config["graftvit"]
-    assert config["pretrained_cfg"]["license"] == made["init"]["licence"] == "cc-by-nc-4.0"
+    assert config["pretrained_cfg"]["license"] == made["init"]["license"] == "cc-by-nc-4.0"
     assert config["pretrained_cfg"]["mean"] == [0.4] * 3
     assert made["init"]["source"] == str(teacher)
     assert made["conversion"]["plan"] == config["model_args"]["plan"] == plan_of(graftvit.load(str(out)))

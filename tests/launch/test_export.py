@@ -48,7 +48,7 @@ def test_onnx_of_pixels(
     np.testing.assert_allclose(logits, wanted.numpy(), rtol=1e-4, atol=1e-5)
     said = {entry.key: entry.value for entry in onnx.load(out).metadata_props}
     assert "cc-by-nc-4.0" in json.dumps(said)
-    assert (said["classes"], said["normalise"]) == (str(ARGUMENTS["num_classes"]), "in the file")
+    assert (said["classes"], said["normalize"]) == (str(ARGUMENTS["num_classes"]), "in the file")
 
 
 def test_torch_at_another_size(student: Path, tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import pytest
 import timm
 import torch
 from graftvit.checkpoints.preprocessing import Preprocessing
-from graftvit.checkpoints.pretrained import load_teacher
+from graftvit.checkpoints.pretrained import load_pretrained
 from graftvit.checkpoints.student import write_student
 from graftvit.launch.cli import main
 from graftvit.launch.load_config import load_config
@@ -335,7 +335,7 @@ def test_a_student_that_takes_any_size_needs_whole_patches(mode: str, teacher: s
         with pytest.raises(GraftError, match="images of 18x18 are not whole patches of 4x4"):
             attempt(load_config(None, overrides))
     with pytest.raises(GraftError, match="images of 18x18 are not whole patches of 4x4"):
-        load_teacher(teacher, img_size=18, model_args={"dynamic_img_size": True})
+        load_pretrained(teacher, img_size=18, model_args={"dynamic_img_size": True})
 
 
 def test_a_teacher_of_another_grid_is_refused_before_alignment(teacher: str, tmp_path: Path) -> None:
@@ -349,7 +349,7 @@ def test_a_teacher_of_another_grid_is_refused_before_alignment(teacher: str, tmp
 
 
 def test_a_timm_teacher_without_its_weights_has_no_memory() -> None:
-    outlined = load_teacher("vit_huge_patch14_224.mae", img_size=224, download=False)
+    outlined = load_pretrained("vit_huge_patch14_224.mae", img_size=224, download=False)
     assert sum(p.numel() for p in outlined.model.parameters()) == 630_764_800
     assert all(p.is_meta and not p.requires_grad for p in outlined.model.parameters())
     assert not outlined.has_head
@@ -357,11 +357,11 @@ def test_a_timm_teacher_without_its_weights_has_no_memory() -> None:
 
 
 def test_a_timm_teacher_without_its_weights_takes_the_students_resolution() -> None:
-    resized: Any = load_teacher("vit_tiny_patch16_224.augreg_in21k", img_size=(64, 96), download=False)
+    resized: Any = load_pretrained("vit_tiny_patch16_224.augreg_in21k", img_size=(64, 96), download=False)
     assert resized.model.patch_embed.grid_size == (4, 6)
     assert resized.has_head
     with pytest.raises(GraftError, match="wrong_argument"):
-        load_teacher("vit_tiny_patch16_224.augreg_in21k", model_args={"wrong_argument": 1}, download=False)
+        load_pretrained("vit_tiny_patch16_224.augreg_in21k", model_args={"wrong_argument": 1}, download=False)
 
 
 def test_what_torch_cannot_compile_is_refused_by_the_plan_and_the_run(tmp_path: Path, teacher: str) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from graftvit.checkpoints.preprocessing import Preprocessing
-from graftvit.checkpoints.pretrained import load_teacher
+from graftvit.checkpoints.pretrained import load_pretrained
 from graftvit.checkpoints.student import write_student
 from graftvit.launch.cli import main
 from graftvit.models.conversion import convert
@@ -56,7 +56,7 @@ def test_a_folder_of_images(
         with Image.open(tmp_path / "out" / png) as opened:
             assert min(opened.size) > 200
     found = json.loads((tmp_path / "out" / "numbers.json").read_text())
-    loaded = load_teacher(student)
+    loaded = load_pretrained(student)
     spec = loaded.preprocessing
     looks = [look(loaded.model, to_tensor(each.original, spec)) for each in read_images([str(folder)], spec)]
     for number, layer in enumerate(found["student"]["entropy"]):
@@ -73,7 +73,7 @@ def test_a_folder_of_images(
 
 
 def test_images_are_seen_as_the_model_sees_them(student: str, tmp_path: Path) -> None:
-    spec = load_teacher(student).preprocessing
+    spec = load_pretrained(student).preprocessing
     (shown,) = read_images([picture(tmp_path / "x.png")], spec)
     with Image.open(tmp_path / "x.png") as opened:
         expected = np.asarray(opened)

@@ -12,7 +12,7 @@ import onnxruntime
 import pytest
 import timm
 import torch
-from graftvit.checkpoints.export.export import export_model
+from graftvit.checkpoints.export import export_model
 from graftvit.models import resize
 from graftvit.models.copied import ARCHITECTURE, Copying, copying_of
 from graftvit.models.errors import TransferError, UnsupportedModelError

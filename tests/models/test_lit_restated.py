@@ -12,7 +12,7 @@ import pytest
 import timm
 import torch
 from graftvit.checkpoints.formats.lit_keys import from_reference
-from graftvit.checkpoints.pretrained import load_teacher
+from graftvit.checkpoints.pretrained import load_pretrained
 from graftvit.models import lit
 from graftvit.models.errors import CheckpointError
 from graftvit.models.small import without_memory
@@ -51,7 +51,9 @@ def test_a_file_gives_the_restated_logits(tmp_path: Path, name: str, container: 
     state = golden_state(published_shapes(SMALL[name]))
     torch.save(wrapped(state, container, index), tmp_path / "published.pth")
     size = 64 if name == "litv2_s" else None
-    teacher = load_teacher(str(tmp_path / "published.pth"), model=name, model_args=ARGUMENTS, img_size=size)
+    teacher = load_pretrained(
+        str(tmp_path / "published.pth"), model=name, model_args=ARGUMENTS, img_size=size
+    )
     check(teacher.model, SMALL[name], state)
 
 
@@ -72,7 +74,9 @@ def test_an_odd_grid_gives_the_restated_logits(tmp_path: Path, name: str, side: 
     state = golden_state(published_shapes(published))
     torch.save(state, tmp_path / "published.pth")
     size = side if name == "litv2_s" else None
-    teacher = load_teacher(str(tmp_path / "published.pth"), model=name, model_args=ARGUMENTS, img_size=size)
+    teacher = load_pretrained(
+        str(tmp_path / "published.pth"), model=name, model_args=ARGUMENTS, img_size=size
+    )
     check(teacher.model, published, state)
 
 
@@ -91,7 +95,7 @@ def test_every_published_name_has_its_place(name: str) -> None:
 def test_a_full_file_is_loaded_at_its_size(tmp_path: Path, name: str) -> None:
     state = golden_state(published_shapes(PUBLISHED[name]))
     torch.save({"model": state}, tmp_path / "published.pth")
-    teacher = load_teacher(str(tmp_path / "published.pth"))
+    teacher = load_pretrained(str(tmp_path / "published.pth"))
     assert teacher.architecture == name
     check(teacher.model, PUBLISHED[name], state)
 
@@ -100,7 +104,7 @@ def test_a_full_file_is_loaded_at_its_size(tmp_path: Path, name: str) -> None:
 def test_a_full_file_of_lit_ti_is_loaded(tmp_path: Path) -> None:
     """Its logits are those of `test_lit.py`."""
     torch.save({"model": golden_state(ti_shapes())}, tmp_path / "published.pth")
-    teacher = load_teacher(str(tmp_path / "published.pth"))
+    teacher = load_pretrained(str(tmp_path / "published.pth"))
     assert teacher.architecture == "lit_ti"
     first = teacher.model(golden_images(224))[0, :4]
     expected = torch.tensor([-0.285823, 1.683032, -0.074269, 0.180008])
@@ -118,7 +122,7 @@ def test_a_training_file_of_lit_with_settings_of_yacs_is_refused(
         patched.setattr(sys.modules["yacs.config"], "CfgNode", kind, raising=False)
         torch.save({"model": {"norm.weight": torch.ones(2)}, "config": kind(epochs=1)}, tmp_path / "lit.pth")
     with pytest.raises(CheckpointError, match=r"holds yacs\.config\.CfgNode, .*; save the weights alone"):
-        load_teacher(str(tmp_path / "lit.pth"))
+        load_pretrained(str(tmp_path / "lit.pth"))
 
 
 def test_the_published_models_are_restated() -> None:

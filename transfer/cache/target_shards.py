@@ -29,11 +29,10 @@ from torch import Tensor
 
 from ...checkpoints.atomic import WriteFailedError, write_text
 from ...checkpoints.files import nearest_folder, read_regular
-from ...checkpoints.identity import collect_identity
 from ...checkpoints.preprocessing import Preprocessing
-from ...checkpoints.pretrained import Pretrained
+from ...checkpoints.provenance import Pretrained, collect_identity
 from ...checkpoints.state import TrainingState as Content
-from ...checkpoints.state import check_state, read_meta, write_state
+from ...checkpoints.state import check_state, write_state
 from ...models.errors import CheckpointError, ConfigError, DataError, JsonDict
 from ..config import RunConfig
 from ..data.loaders import TrainLoader
@@ -282,8 +281,8 @@ class TargetShards:
         if not path.exists():
             return f"{path} is missing"
         try:
-            check_state(path)
-            return None if read_meta(path) == self._meta(shard) else f"{path} is not of these images"
+            known = check_state(path)
+            return None if known == self._meta(shard) else f"{path} is not of these images"
         except CheckpointError as error:
             return str(error)
 

@@ -13,9 +13,8 @@ from torch import Tensor
 from torch.utils.data import IterableDataset
 
 from ...checkpoints.class_names import KEY as LABEL_NAMES
-from ...checkpoints.class_names import read_names
+from ...checkpoints.class_names import Head, read_names
 from ...checkpoints.preprocessing import Preprocessing
-from ...checkpoints.pretrained import Head
 from ...models.errors import ConfigError, DataError
 from ..config import DataConfig
 from .augment import create_mixing, epoch_repeats, eval_transform, train_transform

@@ -7,8 +7,7 @@ from typing import Literal
 
 from torch import nn
 
-from ...checkpoints.class_names import same_classes
-from ...checkpoints.pretrained import Head
+from ...checkpoints.class_names import Head, same_classes
 from ...models.errors import ConfigError
 from ...models.families import vit
 from ..config import Metric

@@ -18,9 +18,10 @@ from torch import Tensor, nn
 from ...checkpoints import provenance
 from ...checkpoints.architecture import check_published
 from ...checkpoints.copying_students import copied_teacher
-from ...checkpoints.identity import identify
+from ...checkpoints.model_folders import open_source
 from ...checkpoints.preprocessing import Preprocessing
-from ...checkpoints.pretrained import Pretrained, load_pretrained, load_weights, read_outline
+from ...checkpoints.pretrained import load_pretrained, load_weights, read_outline
+from ...checkpoints.provenance import Pretrained, identify
 from ...checkpoints.transformers_models import load_transformers
 from ...models.attention.base import AttentionOperator
 from ...models.converted import start_fresh
@@ -134,18 +135,19 @@ def build(
     config = settle(config, start)
     mode = mode_of(config)
     size = input_size(config.student, whole)[1:]
-    loaded = start if config.starting_source == TEACHER else None
+    loaded = replace(start, weights=None) if start is not None and config.starting_source == TEACHER else None
     teachers = _teachers(mode, size, commits, loaded, weights=weights)
     teacher = teachers.get(DEFAULT_TEACHER)
     spec = resolve_preprocessing(config, start or teacher, whole)
     with preserved():
         train_loader = _train_loader(mode, spec, rank, world_size, absent=not weights)
         eval_loader = _eval_loader(mode, spec, train_loader, rank, world_size)
-    head = mode.head(train_loader.head(), teachers, whole)
+    origin = start if whole is None else _open_start(mode, whole, commits, weights=weights)
+    head = mode.head(train_loader.head(), teachers, origin)
     mode.check_classes(teachers, head)
     plan = mode.plan(head.num_classes, teacher, spec, whole)
     plan = replace(plan, label_names=head.label_names)
-    student, init, warnings = _student(mode, plan, teacher, weights=weights)
+    student, init, warnings = _student(mode, plan, origin, weights=weights)
     task = mode.task(Models(student, teachers, spec, _calibration(config, spec, weights=weights)))
     mode.freeze(task.trainable)
     check_adapters(task.trainable, config.optim)
@@ -211,7 +213,17 @@ def find_start(
     if how.source is None:
         raise ConfigError("student.init=teacher needs a teacher: set teacher.source")
     size = student.img_size or student.model_args.get("img_size")
-    return load_teacher(how, size, commits.get(DEFAULT_TEACHER), weights=weights)
+    return load_teacher(how, size, commits.get(DEFAULT_TEACHER), weights=weights, starts=True)
+
+
+def _open_start(
+    mode: Mode, whole: Pretrained, commits: Mapping[str, str | None], *, weights: bool
+) -> Pretrained | None:
+    """Return the model whose weights a student starts from that is a whole model itself; None for fresh weights."""
+    source, how = mode.config.starting_source, mode.config.teacher
+    if source == TEACHER:
+        return load_teacher(how, None, commits.get(DEFAULT_TEACHER), weights=weights, starts=True)
+    return whole if source in (None, mode.config.student.whole_name) else read_outline(source)
 
 
 def settle(config: RunConfig, start: Pretrained | None) -> RunConfig:
@@ -309,20 +321,24 @@ def load_teacher(
     commit: str | None = None,
     *,
     weights: bool = True,
+    starts: bool = False,
 ) -> Pretrained:
-    """Load a teacher for students of images of `size`; for None at its own. Raises CheckpointError."""
-    revision = commit or how.revision
-    check_published(str(how.source), how.model_args, revision)
+    """Load a teacher for students of images of `size`; for None at its own. `starts`: a student starts from it, too.
+
+    Raises CheckpointError.
+    """
+    source = open_source(str(how.source), commit or how.revision)
+    check_published(source.found, how.model_args)
     of_timm = {"model": how.model, "model_args": how.model_args}
-    teacher = load_transformers(str(how.source), how.img_size, revision, of_timm) or load_pretrained(
-        str(how.source),
+    teacher = load_transformers(source, how.img_size, of_timm) or load_pretrained(
+        source,
         model=how.model,
         model_args=how.model_args,
         img_size=how.image_size(size),
         position_embedding=how.position_embedding,
-        revision=revision,
         identified=True,
         download=weights,
+        keep=starts,
     )
     teacher.model.to(DTYPES[how.dtype])
     return teacher
@@ -336,7 +352,7 @@ def identify_teachers(*configs: RunConfig) -> list[str]:
 
 
 def _student(
-    mode: Mode, plan: StudentPlan, teacher: Pretrained | None, *, weights: bool
+    mode: Mode, plan: StudentPlan, start: Pretrained | None, *, weights: bool
 ) -> tuple[nn.Module, JsonDict | None, list[str]]:
     """Return the student with its starting weights, where these are from, and what of them it does not take over."""
     config = mode.config
@@ -357,7 +373,7 @@ def _student(
             raise ConfigError(f"student.pos_embed_std: {plan.architecture} has no learned position embedding")
         trunc_normal_(position, std=config.student.pos_embed_std)
     mode.start_head(student)
-    init, warnings = _start_from(mode, student, teacher, weights=weights)
+    init, warnings = _start_from(mode, student, start, weights=weights)
     if config.optim.lora is not None:
         add_lora(student, config.optim.lora)
     if config.student.grad_checkpointing:
@@ -377,31 +393,24 @@ def _recompute(student: nn.Module) -> None:
 
 
 def _start_from(
-    mode: Mode, student: nn.Module, teacher: Pretrained | None, *, weights: bool
+    mode: Mode, student: nn.Module, start: Pretrained | None, *, weights: bool
 ) -> tuple[JsonDict | None, list[str]]:
     """Load the weights to start from, the teacher's own or others; say where they are from, and what is left out."""
-    source, how, revision = mode.config.starting_source, mode.config.teacher, None
-    if source is None:
+    if start is None:
         start_fresh(student)
         _check_fitted(mode, student, student.state_dict())
         return None, []
-    if source == TEACHER:
-        source = str(how.source)
-        revision = teacher.revision if teacher is not None else how.revision
-    check_published(source, {}, revision)
     report = load_weights(
         student,
-        source,
-        position_embedding=how.position_embedding,
-        revision=revision,
-        download=weights,
+        start.source if start.weights is None else start.weights,
+        position_embedding=mode.config.teacher.position_embedding,
         replanned=mode.config.student.plan is not None,
     )
     _check_fitted(mode, student, report.missing)
-    logger.info("student starts from %s: %s", source, report)
+    logger.info("student starts from %s: %s", start.source, report)
     for warning in report.warnings() if weights else ():
         logger.warning("student: %s", warning)
-    return provenance.of_weights(source, report), report.warnings()
+    return provenance.of_weights(start.source, report), report.warnings()
 
 
 def _check_fitted(mode: Mode, student: nn.Module, fresh: Collection[str]) -> None:

@@ -19,7 +19,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 
 from ...checkpoints.atomic import WriteFailedError, write_shared
 from ...checkpoints.files import read_json
-from ...checkpoints.identity import digest_tensors
+from ...checkpoints.provenance import digest_tensors
 from ...models.errors import ConfigError, GraftError, counted
 from ..cache.target_shards import (
     Shard,

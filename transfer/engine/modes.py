@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from timm.layers.weight_init import trunc_normal_
 from torch import Tensor, nn
 
-from ...checkpoints.class_names import comparable, difference
+from ...checkpoints.class_names import Head, comparable, difference
 from ...checkpoints.preprocessing import Preprocessing
-from ...checkpoints.pretrained import Head, Pretrained, find_head
+from ...checkpoints.provenance import Pretrained
 from ...models.conversion import converted_layers
 from ...models.copying.teacher_view import Normalization, ShownImages
 from ...models.errors import ConfigError, TransferError
@@ -29,7 +29,6 @@ from ..methods.dual import DualViT, build_dual
 from ..methods.loss_terms import DEFAULT_TEACHER, term_methods
 from ..methods.method import TransferMethod
 from ..methods.standardize import Batch, mark_ready
-from ..mode_facts import TEACHER
 from ..recovery.align import Alignment, shown_to
 from .optim import freeze, freeze_head
 from .students import (
@@ -259,20 +258,13 @@ class Mode(ABC):
         """Raise ConfigError for settings that do not go together, before anything is read."""
         return
 
-    def head(self, data: Head, teachers: Mapping[str, Pretrained], whole: Pretrained | None) -> Head:
+    def head(self, data: Head, teachers: Mapping[str, Pretrained], start: Pretrained | None) -> Head:
         """Return the student's head: that of the data set where it learns from labels.
 
         Without labels a head that comes with the weights stays as it is. A fresh one would stay random, so the student
-        has no head. `whole` is the model that the student continues, where it is one.
+        has no head. `start` is the model whose weights the student starts from.
         """
-        if self.config.needs_labels:
-            return data
-        source = self.config.starting_source
-        if whole is not None and source == self.config.student.model:
-            return head_of(whole)
-        if source is None:
-            return Head()
-        return head_of(teachers.get(DEFAULT_TEACHER)) if source == TEACHER else find_head(source)
+        return data if self.config.needs_labels else head_of(start)
 
     def check_classes(self, teachers: Mapping[str, Pretrained], head: Head) -> None:
         """Raise TransferError where a teacher would teach classes under the numbers of others."""
@@ -378,11 +370,12 @@ class Transfer(Mode):
         found = zip(self.methods, self.teachers_of_terms, strict=True)
         return [name for method, name in found if method.teaches_classes]
 
-    def head(self, data: Head, teachers: Mapping[str, Pretrained], whole: Pretrained | None) -> Head:
-        own = whole is not None and self.config.starting_source == self.config.student.model
+    def head(self, data: Head, teachers: Mapping[str, Pretrained], start: Pretrained | None) -> Head:
+        whole = self.config.student.whole_name
+        own = whole is not None and self.config.starting_source == whole
         if self.teaches_classes and not self.config.needs_labels and not own:
             return head_of(teachers.get(self.teaches_classes[0]))
-        return super().head(data, teachers, whole)
+        return super().head(data, teachers, start)
 
     def check_classes(self, teachers: Mapping[str, Pretrained], head: Head) -> None:
         names = head.label_names
@@ -434,7 +427,7 @@ class Align(Mode):
 class Pretrain(Mode):
     """Masked autoencoding, without labels and without a teacher."""
 
-    def head(self, data: Head, teachers: Mapping[str, Pretrained], whole: Pretrained | None) -> Head:
+    def head(self, data: Head, teachers: Mapping[str, Pretrained], start: Pretrained | None) -> Head:
         return Head()
 
     def plan(

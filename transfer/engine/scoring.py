@@ -8,8 +8,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from ...checkpoints.class_names import places
-from ...checkpoints.pretrained import Head
+from ...checkpoints.class_names import Head, places
 from ...models.errors import DataError
 from ..data.loaders import EvalLoader
 from ..data.sampler import preserved, seed_batch

@@ -10,8 +10,10 @@ from torch import nn
 
 from ...checkpoints.architecture import published_config
 from ...checkpoints.class_names import KEY as LABEL_NAMES
+from ...checkpoints.model_folders import open_source
 from ...checkpoints.preprocessing import Preprocessing
-from ...checkpoints.pretrained import Pretrained, load_pretrained
+from ...checkpoints.pretrained import load_pretrained
+from ...checkpoints.provenance import Pretrained
 from ...checkpoints.sources import HubSource, parse_source
 from ...checkpoints.transformers_models import load_transformers
 from ...models.conversion import with_plan, without_plan
@@ -107,7 +109,7 @@ def find_whole(config: StudentConfig) -> Pretrained | None:
     Raises CheckpointError: it cannot be loaded. ConfigError: it runs with its teacher's attention.
     """
     source = config.whole_name
-    whole = None if source is None else load_pretrained(source, img_size=config.img_size)
+    whole = None if source is None else load_pretrained(source, img_size=config.img_size, keep=True)
     copying = None if whole is None else copying_of(whole.model)
     if copying is not None:
         raise ConfigError(
@@ -244,8 +246,9 @@ def _check_fit(config: RunConfig, chosen: list[str]) -> None:
         how = teacher_settings(config)[name]
         if not method.uses_layers or how.source is None or isinstance(parse_source(how.source), HubSource):
             continue
-        teacher = load_transformers(how.source) or load_pretrained(
-            how.source, model=how.model, model_args=how.model_args, download=False
+        source = open_source(how.source)
+        teacher = load_transformers(source) or load_pretrained(
+            source, model=how.model, model_args=how.model_args, download=False
         )
         with placed(config.transfer, index):
             check_teacher(teacher.model, method)

@@ -14,7 +14,7 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor, nn
 
-from ...checkpoints.pretrained import Pretrained
+from ...checkpoints.provenance import Pretrained
 from ...models.conversion import converted_layers
 from ...models.copied import copied_layers
 from ...models.copying.tape import Link
@@ -182,7 +182,7 @@ def refuse_name(role: str, model: object, loader: str) -> None:
 def model_of(name: str, teacher: Teacher) -> nn.Module:
     """Return the model of a teacher. Raises UnsupportedModelError: it is not one of timm, nor an OutsideTeacher."""
     model = teacher.model if isinstance(teacher, Pretrained) else teacher
-    refuse_name(name, model, "load_teacher")
+    refuse_name(name, model, "load_pretrained")
     if not isinstance(model, nn.Module) or not hasattr(model, "forward_head"):
         raise UnsupportedModelError(
             f"{name} is a {type(model).__name__}, which is not a classifier of timm: give "

@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from graftvit.checkpoints.export import graph as check
-from graftvit.checkpoints.export.graph import ExportFailedError, compare
+from graftvit.checkpoints import export_graph as check
+from graftvit.checkpoints.export_graph import ExportFailedError, compare
 from torch import Tensor, nn
 
 

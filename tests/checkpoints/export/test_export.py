@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 import timm
 import torch
-from graftvit.checkpoints.export import graph as check
-from graftvit.checkpoints.export import graph as files
-from graftvit.checkpoints.export.export import export_model, export_source
-from graftvit.checkpoints.export.graph import ExportFailedError, data_file
+from graftvit.checkpoints import export_graph as check
+from graftvit.checkpoints import export_graph as files
+from graftvit.checkpoints.export import export_model, export_source
+from graftvit.checkpoints.export_graph import ExportFailedError, data_file
 from graftvit.checkpoints.preprocessing import Preprocessing
 from graftvit.checkpoints.student import write_student
 from graftvit.models.calibration import fit_at_random
@@ -204,7 +204,7 @@ def test_the_file_says_how_to_feed_it(suffix: str, tmp_path: Path) -> None:
         words = json.loads(extra["graftvit.json"])
     expected = {
         "mean": "0.25,0.25,0.25", "std": "0.5,0.5,0.5", "input_size": "3,16,16", "output": "features",
-        "architecture": "vit_tiny_patch16_224", "licence": "cc-by-nc-4.0", "source": "student",
+        "architecture": "vit_tiny_patch16_224", "license": "cc-by-nc-4.0", "source": "student",
         "crop_pct": "0.8", "crop_mode": "center", "interpolation": "bicubic",
     }  # fmt: skip
     assert expected.items() <= words.items()

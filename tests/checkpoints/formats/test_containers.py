@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 import torch
+from graftvit.checkpoints.formats import KEY_MAPS, read_weights
 from graftvit.checkpoints.formats.keymap import recognize
-from graftvit.checkpoints.formats.read import KEY_MAPS, read_weights
-from graftvit.checkpoints.pretrained import load_teacher
-from graftvit.checkpoints.weight_files import Content, Weights
+from graftvit.checkpoints.pretrained import load_pretrained
+from graftvit.checkpoints.weight_files import Weights
 from graftvit.models.errors import CheckpointError
 from support.files import source_files as files
 from support.files.source_files import Tensors
@@ -39,7 +39,7 @@ FAMILIES: dict[str, Callable[[], Tensors]] = {
 
 
 def read(tree: Any, part: Any = None) -> Weights:
-    return read_weights(Content(Path("x.pth"), tree, {}), part)
+    return read_weights(Weights({}, "x.pth", "torch", tree=tree), part)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -159,7 +159,7 @@ def test_detectors_and_convolutions_are_of_no_supported_family(
 ) -> None:
     torch.save(tree(), tmp_path / "other.pth")
     with pytest.raises(CheckpointError, match=r"other\.pth is of no supported family: ") as caught:
-        load_teacher(str(tmp_path / "other.pth"))
+        load_pretrained(str(tmp_path / "other.pth"))
     assert "\n" not in str(caught.value)
 
 
@@ -196,6 +196,6 @@ def test_half_a_file_is_refused_by_its_keys(
     change(tensors)
     torch.save({"model": tensors, "args": argparse.Namespace()}, tmp_path / "half.pth")
     with pytest.raises(CheckpointError, match=said) as caught:
-        load_teacher(str(tmp_path / "half.pth"), model=MODELS[family], model_args=TINY)
+        load_pretrained(str(tmp_path / "half.pth"), model=MODELS[family], model_args=TINY)
     assert "half.pth" in str(caught.value)
     assert "\n" not in str(caught.value)

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from graftvit.checkpoints.pretrained import Teacher, load_teacher
+from graftvit.checkpoints.pretrained import load_pretrained
+from graftvit.checkpoints.provenance import Pretrained
 from graftvit.models.errors import CheckpointError
 from support.files import source_files as files
 from support.files.source_files import DEPTH, HEADS, Tensors
@@ -17,16 +18,16 @@ from torch import Tensor
 
 NAME = "vit_tiny_patch16_224"
 TINY: dict[str, Any] = {"embed_dim": 16, "depth": 2, "patch_size": 4}
-Load = Callable[..., Teacher]
+Load = Callable[..., Pretrained]
 
 
 @pytest.fixture
 def load(tmp_path: Path) -> Load:
     """Saves named arrays and loads them; a format is known by its keys, whatever the file."""
 
-    def save_and_load(tensors: Tensors, model: str = NAME, **arguments: Any) -> Teacher:
+    def save_and_load(tensors: Tensors, model: str = NAME, **arguments: Any) -> Pretrained:
         torch.save(tensors, tmp_path / "archive.pth")
-        return load_teacher(str(tmp_path / "archive.pth"), model=model, model_args={**TINY, **arguments})
+        return load_pretrained(str(tmp_path / "archive.pth"), model=model, model_args={**TINY, **arguments})
 
     return save_and_load
 
@@ -35,7 +36,7 @@ def same(ours: Tensor, theirs: Tensor) -> bool:
     return float((ours.double() - theirs).norm() / theirs.norm()) < 1e-5
 
 
-def outputs(teacher: Teacher, tensors: Tensors, *, old: bool) -> tuple[Tensor, Tensor, Tensor]:
+def outputs(teacher: Pretrained, tensors: Tensors, *, old: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Tokens and outputs of the teacher, and the reference's tokens, of the same images."""
     images = torch.randn(2, 3, 16, 16)
     doubled = {key: tensor.double() for key, tensor in tensors.items()}
@@ -103,7 +104,7 @@ def test_a_published_size_needs_no_name(tmp_path: Path, monkeypatch: pytest.Monk
         monkeypatch.setattr(files, name, value)
     tensors = files.flax(old=False, cls=cls)
     torch.save({f"params/{key}": t for key, t in tensors.items()}, tmp_path / "archive.pth")
-    teacher: Any = load_teacher(str(tmp_path / "archive.pth"))
+    teacher: Any = load_pretrained(str(tmp_path / "archive.pth"))
     assert teacher.architecture == "vit_tiny_patch16_224"
     assert (len(teacher.model.blocks), teacher.model.blocks[0].attn.num_heads) == (12, 3)
     assert teacher.model.patch_embed.img_size == (32, 32)

@@ -10,7 +10,7 @@ import pytest
 import timm
 import torch
 from graftvit.checkpoints.formats.lit_keys import from_reference, to_reference
-from graftvit.checkpoints.pretrained import load_teacher
+from graftvit.checkpoints.pretrained import load_pretrained
 from graftvit.models.errors import CheckpointError
 from graftvit.models.small import without_memory
 from support.models.golden import golden_state
@@ -51,13 +51,15 @@ def test_a_file_is_loaded_from_any_container(tmp_path: Path, name: str, wrapped:
         tree = {"model": state, "epoch": 3, "args": argparse.Namespace(lr=0.1)}
     torch.save(tree, tmp_path / "published.pth")
     size = 64 if name == "litv2_s" else None  # no tensor of LITv2 shows the size of its images
-    teacher = load_teacher(str(tmp_path / "published.pth"), model=name, model_args=TINY[name], img_size=size)
+    teacher = load_pretrained(
+        str(tmp_path / "published.pth"), model=name, model_args=TINY[name], img_size=size
+    )
     assert teacher.model_args["num_classes"] == 5
     own = timm.create_model(name, num_classes=5, img_size=64, **TINY[name]).eval()
     own.load_state_dict(from_reference(state))
     inputs = torch.randn(2, 3, 64, 64)
     torch.testing.assert_close(teacher.model(inputs), own(inputs), rtol=1e-5, atol=1e-5)
-    larger = load_teacher(
+    larger = load_pretrained(
         str(tmp_path / "published.pth"), model=name, model_args=TINY[name], img_size=(64, 96)
     ).model
     assert larger(torch.randn(1, 3, 64, 96)).shape == (1, 5)

@@ -11,11 +11,11 @@ import pytest
 import timm
 import torch
 from graftvit.checkpoints.describe import describe_file
-from graftvit.checkpoints.export.export import export_model, export_source
-from graftvit.checkpoints.export.graph import quiet, relative_error
+from graftvit.checkpoints.export import export_model, export_source
+from graftvit.checkpoints.export_graph import quiet, relative_error
 from graftvit.checkpoints.formats.containers import KEY
 from graftvit.checkpoints.preprocessing import Preprocessing
-from graftvit.checkpoints.pretrained import load_teacher
+from graftvit.checkpoints.pretrained import load_pretrained
 from graftvit.checkpoints.sources import parse_source
 from graftvit.checkpoints.student import write_student
 from graftvit.checkpoints.weight_files import read_file
@@ -101,7 +101,7 @@ def edited(path: Path, out: Path, edit: Any) -> Path:
 
 
 def test_our_own_export_is_read_back_with_its_architecture(ours: Path) -> None:
-    teacher = load_teacher(str(ours))
+    teacher = load_pretrained(str(ours))
     assert teacher.architecture == "vit_tiny_patch16_224"
     images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
@@ -125,7 +125,7 @@ def test_a_converted_model_is_read_back_with_its_operators(plan: str, tmp_path: 
         tiny().load_state_dict(written)
     images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))
     for source in (path, out):
-        teacher = load_teacher(str(source))
+        teacher = load_pretrained(str(source))
         assert plan_of(teacher.model) == plan_of(model)
         assert teacher.mean == (0.4, 0.5, 0.6)
         with torch.no_grad():
@@ -136,7 +136,7 @@ def test_an_exported_folder_of_a_converted_model_is_a_source(tmp_path: Path) -> 
     model = drawn(convert(tiny(), "0: linear"))
     save_for_hf(model, tmp_path / "m")
     export_source(tmp_path / "m", tmp_path / "m.onnx", normalize=True)
-    assert plan_of(load_teacher(str(tmp_path / "m.onnx")).model) == plan_of(model)
+    assert plan_of(load_pretrained(str(tmp_path / "m.onnx")).model) == plan_of(model)
 
 
 @pytest.mark.parametrize(
@@ -155,7 +155,7 @@ def test_a_graph_whose_weights_are_lost_is_refused_by_name(
     assert not out.exists()
     assert "cannot be read back; give the folder or file" in capsys.readouterr().err
     with pytest.raises(CheckpointError, match=words):
-        load_teacher(str(path))
+        load_pretrained(str(path))
 
 
 def test_a_converted_graph_without_a_description_is_refused(tmp_path: Path) -> None:
@@ -165,7 +165,7 @@ def test_a_converted_graph_without_a_description_is_refused(tmp_path: Path) -> N
 
     export_model(drawn(convert(tiny(), "0: linear")), tmp_path / "m.onnx", dynamic=())
     with pytest.raises(CheckpointError, match="of a converted model, which it does not describe"):
-        load_teacher(str(edited(tmp_path / "m.onnx", tmp_path / "e.onnx", forget)))
+        load_pretrained(str(edited(tmp_path / "m.onnx", tmp_path / "e.onnx", forget)))
 
 
 @pytest.mark.slow
@@ -173,7 +173,7 @@ def test_a_resolution_left_free_and_a_normalization_inside(ours: Path, tmp_path:
     path = tmp_path / "free.onnx"
     export_source(ours.parent / "student", path, dynamic=("batch", "resolution"), normalize=True)
     student = load_file(ours.parent / "student" / "model.safetensors")
-    found = load_teacher(str(path)).model.state_dict()
+    found = load_pretrained(str(path)).model.state_dict()
     assert all(torch.equal(tensor, student[name]) for name, tensor in found.items())
 
 
@@ -189,7 +189,7 @@ def test_transformers_models_of_both_exporters(
     name: str, settings: dict[str, Any], size: int, model: str, dynamo: bool, tmp_path: Path
 ) -> None:
     path = export(transformers_model(name, **settings), tmp_path / "m.onnx", size, dynamo=dynamo)
-    teacher = load_teacher(str(path), model=model, model_args={**SIZES, "img_size": size})
+    teacher = load_pretrained(str(path), model=model, model_args={**SIZES, "img_size": size})
     images = torch.randn(1, 3, size, size, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         tokens = teacher.model.forward_features(images)  # type: ignore[operator]
@@ -206,7 +206,7 @@ def test_a_part_beside_the_model_is_left_out_and_named(tmp_path: Path) -> None:
             return self.decoder(self.backbone(images))
 
     path = export(drawn(Both()), tmp_path / "both.onnx", 32, dynamo=False)
-    teacher = load_teacher(str(path), model="vit_tiny_patch16_224", model_args={**SIZES, "img_size": 32})
+    teacher = load_pretrained(str(path), model="vit_tiny_patch16_224", model_args={**SIZES, "img_size": 32})
     assert "decoder.weight" in teacher.report.unexpected
     assert not teacher.report.missing
 
@@ -246,7 +246,7 @@ def test_weights_without_names(foreign: Path, tmp_path: Path) -> None:
 
     path = edited(foreign, tmp_path / "anonymous.onnx", forget)
     with pytest.raises(CheckpointError, match=r"8 of its matrices have no names.*'onnx::MatMul_\d+'"):
-        load_teacher(str(path))
+        load_pretrained(str(path))
 
 
 def test_quantized_weights(foreign: Path, tmp_path: Path) -> None:
@@ -254,7 +254,7 @@ def test_quantized_weights(foreign: Path, tmp_path: Path) -> None:
         model.graph.node.add(op_type="DequantizeLinear", input=["a", "b"], output=["c"])
 
     with pytest.raises(CheckpointError, match="is quantized"):
-        load_teacher(str(edited(foreign, tmp_path / "int8.onnx", quantize)))
+        load_pretrained(str(edited(foreign, tmp_path / "int8.onnx", quantize)))
 
 
 def external(foreign: Path, folder: Path, location: str, length: int | None = None) -> Path:
@@ -305,7 +305,7 @@ def test_a_file_cut_short(share: float, foreign: Path, tmp_path: Path) -> None:
     path = tmp_path / "cut.onnx"
     path.write_bytes(content[: max(int(len(content) * share), 8)])
     with pytest.raises(CheckpointError, match=r"^[^\n]+$"):
-        load_teacher(str(path))
+        load_pretrained(str(path))
 
 
 def test_millions_of_empty_nodes_are_refused(tmp_path: Path) -> None:
@@ -324,11 +324,11 @@ def test_a_name_that_is_no_text(foreign: Path, tmp_path: Path) -> None:
     path = tmp_path / "bytes.onnx"
     path.write_bytes(foreign.read_bytes().replace(b"head.weight", b"head.weigh\xf4"))
     with pytest.raises(CheckpointError, match="is no text"):
-        load_teacher(str(path))
+        load_pretrained(str(path))
 
 
 def test_a_part_without_a_number(foreign: Path, tmp_path: Path) -> None:
     path = tmp_path / "zeros.onnx"
     path.write_bytes(foreign.read_bytes() + bytes(2))
     with pytest.raises(CheckpointError, match="a part of it has no number"):
-        load_teacher(str(path))
+        load_pretrained(str(path))

@@ -10,7 +10,7 @@ import pytest
 import timm
 import torch
 from graftvit.checkpoints.fit import resample_position
-from graftvit.checkpoints.pretrained import load_teacher
+from graftvit.checkpoints.pretrained import load_pretrained
 from support.files import source_files as files
 from support.files.source_checks import HALF, IMAGENET, TINY, Load, doubled, loader, plain, same_features
 from support.files.source_files import DEPTH, HEADS, SIDE, Tensors
@@ -157,7 +157,7 @@ def test_positions_are_resampled_to_another_size(tmp_path: Path, method: Any) ->
         (files.dinov2(blocks, registers=2), "vit_base_patch14_reg4_dinov2", 0, {"reg_tokens": 2}),
     ):
         torch.save({"model": tensors}, tmp_path / "source.pth")
-        teacher = load_teacher(
+        teacher = load_pretrained(
             str(tmp_path / "source.pth"),
             model=name,
             model_args={**TINY, **arguments},
@@ -191,7 +191,7 @@ def test_a_published_size_needs_no_name(tmp_path: Path, name: str, rename: dict[
     for ours, theirs in rename.items():
         tensors = {key.replace(ours, theirs): tensor for key, tensor in tensors.items()}
     torch.save({"model": tensors}, tmp_path / "source.pth")
-    teacher = load_teacher(str(tmp_path / "source.pth"))
+    teacher = load_pretrained(str(tmp_path / "source.pth"))
     assert teacher.architecture == name
     assert teacher.has_head
     images = torch.randn(1, 3, 32, 32)

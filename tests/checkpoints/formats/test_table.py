@@ -10,12 +10,13 @@ from typing import Any
 import pytest
 import torch
 from graftvit.checkpoints.describe import describe_source
+from graftvit.checkpoints.formats import KEY_MAPS
+from graftvit.checkpoints.formats.hf_key_maps import TRANSFORMERS_MAPS
 from graftvit.checkpoints.formats.keymap import recognize
 from graftvit.checkpoints.formats.lit_keys import ECOFORMER_MAPS, LIT_MAPS
-from graftvit.checkpoints.formats.read import KEY_MAPS
 from graftvit.checkpoints.formats.research import RESEARCH_MAPS
-from graftvit.checkpoints.formats.transformers.key_maps import TRANSFORMERS_MAPS
-from graftvit.checkpoints.pretrained import Teacher, load_teacher
+from graftvit.checkpoints.pretrained import load_pretrained
+from graftvit.checkpoints.provenance import Pretrained
 from graftvit.models.errors import CheckpointError
 from support.files import source_files as files
 from support.files.source_checks import TINY, doubled, plain, same_features
@@ -63,8 +64,8 @@ class Case:
     """Beginnings of the names that the encoder has no use for."""
     arguments: dict[str, Any] = field(default_factory=lambda: dict(TINY))
 
-    def load(self, folder: Path, tensors: Tensors) -> Teacher:
-        return load_teacher(self.save(folder, tensors), model=self.model, model_args=self.arguments)
+    def load(self, folder: Path, tensors: Tensors) -> Pretrained:
+        return load_pretrained(self.save(folder, tensors), model=self.model, model_args=self.arguments)
 
     def save(self, folder: Path, tensors: Tensors) -> str:
         torch.save(tensors, folder / "source.pth")
@@ -131,7 +132,7 @@ def test_half_of_the_tensors_is_refused_also_without_a_name(tmp_path: Path, row:
     half = {key: tensor for (key, tensor), kept in zip(tensors.items(), keep, strict=True) if kept}
     refusal(case, tmp_path, half)
     with pytest.raises(CheckpointError, match=r"source\.pth"):
-        load_teacher(case.save(tmp_path, half))
+        load_pretrained(case.save(tmp_path, half))
 
 
 @pytest.mark.slow

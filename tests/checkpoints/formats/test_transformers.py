@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from graftvit.checkpoints.pretrained import Teacher, load_teacher
+from graftvit.checkpoints.pretrained import load_pretrained
+from graftvit.checkpoints.provenance import Pretrained
 from graftvit.models.families import check_supported
 from support.models.hf_models import CASES, Case, save, save_modules
 from torch import Tensor, nn, no_grad
@@ -18,7 +19,7 @@ def error(found: Tensor, wanted: Tensor) -> float:
     return float((found - wanted).norm() / wanted.norm())
 
 
-def check_same(case: Case, model: nn.Module, teacher: Teacher) -> None:
+def check_same(case: Case, model: nn.Module, teacher: Pretrained) -> None:
     check_supported(teacher.model)
     for count in (1, 2):
         images = case.images(count)
@@ -33,14 +34,14 @@ def check_same(case: Case, model: nn.Module, teacher: Teacher) -> None:
 @pytest.mark.parametrize("case", CASES, ids=[case.name for case in CASES])
 def test_features_are_those_of_transformers(case: Case, tmp_path: Path) -> None:
     model = case.build()
-    check_same(case, model, load_teacher(save(model, tmp_path / "saved")))
-    check_same(case, model, load_teacher(save_modules(model, tmp_path / "modules")))
+    check_same(case, model, load_pretrained(save(model, tmp_path / "saved")))
+    check_same(case, model, load_pretrained(save_modules(model, tmp_path / "modules")))
 
 
 def test_the_classes_of_a_classifier_are_known_by_name(tmp_path: Path) -> None:
     case = next(case for case in CASES if case.name == "vit-classifier")
     model = case.build()
-    assert load_teacher(save(model, tmp_path / "unnamed")).label_names is None
+    assert load_pretrained(save(model, tmp_path / "unnamed")).label_names is None
     names = ("dog", "cat", "ant", "bee", "cow")
     model.config.id2label = dict(enumerate(names))
-    assert load_teacher(save(model, tmp_path / "named")).label_names == names
+    assert load_pretrained(save(model, tmp_path / "named")).label_names == names

@@ -13,11 +13,11 @@ import timm
 import torch
 import transformers
 from graftvit.checkpoints.describe import describe_source
+from graftvit.checkpoints.formats import KEY_MAPS
+from graftvit.checkpoints.formats.hf_key_maps import TRANSFORMERS_MAPS
 from graftvit.checkpoints.formats.keymap import recognize
-from graftvit.checkpoints.formats.read import KEY_MAPS
-from graftvit.checkpoints.formats.transformers.key_maps import TRANSFORMERS_MAPS
 from graftvit.checkpoints.model_folders import loads_in_plain_timm
-from graftvit.checkpoints.pretrained import load, load_teacher
+from graftvit.checkpoints.pretrained import load, load_pretrained
 from graftvit.checkpoints.student import save_student
 from graftvit.models.errors import CheckpointError
 from safetensors.torch import load_file, save_file
@@ -83,7 +83,7 @@ def write(folder: Path, tensors: dict[str, Tensor], config: dict[str, Any]) -> s
 def refusal(source: str) -> str:
     """The one sentence of loading."""
     with pytest.raises(CheckpointError) as caught:
-        load_teacher(source)
+        load_pretrained(source)
     said = str(caught.value)
     assert "\n" not in said
     assert len(said) < 500
@@ -161,7 +161,7 @@ def test_without_its_classifier_a_model_loads_with_half_of_it_not(
     heads = [key for key in tensors if "classifier" in key]
     if row.startswith(("transformers' ViT", "transformers' DeiT")):
         without = {key: tensor for key, tensor in tensors.items() if key not in heads}
-        assert not load_teacher(write(tmp_path / "without", without, config)).has_head
+        assert not load_pretrained(write(tmp_path / "without", without, config)).has_head
     for key in heads:
         half = {name: tensor for name, tensor in tensors.items() if name != key}
         refusal(write(tmp_path / "half", half, config))
@@ -258,8 +258,8 @@ def test_shards_load_as_one_and_an_absent_one_is_named(folders: Any, tmp_path: P
         names |= dict.fromkeys(part, file)
     (tmp_path / f"{stem}.{suffix}.index.json").write_text(json.dumps({"weight_map": names}))
     (tmp_path / "config.json").write_text(json.dumps(config))
-    whole: Any = load_teacher(f"local-dir:{path}").model
-    found: Any = load_teacher(f"local-dir:{tmp_path}").model
+    whole: Any = load_pretrained(f"local-dir:{path}").model
+    found: Any = load_pretrained(f"local-dir:{tmp_path}").model
     images = torch.randn(1, 3, 32, 32)
     assert torch.equal(whole(images), found(images))
     (tmp_path / f"{stem}-00002-of-00002.{suffix}").unlink()
@@ -268,7 +268,7 @@ def test_shards_load_as_one_and_an_absent_one_is_named(folders: Any, tmp_path: P
 
 @pytest.mark.parametrize("case", CASES, ids=[case.name for case in CASES])
 def test_what_is_saved_gives_the_same_in_plain_timm(folders: Any, tmp_path: Path, case: Case) -> None:
-    teacher: Any = load_teacher(f"local-dir:{folders(case.name)[0]}")
+    teacher: Any = load_pretrained(f"local-dir:{folders(case.name)[0]}")
     written = save_student(teacher.source, tmp_path / "out")
     images = case.images()
     with torch.no_grad():

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from graftvit.checkpoints.hub.download import download
+from graftvit.checkpoints.hub import download
 from graftvit.models.errors import CheckpointError
 from support.hub.hub_client import be_impatient, use_hub
 from support.hub.hub_server import COMMIT, Hub, serve

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable
 
 import pytest
-from graftvit.checkpoints.hub.download import commit_of, download, try_download
+from graftvit.checkpoints.hub import commit_of, download, try_download
 from huggingface_hub import constants, hf_hub_download
 from support.hub.hub_client import move_client
 from support.hub.hub_server import COMMIT, Fault, Hub, closed_port

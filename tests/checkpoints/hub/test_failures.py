@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from graftvit.checkpoints.hub.download import download, explained
+from graftvit.checkpoints.hub import download, explained
 from graftvit.models.errors import CheckpointError
 from huggingface_hub import constants
 from support.hub.hub_server import COMMIT, TOKEN, Fault, Hub

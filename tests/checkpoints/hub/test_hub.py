@@ -11,7 +11,7 @@ import timm
 import torch
 from graftvit.checkpoints.architecture import read_timm
 from graftvit.checkpoints.preprocessing import Preprocessing
-from graftvit.checkpoints.pretrained import load_teacher
+from graftvit.checkpoints.pretrained import load_pretrained
 from graftvit.checkpoints.sources import TimmSource
 from graftvit.checkpoints.student import write_student
 from graftvit.models.errors import CheckpointError
@@ -62,7 +62,7 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, dict[st
 
 def refusal(source: str, **arguments: Any) -> str:
     with pytest.raises(CheckpointError) as caught:
-        load_teacher(source, model_args=arguments)
+        load_pretrained(source, model_args=arguments)
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
@@ -72,8 +72,8 @@ def test_downloads_revisions_and_refusals(
 ) -> None:
     address, sums = hub
     use_hub(monkeypatch, address, tmp_path)
-    main, v1 = (load_teacher(source) for source in ("hf-hub:org/vit", "hf-hub:org/vit@v1"))
-    published = load_teacher(PUBLISHED.removeprefix("timm/"), model_args=SMALL)
+    main, v1 = (load_pretrained(source) for source in ("hf-hub:org/vit", "hf-hub:org/vit@v1"))
+    published = load_pretrained(PUBLISHED.removeprefix("timm/"), model_args=SMALL)
     assert [sum_of(teacher.model) for teacher in (main, v1, published)] == [
         sums["main"],
         sums["v1"],
@@ -89,7 +89,7 @@ def test_downloads_revisions_and_refusals(
     assert refusal("hf-hub:org/bare") == "org/bare has no 'config.json'; it has README.md"
     assert "hf-hub:org/empty has a config.json but no weights" in refusal("hf-hub:org/empty")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    assert sum_of(load_teacher("hf-hub:org/vit@v1").model) == sums["v1"]
+    assert sum_of(load_pretrained("hf-hub:org/vit@v1").model) == sums["v1"]
 
 
 def test_offline_mode_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -115,12 +115,12 @@ def test_a_timm_name_with_a_head_and_another_size(
     path, arguments = published_file
     model = timm.create_model(NAME, **SMALL, num_classes=3)
     save_file(model.state_dict(), path)
-    teacher = load_teacher(NAME, model_args=arguments())
+    teacher = load_pretrained(NAME, model_args=arguments())
     assert teacher.architecture == NAME
     assert teacher.has_head
     images = torch.randn(1, 3, 224, 224)
     assert torch.equal(teacher.model(images), model.eval()(images))
-    small = load_teacher(NAME, model_args=arguments(), img_size=(64, 96), position_embedding="mae")
+    small = load_pretrained(NAME, model_args=arguments(), img_size=(64, 96), position_embedding="mae")
     assert small.report.resampled == {"pos_embed": "from grid 14x14 to 4x6 (mae's bicubic)"}
     assert small.model(torch.randn(1, 3, 64, 96)).shape == (1, 3)
 
@@ -134,7 +134,7 @@ def test_published_weights_that_do_not_load_end_in_one_sentence(
     for damage in (lambda: None, lambda: path.write_bytes(path.read_bytes()[:90]), lambda: path.unlink()):
         damage()
         with pytest.raises(CheckpointError, match=r"vit_tiny_patch16_224") as caught:
-            load_teacher(NAME, model_args=arguments())
+            load_pretrained(NAME, model_args=arguments())
         assert "\n" not in str(caught.value)
 
 
@@ -144,4 +144,4 @@ def test_a_name_without_weights_names_others() -> None:
     with pytest.raises(
         CheckpointError, match=r"no tag 'may' of vit_large_patch16_224; valid: .*vit_large_patch16_224\.mae"
     ):
-        load_teacher("vit_large_patch16_224.may")
+        load_pretrained("vit_large_patch16_224.may")

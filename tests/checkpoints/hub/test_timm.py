@@ -9,7 +9,7 @@ import pytest
 import timm
 import torch
 from graftvit.checkpoints.architecture import read_timm
-from graftvit.checkpoints.pretrained import load_teacher
+from graftvit.checkpoints.pretrained import load_pretrained
 from graftvit.checkpoints.sources import TimmSource
 from graftvit.models.errors import CheckpointError
 from safetensors.torch import save
@@ -50,7 +50,7 @@ def same(teacher: Any, state: dict[str, Tensor]) -> bool:
 def test_a_revision_loads_exactly_that_commit(
     published: dict[str, dict[str, Tensor]], revision: str | None, commit: str
 ) -> None:
-    teacher = load_teacher(NAME, model_args=SMALL, revision=revision)
+    teacher = load_pretrained(NAME, model_args=SMALL, revision=revision)
     assert same(teacher, published[commit])
     assert teacher.revision == teacher.report.revision == commit
     assert teacher.license == "cc-by-nc-4.0"
@@ -58,7 +58,7 @@ def test_a_revision_loads_exactly_that_commit(
 
 def refused(revision: str | None = None, **arguments: Any) -> str:
     with pytest.raises(CheckpointError) as caught:
-        load_teacher(NAME, model_args={**SMALL, **arguments}, revision=revision)
+        load_pretrained(NAME, model_args={**SMALL, **arguments}, revision=revision)
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
@@ -92,7 +92,7 @@ def test_a_pickle_is_taken_where_there_is_no_safetensors_file(
     stream = io.BytesIO()
     torch.save(published[OLD], stream)
     server.files[REPOSITORY, OLD, "pytorch_model.bin"] = stream.getvalue()
-    assert same(load_teacher(NAME, model_args=SMALL, revision=OLD), published[OLD])
+    assert same(load_pretrained(NAME, model_args=SMALL, revision=OLD), published[OLD])
 
 
 def test_a_repository_without_weights_says_what_it_has(
@@ -126,7 +126,7 @@ def test_a_commit_in_timms_own_description_is_kept(
     published: dict[str, dict[str, Tensor]],
 ) -> None:
     pinned = {"pretrained_cfg_overlay": {"hf_hub_id": f"{REPOSITORY}@{OLD}"}}
-    assert same(load_teacher(NAME, model_args={**SMALL, **pinned}), published[OLD])
+    assert same(load_pretrained(NAME, model_args={**SMALL, **pinned}), published[OLD])
 
 
 @pytest.mark.usefixtures("published")

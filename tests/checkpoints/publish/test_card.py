@@ -42,7 +42,7 @@ def config(**sections: Any) -> dict[str, Any]:
     del recipe["output_dir"], recipe["engine"]
     teacher = {
         "source": recipe["teacher"]["source"], "architecture": "vit_large_patch16_224",
-        "revision": COMMIT, "licence": "cc-by-nc-4.0",
+        "revision": COMMIT, "license": "cc-by-nc-4.0",
     }  # fmt: skip
     return {
         "architecture": "vit_tiny_patch16_224",
@@ -202,7 +202,7 @@ def test_modes_without_a_teacher() -> None:
     made = config(mode="finetune")
     made["graftvit"] |= {
         "teacher": None,
-        "init": {"source": "hf-hub:org/start", "revision": None, "licence": None},
+        "init": {"source": "hf-hub:org/start", "revision": None, "license": None},
     }
     card = student_card(made, CardFacts("me/vit", None))
     data = ModelCard(card).data.to_dict()
@@ -290,7 +290,7 @@ def test_no_path_of_this_machine_is_in_it() -> None:
     made["graftvit"]["init"] = {
         "source": "local-dir:C:\\secret\\runs\\student",
         "revision": None,
-        "licence": "mit",
+        "license": "mit",
     }
     made["graftvit"]["results"]["dataset"] = "/secret/data/cifar"
     card = student_card(made, FACTS)
@@ -390,7 +390,7 @@ def test_nothing_that_is_recorded_becomes_html_or_a_link() -> None:
         for key in path[:-1]:
             place = place[key]
         place[path[-1]] = MARKED
-        if path == ("pretrained_cfg", "input_size", 0) or path[-1] in ("train_samples", "licence"):
+        if path == ("pretrained_cfg", "input_size", 0) or path[-1] in ("train_samples", "license"):
             assert "&lt;img" in (card := student_card(made, FACTS)) or "`<img" in card, path
         text = rendered(student_card(made, FACTS))
         assert "<img" not in text, path

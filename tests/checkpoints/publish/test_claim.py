@@ -11,7 +11,7 @@ from graftvit.models.errors import CheckpointError
 
 def config(own: str | None = None, **origins: Any) -> dict[str, Any]:
     """A config.json with the license of its weights, and of its teacher and its start where they are given."""
-    made = {key: {"source": "x", "licence": license} for key, license in origins.items()}
+    made = {key: {"source": "x", "license": license} for key, license in origins.items()}
     return {"pretrained_cfg": {"license": own} if own else {}, "graftvit": made}
 
 

@@ -15,7 +15,7 @@ from graftvit.models.errors import CheckpointError
 from huggingface_hub import ModelCard
 from support.models.tiny_students import ARGUMENTS, NAME, write_tiny_student
 
-TEACHER = {"source": "/secret/mae.pth", "architecture": NAME, "revision": None, "licence": "cc-by-nc-4.0"}
+TEACHER = {"source": "/secret/mae.pth", "architecture": NAME, "revision": None, "license": "cc-by-nc-4.0"}
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from graftvit.checkpoints.pretrained import load_teacher
+from graftvit.checkpoints.pretrained import load_pretrained
 from graftvit.checkpoints.state import TrainingState, write_state
 from graftvit.models.errors import GraftError
 from support.files.hostile_configs import HUGE_INTS, KINDS, change, small_model, write_model
@@ -87,7 +87,7 @@ def test_a_description_that_cannot_be_meant_is_refused_in_one_sentence(
     folder = shutil.copytree(models / kind, tmp_path / "m")
     change(folder, place, value)
     with pytest.raises(GraftError) as caught:
-        load_teacher(f"local-dir:{folder}")
+        load_pretrained(f"local-dir:{folder}")
     sentence = str(caught.value)
     assert "\n" not in sentence
     assert len(sentence) < 700
@@ -96,7 +96,7 @@ def test_a_description_that_cannot_be_meant_is_refused_in_one_sentence(
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_true_description_loads(kind: str, models: Path, limited: None) -> None:
     model, _, _ = small_model(kind)
-    loaded = load_teacher(f"local-dir:{models / kind}").model
+    loaded = load_pretrained(f"local-dir:{models / kind}").model
     assert loaded.state_dict().keys() == model.state_dict().keys()
 
 
@@ -111,14 +111,14 @@ def test_arguments_of_a_training_state_are_held_against_it_too(
     tensors = {f"student.{key}": tensor for key, tensor in model.state_dict().items()}
     write_state(path, TrainingState(tensors, {"student": entry}))
     with pytest.raises(GraftError) as caught:
-        load_teacher(str(path))
+        load_pretrained(str(path))
     assert "depth" in str(caught.value)
 
 
 @pytest.mark.parametrize("value", [10**6, 10**9, -3, NAN])
 def test_arguments_that_a_user_gives_are_bounded(value: Any, models: Path, limited: None) -> None:
     with pytest.raises(GraftError, match=r"model_args\.depth"):
-        load_teacher(f"local-dir:{models / 'plain'}", model_args={"depth": value})
+        load_pretrained(f"local-dir:{models / 'plain'}", model_args={"depth": value})
 
 
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors.index.json", "README.md"])
@@ -131,14 +131,14 @@ def test_a_sparse_file_of_five_gigabytes_is_not_read(
     with (folder / name).open("wb") as file:
         file.truncate(5 << 30)
     if name == "README.md":  # what a card says of a license is all that is lost
-        assert load_teacher(f"local-dir:{folder}").license is None
+        assert load_pretrained(f"local-dir:{folder}").license is None
         return
     with pytest.raises(GraftError, match=r"is refused: it has more than 16,777,216 bytes"):
-        load_teacher(f"local-dir:{folder}")
+        load_pretrained(f"local-dir:{folder}")
 
 
 def test_a_card_that_multiplies_itself_is_no_license(models: Path, tmp_path: Path, limited: None) -> None:
     folder = shutil.copytree(models / "plain", tmp_path / "m")
     levels = "\n".join(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]" for n in range(1, 30))
     (folder / "README.md").write_text(f"---\na0: &a0 [x]\n{levels}\nlicense: *a29\n---\n")
-    assert load_teacher(f"local-dir:{folder}").license is None
+    assert load_pretrained(f"local-dir:{folder}").license is None

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from graftvit.checkpoints.pretrained import Teacher, load_teacher
+from graftvit.checkpoints.pretrained import load_pretrained
+from graftvit.checkpoints.provenance import Pretrained
 from support.files.source_files import DEPTH, HEADS, Tensors
 from support.models import reference_vit as reference
 from torch import Tensor
@@ -15,15 +16,17 @@ from torch import Tensor
 TINY: dict[str, Any] = {"embed_dim": 16, "depth": 2, "num_heads": 2, "patch_size": 4}
 IMAGENET = (0.485, 0.456, 0.406)
 HALF = (0.5, 0.5, 0.5)
-Load = Callable[..., Teacher]
+Load = Callable[..., Pretrained]
 
 
 def loader(folder: Path) -> Load:
     """What saves a tree in `folder` and loads a part of it as a tiny teacher."""
 
-    def load(tree: Any, model: str, part: str = "", **arguments: Any) -> Teacher:
+    def load(tree: Any, model: str, part: str = "", **arguments: Any) -> Pretrained:
         torch.save(tree, folder / "source.pth")
-        return load_teacher(f"{folder / 'source.pth'}{part}", model=model, model_args={**TINY, **arguments})
+        return load_pretrained(
+            f"{folder / 'source.pth'}{part}", model=model, model_args={**TINY, **arguments}
+        )
 
     return load
 
@@ -36,7 +39,7 @@ def agree(ours: Tensor, theirs: Tensor) -> bool:
     return float((ours - theirs).norm() / theirs.norm()) < 1e-5
 
 
-def same_features(teacher: Teacher, expected: Callable[[Tensor], Tensor], *, logits: bool = False) -> bool:
+def same_features(teacher: Pretrained, expected: Callable[[Tensor], Tensor], *, logits: bool = False) -> bool:
     images = torch.randn(2, 3, 16, 16)
     with torch.no_grad():
         ours: Tensor = teacher.model(images) if logits else teacher.model.forward_features(images)  # type: ignore[operator]

@@ -8,7 +8,7 @@ from typing import Any
 import graftvit
 import pytest
 import torch
-from graftvit.checkpoints.export.graph import trace
+from graftvit.checkpoints.export_graph import trace
 from graftvit.checkpoints.preprocessing import Preprocessing
 from graftvit.checkpoints.student import write_student
 from graftvit.models.conversion import convert, converted_layers, plan_of

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from graftvit.checkpoints import load
-from graftvit.checkpoints.pretrained import load_teacher
+from graftvit.checkpoints.pretrained import load_pretrained
 from graftvit.checkpoints.state import read_state
 from graftvit.launch.cli import main
 from graftvit.launch.plan_text import describe_plan
@@ -84,9 +84,9 @@ def test_it_changes_which_state_is_the_best(
         folder = tmp_path / metric
         train(short(folder, images, engine={"metric": metric}, optim={"epochs": 2}))
         steps[metric] = position(folder)["epoch"]
-        made = load_teacher(f"{folder}#best").provenance
+        made = load_pretrained(f"{folder}#best").provenance
         assert (made["picked"], made["step"]) == (metric, position(folder)["step"])
-        assert "picked" not in load_teacher(str(folder)).provenance
+        assert "picked" not in load_pretrained(str(folder)).provenance
     assert steps == {"top1": 1, "loss": 2}
 
 

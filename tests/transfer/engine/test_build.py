@@ -10,7 +10,7 @@ import pytest
 import timm
 import torch
 from graftvit.checkpoints.preprocessing import Preprocessing
-from graftvit.checkpoints.pretrained import load_teacher
+from graftvit.checkpoints.pretrained import load_pretrained
 from graftvit.checkpoints.student import write_student
 from graftvit.launch.plan_text import describe_plan
 from graftvit.models.errors import ConfigError, DataError, GraftError, TransferError, UnsupportedModelError
@@ -93,7 +93,7 @@ def test_a_student_is_built_as_the_model_whose_weights_it_starts_from(
         "scratch": {"mode": "scratch", "student": {"init": "teacher"}},
     }.get(start, {"mode": start})
     parts = building.build(run_from(source, **sections))
-    teacher = load_teacher(source).model.state_dict()
+    teacher = load_pretrained(source).model.state_dict()
     found = parts.task.backbone.state_dict()
     assert parts.task.backbone.global_pool == pooling
     assert parts.spec.input_size == (1, 8, 8)

@@ -9,7 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from graftvit.checkpoints.pretrained import Teacher, load_teacher, load_weights
+from graftvit.checkpoints.model_folders import Opened, open_source
+from graftvit.checkpoints.pretrained import load_pretrained, load_weights
+from graftvit.checkpoints.provenance import Pretrained
 from graftvit.checkpoints.report import LoadReport
 from graftvit.launch.plan_text import describe_plan
 from graftvit.models.errors import CheckpointError, ConfigError
@@ -28,21 +30,25 @@ class Hub:
     """Gives the local teacher as if it came from a hub whose main branch stands at `head`."""
 
     def __init__(self) -> None:
-        self.head = COMMIT
+        self.head = self.commit = COMMIT
         self.asked: list[str | None] = []
 
-    def load(self, source: str, *, revision: str | None = None, **how: Any) -> Teacher:
+    def open(self, source: str, revision: str | None = None) -> Opened:
         self.asked.append(revision)
-        commit = revision if revision and len(revision) == 40 else self.head
-        return replace(load_teacher(source, **how), revision=commit, license="cc-by-nc-4.0")
+        self.commit = revision if revision and len(revision) == 40 else self.head
+        return open_source(source)
 
-    def start(self, *given: Any, revision: str | None, **how: Any) -> LoadReport:
-        return replace(load_weights(*given, **how), revision=revision, license="cc-by-nc-4.0")
+    def load(self, source: Opened, **how: Any) -> Pretrained:
+        return replace(load_pretrained(source, **how), revision=self.commit, license="cc-by-nc-4.0")
+
+    def start(self, *given: Any, **how: Any) -> LoadReport:
+        return replace(load_weights(*given, **how), revision=self.commit, license="cc-by-nc-4.0")
 
 
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch) -> Hub:
     hub = Hub()
+    monkeypatch.setattr(building, "open_source", hub.open)
     monkeypatch.setattr(building, "load_pretrained", hub.load)
     monkeypatch.setattr(building, "load_weights", hub.start)
     return hub
@@ -81,9 +87,9 @@ def test_students_say_what_they_learned_from(tmp_path: Path, teacher: Path, hub:
         assert (made["init"] or {}).get("revision") == (COMMIT if mode == "finetune" else None)
         assert made["results"]["top1"] == result.metrics[f"{prefix}top1"]
         assert saved["pretrained_cfg"]["license"] == "cc-by-nc-4.0"
-        assert load_teacher(str(tmp_path / folder)).license == "cc-by-nc-4.0"
+        assert load_pretrained(str(tmp_path / folder)).license == "cc-by-nc-4.0"
     (tmp_path / "student" / "config.json").unlink()  # as a run that was stopped has none
-    stopped = load_teacher(str(tmp_path))
+    stopped = load_pretrained(str(tmp_path))
     assert stopped.license == "cc-by-nc-4.0"
     assert stopped.provenance["teacher"]["revision"] == COMMIT
 
@@ -165,17 +171,17 @@ def test_a_run_that_copies_is_made_whole_with_its_own_teacher_only(tmp_path: Pat
     tensors = load_file(student / "model.safetensors")
     exported = {n: tensor + 1 if n.startswith("teacher.") else tensor for n, tensor in tensors.items()}
     save_file(exported, student / "model.safetensors")
-    found = load_teacher(source).model.state_dict()
+    found = load_pretrained(source).model.state_dict()
     name = next(name for name in found if name.startswith("teacher.") and "qkv.weight" in name)
     assert torch.equal(found[name], tensors[name]), "the exported part of another teacher is not taken"
     for file in student.iterdir():
         file.unlink()
-    load_teacher(source)
+    load_pretrained(source)
     change(own_teacher, "numbers")
     with pytest.raises(
         CheckpointError, match="which holds other weights than those that it was trained with"
     ):
-        load_teacher(source)
+        load_pretrained(source)
 
 
 def test_a_state_that_knows_no_digest_goes_on(tmp_path: Path, own_teacher: Path) -> None:

@@ -17,7 +17,8 @@ import torch
 from graftvit.checkpoints.describe import describe_source
 from graftvit.checkpoints.json_lines import read_records
 from graftvit.checkpoints.preprocessing import Preprocessing
-from graftvit.checkpoints.pretrained import Teacher, load_teacher, load_weights
+from graftvit.checkpoints.pretrained import load_pretrained, load_weights
+from graftvit.checkpoints.provenance import Pretrained
 from graftvit.checkpoints.student import save_student, write_student
 from graftvit.launch.cli import main
 from graftvit.models.errors import CheckpointError, ConfigError, GraftError
@@ -54,19 +55,19 @@ def student_run(**sections: dict[str, object]) -> RunConfig:
 
 
 @pytest.fixture(scope="module")
-def sources(tmp_path_factory: pytest.TempPathFactory) -> list[Teacher]:
+def sources(tmp_path_factory: pytest.TempPathFactory) -> list[Pretrained]:
     """Three models of one channel whose images are made in three ways."""
     folder = tmp_path_factory.mktemp("sources")
     made = [make_teacher(folder / str(mean), mean=(mean,), crop_pct=mean) for mean in (0.3, 0.4, 0.5)]
-    return [load_teacher(f"local-dir:{path}") for path in made]
+    return [load_pretrained(f"local-dir:{path}") for path in made]
 
 
-def images_of(config: RunConfig, teacher: Teacher | None = None) -> Preprocessing:
+def images_of(config: RunConfig, teacher: Pretrained | None = None) -> Preprocessing:
     start = find_start(mode_of(config))
     return resolve_preprocessing(settle(config, start), start or teacher)
 
 
-def test_images_are_those_of_the_weights_that_a_student_starts_from(sources: list[Teacher]) -> None:
+def test_images_are_those_of_the_weights_that_a_student_starts_from(sources: list[Pretrained]) -> None:
     """Settings stand above the weights."""
     teacher, init, whole = sources
     from_init = student_run(student={"init": init.source})
@@ -200,7 +201,7 @@ def test_it_says_its_license_and_what_it_costs(finished: Any) -> None:
     run, _ = finished("copy")
     written = json.loads((run / "student" / "config.json").read_text())
     assert written["pretrained_cfg"]["license"] == "cc-by-nc-4.0"
-    count = sum(p.numel() for p in load_teacher(str(run)).model.teacher.parameters())
+    count = sum(p.numel() for p in load_pretrained(str(run)).model.teacher.parameters())
     cost = written["graftvit"]["cost"]
     assert cost["teacher"]["parameters"] == count
     assert 0 < cost["student"]["macs"] < cost["teacher"]["macs"]
@@ -224,7 +225,7 @@ def test_a_state_needs_the_teacher_that_the_run_names(
     run, metrics = finished("copy")
     stopped, (images, targets) = unfinished(run, tmp_path / "stopped"), test_set
     with pytest.raises(CheckpointError, match=r"copies the attention of 'local-dir:.*teacher', .* bare"):
-        load_teacher(str(stopped))
+        load_pretrained(str(stopped))
     odd_teacher(run.parent / "teacher")
     try:
         for source, key in ((str(stopped), "test_top1"), (f"{stopped}#ema", "test_ema_top1")):
@@ -252,7 +253,7 @@ def test_the_bare_student_is_for_whoever_asks(
     written = json.loads((tmp_path / "a" / "config.json").read_text())
     assert "results" not in written["graftvit"]
     assert written["pretrained_cfg"]["license"] == "cc-by-nc-4.0"
-    assert load_teacher(str(tmp_path / "a")).architecture == ARCHITECTURE
+    assert load_pretrained(str(tmp_path / "a")).architecture == ARCHITECTURE
     assert graftvit.load(str(run), bare=True).state_dict().keys() == bare.state_dict().keys()
     with pytest.raises(CheckpointError, match="copies no teacher's attention"):
         graftvit.load(str(tmp_path / "a"), bare=True)
@@ -282,7 +283,7 @@ def test_its_outputs_teach_and_it_takes_another_size_and_another_head(finished: 
     run, _ = finished("copy")
     transfer = {"method": "logits", "share_drop_path": False}
     assert train(config(tmp_path, run, transfer=transfer, optim={"max_steps": 2})).steps == 2
-    model = load_teacher(str(run), img_size=16, num_classes=0).model
+    model = load_pretrained(str(run), img_size=16, num_classes=0).model
     assert model(torch.rand(2, 1, 16, 16)).shape == (2, 16)
     assert model.teacher.model.patch_embed.img_size == (32, 32)
     saved = timm.create_model(f"local-dir:{run / 'student'}", pretrained=True, num_classes=3)
@@ -306,7 +307,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def score_of(source: str) -> float:
-    loaded = load_teacher(source)
+    loaded = load_pretrained(source)
     loader = create_eval_loader(config(Path("unused")).data, loaded.preprocessing)
     return evaluate({"model": loaded.model}, loader)["model"].top1
 
@@ -325,9 +326,9 @@ def test_each_word_is_the_model_that_the_log_scored(run: Path) -> None:
 def test_a_state_gives_what_was_exported(run: Path, tmp_path: Path) -> None:
     moved = shutil.copytree(run, tmp_path / "moved")
     for word in ("", "#last", "#ema"):
-        exported = load_teacher(f"{moved}{word}")
+        exported = load_pretrained(f"{moved}{word}")
         shutil.rmtree(moved / ("student_ema" if word == "#ema" else "student"), ignore_errors=True)
-        state = load_teacher(f"{moved}{word}")
+        state = load_pretrained(f"{moved}{word}")
         assert state.preprocessing == exported.preprocessing
         for key, tensor in exported.model.state_dict().items():
             assert torch.equal(tensor, state.model.state_dict()[key])
@@ -347,9 +348,9 @@ def test_what_is_not_there_is_said(run: Path, tmp_path: Path) -> None:
     moved = shutil.copytree(run, tmp_path / "moved")
     (moved / "checkpoints" / "best.safetensors").unlink()
     with pytest.raises(CheckpointError, match=r"no best state.*leave #best out"):
-        load_teacher(f"{moved}#best")
+        load_pretrained(f"{moved}#best")
     with pytest.raises(CheckpointError, match=r"#best is of the folder of a run"):
-        load_teacher(f"{moved / 'student'}#best")
+        load_pretrained(f"{moved / 'student'}#best")
 
 
 @pytest.mark.parametrize("word", ["", "#best", "#ema"])

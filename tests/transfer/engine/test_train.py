@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import timm
 import torch
-from graftvit.checkpoints.pretrained import load_teacher
+from graftvit.checkpoints.pretrained import load_pretrained
 from graftvit.models.errors import CheckpointError, ConfigError
 from graftvit.models.plain_yaml import parse_yaml
 from graftvit.transfer.config import RunConfig
@@ -57,8 +57,8 @@ def test_the_student_is_plain_timm_and_the_teacher_is_nowhere(tmp_path: Path, te
         assert model.state_dict().keys() == expected.keys() == tiny_vit(global_pool="avg").state_dict().keys()
         assert all(torch.equal(tensor, expected[name]) for name, tensor in model.state_dict().items())
         part = "#ema" if prefix == "ema." else ""
-        taught = load_teacher(f"{tmp_path / 'checkpoints' / 'last.safetensors'}{part}")
-        exported = load_teacher(f"local-dir:{tmp_path / folder}")
+        taught = load_pretrained(f"{tmp_path / 'checkpoints' / 'last.safetensors'}{part}")
+        exported = load_pretrained(f"local-dir:{tmp_path / folder}")
         assert (taught.architecture, taught.mean, taught.std) == (exported.architecture, (0.5,), (0.5,))
         assert all(torch.equal(tensor, expected[name]) for name, tensor in taught.model.state_dict().items())
     assert {name.split(".")[0] for name in state(tmp_path)} == {"student", "ema", "optimizer", "meters"}
@@ -90,7 +90,7 @@ def test_finetuning_starts_from_the_teacher_with_a_small_head(tmp_path: Path) ->
     run = config(tmp_path / "run", teacher, mode="finetune")
     parts = build(run)
     assert parts.teacher is None
-    weights = load_teacher(f"local-dir:{teacher}").model.state_dict()
+    weights = load_pretrained(f"local-dir:{teacher}").model.state_dict()
     student = parts.task.trainable.state_dict()
     assert all(torch.equal(student[name], weights[name]) for name in student if name.startswith("blocks"))
     assert 0 < float(student["head.weight"].std()) < 4e-5
@@ -102,7 +102,7 @@ def test_pretraining_leaves_an_encoder_that_can_teach(tmp_path: Path) -> None:
     assert result.finished
     assert not any(key.startswith("test") for key in result.metrics)
     encoder, short = tmp_path / "mae" / "student", {"max_steps": 2}
-    assert not load_teacher(f"local-dir:{encoder}").has_head
+    assert not load_pretrained(f"local-dir:{encoder}").has_head
     assert train(config(tmp_path / "taught", encoder, optim=short)).finished
     assert "teacher_top1" not in records(tmp_path / "taught")[0]
     start = {"init": f"local-dir:{encoder}"}

@@ -10,7 +10,7 @@ import graftvit
 import pytest
 import timm
 import torch
-from graftvit.checkpoints.pretrained import load_teacher
+from graftvit.checkpoints.pretrained import load_pretrained
 from graftvit.checkpoints.publish.upload import plan_upload
 from graftvit.models.conversion import convert
 from graftvit.models.copied import copying_of
@@ -103,7 +103,7 @@ def test_other_norms_types_and_heads_are_kept(tmp_path: Path) -> None:
 
 
 def test_what_is_known_of_a_loaded_teacher_is_recorded(tmp_path: Path) -> None:
-    teacher = load_teacher(f"local-dir:{make_teacher(tmp_path)}")
+    teacher = load_pretrained(f"local-dir:{make_teacher(tmp_path)}")
     student = timm.create_model(teacher.architecture, **teacher.model_args)
     dual = DualViT(teacher, student, "copy")
     folder = dual.save(tmp_path / "student")
@@ -117,7 +117,7 @@ def test_what_is_known_of_a_loaded_teacher_is_recorded(tmp_path: Path) -> None:
 def test_a_path_in_place_of_a_model(tmp_path: Path) -> None:
     model: Any = tiny()
     for path in ("runs/t2/student", tmp_path):
-        with pytest.raises(UnsupportedModelError, match=rf"teacher is a path.*load_teacher\('{path}'\)"):
+        with pytest.raises(UnsupportedModelError, match=rf"teacher is a path.*load_pretrained\('{path}'\)"):
             DualViT(path, model, "distill")
         with pytest.raises(UnsupportedModelError, match=rf"student is a path.*graftvit\.load\('{path}'\)"):
             DualViT(model, path, "distill")

@@ -20,7 +20,8 @@ from ....checkpoints.architecture import published_config
 from ....checkpoints.files import open_regular
 from ....checkpoints.json_lines import read_records
 from ....checkpoints.preprocessing import Preprocessing
-from ....checkpoints.pretrained import Pretrained, load_pretrained
+from ....checkpoints.pretrained import load_pretrained
+from ....checkpoints.provenance import Pretrained
 from ....checkpoints.safety.archive import open_archive, read_arrays
 from ....checkpoints.student import FittedLayers
 from ....models.attention.base import AttentionOperator

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from ....checkpoints.atomic import write_bytes, write_text
-from ....checkpoints.pretrained import Pretrained, build_untrained, load_pretrained
+from ....checkpoints.pretrained import build_untrained, load_pretrained
+from ....checkpoints.provenance import Pretrained
 from ....models.errors import ConfigError, JsonDict, TransferError
 from ....models.families import (
     TokenLayout,

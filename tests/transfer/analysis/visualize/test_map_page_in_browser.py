@@ -9,7 +9,7 @@ import matplotlib as mpl
 import numpy as np
 import pytest
 import torch
-from graftvit.checkpoints.pretrained import load_teacher
+from graftvit.checkpoints.pretrained import load_pretrained
 from graftvit.transfer.analysis.layer_maps import attention_maps
 from graftvit.transfer.analysis.visualize.map_page import read_images, to_tensor
 from graftvit.transfer.analysis.visualize.visualize import visualize
@@ -49,7 +49,7 @@ class Shown:
 
     def operator_row(self, layer: int, head: int, token: int) -> NDArray[Any]:
         """The row by the operator's own `rows`, from the model as loaded."""
-        loaded = load_teacher(self.student)
+        loaded = load_pretrained(self.student)
         spec = loaded.preprocessing
         image = to_tensor(read_images([self.image], spec)[0].original, spec)
         operator, heads = operator_inputs(loaded.model, image, layer)
@@ -92,7 +92,7 @@ def test_the_teacher_answers_beside(shown: Shown) -> None:
     shown.choose("layer", 1)
     shown.choose("head", "mean")
     shown.page.click("#panel-teacher .stage", 1.5 / GRID[1], 2.5 / GRID[0])
-    loaded = load_teacher(shown.teacher)
+    loaded = load_pretrained(shown.teacher)
     spec = loaded.preprocessing
     image = to_tensor(read_images([shown.image], spec)[0].original, spec)
     heads = attention_maps(loaded.model, image)[1][0][:, PREFIX + 2 * GRID[1] + 1].numpy()

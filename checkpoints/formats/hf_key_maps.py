@@ -6,9 +6,9 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from ...weight_files import Weights
-from ..keymap import KeyMap
+from ..weight_files import Weights
 from . import hf_families as to_timm
+from .keymap import KeyMap
 
 # transformers' names of the parts of its vision towers: those of its files and those of its modules.
 

@@ -31,8 +31,8 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from ...models.errors import CheckpointError
-from ..atomic import FULL
+from ..models.errors import CheckpointError
+from .atomic import FULL
 
 # One sentence for each failure of the hub; none of them shows a token.
 

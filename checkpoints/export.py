@@ -15,18 +15,13 @@ from typing import Any, get_args
 import torch
 from torch import nn
 
-from ...models import families
-from ...models.conversion import plan_of
-from ...models.copied import copying_of
-from ...models.errors import CheckpointError, JsonDict, did_you_mean
-from ..architecture import build
-from ..atomic import sync, write_file
-from ..formats.containers import as_metadata
-from ..licenses import public_text
-from ..pretrained import Pretrained, describe_model, load_pretrained
-from ..sources import source_text
-from ..weight_files import Weights, as_pair
-from .graph import (
+from ..models import families
+from ..models.conversion import plan_of
+from ..models.copied import copying_of
+from ..models.errors import CheckpointError, JsonDict, did_you_mean
+from .architecture import build
+from .atomic import sync, write_file
+from .export_graph import (
     Dynamic,
     Format,
     Normalized,
@@ -42,6 +37,12 @@ from .graph import (
     write_onnx,
     write_torch,
 )
+from .formats.containers import as_metadata
+from .licenses import public_text
+from .pretrained import describe_model, load_pretrained
+from .provenance import Pretrained
+from .sources import source_text
+from .weight_files import Weights, as_pair
 
 # Write the metadata of an exported file, and report the export.
 
@@ -94,7 +95,7 @@ def provenance_words(teacher: Pretrained) -> dict[str, str]:
         "architecture": teacher.architecture,
         "source": public_text(teacher.source, "source"),
         "revision": teacher.revision,
-        "licence": teacher.license or "unknown",
+        "license": teacher.license or "unknown",
         **as_metadata(built),
     }
     return {key: value for key, value in facts.items() if value is not None}
@@ -120,7 +121,7 @@ def words_of(
         "input_size": f"{channels},{size[0]},{size[1]}",
         **({} if mean is None else {"mean": _numbers(mean)}),
         **({} if std is None else {"std": _numbers(std)}),
-        "normalise": "in the file" if normalize else "before",
+        "normalize": "in the file" if normalize else "before",
         "output": "logits" if classes else "features",
         **({"classes": str(classes)} if classes else {}),
         **({} if plan is None else {"plan": plan, **_described(model, mean, std)}),

@@ -12,11 +12,11 @@ from typing import Any
 from timm.data import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 from timm.models import is_model
 
-from ....models.errors import CheckpointError, Json, JsonDict
-from ...class_names import KEY as LABEL_NAMES
-from ...report import some
-from ...weight_files import Weights
-from ..keymap import IMAGENET, INCEPTION, Describe, normalized
+from ...models.errors import CheckpointError, Json, JsonDict
+from ..class_names import KEY as LABEL_NAMES
+from ..report import some
+from ..weight_files import Weights
+from .keymap import IMAGENET, INCEPTION, Describe, normalized
 
 # Read a transformers config.json with checks: each setting by its type, each size against the tensors.
 

@@ -22,11 +22,11 @@ from timm.layers import RotaryEmbeddingDinoV3
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
-from ...models.conversion import converted_layers
-from ...models.copied import copying_of
-from ...models.errors import CheckpointError, RunFailedError, UnsupportedModelError, did_you_mean
-from ...models.families import has_relative_bias
-from ..architecture import one_line
+from ..models.conversion import converted_layers
+from ..models.copied import copying_of
+from ..models.errors import CheckpointError, RunFailedError, UnsupportedModelError, did_you_mean
+from ..models.families import has_relative_bias
+from .architecture import one_line
 
 Dynamic = Literal["batch", "resolution"]
 

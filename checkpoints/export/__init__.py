@@ -1,1 +1,0 @@
-"""Export models as graphs that other runtimes run: ONNX and torch.export."""

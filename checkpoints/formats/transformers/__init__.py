@@ -1,1 +1,0 @@
-"""Key maps of the vision towers of Hugging Face transformers."""
