@@ -103,6 +103,28 @@ def test_the_library_neither_prints_nor_asserts_nor_leaves() -> None:
                 called, place = ast.unparse(node.func), f"{path}: line {node.lineno}"
                 assert called not in ("print", "breakpoint", "exit", "quit"), place
                 assert called != "sys.exit" or path.parent.name == "launch", place
+                # a benchmark has to wait for the device: that is what it measures
+                assert called != "torch.cuda.synchronize" or "benchmark" in path.parts, place
+
+
+def test_no_folder_or_partition_of_one_cluster_is_built_in() -> None:
+    folders = ("/checkpoint", "/datasets", "/private", "/scratch", "/fsx")
+    for path in PACKAGE_FILES:
+        constants = [
+            node.value for node in ast.walk(parsed(path.read_text())) if isinstance(node, ast.Constant)
+        ]
+        for text in (value for value in constants if isinstance(value, str)):
+            assert not text.startswith(folders), f"{path}: {text}"
+            assert text not in ("learnfair", "devlab", "NCCL_SOCKET_IFNAME"), f"{path}: {text}"
+
+
+def test_dependencies_are_declared_and_current() -> None:
+    project = (ROOT / "pyproject.toml").read_text()
+    assert all(f'"{name}>=' in project for name in ("timm", "torch", "torchvision", "accelerate"))
+    assert not any("timm.models.layers" in path.read_text() for path in PACKAGE_FILES)
+    python = re.search(r"python=3\.(\d+)", (ROOT / "environment.yml").read_text())
+    assert python is not None
+    assert int(python[1]) >= 10
 
 
 def test_nothing_is_left_for_later() -> None:

@@ -314,7 +314,9 @@ def test_a_link_in_a_circle_counts_no_image_twice(
     assert str(root / place) in caplog.text
 
 
-def test_a_file_that_several_links_lead_to_counts_once(root: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_file_that_several_links_lead_to_counts_once_and_links_elsewhere_are_followed(
+    root: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     cat, dog = root / "train" / "cat", root / "train" / "dog"
     (dog / "a_cat.png").symlink_to(cat / "000.png")
     (cat / "a.png").symlink_to(dog / "100.png")
@@ -323,13 +325,10 @@ def test_a_file_that_several_links_lead_to_counts_once(root: Path, caplog: pytes
         "train/cat/000.png", "train/cat/001.png", "train/dog/100.png", "train/dog/101.png",
     ]  # fmt: skip
     assert "3 links lead to images that are there already and are left out" in caplog.text
-
-
-def test_links_to_other_places_are_followed(root: Path, tmp_path: Path) -> None:
-    write_images(tmp_path / "store" / "ant", 2)
-    write_images(tmp_path / "store" / "one", 1)
+    for name, count in (("ant", 2), ("one", 1)):
+        write_images(tmp_path / "store" / name, count)
     (root / "train" / "ant").symlink_to(tmp_path / "store" / "ant")
-    (root / "train" / "cat" / "other.png").symlink_to(tmp_path / "store" / "one" / "000.png")
+    (cat / "other.png").symlink_to(tmp_path / "store" / "one" / "000.png")
     found = source(data_path=str(root))
     assert found.class_names == ("ant", "cat", "dog")
     assert found.targets == [0, 0, 1, 1, 1, 2, 2]

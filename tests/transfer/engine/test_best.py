@@ -186,7 +186,9 @@ def scored(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def patient(folder: Path, patience: int | None) -> RunConfig:
-    return config(folder, engine={"patience": patience}, optim={"epochs": 9, "ema": None})
+    return config(
+        folder, engine={"patience": patience}, optim={"epochs": 9, "ema": None}, data={"train_samples": 32}
+    )
 
 
 @pytest.mark.usefixtures("scored")
@@ -209,7 +211,7 @@ def test_a_run_ends_after_so_many_evaluations_that_are_no_better(
 @pytest.mark.usefixtures("scored")
 def test_a_run_that_ended_early_is_continued_with_more_patience(tmp_path: Path) -> None:
     train(patient(tmp_path / "cut", 1))
-    assert train(patient(tmp_path / "cut", 1)).steps == 24  # still ended
+    assert train(patient(tmp_path / "cut", 1)).steps == 6  # still ended
     assert train(patient(tmp_path / "cut", 4)).metrics["best_top1"] == 40.0
     train(patient(tmp_path / "whole", 4))
     assert differences(tmp_path / "whole", tmp_path / "cut") == []

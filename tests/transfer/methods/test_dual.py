@@ -107,12 +107,6 @@ def test_teacher_is_frozen_unregistered_and_stays_in_eval() -> None:
     assert all(torch.equal(value, before[key]) for key, value in teacher.state_dict().items())
 
 
-def test_teacher_follows_the_student_to_a_dtype() -> None:
-    dual = DualViT(tiny(seed=1), tiny(seed=2)).float()
-    assert next(dual.teacher.parameters()).dtype == torch.float32
-    assert dual(images(dtype=torch.float32)).transfer_loss.dtype == torch.float32
-
-
 @pytest.mark.parametrize(
     ("method", "parts"),
     [("distill", 2), ("copy", 2), ("distill_v", 3), ("attention_output", 3), ("block_output", None)],
@@ -310,17 +304,17 @@ def test_every_setting_is_a_keyword() -> None:
         DualViT(tiny(seed=1), tiny(seed=2), "logits", cache="targets")
 
 
-def test_description_names_pairs_and_heads() -> None:
+def test_the_teacher_and_its_images_follow_the_student_to_a_dtype_and_a_device() -> None:
+    other = Normalization((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
+    dual = DualViT(tiny(seed=1), tiny(seed=2), "logits", teacher_normalization=other).float()
+    assert next(dual.teacher.parameters()).dtype == torch.float32
+    assert dual(images(dtype=torch.float32)).transfer_loss.dtype == torch.float32
+    dual = dual.double().to("meta")
+    assert dual.teacher_input.scale.is_meta
+    assert dual(images().to("meta")).transfer_loss.is_meta
     text = DualViT(tiny(seed=1, depth=6), tiny(seed=2), heads=[1, 2]).describe()
     assert "1>0, 3>1, 5>2" in text
     assert "1>1, 2>2" in text
-
-
-def test_the_images_of_a_teacher_are_made_on_the_device_of_the_student() -> None:
-    other = Normalization((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
-    dual = DualViT(tiny(seed=1), tiny(seed=2), "logits", teacher_normalization=other).to("meta")
-    assert dual.teacher_input.scale.is_meta
-    assert dual(images().to("meta")).transfer_loss.is_meta
 
 
 def taught_step(dual: DualViT) -> tuple[torch.Tensor, torch.Tensor]:
@@ -559,16 +553,14 @@ def test_what_a_recomputation_cannot_give_back_is_refused(change: str) -> None:
         loss.backward()
 
 
-def test_reentrant_checkpointing_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("timm.layers.config._USE_REENTRANT_CKPT", True)
+def test_a_forward_that_fails_leaves_the_student_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also one that is refused for its reentrant checkpointing."""
     _, dual = two("distill")
+    monkeypatch.setattr("timm.layers.config._USE_REENTRANT_CKPT", True)
     with pytest.raises(TransferError, match="TIMM_REENTRANT_CKPT"):
         dual(images())
     assert isinstance(dual.student.blocks, torch.nn.Module)
-
-
-def test_a_forward_that_fails_leaves_the_student_as_it_was() -> None:
-    _, dual = two("distill")
+    monkeypatch.undo()
     expected = dual.student.eval()(images())
     handle = dual.student.blocks[1].register_forward_pre_hook(lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
