@@ -30,6 +30,7 @@ from support.files.data_sets import encoded, write_classes, write_images, write_
 from support.files.image_folders import class_folder
 from support.runs.engine_runs import config, differences, make_teacher
 from support.runs.interrupting import terminated_after
+from support.runs.patience import PATIENCE
 
 
 def settings(path: Path, disk: Path, **more: object) -> DataConfig:
@@ -357,7 +358,7 @@ print(staging.stage(DataConfig(data_path=sys.argv[1], stage=sys.argv[2])).data_p
 def test_processes_that_come_at_once_share_one_copy(flowers: DataConfig, tmp_path: Path) -> None:
     words = [sys.executable, "-c", SHARE, str(flowers.data_path), str(flowers.stage), str(tmp_path / "noted")]
     started = [subprocess.Popen(words, stdout=subprocess.PIPE, text=True) for _ in range(3)]
-    places = {process.communicate(timeout=120)[0].strip() for process in started}
+    places = {process.communicate(timeout=PATIENCE)[0].strip() for process in started}
     assert [process.returncode for process in started] == [0, 0, 0]
     assert len(places) == 1
     assert (tmp_path / "noted").read_text().split() == ["copied"]
