@@ -126,7 +126,7 @@ def records_json(records: Sequence[Record]) -> str:
 
 
 def records_table(records: Sequence[Record]) -> Table:
-    """Return a row a cell, as numbers; None where there is none."""
+    """Return a row of numbers for each cell; None stands for a missing number."""
     scores = {
         f"{stage}_{key}": partial(_of_stage, stage, key)
         for stage in stage_names(records)
