@@ -41,6 +41,11 @@ class Parser(argparse.ArgumentParser):
         shown = " ".join(map(str, default)) if isinstance(default, (list, tuple)) else default
         self.add_argument(name, help=text if shown in (None, "") else f"{text} (default: {shown})", **more)
 
+    def output_dir(self, text: str, default: str | None = None, *, required: bool = False) -> None:
+        """Add the flag of the folder that the command writes."""
+        path = None if default is None else Path(default)
+        self.flag("--output_dir", text, type=output_folder, default=path, required=required, metavar="DIR")
+
     def switch(self, name: str, text: str) -> None:
         """Add a flag without a value."""
         self.add_argument(name, action="store_true", help=text)
@@ -130,6 +135,14 @@ def local_path(text: str) -> Path:
     if is_url(text):
         raise argparse.ArgumentTypeError(f"{text!r}: {NOT_A_URL}")
     return Path(text)
+
+
+def output_folder(text: str) -> Path:
+    """Parse a folder to write. Raises argparse.ArgumentTypeError as `local_path`, or because it is a file."""
+    path = local_path(text)
+    if path.exists() and not path.is_dir():
+        raise argparse.ArgumentTypeError(f"{text!r} is a file: give a folder")
+    return path
 
 
 def run_folder(text: str) -> Path:

@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 EXAMPLES = (
     "graftvit programs bench query attnbench_digits --backbone plain --top 10   # rows that come with the package",
     "graftvit programs bench verify attnbench_digits --sample 3",
-    "graftvit programs bench run attnbench_digits --drawn 50 --out bench",
-    "graftvit programs bench extend bench/rows.jsonl attnbench_digits --program attnzero_105 --out more",
+    "graftvit programs bench run attnbench_digits --drawn 50 --output_dir bench",
+    "graftvit programs bench extend bench/rows.jsonl attnbench_digits --program attnzero_105 --output_dir more",
     "graftvit programs bench merge bench/rows.jsonl theirs.parquet --out all.jsonl",
 )
 DATA = ("data.data_path", "data.download", "data.workers", "engine.device")
@@ -56,11 +56,11 @@ def _choices(parser: Parser) -> None:
 
 
 def _run(argv: list[str]) -> int:
-    return _train(_parser("run", "CONFIG --out DIR [--flag value ...]"), argv, extends=False)
+    return _train(_parser("run", "CONFIG --output_dir DIR [--flag value ...]"), argv, extends=False)
 
 
 def _extend(argv: list[str]) -> int:
-    parser = _parser("extend", "ROWS CONFIG --out DIR [--flag value ...]")
+    parser = _parser("extend", "ROWS CONFIG --output_dir DIR [--flag value ...]")
     parser.add_argument("rows", metavar="ROWS", type=Path, help=ROWS_HELP)
     return _train(parser, argv, extends=True)
 
@@ -68,7 +68,7 @@ def _extend(argv: list[str]) -> int:
 def _train(parser: Parser, argv: list[str], *, extends: bool) -> int:
     """Train models with programs, and write the rows."""
     parser.add_argument("config", metavar="CONFIG", help="recipe or YAML file with a section 'attnbench'")
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of records and rows")
+    parser.output_dir("folder of records and rows", required=True)
     parser.add_argument(
         "--program",
         action="append",
@@ -97,8 +97,8 @@ def _train(parser: Parser, argv: list[str], *, extends: bool) -> int:
 
     known = load_rows(arguments.rows) if extends else []
     rows = merge_rows([known, _new_rows(arguments, settings, known)])
-    write_rows(rows, arguments.out / ROWS)
-    say(f"{_table(rows, 10)}\n{arguments.out / ROWS}: {counted(len(rows), 'row')}\n")
+    write_rows(rows, arguments.output_dir / ROWS)
+    say(f"{_table(rows, 10)}\n{arguments.output_dir / ROWS}: {counted(len(rows), 'row')}\n")
     return 0
 
 
@@ -124,14 +124,14 @@ def _new_rows(arguments: argparse.Namespace, settings: list[Setting], known: Seq
         ) not in there
     ]  # fmt: skip
     how = {"processes": arguments.processes, "threads": arguments.threads}
-    return run_bench(bench, new, arguments.out, tell=tell, **how)
+    return run_bench(bench, new, arguments.output_dir, tell=tell, **how)
 
 
 def _merge(argv: list[str]) -> int:
     parser = _parser("merge", "ROWS ROWS ... --out FILE")
     parser.add_argument("rows", metavar="ROWS", type=Path, nargs="+", help=ROWS_HELP)
     parser.add_argument(
-        "--out", type=Path, required=True, metavar="FILE", help="file to write: .jsonl or .parquet"
+        "--output_dir", type=Path, required=True, metavar="FILE", help="file to write: .jsonl or .parquet"
     )
     arguments = parser.parse_args(argv)
     from ...transfer.attnbench.bench_rows import merge_rows, write_rows

@@ -6,7 +6,6 @@ import argparse
 import os
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ...models.errors import ConfigError
@@ -63,7 +62,7 @@ def check(argv: list[str], *, here: bool = True) -> Work:
         arguments = _parse_models(words)
         if here:
             _models(arguments)
-    return Work(arguments.out)
+    return Work(arguments.output_dir)
 
 
 def _parser(action: str, description: str, usage: str) -> Parser:
@@ -150,10 +149,7 @@ def _add_common(parser: Parser, batches: list[int]) -> None:
     parser.switch("--compile", "also measure with torch.compile")
     parser.switch("--backward", "also measure forward with backward")
     parser.flag("--repeats", "rounds, at least two", type=whole(1), default=15, metavar="R")
-    parser.flag(
-        "--out", "folder for results.json, results.csv, table.md and latency.png",
-        type=Path, default=Path("benchmark"), metavar="DIR",
-    )  # fmt: skip
+    parser.output_dir("folder for results.json, results.csv, table.md and latency.png", "benchmark")
     parser.switch("--force", "delete the results in DIR and measure again")
 
 
@@ -161,9 +157,9 @@ def _measure(kind: Kind, cases: list[Case], measure: Measure, arguments: argpars
     from ...transfer.analysis.benchmark.benchmark import check_device, make_report, run_cases
 
     check_device(arguments.device)
-    results = run_cases(kind, cases, measure, arguments.out, force=arguments.force, tell=tell)
+    results = run_cases(kind, cases, measure, arguments.output_dir, force=arguments.force, tell=tell)
     say(make_report(results).to_markdown())
-    say(f"\n{arguments.out / 'table.md'}, latency.png, results.csv, results.json\n")
+    say(f"\n{arguments.output_dir / 'table.md'}, latency.png, results.csv, results.json\n")
     return 0
 
 

@@ -1,4 +1,4 @@
-"""`graftvit convert SOURCE --plan PLAN --out DIR`: replace the attention of a model, and write a model folder."""
+"""`graftvit convert SOURCE --plan PLAN`: replace the attention of a model, and write a model folder."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ...models.errors import ConfigError
-from ..flags import SOURCE_HELP, SOURCE_SETTINGS, command_parser, parse_command, source_keywords
+from ..flags import SOURCE_HELP, SOURCE_SETTINGS, command_parser, parse_command, source_keywords, whole
 from ..load_config import load_config
 from ..say import hint, say
 from ..submitted import Work
@@ -20,12 +20,13 @@ if TYPE_CHECKING:
 
 DATA = ("data.dataset", "data.data_path", "data.train_split", "data.download", "seed")
 EXAMPLES = (
-    "graftvit convert vit_base_patch16_224.augreg_in1k --plan '*: linear; 9-11: softmax' --out linear",
+    "graftvit convert vit_base_patch16_224.augreg_in1k --plan '*: linear; 9-11: softmax' --output_dir linear",
     "graftvit convert vit_base_patch16_224.mae --plan '*: window(window=7); -1: keep' --dry_run",
-    "graftvit convert runs/teacher --plan '*: kernel(feature=relu)' --out student --calibrate 64 --dataset digits",
-    "graftvit convert hf-hub:facebook/dinov2-base --img_size 518 --plan '*: hybrid' --out hybrid --weights mlp",
-    "graftvit convert pvt_v2_b0 --plan 'stage1: hash' --calibrate 32 --data_path D --out hashed",
-    "graftvit convert swin_tiny_patch4_window7_224.ms_in1k --plan 'stage3: linear' --without bias --out swin",
+    "graftvit convert runs/teacher --plan '*: kernel(feature=relu)' --output_dir student --calibrate 64 "
+    "--dataset digits",
+    "graftvit convert hf-hub:facebook/dinov2-base --img_size 518 --plan '*: hybrid' --output_dir hybrid --weights mlp",
+    "graftvit convert pvt_v2_b0 --plan 'stage1: hash' --calibrate 32 --data_path D --output_dir hashed",
+    "graftvit convert swin_tiny_patch4_window7_224.ms_in1k --plan 'stage3: linear' --without bias --output_dir swin",
     "graftvit operators   # what a plan can name",
 )
 
@@ -50,7 +51,7 @@ def check(argv: list[str], *, here: bool = True) -> Work:
             from ...transfer.data.datasets import check_dataset
 
             check_dataset(config.data)
-    return Work(arguments.out)
+    return Work(arguments.output_dir)
 
 
 def _parse(argv: list[str]) -> tuple[argparse.Namespace, RunConfig]:
@@ -60,34 +61,32 @@ def _parse(argv: list[str]) -> tuple[argparse.Namespace, RunConfig]:
         "starts from the folder that is written. A plan names layers and operators; where entries overlap, the last\n"
         "one wins.",
         EXAMPLES,
-        usage="SOURCE --plan PLAN (--out DIR | --dry_run) [--flag value ...]",
+        usage="SOURCE --plan PLAN (--output_dir DIR | --dry_run) [--flag value ...]",
     )
     parser.add_argument("source", metavar="SOURCE", help=SOURCE_HELP)
     parser.add_argument("--plan", required=True, metavar="PLAN", help="such as '*: linear; 9-11: softmax'")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="a new folder")
+    parser.output_dir("a new folder")
     parser.add_argument(
         "--weights", choices=("all", "mlp", "none"), default="all",
         help="weights of the source to keep: all, all except the attention of converted layers (mlp), or none "
         "(default: all)",
     )  # fmt: skip
-    parser.add_argument(
-        "--calibrate", type=int, default=0, metavar="N",
-        help="fit the initial operators to their layers' outputs on N images of --dataset or --data_path (default: 0)",
-    )  # fmt: skip
+    text = "fit the initial operators to their layers' outputs on N images of --dataset or --data_path"
+    parser.flag("--calibrate", text, type=whole(0), default=0, metavar="N")
     parser.add_argument(
         "--without", action="append", default=[], choices=("bias",),
         help="a part of a pyramid's layers to give up where an operator does not take it: bias, the relative position "
         "bias (Swin)",
     )  # fmt: skip
-    parser.add_argument("--dry_run", action="store_true", help="print the table, write nothing")
-    parser.add_argument("--force", action="store_true", help="replace an existing model folder")
+    parser.switch("--dry_run", "print the table, write nothing")
+    parser.switch("--force", "replace an existing model folder")
     arguments, settings = parse_command(parser, argv, only=(*SOURCE_SETTINGS, *DATA))
     config = load_config(None, settings)
-    _check(arguments.out, arguments.dry_run, arguments.calibrate, config)
+    _check(arguments.output_dir, arguments.dry_run, arguments.calibrate, config)
     from ...checkpoints.student import only_fitted, refuse_existing
 
-    if arguments.out is not None and not arguments.dry_run and not only_fitted(arguments.out):
-        refuse_existing(arguments.out, overwrite=arguments.force)
+    if arguments.output_dir is not None and not arguments.dry_run and not only_fitted(arguments.output_dir):
+        refuse_existing(arguments.output_dir, overwrite=arguments.force)
     return arguments, config
 
 
@@ -103,7 +102,7 @@ def _write(
     from ...models.pyramid_conversion import nothing_given_up
     from ..conversion_table import conversion_table
 
-    out, weights, data = arguments.out, arguments.weights, config.data.dataset or config.data.data_path
+    out, weights, data = arguments.output_dir, arguments.weights, config.data.dataset or config.data.data_path
     seen = None if images is None else f"{len(images)} images of {data}"
     table = conversion_table(teacher.model, student, weights, seen)
     note = nothing_given_up(teacher.model, arguments.without)
@@ -130,7 +129,7 @@ def _student(
     from ...checkpoints.student import FittedLayers
     from ...models.conversion import convert, plan_of
 
-    kept = images is not None and arguments.out is not None and not arguments.dry_run
+    kept = images is not None and arguments.output_dir is not None and not arguments.dry_run
     torch.manual_seed(config.seed)
     student = convert(
         teacher.model,
@@ -139,7 +138,7 @@ def _student(
         calibration=images,
         without=arguments.without,
         seed=config.seed,
-        finished=FittedLayers(arguments.out) if kept else None,
+        finished=FittedLayers(arguments.output_dir) if kept else None,
     )
     if plan_of(student) is None:
         from ...checkpoints.student import other_operator
@@ -179,9 +178,7 @@ def _recovery(out: Path, teacher: Pretrained, student: nn.Module) -> str:
 def _check(out: Path | None, dry_run: bool, images: int, config: RunConfig) -> None:
     """Raise ConfigError if the flags contradict each other."""
     if out is None and not dry_run:
-        raise ConfigError("--out is missing: give a new folder, or --dry_run to see only the table")
-    if images < 0:
-        raise ConfigError(f"--calibrate {images}: give a number of images, 0 or more")
+        raise ConfigError("--output_dir is missing: give a new folder, or --dry_run to see only the table")
     given = bool(config.data.dataset or config.data.data_path)
     if images and not given:
         raise ConfigError(f"--calibrate {images} needs images: give --data_path FOLDER, or --dataset digits")

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
-from ...models.errors import ConfigError
 from ..flags import command_parser
 from ..say import say
 
@@ -18,31 +15,14 @@ def run(argv: list[str]) -> int:
         "Finished cells are kept: repeat the command to continue a stopped demo.",
         ["graftvit demo --quick", "graftvit demo --output_dir /tmp/demo --processes 2"],
     )
-    parser.add_argument(
-        "--quick", action="store_true", help="one seed instead of five, and shorter training of the teachers"
-    )
-    parser.add_argument(
-        "--output_dir", type=Path, default=Path("demo"), help="the report's folder (default: demo)"
-    )
-    parser.add_argument(
-        "--seeds", type=int, nargs="+", metavar="SEED", help="seeds of the students (default: 0 1 2 3 4)"
-    )
-    parser.add_argument(
-        "--processes",
-        type=int,
-        metavar="N",
-        help="cells at the same time (default: one per core); no effect on numbers",
-    )
-    parser.add_argument(
-        "--threads",
-        type=int,
-        metavar="N",
-        default=1,
-        help="threads of a cell; changes the rounding (default: 1)",
-    )
+    parser.switch("--quick", "one seed instead of five, and shorter training of the teachers")
+    parser.output_dir("the report's folder", "demo")
+    text = "seeds of the students (default: 0 1 2 3 4)"
+    parser.flag("--seeds", text, type=int, nargs="+", metavar="SEED")
+    text = "cells at the same time (default: one per core); no effect on numbers"
+    parser.flag("--processes", text, type=int, metavar="N")
+    parser.flag("--threads", "threads of a cell; changes the rounding", type=int, default=1, metavar="N")
     arguments = parser.parse_args(argv)
-    if arguments.output_dir.exists() and not arguments.output_dir.is_dir():
-        raise ConfigError(f"--output_dir is {str(arguments.output_dir)!r}, which is a file; give a folder")
     from ...transfer.analysis.demo.demo import run_demo
 
     report = run_demo(

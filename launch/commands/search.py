@@ -1,4 +1,4 @@
-"""`graftvit programs search SOURCE --out DIR`: search for programs that take over the attention of a teacher."""
+"""`graftvit programs search SOURCE --output_dir DIR`: search for programs that take over the attention of a teacher."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ if TYPE_CHECKING:
 
 DATA = ("data.dataset", "data.data_path", "data.train_split", "data.download", "seed")
 EXAMPLES = (
-    "graftvit programs search runs/teacher --dataset digits --out found",
+    "graftvit programs search runs/teacher --dataset digits --output_dir found",
     "graftvit programs search vit_small_patch16_224.augreg_in1k --data_path /data/imagenet --generations 20 "
-    "--out found",
-    "graftvit programs search runs/teacher --also runs/pyramid --dataset digits --out found",
-    "graftvit programs search runs/teacher --dataset digits --at_random --out drawn   # for comparison",
+    "--output_dir found",
+    "graftvit programs search runs/teacher --also runs/pyramid --dataset digits --output_dir found",
+    "graftvit programs search runs/teacher --dataset digits --at_random --output_dir drawn   # for comparison",
     "graftvit programs search report found",
-    "graftvit submit programs search runs/teacher --dataset digits --out found --shares 4 --gpus_per_node 0",
+    "graftvit submit programs search runs/teacher --dataset digits --output_dir found --shares 4 --gpus_per_node 0",
 )
 
 
@@ -56,7 +56,9 @@ def run(argv: list[str]) -> int:
             search, arguments.generations, lambda line: say(f"{line}\n"), workers=workers, share=share
         )
     except KeyboardInterrupt as interrupt:
-        raise StoppedError(signal.SIGINT, f"in {arguments.out}; all evaluations are saved") from interrupt
+        raise StoppedError(
+            signal.SIGINT, f"in {arguments.output_dir}; all evaluations are saved"
+        ) from interrupt
     say(_table(search, done))
     return 0
 
@@ -72,7 +74,7 @@ def _report(argv: list[str]) -> int:
         ],
         usage="DIR [--rows ROWS [--short ROWS ...] [--top K]]",
     )
-    parser.add_argument("folder", type=Path, metavar="DIR", help="the --out of a search")
+    parser.add_argument("folder", type=Path, metavar="DIR", help="the --output_dir of a search")
     parser.add_argument(
         "--rows",
         type=Path,
@@ -125,7 +127,7 @@ def check(argv: list[str], *, here: bool = True) -> Work:
             parse_source(source)
         if not config.data.download:
             check_dataset(config.data)
-    return Work(output=arguments.out, workers=(arguments.workers or 1) - 1, divisible=True)
+    return Work(output=arguments.output_dir, workers=(arguments.workers or 1) - 1, divisible=True)
 
 
 def _parse(argv: list[str]) -> tuple[argparse.Namespace, RunConfig]:
@@ -135,7 +137,7 @@ def _parse(argv: list[str]) -> tuple[argparse.Namespace, RunConfig]:
         "of a pretrained teacher on recorded inputs of its layers, and by its cost; nothing is trained. The same "
         "command resumes a search that was stopped.",
         EXAMPLES,
-        usage="SOURCE --out DIR [--flag value ...]  |  report DIR",
+        usage="SOURCE --output_dir DIR [--flag value ...]  |  report DIR",
     )
     parser.add_argument("source", metavar="SOURCE", help=SOURCE_HELP)
     parser.add_argument(
@@ -145,7 +147,7 @@ def _parse(argv: list[str]) -> tuple[argparse.Namespace, RunConfig]:
         metavar="SOURCE",
         help="another teacher: the mismatch with each is an objective",
     )
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the records")
+    parser.output_dir("folder of the records", required=True)
     parser.flag("--images", "images to record", type=whole(1), default=16, metavar="N")
     parser.flag("--generations", "generations", type=whole(1), default=10, metavar="N")
     parser.flag("--population", "programs in each generation", type=whole(1), default=50, metavar="N")
@@ -191,7 +193,7 @@ def _search(arguments: argparse.Namespace, config: RunConfig) -> Search:
         names, identity = ", ".join(sources), digest([identify(each) for each in teachers])
         own = (config.seed, arguments.population, arguments.at_random)
         settings = SearchSettings(*own, names, data, arguments.proxy, identity)
-        return Search(arguments.out, settings, layers)
+        return Search(arguments.output_dir, settings, layers)
 
 
 def _table(search: Search, done: Sequence[Evaluation]) -> str:

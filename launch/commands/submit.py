@@ -24,7 +24,8 @@ EXAMPLES = (
     "graftvit submit digits_compare --gpus_per_node 0 --output_dir /scratch/me/compare",
     "graftvit submit mine.yaml --cluster local --gpus_per_node 2",
     "graftvit submit evaluate runs/distill --data_path /data/imagenet --gpus_per_node 8",
-    "graftvit submit convert runs/teacher --plan '*: linear' --calibrate 64 --dataset digits --out /scratch/linear",
+    "graftvit submit convert runs/teacher --plan '*: linear' --calibrate 64 --dataset digits "
+    "--output_dir /scratch/linear",
 )
 DESCRIPTION = (
     "Submit a run to SLURM. It saves its state and is requeued when it is preempted, when its time limit is reached or "
@@ -77,7 +78,7 @@ def _run_work(argv: list[str]) -> int:
         usage=f"ARGUMENTS OF `graftvit {command}` [--flag of the cluster ...]",
     )
     parser.add_argument(
-        "--output_dir", type=Path, metavar="DIR",
+        "--job_dir", type=Path, metavar="DIR",
         help=f"folder of the job for `graftvit jobs` (default: runs/{command.split()[-1]}-NAME)",
     )  # fmt: skip
     parser.add_argument(
@@ -96,7 +97,7 @@ def _run_work(argv: list[str]) -> int:
     with stoppable():
         _early(arguments, config)()
         plan, config = plan_work(
-            words, arguments.output_dir, config, shares=arguments.shares, unchecked=arguments.unchecked
+            words, arguments.job_dir, config, shares=arguments.shares, unchecked=arguments.unchecked
         )
         return _show_or_send(arguments, asked, plan, config, describe_work(plan))
 

@@ -12,7 +12,7 @@ from ..say import say, tell
 
 EXAMPLES = (
     "graftvit visualize vit_base_patch16_224.mae cat.jpg dog.jpg",
-    "graftvit visualize runs/linear/student photos/ --teacher vit_base_patch16_224.mae --out seen",
+    "graftvit visualize runs/linear/student photos/ --teacher vit_base_patch16_224.mae --output_dir seen",
     "graftvit visualize runs/linear/student cat.jpg --query cls,90 --layers 0,5,9-11",
     "graftvit visualize swin_tiny_patch4_window7_224.ms_in1k cat.jpg --query 112x60,20x200 --layers stage3,stage4",
     "graftvit visualize local-dir:student street.jpg --img_size 224,448",
@@ -63,16 +63,8 @@ def run(argv: list[str]) -> int:
         metavar="LIST",
         help="layers to show: 0,5,9-11, -1, or stage3 of a pyramid (default: all)",
     )
-    parser.add_argument(
-        "--out",
-        type=Path,
-        default=Path("attention"),
-        metavar="DIR",
-        help="folder to write (default: attention)",
-    )
+    parser.output_dir("folder to write", "attention")
     arguments, settings = parse_command(parser, argv, only=(*SOURCE_SETTINGS, *DATA))
-    if arguments.out.exists() and not arguments.out.is_dir():
-        raise ConfigError(f"--out is {str(arguments.out)!r}, which is a file; give a folder")
     queries = [word.strip() for word in arguments.query.split(",") if word.strip()]
     how: JsonDict = {"teacher": arguments.teacher, "queries": queries, "layers": arguments.layers}
     how |= keywords_of([each for each in settings if not each.key.startswith("data.")])
@@ -82,7 +74,7 @@ def run(argv: list[str]) -> int:
     else:
         from ...transfer.analysis.visualize.visualize import visualize
 
-        page = visualize(arguments.checkpoint, arguments.images, arguments.out, **how)
+        page = visualize(arguments.checkpoint, arguments.images, arguments.output_dir, **how)
     say(f"{page}\n")
     return 0
 
@@ -106,7 +98,7 @@ def _average(arguments: argparse.Namespace, settings: list[Setting], how: JsonDi
 
     data = load_config(None, [each for each in settings if each.key.startswith("data.")]).data
 
-    return visualize_average(arguments.checkpoint, data, arguments.out, count=count, tell=tell, **how)
+    return visualize_average(arguments.checkpoint, data, arguments.output_dir, count=count, tell=tell, **how)
 
 
 def _count(word: str) -> int | None:

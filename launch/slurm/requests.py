@@ -238,7 +238,7 @@ def _refuse_run(folder: Path) -> None:
     if (folder / "config.yaml").exists() or (
         submission is not None and submission.command[0] not in SUBMITTED
     ):
-        raise ConfigError(f"--output_dir {folder} holds a run, with jobs of its own: give another folder")
+        raise ConfigError(f"--job_dir {folder} holds a run, with jobs of its own: give another folder")
 
 
 def describe(work: SubmissionPlan) -> str:

@@ -277,7 +277,7 @@ def test_converted_by_a_plan_that_changes_nothing(
     A plan that keeps all of the hashed layers is refused, and so is copied attention, which is not the student's own.
     """
     plan = {"converted": "*: linear", "hashed": "*: keep"}.get(made.run.name, "*: window(window=9)")
-    words = ["convert", made.source, "--plan", plan, "--out", str(tmp_path / "out")]
+    words = ["convert", made.source, "--plan", plan, "--output_dir", str(tmp_path / "out")]
     refusals = {"hashed": "keeps every layer", **dict.fromkeys(COPYING, "its teacher's attention")}
     if made.run.name in refusals:
         assert main(words) == 2
@@ -294,7 +294,9 @@ def test_what_visualize_shows_is_what_the_model_attends_to(
 ) -> None:
     """Where attention is copied that is the teacher's."""
     picture = sorted((tests / CLASSES[1]).iterdir())[0]
-    assert main(["visualize", made.source, str(picture), "--layers", "-1", "--out", str(tmp_path)]) == 0
+    assert (
+        main(["visualize", made.source, str(picture), "--layers", "-1", "--output_dir", str(tmp_path)]) == 0
+    )
     shown = torch.tensor(json.loads((tmp_path / "numbers.json").read_text())["student"]["entropy"])
     model = loaded(make("finetune").student if made.run.name == "copy" else made.student)
     image = transform_of(model)(Image.open(picture).convert("RGB"))[None]

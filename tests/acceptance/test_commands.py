@@ -40,7 +40,7 @@ def converted(teacher: str, photos: Path, tmp_path_factory: pytest.TempPathFacto
     """The classifier with linear attention, its new parts fitted to photographs."""
     out = tmp_path_factory.mktemp("converted") / "out"
     images = ["--calibrate", "8", "--data_path", str(photos)]
-    assert main(["convert", teacher, "--plan", "*: linformer", "--out", str(out), *images]) == 0
+    assert main(["convert", teacher, "--plan", "*: linformer", "--output_dir", str(out), *images]) == 0
     return f"local-dir:{out}"
 
 
@@ -129,7 +129,7 @@ def test_benchmark(converted: str, tmp_path: Path) -> None:
         "2",
         "--repeats",
         "2",
-        "--out",
+        "--output_dir",
         str(tmp_path),
     ]
     assert main(["benchmark", "models", converted, *words]) == 0
@@ -144,7 +144,7 @@ def test_visualize_odd_formats_beside_the_teacher(
     files = sorted((photos / "validation" / CLASSES[0]).iterdir())
     for place in (3, 6, 9):  # CMYK, transparent, 3000 x 40
         shutil.copy(files[place], folder)
-    words = [str(folder), "--teacher", teacher, "--layers", "-1", "--out", str(out)]
+    words = [str(folder), "--teacher", teacher, "--layers", "-1", "--output_dir", str(out)]
     assert main(["visualize", converted, *words]) == 0
     numbers = json.loads((out / "numbers.json").read_text())
     assert len(numbers["js"]) == SMALL["depth"]

@@ -95,7 +95,7 @@ def test_the_comparison_has_recovered_students_and_their_latency(compared: Path)
 def test_the_students_are_seen_by_stage(compared: Path, tmp_path: Path) -> None:
     student, teacher = student_of(compared, "first-none"), compared / "teacher" / "student"
     words = ["visualize", f"local-dir:{student}", "digits:3", "--teacher", f"local-dir:{teacher}"]
-    assert main([*words, "--query", "7x9", "--out", str(tmp_path)]) == 0
+    assert main([*words, "--query", "7x9", "--output_dir", str(tmp_path)]) == 0
     found = json.loads((tmp_path / "numbers.json").read_text())
     stages = depths(graftvit.load(student))
     without = [number < stages[0] for number in range(sum(stages))]

@@ -34,7 +34,10 @@ def evaluated(source: Path, photos: Path, file: Path) -> dict[str, Any]:
 def test_recovery_starts_at_the_accuracy_of_the_converted_teacher(
     teacher: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["convert", str(teacher), "--plan", "*: linear", "--out", str(tmp_path / "converted")]) == 0
+    assert (
+        main(["convert", str(teacher), "--plan", "*: linear", "--output_dir", str(tmp_path / "converted")])
+        == 0
+    )
     wanted = evaluated(tmp_path / "converted", photos, tmp_path / "converted.json")
     run = tmp_path / "run"
     words = ["train", "recover_vit_base", "--teacher", str(teacher), "--data_path", str(photos), *SHORT]

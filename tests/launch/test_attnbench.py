@@ -53,15 +53,17 @@ def test_rows_are_run_extended_merged_queried_and_verified(
     recipe: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     first = ["--backbone", "plain", "--local", "with"]
-    assert main(["programs", "bench", "run", recipe, "--out", str(tmp_path / "a"), *first]) == 0
+    assert main(["programs", "bench", "run", recipe, "--output_dir", str(tmp_path / "a"), *first]) == 0
     rows = read_rows(tmp_path / "a" / "rows.jsonl")
     assert {row.name for row in rows} == set(CONTROLS)
     assert all(row.status == "trained" and [p.epoch for p in row.curve] == [1, 2] for row in rows)
     assert not list((tmp_path / "a").rglob("run"))
     again = ["--program", "mul(q v)", "--processes", "2"]
-    assert main(["programs", "bench", "run", recipe, "--out", str(tmp_path / "a"), *first, *again]) == 0
+    assert (
+        main(["programs", "bench", "run", recipe, "--output_dir", str(tmp_path / "a"), *first, *again]) == 0
+    )
     assert len(read_rows(tmp_path / "a" / "rows.jsonl")) == len(CONTROLS) + 1
-    assert main(["programs", "bench", "run", recipe, "--out", str(tmp_path / "a"), *first]) == 0
+    assert main(["programs", "bench", "run", recipe, "--output_dir", str(tmp_path / "a"), *first]) == 0
     assert len(read_rows(tmp_path / "a" / "rows.jsonl")) == len(CONTROLS) + 1, "rows of earlier commands stay"
 
     more = ["--program", "mul(q v)", "--program", "attnzero_105", "--processes", "2"]
@@ -75,7 +77,7 @@ def test_rows_are_run_extended_merged_queried_and_verified(
         "plain",
         *more,
     ]
-    assert main([*words, "--out", str(tmp_path / "b")]) == 0
+    assert main([*words, "--output_dir", str(tmp_path / "b")]) == 0
     both = read_rows(tmp_path / "b" / "rows.jsonl")
     assert len(both) == 2 * (len(CONTROLS) + 2)
     assert {outcome(row) for row in rows} <= {outcome(row) for row in both}
@@ -182,22 +184,25 @@ def test_names_that_no_row_has_are_refused(tmp_path: Path, capsys: pytest.Captur
     ("words", "reason"),
     [
         (["rum"], "unknown action 'rum'; did you mean 'run'?"),
-        (["run", "digits_scratch", "--out", "x"], "digits_scratch has no section 'attnbench'"),
-        (["run", "attnbench_digits", "--out", "x", "--backbone", "plane"], "--backbone plane"),
+        (["run", "digits_scratch", "--output_dir", "x"], "digits_scratch has no section 'attnbench'"),
+        (["run", "attnbench_digits", "--output_dir", "x", "--backbone", "plane"], "--backbone plane"),
         (
-            ["run", "attnbench_digits", "--out", "x", "--program", "mul(q"],
+            ["run", "attnbench_digits", "--output_dir", "x", "--program", "mul(q"],
             "the parenthesis of mul is not closed",
         ),
-        (["run", "attnbench_digits", "--out", "x", "--drawn", "-1"], "--drawn: give a whole number from 0"),
         (
-            ["run", "attnbench_digits", "--out", "x", "--threads", "0"],
+            ["run", "attnbench_digits", "--output_dir", "x", "--drawn", "-1"],
+            "--drawn: give a whole number from 0",
+        ),
+        (
+            ["run", "attnbench_digits", "--output_dir", "x", "--threads", "0"],
             "--threads: give a whole number, 1 or more",
         ),
         (
-            ["run", "attnbench_digits", "--out", "x", "--seeds", "-2"],
+            ["run", "attnbench_digits", "--output_dir", "x", "--seeds", "-2"],
             "--seeds: give a whole number from 0 to 9,223,372,036,854,775,807",
         ),
-        (["run", "attnbench_digits"], "--out"),
+        (["run", "attnbench_digits"], "--output_dir"),
         (["merge", "none.jsonl", "--out", "x.jsonl"], "none.jsonl cannot be read"),
         (["query", "rows.jsonl", "--top", "-1"], "--top: give a whole number, 0 or more"),
         (["verify", "rows.jsonl", "--sample", "0"], "--sample: give a whole number, 1 or more"),
@@ -226,7 +231,7 @@ def test_names_are_no_paths(
     (tmp_path / "short.yaml").write_text(text)
     with pytest.raises(ConfigError, match=re.escape(told)):
         load_bench(tmp_path / "short.yaml")
-    words = ["--backbone", backbone, "--local", "with", "--out", str(tmp_path / "bench")]
+    words = ["--backbone", backbone, "--local", "with", "--output_dir", str(tmp_path / "bench")]
     assert main(["programs", "bench", "run", str(tmp_path / "short.yaml"), *words]) == 2
     assert told in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["short.yaml"]

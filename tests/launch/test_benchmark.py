@@ -16,7 +16,7 @@ def test_operators_are_measured_and_the_second_time_kept(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = ["benchmark", "operators", "--operators", "kernel(feature=relu)", "ttt", "--tokens", "16", "36"]
-    words += [*TINY, "--batch", "1", "2", "--out", str(tmp_path / "new")]
+    words += [*TINY, "--batch", "1", "2", "--output_dir", str(tmp_path / "new")]
     assert main(words) == 0
     shown = capsys.readouterr()
     assert "| kernel(feature=relu) |" in shown.out
@@ -30,7 +30,10 @@ def test_operators_are_measured_and_the_second_time_kept(
 
 def test_models_are_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["benchmark", "models", "vit_tiny_patch16_224", "--plan", "*: linear", "0: kernel(feature=relu)"]
-    assert main([*words, "--img_size", "32", "--batch", "2", "--repeats", "2", "--out", str(tmp_path)]) == 0
+    assert (
+        main([*words, "--img_size", "32", "--batch", "2", "--repeats", "2", "--output_dir", str(tmp_path)])
+        == 0
+    )
     assert "| 0: kernel(feature=relu) |" in capsys.readouterr().out
 
 
@@ -53,7 +56,10 @@ def test_mistakes_end_in_one_sentence(
     words: list[str], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert (
-        main(["benchmark", *words, "--out", str(tmp_path)] if len(words) > 1 else ["benchmark", *words]) == 2
+        main(
+            ["benchmark", *words, "--output_dir", str(tmp_path)] if len(words) > 1 else ["benchmark", *words]
+        )
+        == 2
     )
     error = capsys.readouterr().err
     assert said in error

@@ -45,7 +45,7 @@ def test_a_folder_of_the_converted_model(
     teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "the student"
-    assert main(["convert", str(teacher), "--plan", PLAN, "--out", str(out)]) == 0
+    assert main(["convert", str(teacher), "--plan", PLAN, "--output_dir", str(out)]) == 0
     said = capsys.readouterr().out
     converted = convert(graftvit.load(str(teacher)), PLAN)
     loaded = graftvit.load(str(out))
@@ -63,7 +63,7 @@ def test_a_folder_of_the_converted_model(
 
 def test_the_folder_says_what_it_was_made_from(teacher: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    assert main(["convert", str(teacher), "--plan", PLAN, "--out", str(out)]) == 0
+    assert main(["convert", str(teacher), "--plan", PLAN, "--output_dir", str(out)]) == 0
     config = json.loads((out / "config.json").read_text())
     made = config["graftvit"]
     assert config["pretrained_cfg"]["license"] == made["init"]["license"] == "cc-by-nc-4.0"
@@ -71,7 +71,9 @@ def test_the_folder_says_what_it_was_made_from(teacher: Path, tmp_path: Path) ->
     assert made["init"]["source"] == str(teacher)
     assert made["conversion"]["plan"] == config["model_args"]["plan"] == plan_of(graftvit.load(str(out)))
     fresh = tmp_path / "fresh"
-    assert main(["convert", str(teacher), "--plan", PLAN, "--out", str(fresh), "--weights", "none"]) == 0
+    assert (
+        main(["convert", str(teacher), "--plan", PLAN, "--output_dir", str(fresh), "--weights", "none"]) == 0
+    )
     config = json.loads((fresh / "config.json").read_text())
     assert "init" not in config["graftvit"]
     assert "license" not in config["pretrained_cfg"], "weights that are not there have no license"
@@ -89,7 +91,8 @@ def test_weights_and_seed_change_what_is_written(teacher: Path, tmp_path: Path) 
         weights = name if name in ("all", "mlp", "none") else "none"
         out = str(tmp_path / name)
         assert (
-            main(["convert", str(teacher), "--plan", PLAN, "--out", out, "--weights", weights, *words]) == 0
+            main(["convert", str(teacher), "--plan", PLAN, "--output_dir", out, "--weights", weights, *words])
+            == 0
         )
         written[name] = graftvit.load(out).state_dict()
     first, own = "blocks.0.attn.qkv.weight", "blocks.1.attn.qkv.weight"
@@ -102,7 +105,7 @@ def test_weights_and_seed_change_what_is_written(teacher: Path, tmp_path: Path) 
 
 def test_calibration_on_digits(teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "out"
-    words = ["--out", str(out), "--calibrate", "8", "--dataset", "digits"]
+    words = ["--output_dir", str(out), "--calibrate", "8", "--dataset", "digits"]
     assert main(["convert", str(teacher), "--plan", PLAN, *words]) == 0
     said = capsys.readouterr().out
     assert "error: of the layer's output against softmax on 8 images of digits" in said
@@ -114,7 +117,7 @@ def test_calibration_on_digits(teacher: Path, tmp_path: Path, capsys: pytest.Cap
 
 def test_a_dry_run_writes_nothing(teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "out"
-    assert main(["convert", str(teacher), "--plan", PLAN, "--out", str(out), "--dry-run"]) == 0
+    assert main(["convert", str(teacher), "--plan", PLAN, "--output_dir", str(out), "--dry-run"]) == 0
     assert "linear" in capsys.readouterr().out
     assert not out.exists()
 
@@ -146,9 +149,9 @@ def test_a_converted_source_is_converted_anew(
     teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     first, second = str(tmp_path / "first"), str(tmp_path / "second")
-    assert main(["convert", str(teacher), "--plan", PLAN, "--out", first]) == 0
+    assert main(["convert", str(teacher), "--plan", PLAN, "--output_dir", first]) == 0
     capsys.readouterr()
-    assert main(["convert", first, "--plan", "0: window", "--out", second, "--img_size", "24"]) == 0
+    assert main(["convert", first, "--plan", "0: window", "--output_dir", second, "--img_size", "24"]) == 0
     said = capsys.readouterr().out
     assert "already converted by 0: softmax; 1: linear" in said
     assert "recover it" not in said, "its source is no softmax teacher"
@@ -160,7 +163,7 @@ def test_a_converted_source_is_converted_anew(
 def test_a_folder_is_replaced_only_if_asked(
     teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    words = ["convert", str(teacher), "--out", str(tmp_path / "out"), "--plan"]
+    words = ["convert", str(teacher), "--output_dir", str(tmp_path / "out"), "--plan"]
     assert main([*words, PLAN]) == 0
     assert main([*words, "*: window"]) == 2
     assert "--force" in capsys.readouterr().err
@@ -172,18 +175,18 @@ def test_a_folder_is_replaced_only_if_asked(
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
-        (["--plan", "*: linear"], "--out is missing: give a new folder, or --dry_run"),
-        (["--out", "x"], "the following arguments are required: --plan"),
-        (["--plan", "*: linaer", "--out", "x"], "unknown operator 'linaer'; did you mean 'linear'"),
-        (["--plan", "2: linear", "--out", "x"], "there is no layer 2; the model has layers 0 to 1"),
-        (["--plan", "*: keep", "--out", "x"], "keeps every layer: name an operator other than softmax"),
-        (["--plan", "*: linear(feature=[1])", "--out", "x"], "a value is a finite number, a name, true or false"),
-        (["--plan", "*: linear", "--out", "x", "--weights", "some"], "invalid choice: 'some'"),
-        (["--plan", "*: linear", "--out", "x", "--calibrate", "4"], "--calibrate 4 needs images"),
-        (["--plan", "*: linear", "--out", "x", "--calibrate", "-1"], "--calibrate -1: give a number of images"),
-        (["--plan", "*: linear", "--out", "x", "--dataset", "digits"], "need --calibrate N: give N"),
-        (["--plan", "*: linear", "--out", "x", "--calibrate", "4", "--data_path", "away"], "away does not exist"),
-        (["--plan", "*: linear", "--out", "x", "--blr", "1"], "--blr"),
+        (["--plan", "*: linear"], "--output_dir is missing: give a new folder, or --dry_run"),
+        (["--output_dir", "x"], "the following arguments are required: --plan"),
+        (["--plan", "*: linaer", "--output_dir", "x"], "unknown operator 'linaer'; did you mean 'linear'"),
+        (["--plan", "2: linear", "--output_dir", "x"], "there is no layer 2; the model has layers 0 to 1"),
+        (["--plan", "*: keep", "--output_dir", "x"], "keeps every layer: name an operator other than softmax"),
+        (["--plan", "*: linear(feature=[1])", "--output_dir", "x"], "a value is a finite number, a name, true"),
+        (["--plan", "*: linear", "--output_dir", "x", "--weights", "some"], "invalid choice: 'some'"),
+        (["--plan", "*: linear", "--output_dir", "x", "--calibrate", "4"], "--calibrate 4 needs images"),
+        (["--plan", "*: linear", "--output_dir", "x", "--calibrate", "-1"], "--calibrate: give a whole number, 0"),
+        (["--plan", "*: linear", "--output_dir", "x", "--dataset", "digits"], "need --calibrate N: give N"),
+        (["--plan", "*: linear", "--output_dir", "x", "--calibrate", "4", "--data_path", "away"], "away does not"),
+        (["--plan", "*: linear", "--output_dir", "x", "--blr", "1"], "--blr"),
     ],
 )  # fmt: skip
 def test_mistakes_are_one_sentence(

@@ -39,7 +39,7 @@ def test_the_table_has_the_fit_of_each_layer(
 ) -> None:
     out = tmp_path / "out"
     plan = "*: hash(anchors=7); 0: softmax"
-    assert main(["convert", teacher, "--plan", plan, "--out", str(out), *DIGITS]) == 0
+    assert main(["convert", teacher, "--plan", plan, "--output_dir", str(out), *DIGITS]) == 0
     said = capsys.readouterr().out
     assert "fit of layer 1: objective " in said
     assert "fit of layer 0" not in said
@@ -69,7 +69,7 @@ def test_an_error_that_calibration_did_not_change_is_one_number(
 def test_a_model_that_could_not_run_is_not_written(
     teacher: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["convert", teacher, "--plan", "1: hash", "--out", str(tmp_path / "out")]) == 2
+    assert main(["convert", teacher, "--plan", "1: hash", "--output_dir", str(tmp_path / "out")]) == 2
     assert "--plan has hash, which must be fitted to images: give --calibrate N" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
@@ -77,14 +77,14 @@ def test_a_model_that_could_not_run_is_not_written(
 @pytest.mark.slow
 def test_a_killed_conversion_gives_the_same_bits(teacher: str, tmp_path: Path) -> None:
     words = ["convert", teacher, "--plan", "*: hash(anchors=7)", *DIGITS, "--seed", "3"]
-    assert main([*words, "--out", str(tmp_path / "whole")]) == 0
+    assert main([*words, "--output_dir", str(tmp_path / "whole")]) == 0
     killed = tmp_path / "killed"
     for finished in (1, 2):
-        command = [sys.executable, "-c", KILLED, *words, "--out", str(killed)]
+        command = [sys.executable, "-c", KILLED, *words, "--output_dir", str(killed)]
         died = subprocess.run(command, capture_output=True, env=dict(os.environ), check=False)
         assert died.returncode == -signal.SIGKILL
         assert len(list((killed / "fit").glob("layer*.safetensors"))) == finished
-    assert main([*words, "--out", str(killed)]) == 0
+    assert main([*words, "--output_dir", str(killed)]) == 0
     assert not (killed / "fit").exists()
     assert (killed / "model.safetensors").read_bytes() == (
         tmp_path / "whole" / "model.safetensors"

@@ -54,7 +54,7 @@ def test_a_folder_of_a_converted_pyramid(
     teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out, plan = tmp_path / "out", "stage1: none; stage2.0: linear; stage2.1: softmax; merge: deformable"
-    words = ["--out", str(out), "--without", "bias", "--calibrate", "4", "--dataset", "digits"]
+    words = ["--output_dir", str(out), "--without", "bias", "--calibrate", "4", "--dataset", "digits"]
     assert main(["convert", str(teacher), "--plan", plan, *words]) == 0
     said = capsys.readouterr().out
     assert "images of 32x32: stages of 8x8, 4x4 tokens" in said
@@ -87,7 +87,7 @@ def test_the_command_that_recovers_trains_what_is_new(
     """Merges are new, and only a stage that runs the whole student trains them."""
     source, out, trained = write_swin(tmp_path, SIZE), tmp_path / "out", tmp_path / "trained"
     plan = "stage1: none; stage2: softmax; merge: deformable"
-    assert main(["convert", str(source), "--plan", plan, "--out", str(out)]) == 0
+    assert main(["convert", str(source), "--plan", plan, "--output_dir", str(out)]) == 0
     (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("recover it: ")]
     words = (
         line.removeprefix("recover it: graftvit ").replace("--data_path FOLDER", "--dataset digits").split()
@@ -104,7 +104,7 @@ def test_deformable_merges_of_an_odd_grid_are_told_and_recovered(
 ) -> None:
     """36 x 36 pixels have 9 x 9 patches, of which timm's merge makes 5 x 5 and a deformable one 4 x 4."""
     source, out = write_swin(tmp_path, (36, 36)), tmp_path / "out"
-    words = ["convert", str(source), "--plan", "stage2: softmax; merge: deformable", "--out", str(out)]
+    words = ["convert", str(source), "--plan", "stage2: softmax; merge: deformable", "--output_dir", str(out)]
     assert main([*words, "--calibrate", "2", "--dataset", "digits"]) == 2
     why = "stage 2 has 4x4 tokens instead of 5x5, because a deformable merge leaves out the last row"
     assert why in capsys.readouterr().err
@@ -141,7 +141,7 @@ def test_one_image_that_leaves_a_merge_one_token_is_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     source, out = write_swin(tmp_path, (8, 8)), tmp_path / "out"
-    assert main(["convert", str(source), "--plan", "merge: deformable", "--out", str(out)]) == 0
+    assert main(["convert", str(source), "--plan", "merge: deformable", "--output_dir", str(out)]) == 0
     train = (
         f"train --mode finetune --student.model local-dir:{out} --dataset digits --workers 0 --max_steps 1"
     )
@@ -165,7 +165,10 @@ def test_a_converted_pyramid_is_loaded_at_another_size_saved_and_exported(
 ) -> None:
     out, again = tmp_path / "out", tmp_path / "again"
     assert (
-        main(["convert", str(teacher), "--plan", "*: linformer", "--out", str(out), "--without", "bias"]) == 0
+        main(
+            ["convert", str(teacher), "--plan", "*: linformer", "--output_dir", str(out), "--without", "bias"]
+        )
+        == 0
     )
     bigger = graftvit.load(str(out), img_size=48)
     assert image_size(bigger) == (48, 48)
@@ -186,7 +189,7 @@ def test_converting_again_is_refused_where_parts_are_lost(
                 str(teacher),
                 "--plan",
                 "stage1: none; stage2: linear",
-                "--out",
+                "--output_dir",
                 str(out),
                 "--without",
                 "bias",

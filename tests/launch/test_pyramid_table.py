@@ -27,9 +27,9 @@ COMMANDS: dict[str, tuple[str, ...]] = {
     "`evaluate`": (f"evaluate {{student}} {DATA} --train_samples 20",),
     "`export`, at one image size": ("export {student} {out}.pt2",),
     "`benchmark models`": (
-        "benchmark models {teacher} --plan stage1:softmax --img_size 32 --batch 1 --repeats 1 --out {out}",
+        "benchmark models {teacher} --plan stage1:softmax --img_size 32 --batch 1 --repeats 1 --output_dir {out}",
     ),
-    "`visualize`": ("visualize {student} {image} --out {out}",),
+    "`visualize`": ("visualize {student} {image} --output_dir {out}",),
     "`train --mode finetune`, `--mode scratch`": (
         f"{CONTINUED} {RUN}",
         f"train --mode scratch {{architecture}} --student.plan stage1:linear --without bias {RUN}",

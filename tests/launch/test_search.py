@@ -47,29 +47,32 @@ def words(tmp_path: Path) -> list[str]:
 def test_a_search_prints_its_front_and_resumes(
     words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main([*words, "--generations", "2", "--out", str(tmp_path / "found")]) == 0
+    assert main([*words, "--generations", "2", "--output_dir", str(tmp_path / "found")]) == 0
     said = capsys.readouterr().out
     assert "generation 2 of 2: 10 programs" in said
     archive = json.loads((tmp_path / "found" / "archive.json").read_text())
     assert archive["evaluated"] == 10
     assert all(each["program"] in said for each in archive["front"])
     assert all(name in said for name in ("softmax", "elu + 1", "values", "attnzero_105"))
-    assert main([*words, "--generations", "2", "--out", str(tmp_path / "found")]) == 0
+    assert main([*words, "--generations", "2", "--output_dir", str(tmp_path / "found")]) == 0
     assert capsys.readouterr().out == said
-    assert main([*words, "--generations", "2", "--at_random", "--out", str(tmp_path / "found")]) == 2
+    assert main([*words, "--generations", "2", "--at_random", "--output_dir", str(tmp_path / "found")]) == 2
     out = tmp_path / "found"
-    assert f"{out} has a search with at_random False, not True; take another --out" in capsys.readouterr().err
-    assert main([*words, "--population", "6", "--out", str(out)]) == 2
+    assert (
+        f"{out} has a search with at_random False, not True; take another --output_dir"
+        in capsys.readouterr().err
+    )
+    assert main([*words, "--population", "6", "--output_dir", str(out)]) == 2
     assert "has a search with population 5, not 6" in capsys.readouterr().err
     (out / "settings.json").write_text('{"seed"')
-    assert main([*words, "--generations", "2", "--out", str(out)]) == 2
+    assert main([*words, "--generations", "2", "--output_dir", str(out)]) == 2
     assert "settings.json is not readable" in capsys.readouterr().err
 
 
 def test_a_search_goes_on_with_the_same_teacher_alone(
     words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    words = [*words, "--generations", "1", "--out", str(tmp_path / "found")]
+    words = [*words, "--generations", "1", "--output_dir", str(tmp_path / "found")]
     assert main(words) == 0
     path = tmp_path / "teacher" / "model.safetensors"
     tensors = load_file(path)
@@ -85,7 +88,7 @@ def test_a_search_names_the_images_that_there_are(words: list[str], tmp_path: Pa
         (folder / "train" / "one").mkdir(parents=True, exist_ok=True)
         Image.new("L", (16, 16), 40 * name).save(folder / "train" / "one" / f"{name}.png")
     words = [*words[:3], "--data_path", str(folder), *words[5:], "--images", "4000"]
-    assert main([*words, "--generations", "1", "--out", str(out)]) == 0
+    assert main([*words, "--generations", "1", "--output_dir", str(out)]) == 0
     assert json.loads((out / "settings.json").read_text())["images"] == f"6 of {folder}"
 
 
@@ -95,7 +98,7 @@ def test_a_search_killed_three_times_ends_in_the_same_archive(
     words: list[str], tmp_path: Path, workers: str
 ) -> None:
     """Two processes end in the archive of one."""
-    assert main([*words, "--generations", "4", "--out", str(tmp_path / "whole")]) == 0
+    assert main([*words, "--generations", "4", "--output_dir", str(tmp_path / "whole")]) == 0
     out = tmp_path / "killed"
     code = "import sys; from graftvit.launch.cli import main; sys.exit(main(sys.argv[1:]))"
     command = [
@@ -107,7 +110,7 @@ def test_a_search_killed_three_times_ends_in_the_same_archive(
         "4",
         "--workers",
         workers,
-        "--out",
+        "--output_dir",
         str(out),
     ]
     for records in (3, 8, 14):
@@ -123,15 +126,18 @@ def test_a_search_killed_three_times_ends_in_the_same_archive(
 @pytest.mark.parametrize(
     ("words", "reason"),
     [
-        (["teacher", "--out", "x"], "a search needs images: give --data_path FOLDER, or --dataset digits"),
         (
-            ["teacher", "--out", "x", "--dataset", "digits", "--population", "0"],
+            ["teacher", "--output_dir", "x"],
+            "a search needs images: give --data_path FOLDER, or --dataset digits",
+        ),
+        (
+            ["teacher", "--output_dir", "x", "--dataset", "digits", "--population", "0"],
             "--population: give a whole number, 1 or more",
         ),
-        (["teacher", "--dataset", "digits"], "--out"),
-        (["report", "gone"], "gone has no search: give the --out"),
+        (["teacher", "--dataset", "digits"], "--output_dir"),
+        (["report", "gone"], "gone has no search: give the --output_dir"),
         (
-            ["teacher", "--out", "x", "--dataset", "digits", "--workers", "0"],
+            ["teacher", "--output_dir", "x", "--dataset", "digits", "--workers", "0"],
             "--workers: give a whole number",
         ),
     ],

@@ -58,9 +58,16 @@ def test_all_that_a_run_and_the_commands_write(tmp_path: Path, umask: int) -> No
     train(config(run, teacher, optim={"max_steps": 2}, engine={"trackers": ["tensorboard"]}))
     for words in (
         ["checkpoint", "save", f"{run}#ema", str(tmp_path / "saved")],
-        ["convert", f"local-dir:{teacher}", "--plan", "*: linear", "--out", str(tmp_path / "converted")],
+        [
+            "convert",
+            f"local-dir:{teacher}",
+            "--plan",
+            "*: linear",
+            "--output_dir",
+            str(tmp_path / "converted"),
+        ],
         ["export", str(run), str(tmp_path / "graph.pt2")],
-        ["visualize", str(run), str(image), "--out", str(tmp_path / "seen")],
+        ["visualize", str(run), str(image), "--output_dir", str(tmp_path / "seen")],
         ["evaluate", str(run), "--workers", "0", "--json", str(tmp_path / "scores.json")],
         [
             "checkpoint",

@@ -42,7 +42,7 @@ def test_a_folder_of_images(
         picture(folder / f"{name}.png", seed)
     (folder / "notes.txt").write_text("no image")
     words = ["visualize", student, str(folder), "--teacher", teacher, "--query", "cls, 7", "--layers", "-1"]
-    assert main([*words, "--out", str(tmp_path / "out")]) == 0
+    assert main([*words, "--output_dir", str(tmp_path / "out")]) == 0
     assert capsys.readouterr().out == f"{tmp_path / 'out' / 'index.html'}\n"
     pngs = {path.name for path in (tmp_path / "out").glob("*.png")}
     asked = {
@@ -84,7 +84,7 @@ def test_images_are_seen_as_the_model_sees_them(student: str, tmp_path: Path) ->
 
 def test_an_average_over_a_data_set(student: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["visualize", student, "--average", "4", "--dataset", "digits", "--workers", "0"]
-    assert main([*words, "--query", "cls", "--out", str(tmp_path)]) == 0
+    assert main([*words, "--query", "cls", "--output_dir", str(tmp_path)]) == 0
     told = capsys.readouterr()
     assert told.out == f"{tmp_path / 'index.html'}\n"
     lines = told.err.splitlines()
@@ -97,7 +97,7 @@ def test_an_average_over_a_data_set(student: str, tmp_path: Path, capsys: pytest
 
 def test_another_image_size(student: str, tmp_path: Path) -> None:
     words = ["visualize", student, "digits:3", "--img_size", "32,16", "--query", "31", "--layers", "0"]
-    assert main([*words, "--out", str(tmp_path)]) == 0
+    assert main([*words, "--output_dir", str(tmp_path)]) == 0
     assert (tmp_path / "digit_3_31.png").is_file()
 
 
@@ -112,7 +112,7 @@ def test_another_image_size(student: str, tmp_path: Path) -> None:
         (["digits:0", "--layers", "2"], "--layers: there is no layer 2; the model has layers 0 to 1"),
         (["digits:0", "--layers", "a"], "--layers: 'a' is not a layer"),
         (["digits:0", "--query", "99"], "--query '99': valid are patches 0 to 23, cls, reg0, reg1"),
-        (["digits:0", "--out", "{broken}"], "which is a file; give a folder"),
+        (["digits:0", "--output_dir", "{broken}"], "is a file: give a folder"),
         ([], "no IMAGE is given"),
         (["digits:0", "--average", "3"], "--average shows a data set, and the image 'digits:0' is given"),
         (["--average", "0"], "--average '0': valid are a number of images from 1, and 'all'"),
@@ -128,7 +128,7 @@ def test_mistakes(
     (tmp_path / "empty").mkdir()
     places = {"broken": tmp_path / "broken.png", "empty": tmp_path / "empty"}
     given = [word.format(**places) for word in words]
-    out = [] if "--out" in words else ["--out", str(tmp_path / "out")]
+    out = [] if "--output_dir" in words else ["--output_dir", str(tmp_path / "out")]
     assert main(["visualize", student, *given, *out]) == 2
     told = capsys.readouterr().err
     assert said in told
@@ -140,7 +140,7 @@ def test_a_page_that_is_too_large_is_refused(
     student: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(map_page, "MAX_MEGABYTES", 0)
-    assert main(["visualize", student, "digits:0", "--out", str(tmp_path / "out")]) == 2
+    assert main(["visualize", student, "digits:0", "--output_dir", str(tmp_path / "out")]) == 2
     assert "fewer layers by --layers" in capsys.readouterr().err
 
 
@@ -168,7 +168,14 @@ def pyramids(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 def test_a_pyramid_by_stage(pyramids: dict[str, str], tmp_path: Path) -> None:
     words = ["visualize", pyramids["student"], picture(tmp_path / "x.png", size=(24, 40))]
-    words += ["--teacher", pyramids["teacher"], "--query", "3x20,39x23", "--out", str(tmp_path / "out")]
+    words += [
+        "--teacher",
+        pyramids["teacher"],
+        "--query",
+        "3x20,39x23",
+        "--output_dir",
+        str(tmp_path / "out"),
+    ]
     assert main(words) == 0
     names = {path.name for path in (tmp_path / "out").iterdir()}
     pictures = {f"x_{place}{end}.png" for place in ("3x20", "39x23") for end in ("", "_teacher")}
@@ -193,7 +200,7 @@ def test_deformable_merges_have_a_picture_and_numbers(tmp_path: Path) -> None:
         model, tmp_path / "lit", preprocessing=Preprocessing.of(model, input_size=(3, 40, 24)), **described
     )
     words = [f"local-dir:{tmp_path / 'lit'}", picture(tmp_path / "x.png", size=(24, 40)), "--query", "3x20"]
-    assert main(["visualize", *words, "--out", str(tmp_path / "out")]) == 0
+    assert main(["visualize", *words, "--output_dir", str(tmp_path / "out")]) == 0
     names = {path.name for path in (tmp_path / "out").glob("x_*")}
     assert names == {"x_3x20.png", "x_3x20_merges.png"}
     [merge] = json.loads((tmp_path / "out" / "numbers.json").read_text())["student"]["merges"]
@@ -219,6 +226,9 @@ def test_mistakes_with_a_pyramid(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     given = [word.format(plain=teacher) for word in words]
-    assert main(["visualize", pyramids["student"], "digits:0", *given, "--out", str(tmp_path / "out")]) == 2
+    assert (
+        main(["visualize", pyramids["student"], "digits:0", *given, "--output_dir", str(tmp_path / "out")])
+        == 2
+    )
     assert said in capsys.readouterr().err
     assert not (tmp_path / "out").exists()

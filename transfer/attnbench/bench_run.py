@@ -345,7 +345,7 @@ class ProgramCell:
 
     def _state(self, trial: Trial) -> State:
         settings = self.bench.digest(trial.backbone, trial.data)
-        return cell_state(self.folder / trial.folder, settings, flag="--out")
+        return cell_state(self.folder / trial.folder, settings, flag="--output_dir")
 
 
 def list_cells(bench: Bench, trials: Sequence[Trial], out: Path, threads: int) -> list[ProgramCell]:

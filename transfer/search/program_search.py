@@ -300,7 +300,7 @@ class Search:
             differs = "other recorded layers: the weights or the images have changed"
             if name not in ("layers", "identity"):
                 differs = f"{name} {there.get(name)}, not {value}"
-            raise ConfigError(f"{self.folder} has a search with {differs}; take another --out")
+            raise ConfigError(f"{self.folder} has a search with {differs}; take another --output_dir")
 
     def _children(self, generation: int, done: Sequence[Evaluation]) -> list[Child]:
         settings = self.settings
@@ -312,7 +312,7 @@ class Search:
     def _evaluation(self, generation: int, slot: int, child: Child) -> Evaluation:
         folder = self._cell(generation, slot)
         settings = self._digest(generation, child.program.text)
-        if cell_state(folder, settings, flag="--out") == "done":
+        if cell_state(folder, settings, flag="--output_dir") == "done":
             found = self._record(generation, slot)
             if found is not None:
                 return found
@@ -326,7 +326,7 @@ class Search:
         found = load_record(Evaluation, folder)
         if found is None:
             return None
-        cell_state(folder, self._digest(generation, found.program), flag="--out")
+        cell_state(folder, self._digest(generation, found.program), flag="--output_dir")
         measured = found.mismatch is not None
         if (
             (found.generation, found.error) != (generation, None)
@@ -394,12 +394,12 @@ def _read_settings(kind: type[T], folder: Path) -> T:
     path = folder / SETTINGS
     text = read_if_there(path, refusal=ConfigError)
     if text is None:
-        raise ConfigError(f"{folder} has no search: give the --out of `graftvit programs search`")
+        raise ConfigError(f"{folder} has no search: give the --output_dir of `graftvit programs search`")
     try:
         return TypeAdapter(kind).validate_json(text)
     except ValidationError as error:
         raise ConfigError(
-            f"{path} is not readable as the settings of a search; take another --out"
+            f"{path} is not readable as the settings of a search; take another --output_dir"
         ) from error
 
 

@@ -180,13 +180,13 @@ WORDS += ("--generations", "3", "--workers", "1")
 
 def test_an_array_ends_in_the_archive_of_one_process(cluster: SlurmCluster, tmp_path: Path) -> None:
     make_teacher(tmp_path / "teacher")
-    graftvit(cluster, tmp_path, *WORDS, "--out", "alone")
+    graftvit(cluster, tmp_path, *WORDS, "--output_dir", "alone")
     refused = ("evaluate", "teacher", "--dataset", "digits", "--shares", "2")
     assert "only `graftvit submit programs search` can be divided" in graftvit(
         cluster, tmp_path, "submit", *refused, "--tasks_per_node", "1", code=2
     )
     said = graftvit(
-        cluster, tmp_path, "submit", *WORDS, "--out", "shared", "--shares", str(SHARES),
+        cluster, tmp_path, "submit", *WORDS, "--output_dir", "shared", "--shares", str(SHARES),
         "--nodes", "1", "--tasks_per_node", "1",
     )  # fmt: skip
     assert "3 cells" in said

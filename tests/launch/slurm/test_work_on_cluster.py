@@ -46,8 +46,17 @@ def test_an_evaluation_of_two_nodes_and_a_conversion_come_to_their_end(
     said = graftvit(cluster, tmp_path, *words)
     folder = tmp_path / "runs" / "evaluate-teacher"
     assert f"jobs and log in {folder}" in said
-    conversion = ("convert", "teacher", "--plan", "*: linear", "--out", "linear", "--dataset", "digits")
-    words = ("submit", *conversion, "--calibrate", "4", *ALONE, "--output_dir", "fitting")
+    conversion = (
+        "convert",
+        "teacher",
+        "--plan",
+        "*: linear",
+        "--output_dir",
+        "linear",
+        "--dataset",
+        "digits",
+    )
+    words = ("submit", *conversion, "--calibrate", "4", *ALONE, "--job_dir", "fitting")
     graftvit(cluster, tmp_path, *words)
     wait_for(folder, "finished")
     assert set(json.loads((tmp_path / "scores.json").read_text())) == {"teacher"}

@@ -72,14 +72,16 @@ def test_what_is_done_is_not_done_again_and_more_generations_go_on(
     assert run_search(search(tmp_path), 3, silent)[:16] == first
     monkeypatch.setattr(program_search, "PROXIES", {})
     assert run_search(search(tmp_path), 2, silent) == first
-    with pytest.raises(ConfigError, match="has a search with seed 0, not 1; take another --out"):
+    with pytest.raises(ConfigError, match="has a search with seed 0, not 1; take another --output_dir"):
         run_search(search(tmp_path, seed=1), 1, silent)
     with pytest.raises(ConfigError, match="has a search with proxy matching, not fitted"):
         run_search(search(tmp_path, proxy="fitted"), 1, silent)
     with pytest.raises(ConfigError, match="has a search with other recorded layers: the weights"):
         run_search(search(tmp_path, weights=1), 1, silent)
     (tmp_path / "settings.json").unlink()
-    with pytest.raises(ConfigError, match="measured with other settings; take another --out, or remove it"):
+    with pytest.raises(
+        ConfigError, match="measured with other settings; take another --output_dir, or remove it"
+    ):
         run_search(search(tmp_path, seed=1), 1, silent)
 
 
@@ -121,7 +123,7 @@ def test_all_processes_measure_on_the_recorded_layers_of_the_folder(tmp_path: Pa
     (tmp_path / LAYERS).write_bytes(b"no layers")
     with pytest.raises(ConfigError, match="not readable as recorded layers; remove it"):
         open_search(tmp_path)
-    with pytest.raises(ConfigError, match="has no search: give the --out"):
+    with pytest.raises(ConfigError, match="has no search: give the --output_dir"):
         open_search(tmp_path / "cells")
 
 

@@ -209,7 +209,7 @@ def load_results(folder: Path, kind: Kind) -> Results:
     found = read_results(path)
     if (found.kind, found.machine) != (kind, machine()):
         raise ConfigError(
-            f"--out: {path} has {found.kind} on {found.machine}, and this is {kind} on {machine()}; "
+            f"--output_dir: {path} has {found.kind} on {found.machine}, and this is {kind} on {machine()}; "
             "name another folder, or drop these results with --force"
         )
     return found
@@ -220,7 +220,9 @@ def read_results(path: Path) -> Results:
     try:
         return TypeAdapter(Results).validate_json(read_regular(path))
     except (CheckpointError, ValidationError) as error:
-        raise ConfigError(f"--out: {path} is no file of benchmark results; name another folder") from error
+        raise ConfigError(
+            f"--output_dir: {path} is no file of benchmark results; name another folder"
+        ) from error
 
 
 def machine() -> str:

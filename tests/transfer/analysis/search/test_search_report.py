@@ -70,7 +70,8 @@ def test_the_command_writes_the_page(
     assert f"report: {done[0] / 'report.html'}" in capsys.readouterr().out
     assert main(["programs", "search", "report", str(tmp_path)]) == 2
     assert (
-        f"{tmp_path} has no search: give the --out of `graftvit programs search`" in capsys.readouterr().err
+        f"{tmp_path} has no search: give the --output_dir of `graftvit programs search`"
+        in capsys.readouterr().err
     )
     search(tmp_path).claim()
     assert main(["programs", "search", "report", str(tmp_path)]) == 2
