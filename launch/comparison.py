@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from ..checkpoints.files import is_file
 from ..models.errors import ConfigError, JsonDict
@@ -15,36 +15,40 @@ from .load_config import Setting, load_config, load_stages, read_recipe
 
 if TYPE_CHECKING:
     from ..transfer.analysis.compare.compare import Comparison
-    from ..transfer.analysis.compare.comparison_cells import CompareConfig
     from ..transfer.attnbench.bench_rows import Row
     from ..transfer.attnbench.bench_run import Bench
     from ..transfer.config import RunConfig
 
-
-# Read the benchmark of a recipe, and rows: those of a file, or those that come with the package.
+Model = TypeVar("Model", bound=BaseModel)
 
 
 def load_bench(source: str | Path, overrides: Iterable[Setting] = ()) -> Bench:
     """Load the benchmark of a recipe or YAML file. Raises ConfigError: it has no valid section `attnbench`."""
     from ..transfer.attnbench.bench_run import Bench, BenchConfig
 
-    values = read_recipe(source).attnbench
-    if values is None:
-        raise ConfigError(
-            f"{source} has no section 'attnbench'; add attnbench: {{backbones: {{...}}, data: {{...}}}}, or take the "
-            f"recipe attnbench_digits"
-        )
-    try:
-        settings = BenchConfig.model_validate(values)
-    except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(["attnbench", *map(str, first["loc"])])
-        raise ConfigError(f"{source}: {key} is {first['input']!r}: {first['msg']}") from error
+    remedy = "add attnbench: {backbones: {...}, data: {...}}, or take the recipe attnbench_digits"
+    settings = _read_section(BenchConfig, read_recipe(source).attnbench, "attnbench", source, remedy)
     bench = Bench(str(source), load_config(source, overrides), settings)
     for backbone in settings.backbones:
         for data in settings.data:
             bench.run_config(backbone, data)
     return bench
+
+
+def _read_section(
+    kind: type[Model], values: JsonDict | None, name: str, source: str | Path, remedy: str
+) -> Model:
+    """Return the section of a recipe. Raises ConfigError: it is missing or not valid."""
+    if values is None:
+        raise ConfigError(f"{source} has no section {name!r}; {remedy}")
+    try:
+        return kind.model_validate(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join([name, *map(str, first["loc"])])
+        raise ConfigError(
+            f"{source}: {key} is {first['input']!r}: {first['msg']}; valid keys are {', '.join(kind.model_fields)}"
+        ) from error
 
 
 def load_rows(source: Path) -> list[Row]:
@@ -68,11 +72,12 @@ def load_comparison(source: str | Path, overrides: Iterable[Setting] = ()) -> Co
     Raises ConfigError if the file has no section `compare` or is not valid.
     """
     from ..transfer.analysis.compare.compare import Comparison
-    from ..transfer.analysis.compare.comparison_cells import check_stages
+    from ..transfer.analysis.compare.comparison_cells import CompareConfig, check_stages
     from ..transfer.engine.stages import Stage
 
     given = list(overrides)
-    compare = _compare(read_recipe(source).compare, str(source))
+    remedy = "add compare: {plans: {linear: '*: linear', ...}}, or take the recipe digits_compare"
+    compare = _read_section(CompareConfig, read_recipe(source).compare, "compare", source, remedy)
     stages = load_stages(source, given)
     if not stages:
         config = load_config(source, given)
@@ -84,24 +89,18 @@ def load_comparison(source: str | Path, overrides: Iterable[Setting] = ()) -> Co
             )
     check_stages(compare, [stage.name for stage in stages])
     if compare.teacher_recipe is None:
-        return Comparison([Stage(stage.name, _settled(stage.config)) for stage in stages], compare)
+        return Comparison([Stage(stage.name, _settle(stage.config)) for stage in stages], compare)
     folder = stages[0].config.output_dir / "teacher"
-    teacher = load_config(_beside(compare.teacher_recipe, Path(source)), _taken_over(given, folder))
+    teacher = load_config(_find_recipe(compare.teacher_recipe, Path(source)), _take_over(given, folder))
     found = {"source": f"local-dir:{folder / 'student'}"}
-    stages = [
-        Stage(
-            stage.name,
-            _settled(
-                stage.config.model_copy(update={"teacher": stage.config.teacher.model_copy(update=found)}),
-                teacher,
-            ),
-        )
-        for stage in stages
-    ]
-    return Comparison(stages, compare, teacher)
+    settled = []
+    for stage in stages:
+        config = stage.config.model_copy(update={"teacher": stage.config.teacher.model_copy(update=found)})
+        settled.append(Stage(stage.name, _settle(config, teacher)))
+    return Comparison(settled, compare, teacher)
 
 
-def _settled(config: RunConfig, made: RunConfig | None = None) -> RunConfig:
+def _settle(config: RunConfig, made: RunConfig | None = None) -> RunConfig:
     """Return the settings of a stage with its student's architecture, size and pooling.
 
     `made` is the run that makes the teacher, which may not be there yet.
@@ -113,16 +112,16 @@ def _settled(config: RunConfig, made: RunConfig | None = None) -> RunConfig:
 
     if made is None or config.starting_source != TEACHER:
         return settle(config, find_start(mode_of(config)))
-    return config.model_copy(update={"student": settle_student(config.student, _settled(made).student)})
+    return config.model_copy(update={"student": settle_student(config.student, _settle(made).student)})
 
 
-def _beside(recipe: str, source: Path) -> str | Path:
+def _find_recipe(recipe: str, source: Path) -> str | Path:
     """Return the recipe of the teacher: a file beside the file that names it, as for `base:`, or a recipe's name."""
     path = source.parent / recipe
     return path if is_file(path) and path != source and source.is_file() else recipe
 
 
-def _taken_over(given: Iterable[Setting], folder: Path) -> list[Setting]:
+def _take_over(given: Iterable[Setting], folder: Path) -> list[Setting]:
     """Return the given settings that also hold for the teacher's run, and the settings of its folder and display."""
     kept = [setting for setting in given if setting.key in FOR_THE_TEACHER]
     return [
@@ -130,22 +129,3 @@ def _taken_over(given: Iterable[Setting], folder: Path) -> list[Setting]:
         Setting("output_dir", str(folder), "output_dir"),
         Setting("engine.progress", False, "engine.progress"),
     ]
-
-
-def _compare(values: JsonDict | None, label: str) -> CompareConfig:
-    from ..transfer.analysis.compare.comparison_cells import CompareConfig
-
-    if values is None:
-        raise ConfigError(
-            f"{label} has no section 'compare'; add compare: {{plans: {{linear: '*: linear', ...}}}}, or take the "
-            "recipe digits_compare"
-        )
-    try:
-        return CompareConfig.model_validate(values)
-    except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(["compare", *map(str, first["loc"])])
-        raise ConfigError(
-            f"{label}: {key} is {first['input']!r}: {first['msg']}; valid keys are "
-            f"{', '.join(CompareConfig.model_fields)}"
-        ) from error

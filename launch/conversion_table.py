@@ -54,7 +54,7 @@ def conversion_table(
     note = calibration_note("timm's layer" if staged else "softmax", str(calibration)) * measured
     right = (0, *([1] * staged), 2 + staged, 4 + staged)
     return (
-        aligned(rows, right) + note + fit_notes(layers) + _totals(teacher, student, sum(before), sum(after))
+        aligned(rows, right) + note + fit_notes(layers) + _format_totals(teacher, student, sum(before), sum(after))
     )
 
 
@@ -70,7 +70,7 @@ def _attention_macs(model: nn.Module) -> list[int]:
     return [own.get(index, softmax) for index in range(len(attention_blocks(model)))]
 
 
-def _totals(teacher: nn.Module, student: nn.Module, before: int, after: int) -> str:
+def _format_totals(teacher: nn.Module, student: nn.Module, before: int, after: int) -> str:
     from ..models.converted import new_parameters
     from ..models.cost import dense_macs, other_macs
     from ..models.families import is_pyramid

@@ -18,38 +18,38 @@ SHOWN_LABELS = 20
 def to_text(found: Survey) -> str:
     """Return tables of the splits, their files and labels, and the warnings."""
     rows = [["split", "images", "classes", "a class: min", "median", "max", "unlabeled", "unreadable"]]
-    rows += [_row(split) for split in found.splits]
+    rows += [_format_row(split) for split in found.splits]
     blocks = [aligned(rows, right=tuple(range(1, len(rows[0]))))]
-    blocks += [_files(split) for split in found.splits]
-    blocks.append(_labels(found.splits[0]))
+    blocks += [_format_files(split) for split in found.splits]
+    blocks.append(_format_labels(found.splits[0]))
     remarks = [f"WARNING  {line}" for line in differences(found)]
     remarks += [f"no split {name}: {reason}" for name, reason in found.missing.items()]
-    remarks += [line for split in found.splits for line in _unreadable(split)]
+    remarks += [line for split in found.splits for line in _list_unreadable(split)]
     return "\n".join([*blocks, *remarks]).rstrip() + "\n"
 
 
 def to_json(found: Survey) -> str:
     """Return all numbers and the label of each class as JSON."""
-    splits = {split.name: _numbers(split) for split in found.splits}
+    splits = {split.name: _collect_numbers(split) for split in found.splits}
     whole = {"splits": splits, "missing": found.missing, "warnings": differences(found)}
     return json.dumps(whole, indent=2)
 
 
-def _row(split: Split) -> list[str]:
+def _format_row(split: Split) -> list[str]:
     counts = split.counts()
-    spread = _spread(counts) if counts else ("-", "-", "-")
+    spread = _format_spread(counts) if counts else ("-", "-", "-")
     images = f"{split.images:,}" + (f" ({split.looked_at:,} looked at)" if split.streamed else "")
     numbers = (f"{split.unlabeled:,}", f"{split.unreadable:,}")
     return [split.name, images, f"{len(counts):,}" if counts else "none", *spread, *numbers]
 
 
-def _files(split: Split) -> str:
+def _format_files(split: Split) -> str:
     if not split.widths:
         return f"{split.name}: no image can be read\n"
+    width, height = (" / ".join(_format_spread(sides)) for sides in (split.widths, split.heights))
     lines = [
-        f"{split.name}: width {' / '.join(_spread(split.widths))}, height {' / '.join(_spread(split.heights))} "
-        "(min / median / max)",
-        f"  formats {_listed(split.kinds)}; modes {_listed(split.modes)}",
+        f"{split.name}: width {width}, height {height} (min / median / max)",
+        f"  formats {_format_counts(split.kinds)}; modes {_format_counts(split.modes)}",
     ]
     if split.turned:
         lines.append(f"  {split.turned:,} with an EXIF orientation, which is ignored")
@@ -58,7 +58,7 @@ def _files(split: Split) -> str:
     return "\n".join([*lines, ""])
 
 
-def _labels(split: Split) -> str:
+def _format_labels(split: Split) -> str:
     counts = split.counts()
     if not counts:
         return f"labels of {split.name}: no classes\n"
@@ -70,13 +70,13 @@ def _labels(split: Split) -> str:
     return f"labels of {split.name}\n" + aligned([["label", "class", "images"], *rows], right=(0, 2))
 
 
-def _unreadable(split: Split) -> list[str]:
+def _list_unreadable(split: Split) -> list[str]:
     lines = [f"unreadable in {split.name}: {each.path} ({each.reason})" for each in split.named]
     more = split.unreadable - len(split.named)
     return [*lines, f"unreadable in {split.name}: and {more:,} more"] if more > 0 else lines
 
 
-def _numbers(split: Split) -> JsonDict:
+def _collect_numbers(split: Split) -> JsonDict:
     names = split.class_names
     return {
         "images": split.images,
@@ -85,8 +85,8 @@ def _numbers(split: Split) -> JsonDict:
         "classes": None if names is None else {name: label for label, name in enumerate(names)},
         "images_by_label": split.counts(),
         "unlabeled": split.unlabeled,
-        "width": _three(split.widths),
-        "height": _three(split.heights),
+        "width": _summarize(split.widths),
+        "height": _summarize(split.heights),
         "formats": dict(split.kinds.most_common()),
         "modes": dict(split.modes.most_common()),
         "turned": split.turned,
@@ -95,15 +95,15 @@ def _numbers(split: Split) -> JsonDict:
     }
 
 
-def _three(values: Sequence[int]) -> dict[str, float] | None:
+def _summarize(values: Sequence[int]) -> dict[str, float] | None:
     if not values:
         return None
     return {"min": min(values), "median": statistics.median(values), "max": max(values)}
 
 
-def _spread(values: Sequence[int]) -> tuple[str, str, str]:
+def _format_spread(values: Sequence[int]) -> tuple[str, str, str]:
     return f"{min(values):,}", f"{statistics.median(values):,.10g}", f"{max(values):,}"
 
 
-def _listed(counts: Counter[str]) -> str:
+def _format_counts(counts: Counter[str]) -> str:
     return ", ".join(f"{name} {count:,}" for name, count in counts.most_common())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 
@@ -23,7 +22,6 @@ from ..models.errors import ConfigError, Json
 from ..models.families import pooling_of
 from ..transfer.config import DataConfig, RunConfig, TeacherConfig
 from ..transfer.data.augment import with_settings
-from ..transfer.data.datasets import check_dataset
 from ..transfer.data.labels import check_num_classes, imagenet_names
 from ..transfer.data.loaders import EvalLoader, create_eval_loader, create_reference_loader
 from ..transfer.engine.fit_operators import stage_together
@@ -32,6 +30,7 @@ from ..transfer.metrics.distance import ComparedLayers, Reader, compared_layers,
 from ..transfer.metrics.measure import PROBES, Against, Family, check_folders, measure
 from .flags import source_keywords
 from .load_config import Setting, load_config
+from .submitted import check_here
 
 # The models that `graftvit evaluate` compares: runs, students and teachers, each a function from images to logits.
 
@@ -138,7 +137,7 @@ def common_names(candidates: list[Candidate]) -> tuple[str, ...] | None:
     return names
 
 
-def in_order(
+def reorder(
     predict: Callable[[Tensor], Tensor], own: Sequence[str] | None, names: Sequence[str] | None
 ) -> Callable[[Tensor], Tensor]:
     """Return `predict` with its logits reordered from the classes `own` to the order of `names`."""
@@ -162,72 +161,118 @@ def predictor(candidate: Candidate, spec: Preprocessing) -> Callable[[Tensor], T
     return predict
 
 
-logger = logging.getLogger(__name__)
 RANDOM = "random weights"
 """The row of a model that learned nothing: what distances and CKA are worth is seen beside it."""
 
 
-def evaluate_sources(
-    sources: Sequence[str],
-    settings: Sequence[Setting],
-    *,
-    metrics: Collection[Family] | None = None,
-    against: str | None = None,
-    subset: str | None = None,
-    real: bool = False,
-    tell: Callable[[str], object] = logger.info,
-) -> dict[str, dict[str, float]]:
+@dataclass(frozen=True)
+class Evaluation:
+    """What `graftvit evaluate` is asked to measure."""
+
+    sources: Sequence[str]
+    """Run folders, student folders or teacher sources."""
+    settings: Sequence[Setting]
+    """Settings of `data`, `engine` and `teacher`; other data settings come from the first run among the sources."""
+    metrics: Collection[Family]
+    """The metrics to measure; with none, those that `_choose_families` chooses."""
+    against: str | None = None
+    """The source of a teacher from which distances are measured."""
+    subset: str | None = None
+    """`imagenet-a` or `imagenet-r`."""
+    real: bool = False
+    """Score against the ReaL labels of ImageNet's validation set."""
+
+    def __post_init__(self) -> None:
+        """Raise ConfigError if arguments contradict each other."""
+        repeated = [source for source in self.sources if self.sources.count(source) > 1]
+        if repeated:
+            raise ConfigError(f"checkpoint {repeated[0]!r} is named twice; name each once")
+        if "distance" in self.metrics and self.against is None:
+            raise ConfigError("--metrics distance needs a model to measure from: add --against TEACHER")
+        if self.against is not None and self.metrics and "distance" not in self.metrics:
+            raise ConfigError(
+                "--against has no effect without the metric distance; add distance to --metrics"
+            )
+        self.check_own_head(self.metrics)
+
+    def check_own_head(self, metrics: Collection[Family]) -> None:
+        """Raise ConfigError if metrics without a model's head are to be measured on labels that only a head has."""
+        if (self.real or self.subset is not None) and any(family in PROBES for family in metrics):
+            raise ConfigError(
+                f"{'--real' if self.real else '--subset'} needs a model's own head and cannot be used with --metrics "
+                "knn or probe, which measure a model without a head"
+            )
+
+    def section(self, name: str) -> list[Setting]:
+        """Return the settings of a section."""
+        return [setting for setting in self.settings if setting.key.startswith(f"{name}.")]
+
+    def config(self) -> RunConfig:
+        """Return the settings of data and engine, with those of the first run among the sources."""
+        others = [*self.section("data"), *self.section("engine")]
+        runs = [config for config in map(run_config, self.sources) if config is not None]
+        if not runs:
+            return load_config(None, others)
+        own = runs[0].data.model_dump(exclude={"stage"})  # a path on the nodes where the run was trained
+        if {"data.dataset", "data.data_path"} & {each.key for each in others}:
+            own["num_classes"] = None if _is_folder(others, own) else own["num_classes"]
+        return load_config(
+            None, [*(Setting(f"data.{name}", own[name], f"data.{name}") for name in own), *others]
+        )
+
+    def check(self, *, here: bool = True) -> DataConfig:
+        """Return the settings of the data, and raise the errors of `evaluate` that need no loaded model.
+
+        With `here`, models and data must be on this machine.
+        """
+        if not here:
+            return load_config(None, self.settings).data
+        sources = [*self.sources, *([] if self.against is None else [self.against])]
+        check_here(*sources)
+        data = self.config().data
+        check_here(data=data)
+        return data
+
+
+def evaluate(asked: Evaluation, tell: Callable[[str], object]) -> dict[str, dict[str, float]]:
     """Measure each source and, if several sources have heads, their ensemble.
 
-    Args:
-        sources: Run folders, student folders or teacher sources.
-        settings: Settings of `data`, `engine` and `teacher`; other data settings come from the first run among the
-            sources.
-        metrics: The metrics to measure; `_families` chooses the default.
-        against: The source of a teacher from which distances are measured.
-        subset: `imagenet-a` or `imagenet-r`.
-        real: Score against the ReaL labels of ImageNet's validation set.
-        tell: Gets a line about the features that kNN and the probe measure, and warnings about them.
-
-    Raises:
-        GraftError: if a source cannot be read, or sources, data and metrics do not match.
+    `tell` gets a line about the features that kNN and the probe measure, and warnings about them. Raises GraftError if
+    a source cannot be read, or sources, data and metrics do not match.
     """
-    _check_words(sources, metrics or (), against, subset, real)
-    how = load_config(None, [each for each in settings if each.key.startswith("teacher.")]).teacher
-    asked = load_config(None, [each for each in settings if each.key.startswith("data.")]).data
-    candidates = [load_candidate(source, how) for source in sources]
-    candidates = [replace(each, spec=with_settings(each.spec, asked)) for each in candidates]
+    how = load_config(None, asked.section("teacher")).teacher
+    shown = load_config(None, asked.section("data")).data
+    candidates = [load_candidate(source, how) for source in asked.sources]
+    candidates = [replace(each, spec=with_settings(each.spec, shown)) for each in candidates]
     check_alike(candidates)
-    config = _data_settings(sources, settings)
+    config = asked.config()
     accelerator = create_accelerator(config)
     ranks = {"rank": accelerator.process_index, "world_size": accelerator.num_processes}
     group = host_group(accelerator) if config.data.stage is not None else None
     data = stage_together(config.data, group)
     spec = candidates[0].spec
-    names, numbered = _numbering(candidates, metrics, imagenet=real or subset is not None)
-    loader = create_eval_loader(data, spec, real=real, labels=False, names=numbered, **ranks)
+    names, numbered = _choose_numbering(candidates, asked)
+    loader = create_eval_loader(data, spec, real=asked.real, labels=False, names=numbered, **ranks)
     families: dict[str, Collection[Family]] = {
-        each.name: metrics or _families(each, loader, against) for each in candidates
+        each.name: asked.metrics or _choose_families(each, loader, asked.against) for each in candidates
     }
-    _check_labels(candidates, families, loader, config.data, subset, real)
+    _check_labels(candidates, families, loader, config.data, asked)
     reference = None
     if any(family in PROBES for chosen in families.values() for family in chosen):
         reference = create_reference_loader(data, spec, names=numbered, **ranks)
     for candidate in candidates:
         for line in describe_candidate(candidate) if {*PROBES} & {*families[candidate.name]} else ():
             tell(line)
-    for candidate in candidates:
         candidate.module.to(accelerator.device).eval()
     compared: Against | None = None
     untrained: dict[str, Reader] = {}
-    if against is not None:
-        compared, random = _against(against, how, candidates, spec, accelerator)
-        untrained[RANDOM] = random
+    if asked.against is not None:
+        compared, untrained[RANDOM] = _load_against(asked.against, how, candidates, spec, accelerator)
         families[RANDOM] = ["distance"]
     readers = {
         each.name: Reader(
             each.module,
-            _autocast(in_order(predictor(each, spec), each.label_names, names), accelerator),
+            _autocast(reorder(predictor(each, spec), each.label_names, names), accelerator),
             () if compared is None else compared.layers[each.name].student,
         )
         for each in candidates
@@ -239,69 +284,19 @@ def evaluate_sources(
         reference=reference,
         against=compared,
         accelerator=accelerator,
-        subset=subset,
+        subset=asked.subset,
     )
 
 
-def check_asked(
-    sources: Sequence[str],
-    settings: Sequence[Setting],
-    *,
-    metrics: Collection[Family] | None = None,
-    against: str | None = None,
-    subset: str | None = None,
-    real: bool = False,
-    here: bool = True,
-) -> DataConfig:
-    """Return the data settings of `evaluate_sources`, and raise those of its errors that need no loaded model.
-
-    With `here`, models and data must be on this machine.
-    """
-    _check_words(sources, metrics or (), against, subset, real)
-    if not here:
-        return load_config(None, settings).data
-    for source in (*sources, *([] if against is None else [against])):
-        parse_source(source)
-    data = _data_settings(sources, settings).data
-    if not data.download:
-        check_dataset(data)
-    return data
-
-
-def _check_words(
-    sources: Sequence[str], metrics: Collection[Family], against: str | None, subset: str | None, real: bool
-) -> None:
-    repeated = [source for source in sources if sources.count(source) > 1]
-    if repeated:
-        raise ConfigError(f"checkpoint {repeated[0]!r} is named twice; name each once")
-    _check_metrics(metrics, against)
-    _check_own_head(metrics, subset, real)
-
-
-def _check_metrics(metrics: Collection[Family], against: str | None) -> None:
-    if "distance" in metrics and against is None:
-        raise ConfigError("--metrics distance needs a model to measure from: add --against TEACHER")
-    if against is not None and metrics and "distance" not in metrics:
-        raise ConfigError("--against has no effect without the metric distance; add distance to --metrics")
-
-
-def _check_own_head(metrics: Collection[Family], subset: str | None, real: bool) -> None:
-    if (real or subset is not None) and any(family in PROBES for family in metrics):
-        raise ConfigError(
-            f"{'--real' if real else '--subset'} needs a model's own head and cannot be used with --metrics knn or "
-            "probe, which measure a model without a head"
-        )
-
-
-def _numbering(
-    candidates: Sequence[Candidate], metrics: Collection[Family] | None, *, imagenet: bool
+def _choose_numbering(
+    candidates: Sequence[Candidate], asked: Evaluation
 ) -> tuple[tuple[str, ...] | None, tuple[str, ...] | None]:
     """Return the class names that order all logits, and the class names that number the labels of the images.
 
     ReaL labels and subsets use the numbers of ImageNet. Both are None if no head is scored.
     """
-    scored = [each for each in candidates if each.num_classes and "top1" in (metrics or ("top1",))]
-    if not imagenet:
+    scored = [each for each in candidates if each.num_classes and "top1" in (asked.metrics or ("top1",))]
+    if not asked.real and asked.subset is None:
         names = common_names(scored)
         return names, names
     names = imagenet_names()
@@ -311,7 +306,7 @@ def _numbering(
     return names, None
 
 
-def _learned_from(source: str, data: DataConfig) -> bool:
+def _was_trained_on(source: str, data: DataConfig) -> bool:
     """Return whether a source is a run on this data set, so that its logits follow the labels of the data set."""
     config = run_config(source)
     return config is not None and (config.data.dataset, config.data.data_path) == (
@@ -320,7 +315,7 @@ def _learned_from(source: str, data: DataConfig) -> bool:
     )
 
 
-def _families(candidate: Candidate, loader: EvalLoader, against: str | None) -> tuple[Family, ...]:
+def _choose_families(candidate: Candidate, loader: EvalLoader, against: str | None) -> tuple[Family, ...]:
     """Return the default metrics: with labels the model's head, or else kNN; with `against` also distances."""
     labeled: tuple[Family, ...] = ("top1" if candidate.num_classes else "knn",) if loader.num_classes else ()
     return (*labeled, "distance") if against is not None else labeled
@@ -331,8 +326,7 @@ def _check_labels(
     families: Mapping[str, Collection[Family]],
     loader: EvalLoader,
     data: DataConfig,
-    subset: str | None,
-    real: bool,
+    asked: Evaluation,
 ) -> None:
     """Raise ConfigError or DataError if the metrics of a candidate need other labels or a head."""
     for candidate in candidates:
@@ -346,14 +340,14 @@ def _check_labels(
             raise ConfigError(
                 f"{candidate.name!r} has no classification head to score; use --metrics knn, probe or distance"
             )
-        _check_own_head(chosen, subset, real)
-        if "top1" in chosen and subset is None:
-            if not _learned_from(candidate.name, data):
+        asked.check_own_head(chosen)
+        if "top1" in chosen and asked.subset is None:
+            if not _was_trained_on(candidate.name, data):
                 check_folders(candidate.name, candidate.num_classes, loader)
             check_num_classes(data, loader.class_names)
 
 
-def _against(
+def _load_against(
     source: str,
     how: TeacherConfig,
     candidates: Sequence[Candidate],
@@ -386,17 +380,6 @@ def _against(
 
     reader = Reader(random, shown_to(random), layers[RANDOM].student)
     return Against(Reader(model, shown_to(teacher.predict), sorted(used)), layers), reader
-
-
-def _data_settings(sources: Sequence[str], settings: Sequence[Setting]) -> RunConfig:
-    others = [each for each in settings if not each.key.startswith("teacher.")]
-    runs = [config for config in map(run_config, sources) if config is not None]
-    if not runs:
-        return load_config(None, others)
-    own = runs[0].data.model_dump(exclude={"stage"})  # a path on the nodes where the run was trained
-    if {"data.dataset", "data.data_path"} & {each.key for each in others}:
-        own["num_classes"] = None if _is_folder(others, own) else own["num_classes"]
-    return load_config(None, [*(Setting(f"data.{name}", own[name], f"data.{name}") for name in own), *others])
 
 
 def _is_folder(settings: Sequence[Setting], own: Json) -> bool:

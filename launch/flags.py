@@ -6,7 +6,8 @@ import argparse
 import os
 import re
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import textwrap
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn
@@ -67,14 +68,16 @@ class _Formatter(argparse.RawDescriptionHelpFormatter):
         return names if action.nargs == 0 else f"{names} {value}".rstrip()
 
 
-def command_parser(command: str, description: str, examples: Iterable[str], usage: str = "") -> Parser:
-    """Create the parser of one command, with examples at the end of its help."""
+def command_parser(command: str, description: str, examples: Sequence[str], usage: str = "") -> Parser:
+    """Create the parser of a command or an action, with its own of the examples at the end of its help."""
+    width = _help_width()
+    own = [example for example in examples if f" {command}" in example] or examples
     return Parser(
         prog=f"graftvit {command}",
         usage=f"graftvit {command} {usage}" if usage else None,
-        description=description,
-        epilog="\n".join(["examples:", *(f"  {example}" for example in examples)]),
-        formatter_class=lambda prog: _Formatter(prog, max_help_position=34, width=_help_width()),
+        description="\n".join(textwrap.fill(line, width) for line in description.splitlines()),
+        epilog="\n".join(["examples:", *(f"  {example}" for example in own)]),
+        formatter_class=lambda prog: _Formatter(prog, max_help_position=34, width=width),
         allow_abbrev=False,
     )
 
@@ -145,6 +148,16 @@ def output_folder(text: str) -> Path:
     return path
 
 
+def output_file(text: str) -> Path:
+    """Parse a file to write. Raises argparse.ArgumentTypeError as `local_path`, or because its folder is missing."""
+    path = local_path(text)
+    if not path.resolve().parent.is_dir():
+        raise argparse.ArgumentTypeError(
+            f"{text!r} cannot be written: its folder does not exist; create it first"
+        )
+    return path
+
+
 def run_folder(text: str) -> Path:
     """Parse a folder on the command line.
 
@@ -157,7 +170,7 @@ def run_folder(text: str) -> Path:
 
 
 def parse_command(
-    parser: Parser, argv: Sequence[str], only: Sequence[str] | None = None
+    parser: Parser, argv: Sequence[str], only: Sequence[str] | None = None, *, explain: bool = True
 ) -> tuple[argparse.Namespace, list[Setting]]:
     """Return the command's own arguments, and the settings of the run in the given order.
 
@@ -165,13 +178,15 @@ def parse_command(
         parser: Holds the command's own flags and positional arguments.
         argv: The words after the command's name.
         only: Sections and keys that the command takes; by default all.
+        explain: Explain these settings in the help of the command.
 
     Raises:
         ConfigError: if a flag is unknown or has no value.
     """
     own = set(parser._option_string_actions)
     takes_value = {name for name, action in parser._option_string_actions.items() if action.nargs != 0}
-    _describe_settings(parser, only)
+    if explain:
+        _describe_settings(parser, only)
     rest: list[str] = []
     settings: list[Setting] = []
     words = list(argv)
@@ -331,6 +346,10 @@ def _help_width() -> int:
 NAMES = ("model", "model_args", "revision", "img_size", "position_embedding")
 SOURCE_SETTINGS = tuple(f"teacher.{name}" for name in NAMES)
 SOURCE_HELP = "timm name, hf-hub:org/name[@revision], run or model folder, weights file; a path may end in #best, #last, #ema, #teacher or #student"  # noqa: E501
+
+
+IMAGE_SETTINGS = ("data.dataset", "data.data_path", "data.train_split", "data.download", "seed")
+"""The settings for drawing some training images."""
 
 
 def source_keywords(how: TeacherConfig) -> JsonDict:

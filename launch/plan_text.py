@@ -41,7 +41,7 @@ def memory_items(run: DryRun) -> list[MemoryItem]:
     found, task, config = run.footprint, run.parts.task, run.config
     shards = run.processes if config.engine.fsdp else 1
     split = f", over {shards} processes" if shards > 1 else ""
-    count, trained = _count(parameter_count(task)), _count(parameter_count(task, trained=True))
+    count, trained = _format_count(parameter_count(task)), _format_count(parameter_count(task, trained=True))
     batch = f"{run.parts.train_loader.batch_size} images, {config.engine.precision}"
     if config.student.grad_checkpointing:
         batch += ", block inputs only"
@@ -51,22 +51,26 @@ def memory_items(run: DryRun) -> list[MemoryItem]:
         MemoryItem("gradients", found.gradients // shards, f"{trained} trained{split}"),
         MemoryItem("optimizer", found.optimizer // shards, f"{config.optim.opt}{split}"),
         MemoryItem("moving average", found.average // shards, f"a copy of the student{split}"),
-        MemoryItem("teacher", _teacher_size(run), f"frozen, in {_types(run)}{until}{_spread(run)}"),
+        MemoryItem(
+            "teacher",
+            _count_teacher_bytes(run),
+            f"frozen, in {_name_types(run)}{until}{_describe_spread(run)}",
+        ),
         MemoryItem("activations", found.activations, batch),
     ]
     return [item for item in items if item.size]
 
 
-def _teacher_size(run: DryRun) -> int:
+def _count_teacher_bytes(run: DryRun) -> int:
     """Return the bytes of the teachers on one device: of a sharded one the shards, and its largest block whole."""
     size = run.footprint.teacher
     for name in sharded_teachers(run.config):
-        units = [_bytes(unit) for unit in shard_units(run.parts.teachers[name].model)]
+        units = [_count_bytes(unit) for unit in shard_units(run.parts.teachers[name].model)]
         size += sum(units) // run.processes + max(units, default=0) - sum(units)
     return size
 
 
-def _spread(run: DryRun) -> str:
+def _describe_spread(run: DryRun) -> str:
     sharded = sharded_teachers(run.config)
     if not sharded:
         return ""
@@ -74,11 +78,11 @@ def _spread(run: DryRun) -> str:
     return f", the blocks{named} over {run.processes} processes and one of them whole"
 
 
-def _bytes(module: nn.Module) -> int:
+def _count_bytes(module: nn.Module) -> int:
     return sum(parameter.numel() * parameter.element_size() for parameter in module.parameters())
 
 
-def _types(run: DryRun) -> str:
+def _name_types(run: DryRun) -> str:
     """Name the types of the teachers' weights."""
     kinds = {next(each.model.parameters()).dtype for each in run.parts.teachers.values()}
     return " and ".join(sorted(str(kind).removeprefix("torch.") for kind in kinds))
@@ -93,16 +97,16 @@ def describe_memory(run: DryRun) -> list[str]:
     """Return one line for each item, the sum, and what is not counted."""
     items = memory_items(run)
     width = max(len(item.name) for item in items)
-    lines = [f"{item.name:<{width}}  {_gibibytes(item.size):>9}  {item.how}" for item in items]
+    lines = [f"{item.name:<{width}}  {_format_bytes(item.size):>9}  {item.how}" for item in items]
     total = sum(item.size for item in items)
-    return [*lines, f"{'sum':<{width}}  {_gibibytes(total):>9}", f"not counted: {NOT_COUNTED}"]
+    return [*lines, f"{'sum':<{width}}  {_format_bytes(total):>9}", f"not counted: {NOT_COUNTED}"]
 
 
-def _count(number: int) -> str:
+def _format_count(number: int) -> str:
     return f"{number / 1e6:.1f} M" if number >= 1e6 else f"{number:,}"
 
 
-def _gibibytes(size: int) -> str:
+def _format_bytes(size: int) -> str:
     return f"{size / 2**30:.2f} GiB" if size >= 2**28 else f"{size / 2**20:.1f} MiB"
 
 
@@ -118,26 +122,26 @@ def describe_plan(config: RunConfig, processes: int | None = None, *, needs_data
     Raises:
         GraftError: the error that the run would raise before or in its first step.
     """
-    run = dry_run(config, processes or _processes(), here=processes is None)
+    run = dry_run(config, processes or _count_processes(), here=processes is None)
     if needs_data and run.absent is not None and not is_packed(config.data):
         raise run.absent
     rows = [
         ("mode", config.mode),
-        ("teacher", _teacher_words(run)),
-        ("student", _student_words(run)),
+        ("teacher", _describe_teacher(run)),
+        ("student", _describe_student(run)),
         ("images", run.parts.spec.describe()),
-        ("transfer", _transfer_words(run)),
-        ("alignment", _alignment_words(run)),
+        ("transfer", _describe_transfer(run)),
+        ("alignment", _describe_alignment(run)),
         ("targets", "" if run.targets is None else run.targets.describe()),
-        ("trained", _trained_words(run)),
-        ("data", _data_words(run)),
-        ("batch", _batch_words(run)),
-        ("learning rate", _rate_words(run)),
-        ("length", _length_words(run)),
-        ("memory", _memory_words(run)),
-        ("best", _best_words(run)),
+        ("trained", _describe_trained(run)),
+        ("data", _describe_data(run)),
+        ("batch", _describe_batch(run)),
+        ("learning rate", _describe_rate(run)),
+        ("length", _describe_length(run)),
+        ("memory", _describe_memory(run)),
+        ("best", _describe_best(run)),
         ("run folder", str(config.output_dir)),
-        ("resumes", _resume_words(run)),
+        ("resumes", _describe_resume(run)),
     ]
     width = max(len(name) for name, _ in rows) + 2
     lines = []
@@ -147,12 +151,12 @@ def describe_plan(config: RunConfig, processes: int | None = None, *, needs_data
     return "\n".join(lines) + "\n"
 
 
-def _processes() -> int:
+def _count_processes() -> int:
     """Return the number of processes that torchrun or accelerate started."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def _teacher_words(run: DryRun) -> str:
+def _describe_teacher(run: DryRun) -> str:
     teachers = dict(run.parts.teachers)
     if not teachers and run.parts.loaded is not None:
         teachers = {"teacher": run.parts.loaded}
@@ -172,7 +176,7 @@ def _is_empty(model: nn.Module) -> bool:
     return next(model.parameters()).is_meta
 
 
-def _student_words(run: DryRun) -> str:
+def _describe_student(run: DryRun) -> str:
     plan, start = run.parts.plan, run.config.starting_source or "fresh weights"
     count, classes = parameter_count(run.parts.task.backbone), plan.arguments["num_classes"]
     name = plan.architecture
@@ -185,7 +189,7 @@ def _student_words(run: DryRun) -> str:
     return "\n".join([words, *(f"warning: {warning}" for warning in run.parts.warnings)])
 
 
-def _transfer_words(run: DryRun) -> str:
+def _describe_transfer(run: DryRun) -> str:
     task = run.parts.task
     if not isinstance(task, TransferTask):
         return ""
@@ -194,7 +198,7 @@ def _transfer_words(run: DryRun) -> str:
         settings, name = term.settings, f"loss {term.label}: " if term.label else "loss: "
         if term.method.copies:
             continue
-        loss = f"{name}{settings.weight:g} x {_parts_words(term)}"
+        loss = f"{name}{settings.weight:g} x {_describe_parts(term)}"
         if settings.temperature != 1:
             loss += f", temperature {settings.temperature:g}"
         if settings.standardize != "none":
@@ -215,7 +219,7 @@ def _transfer_words(run: DryRun) -> str:
     return "\n".join(lines)
 
 
-def _parts_words(term: Term) -> str:
+def _describe_parts(term: Term) -> str:
     if term.method.uses_layers:
         count = len(term.plan.links)
         return f"the {term.settings.reduction} over {count} layers" if count > 1 else "the loss of one layer"
@@ -223,7 +227,7 @@ def _parts_words(term: Term) -> str:
     return f"({names})" if " + " in names else names
 
 
-def _alignment_words(run: DryRun) -> str:
+def _describe_alignment(run: DryRun) -> str:
     task = run.parts.task
     if not isinstance(task, AlignTask):
         return ""
@@ -232,12 +236,12 @@ def _alignment_words(run: DryRun) -> str:
     return f"layers {layers} learn on the inputs of the teacher's layers; match={match}: {MATCHES[match]}"
 
 
-def _trained_words(run: DryRun) -> str:
+def _describe_trained(run: DryRun) -> str:
     task = run.parts.task
     return f"{parameter_count(task, trained=True):,} of {parameter_count(task):,} parameters"
 
 
-def _data_words(run: DryRun) -> str:
+def _describe_data(run: DryRun) -> str:
     loader = run.parts.train_loader
     if run.absent is not None:
         return f"not read: {run.absent}"
@@ -250,14 +254,14 @@ def _data_words(run: DryRun) -> str:
     return f"{words}; an epoch shows {shown:,} of them {times} times each, with other augmentation"
 
 
-def _best_words(run: DryRun) -> str:
+def _describe_best(run: DryRun) -> str:
     if run.absent is not None:
         return ""
     choice = run.parts.choice
     return "the last state: nothing is evaluated" if choice is None else choice.describe()
 
 
-def _batch_words(run: DryRun) -> str:
+def _describe_batch(run: DryRun) -> str:
     data, optim, batch = run.config.data, run.config.optim, run.batch
     size, accum = data.batch_size, optim.accum_iter
     if batch is not None:
@@ -271,7 +275,7 @@ def _batch_words(run: DryRun) -> str:
     return f"{words}\nnote: {differs}" if differs else words
 
 
-def _rate_words(run: DryRun) -> str:
+def _describe_rate(run: DryRun) -> str:
     data, optim, schedule = run.config.data, run.config.optim, run.schedule
     peak, effective = peak_learning_rate(optim, data.batch_size, run.processes)
     if schedule is not None:
@@ -281,7 +285,7 @@ def _rate_words(run: DryRun) -> str:
     return "; ".join([words, *(f"x {scale:g} for {name!r}" for name, scale in optim.scales.items())])
 
 
-def _length_words(run: DryRun) -> str:
+def _describe_length(run: DryRun) -> str:
     optim, schedule = run.config.optim, run.schedule
     if schedule is None:
         return counted(optim.max_steps, "step") if optim.max_steps else counted(optim.epochs, "epoch")
@@ -297,7 +301,7 @@ def _length_words(run: DryRun) -> str:
     )
 
 
-def _resume_words(run: DryRun) -> str:
+def _describe_resume(run: DryRun) -> str:
     saved, batch = run.saved, run.batch
     if saved is None:
         return ""
@@ -311,5 +315,5 @@ def _resume_words(run: DryRun) -> str:
     return f"{words}\n{describe(batch, saved['world_size'], run.processes)}"
 
 
-def _memory_words(run: DryRun) -> str:
+def _describe_memory(run: DryRun) -> str:
     return "a device, roughly\n" + "\n".join(describe_memory(run))

@@ -15,15 +15,20 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
+from typing import TYPE_CHECKING
 
 from ..transfer.engine import early_signals
+
+if TYPE_CHECKING:
+    from ..transfer.config import DataConfig
 
 SUBMITTED = ("evaluate", "data", "convert", "export", "layers", "benchmark", "programs")
 
 
 def command_name(words: Sequence[str]) -> str:
     """Return the command that words begin with, and its action: `evaluate`, `programs search`."""
-    return " ".join(words[: 2 if words[0] == "programs" else 1])
+    names = words[: 2 if words[0] == "programs" else 1]
+    return " ".join(name for name in names if not name.startswith("-"))
 
 
 @dataclass(frozen=True)
@@ -45,6 +50,17 @@ def check_words(command: str, words: Sequence[str], *, here: bool = True) -> Wor
     """
     check: Callable[..., Work] = importlib.import_module(f".commands.{command}", __package__).check
     return check(list(words), here=here)
+
+
+def check_here(*sources: str, data: DataConfig | None = None) -> None:
+    """Raise the GraftError of a source or of a data set that is not on this machine."""
+    from ..checkpoints.sources import parse_source
+    from ..transfer.data.datasets import check_dataset
+
+    for source in sources:
+        parse_source(source)
+    if data is not None and not data.download:
+        check_dataset(data)
 
 
 class Interrupted(BaseException):

@@ -39,14 +39,11 @@ def run(argv: list[str]) -> int:
 
 
 def _parser(action: str, usage: str) -> Parser:
-    examples = [example for example in EXAMPLES if f"bench {action} " in example]
-    description = f"{ACTIONS[action].does}."
-    return command_parser(
-        f"programs bench {action}", description[0].upper() + description[1:], examples, usage
-    )
+    text = f"{ACTIONS[action].does}."
+    return command_parser(f"programs bench {action}", text[0].upper() + text[1:], EXAMPLES, usage)
 
 
-def _choices(parser: Parser) -> None:
+def _add_choices(parser: Parser) -> None:
     """Add the flags that choose rows."""
     parser.add_argument("--backbone", action="append", default=[], metavar="NAME", help="only this model")
     parser.add_argument("--data", action="append", default=[], metavar="NAME", help="only this data set")
@@ -90,19 +87,19 @@ def _train(parser: Parser, argv: list[str], *, extends: bool) -> int:
     parser.flag(
         "--threads", "threads of a training; changes the rounding", type=whole(1), default=1, metavar="N"
     )
-    _choices(parser)
+    _add_choices(parser)
     arguments, settings = parse_command(parser, argv, only=DATA)
     from ...transfer.attnbench.bench_rows import merge_rows, write_rows
     from ..comparison import load_rows
 
     known = load_rows(arguments.rows) if extends else []
-    rows = merge_rows([known, _new_rows(arguments, settings, known)])
+    rows = merge_rows([known, _run_new(arguments, settings, known)])
     write_rows(rows, arguments.output_dir / ROWS)
-    say(f"{_table(rows, 10)}\n{arguments.output_dir / ROWS}: {counted(len(rows), 'row')}\n")
+    say(f"{_format_table(rows, 10)}\n{arguments.output_dir / ROWS}: {counted(len(rows), 'row')}\n")
     return 0
 
 
-def _new_rows(arguments: argparse.Namespace, settings: list[Setting], known: Sequence[Row]) -> list[Row]:
+def _run_new(arguments: argparse.Namespace, settings: list[Setting], known: Sequence[Row]) -> list[Row]:
     """Run the trials that have no known row."""
     from ...transfer.attnbench.bench_run import list_programs, run_bench
     from ..comparison import load_bench
@@ -130,9 +127,7 @@ def _new_rows(arguments: argparse.Namespace, settings: list[Setting], known: Seq
 def _merge(argv: list[str]) -> int:
     parser = _parser("merge", "ROWS ROWS ... --out FILE")
     parser.add_argument("rows", metavar="ROWS", type=Path, nargs="+", help=ROWS_HELP)
-    parser.add_argument(
-        "--output_dir", type=Path, required=True, metavar="FILE", help="file to write: .jsonl or .parquet"
-    )
+    parser.flag("--out", "file to write: .jsonl or .parquet", type=Path, required=True, metavar="FILE")
     arguments = parser.parse_args(argv)
     from ...transfer.attnbench.bench_rows import merge_rows, write_rows
     from ..comparison import load_rows
@@ -145,28 +140,28 @@ def _merge(argv: list[str]) -> int:
 
 def _query(argv: list[str]) -> int:
     parser = _parser("query", "ROWS [--flag value ...]")
-    _source(parser)
-    _choices(parser)
+    _add_source(parser)
+    _add_choices(parser)
     parser.add_argument("--status", choices=["trained", "refused", "failed"], help="only rows of this status")
     parser.flag("--top", "rows to print; 0 for all", type=whole(0), default=20, metavar="N")
     parser.add_argument("--json", action="store_true", help="print JSON Lines in place of a table")
     arguments = parser.parse_args(argv)
     from ...transfer.attnbench.bench_rows import best_first, row_text
 
-    rows = best_first([row for row in _chosen_rows(arguments) if arguments.status in (None, row.status)])
+    rows = best_first([row for row in _choose_rows(arguments) if arguments.status in (None, row.status)])
     shown = rows[: arguments.top or len(rows)]
     if arguments.json:
         say("".join(row_text(row) for row in shown))
         return 0
-    say(f"{_table(rows, arguments.top or len(rows))}{len(shown)} of {counted(len(rows), 'row')}\n")
+    say(f"{_format_table(rows, arguments.top or len(rows))}{len(shown)} of {counted(len(rows), 'row')}\n")
     return 0
 
 
-def _chosen_rows(arguments: argparse.Namespace) -> list[Row]:
+def _choose_rows(arguments: argparse.Namespace) -> list[Row]:
     """Return the rows of a file that the flags choose. Raises ConfigError: there are none."""
     from ..comparison import load_rows
 
-    rows = [row for row in load_rows(arguments.rows) if _wanted(row, arguments)]
+    rows = [row for row in load_rows(arguments.rows) if _is_chosen(row, arguments)]
     if not rows:
         raise ConfigError(
             f"{arguments.rows} has no row that --program, --backbone, --data and --local choose"
@@ -174,7 +169,7 @@ def _chosen_rows(arguments: argparse.Namespace) -> list[Row]:
     return rows
 
 
-def _wanted(row: Row, arguments: argparse.Namespace) -> bool:
+def _is_chosen(row: Row, arguments: argparse.Namespace) -> bool:
     return (
         (not arguments.backbone or row.backbone in arguments.backbone)
         and (not arguments.data or row.data in arguments.data)
@@ -185,8 +180,8 @@ def _wanted(row: Row, arguments: argparse.Namespace) -> bool:
 
 def _verify(argv: list[str]) -> int:
     parser = _parser("verify", "ROWS [--sample N] [--flag value ...]")
-    _source(parser)
-    _choices(parser)
+    _add_source(parser)
+    _add_choices(parser)
     parser.flag("--sample", "rows to run again", type=whole(1), default=5, metavar="N")
     parser.flag("--sample_seed", "seed of the choice", type=int, default=0, metavar="S")
     parser.add_argument(
@@ -199,7 +194,7 @@ def _verify(argv: list[str]) -> int:
     from ..comparison import load_bench
     from ..load_config import recipe_names
 
-    differ, sample = [], pick_sample(_chosen_rows(arguments), arguments.sample, arguments.sample_seed)
+    differ, sample = [], pick_sample(_choose_rows(arguments), arguments.sample, arguments.sample_seed)
     for recipe in dict.fromkeys(row.recipe for row in sample):
         if not arguments.config and recipe not in recipe_names():  # a row must not choose what runs here
             raise ConfigError(
@@ -214,12 +209,12 @@ def _verify(argv: list[str]) -> int:
     return 0
 
 
-def _source(parser: Parser) -> None:
+def _add_source(parser: Parser) -> None:
     parser.add_argument("rows", metavar="ROWS", type=Path, help=ROWS_HELP)
     parser.add_argument("--program", metavar="TEXT", help="only this program: its text, its name or its hash")
 
 
-def _table(rows: Sequence[Row], count: int) -> str:
+def _format_table(rows: Sequence[Row], count: int) -> str:
     """Return the best rows as a table."""
     from ...transfer.analysis.report.tables import aligned
     from ...transfer.attnbench.bench_rows import best_first
@@ -230,8 +225,8 @@ def _table(rows: Sequence[Row], count: int) -> str:
     for row in best_first(rows)[:count]:
         top1 = row.status if row.top1 is None else f"{row.top1:.2f}"
         cost = [
-            _number(row.parameters),
-            _number(row.macs),
+            _format_number(row.parameters),
+            _format_number(row.macs),
             "-" if row.latency is None else f"{row.latency:g}",
         ]
         text = row.program if len(row.program) <= SHORT else f"{row.program[: SHORT - 3]}..."
@@ -241,7 +236,7 @@ def _table(rows: Sequence[Row], count: int) -> str:
     return aligned(table, right=(0, 3, 5, 6, 7))
 
 
-def _number(value: int | None) -> str:
+def _format_number(value: int | None) -> str:
     return "-" if value is None else f"{value:,}"
 
 

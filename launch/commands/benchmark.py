@@ -57,27 +57,24 @@ def check(argv: list[str], *, here: bool = True) -> Work:
         return Work()
     if action == "operators":
         arguments = _parse_operators(words)
-        _operators(arguments)
+        _list_operators(arguments)
     else:
         arguments = _parse_models(words)
         if here:
-            _models(arguments)
+            _list_models(arguments)
     return Work(arguments.output_dir)
-
-
-def _parser(action: str, description: str, usage: str) -> Parser:
-    examples = [example for example in EXAMPLES if f"benchmark {action}" in example]
-    return command_parser(f"benchmark {action}", description, examples, usage)
 
 
 def _measure_operators(argv: list[str]) -> int:
     arguments = _parse_operators(argv)
-    return _measure("operators", *_operators(arguments), arguments)
+    return _measure("operators", *_list_operators(arguments), arguments)
 
 
 def _parse_operators(argv: list[str]) -> argparse.Namespace:
     text = f"Measure single attention operators on random projections, over the number of tokens. {METHOD}"
-    parser = _parser("operators", text, "[--operators NAME ...] [--flag value ...]")
+    parser = command_parser(
+        "benchmark operators", text, EXAMPLES, "[--operators NAME ...] [--flag value ...]"
+    )
     parser.add_argument(
         "--operators", nargs="+", metavar="NAME",
         help="operators, with options as in a plan (default: all except softmax)",
@@ -91,25 +88,27 @@ def _parse_operators(argv: list[str]) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def _operators(arguments: argparse.Namespace) -> tuple[list[Case], Measure]:
+def _list_operators(arguments: argparse.Namespace) -> tuple[list[Case], Measure]:
     from ...models.layer_plan import OPERATORS
     from ...transfer.analysis.benchmark.benchmark import Layer, measure_operator, operator_cases
     from ...transfer.analysis.benchmark.cases import SOFTMAX
 
     layer = Layer(arguments.heads, arguments.head_dim, arguments.prefix)
     names = arguments.operators or [name for name in OPERATORS if name != SOFTMAX]
-    cases = operator_cases(names, arguments.tokens, layer, _ways(arguments))
+    cases = operator_cases(names, arguments.tokens, layer, _read_ways(arguments))
     return cases, lambda case: measure_operator(case, layer, arguments.repeats)
 
 
 def _measure_models(argv: list[str]) -> int:
     arguments = _parse_models(argv)
-    return _measure("models", *_models(arguments), arguments)
+    return _measure("models", *_list_models(arguments), arguments)
 
 
 def _parse_models(argv: list[str]) -> argparse.Namespace:
     text = f"Measure whole models, converted by one plan or several, over the image size. {METHOD}"
-    parser = _parser("models", text, "SOURCE [SOURCE ...] --plan PLAN [PLAN ...] [--flag value ...]")
+    parser = command_parser(
+        "benchmark models", text, EXAMPLES, "SOURCE [SOURCE ...] --plan PLAN [PLAN ...] [--flag value ...]"
+    )
     parser.add_argument(
         "sources", nargs="+", metavar="SOURCE", help=f"{SOURCE_HELP}; timm names get random weights"
     )
@@ -127,15 +126,15 @@ def _parse_models(argv: list[str]) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def _models(arguments: argparse.Namespace) -> tuple[list[Case], Measure]:
+def _list_models(arguments: argparse.Namespace) -> tuple[list[Case], Measure]:
     from ...transfer.analysis.benchmark.benchmark import measure_model, model_cases
 
-    ways = replace(_ways(arguments), without=tuple(arguments.without))
+    ways = replace(_read_ways(arguments), without=tuple(arguments.without))
     cases = model_cases(arguments.sources, arguments.plan, arguments.img_size, ways)
     return cases, lambda case: measure_model(case, arguments.repeats)
 
 
-def _ways(arguments: argparse.Namespace) -> Ways:
+def _read_ways(arguments: argparse.Namespace) -> Ways:
     from ...transfer.analysis.benchmark.cases import Ways
 
     return Ways(arguments.batch, arguments.dtype, arguments.device, arguments.backward, arguments.compile)
@@ -181,7 +180,7 @@ def _count_energy(argv: list[str]) -> int:
 
 def _parse_energy(argv: list[str]) -> argparse.Namespace:
     """Parse the arguments. Raises ConfigError: one is invalid."""
-    parser = _parser("energy", ENERGY, "SOURCE [SOURCE ...] [--flag value ...]")
+    parser = command_parser("benchmark energy", ENERGY, EXAMPLES, "SOURCE [SOURCE ...] [--flag value ...]")
     parser.add_argument(
         "sources", nargs="+", metavar="SOURCE", help=f"{SOURCE_HELP}; timm names are built without weights"
     )

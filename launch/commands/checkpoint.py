@@ -9,7 +9,6 @@ from ..flags import (
     SOURCE_HELP,
     SOURCE_SETTINGS,
     Action,
-    Parser,
     command_parser,
     keywords_of,
     parse_command,
@@ -41,16 +40,12 @@ def run(argv: list[str]) -> int:
     return run_action("checkpoint", argv, ACTIONS, EXAMPLES)
 
 
-def _parser(action: str, description: str, usage: str) -> Parser:
-    examples = [example for example in EXAMPLES if f"checkpoint {action} " in example]
-    return command_parser(f"checkpoint {action}", description, examples, usage)
-
-
 def _info(argv: list[str]) -> int:
     """Load a source and print what is known about it."""
-    parser = _parser(
-        "info",
+    parser = command_parser(
+        "checkpoint info",
         "Describe a source: format, architecture, input, license, the weights that load and those that do not.",
+        EXAMPLES,
         "SOURCE [--teacher.key value ...]",
     )
     parser.add_argument("source", metavar="SOURCE", help=SOURCE_HELP)
@@ -67,7 +62,8 @@ def _info(argv: list[str]) -> int:
 
 def _inspect(argv: list[str]) -> int:
     """Print what is in a file, without reading a tensor."""
-    parser = _parser("inspect", "List keys, shapes, dtypes, sizes and other content of the file.", "FILE")
+    text = "List keys, shapes, dtypes, sizes and other content of the file."
+    parser = command_parser("checkpoint inspect", text, EXAMPLES, "FILE")
     parser.add_argument(
         "file",
         metavar="FILE",
@@ -91,7 +87,8 @@ def _convert(argv: list[str]) -> int:
 
 def _extract(action: str, argv: list[str]) -> int:
     """Write one model of a file to another file."""
-    parser = _parser(action, f"{ACTIONS[action].does.capitalize()}.", "FILE OUT [--part PART] [--force]")
+    text = f"{ACTIONS[action].does.capitalize()}."
+    parser = command_parser(f"checkpoint {action}", text, EXAMPLES, "FILE OUT [--part PART] [--force]")
     parser.add_argument("file", metavar="FILE", type=Path, help="weights file, or the state of a run")
     parser.add_argument(
         "out", metavar="OUT", type=Path, help="the file to write; its suffix chooses the container"
@@ -118,10 +115,11 @@ def _extract(action: str, argv: list[str]) -> int:
 
 def _save(argv: list[str]) -> int:
     """Write the model of any source to a folder, without teacher, optimizer, average or pickle."""
-    parser = _parser(
-        "save",
+    parser = command_parser(
+        "checkpoint save",
         "Write the model of a run, or of any other source, to its own folder: safetensors and config.json. Plain timm "
         "loads it as local-dir:DIR; graftvit.load loads models whose attention is converted or copied.",
+        EXAMPLES,
         "SOURCE DIR [--flag value ...]",
     )
     parser.add_argument("source", metavar="SOURCE", help=SOURCE_HELP)
@@ -143,14 +141,14 @@ def _save(argv: list[str]) -> int:
         arguments.source,
         arguments.folder,
         dtype=getattr(torch, arguments.dtype),
-        max_shard_size=_size(arguments.max_shard_size),
+        max_shard_size=_parse_size(arguments.max_shard_size),
         overwrite=arguments.force,
         bare=arguments.bare,
         **how,
     )
     for path in sorted(folder.iterdir()):
         say(f"{path}  {path.stat().st_size:,} bytes\n")
-    say(_how_to_load(folder))
+    say(_describe_loading(folder))
     if arguments.bare:
         from ...checkpoints.copying_students import BARE_WORDS
 
@@ -158,7 +156,7 @@ def _save(argv: list[str]) -> int:
     return 0
 
 
-def _size(text: str) -> str:
+def _parse_size(text: str) -> str:
     """Return the size as huggingface_hub takes it. Raises ConfigError for any other text."""
     number = text.upper().removesuffix("B").rstrip("KMGT")
     unit = text.upper()[len(number) :]
@@ -167,7 +165,7 @@ def _size(text: str) -> str:
     return number + unit
 
 
-def _how_to_load(folder: Path) -> str:
+def _describe_loading(folder: Path) -> str:
     from ...checkpoints.model_folders import loads_in_plain_timm
 
     if loads_in_plain_timm(folder):

@@ -7,10 +7,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ...models.errors import ConfigError
-from ..flags import SOURCE_HELP, SOURCE_SETTINGS, command_parser, parse_command, source_keywords, whole
+from ..flags import (
+    IMAGE_SETTINGS,
+    SOURCE_HELP,
+    SOURCE_SETTINGS,
+    command_parser,
+    parse_command,
+    source_keywords,
+    whole,
+)
 from ..load_config import load_config
 from ..say import hint, say
-from ..submitted import Work
+from ..submitted import Work, check_here
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -18,7 +26,6 @@ if TYPE_CHECKING:
     from ...checkpoints.provenance import Pretrained
     from ...transfer.config import RunConfig
 
-DATA = ("data.dataset", "data.data_path", "data.train_split", "data.download", "seed")
 EXAMPLES = (
     "graftvit convert vit_base_patch16_224.augreg_in1k --plan '*: linear; 9-11: softmax' --output_dir linear",
     "graftvit convert vit_base_patch16_224.mae --plan '*: window(window=7); -1: keep' --dry_run",
@@ -27,16 +34,20 @@ EXAMPLES = (
     "graftvit convert hf-hub:facebook/dinov2-base --img_size 518 --plan '*: hybrid' --output_dir hybrid --weights mlp",
     "graftvit convert pvt_v2_b0 --plan 'stage1: hash' --calibrate 32 --data_path D --output_dir hashed",
     "graftvit convert swin_tiny_patch4_window7_224.ms_in1k --plan 'stage3: linear' --without bias --output_dir swin",
-    "graftvit operators   # what a plan can name",
+    "graftvit list operators   # what a plan can name",
 )
 
 
 def run(argv: list[str]) -> int:
     """Convert, print one line for each layer, and write the folder."""
     arguments, config = _parse(argv)
-    teacher = _source(arguments.source, config, fresh=arguments.dry_run and not arguments.calibrate)
-    images = _images(config, teacher, arguments.calibrate) if arguments.calibrate else None
-    student = _student(teacher, arguments, images, config)
+    teacher = _load_source(arguments.source, config, fresh=arguments.dry_run and not arguments.calibrate)
+    images = None
+    if arguments.calibrate:
+        from ...transfer.data.survey import sample_images
+
+        images = sample_images(config.data, teacher.preprocessing, arguments.calibrate, seed=config.seed)
+    student = _convert(teacher, arguments, images, config)
     if not arguments.dry_run:
         _check_fitted(student)
     return _write(student, teacher, images, config, arguments)
@@ -46,19 +57,16 @@ def check(argv: list[str], *, here: bool = True) -> Work:
     """Check the arguments and the plan and, with `here`, the source and the images."""
     arguments, config = _parse(argv)
     if here:
-        _student(_source(arguments.source, config, fresh=True), arguments, None, config)
-        if arguments.calibrate and not config.data.download:
-            from ...transfer.data.datasets import check_dataset
-
-            check_dataset(config.data)
+        _convert(_load_source(arguments.source, config, fresh=True), arguments, None, config)
+        check_here(data=config.data if arguments.calibrate else None)
     return Work(arguments.output_dir)
 
 
 def _parse(argv: list[str]) -> tuple[argparse.Namespace, RunConfig]:
     parser = command_parser(
         "convert",
-        "Replace the attention operators in layers of a pretrained vision transformer. Nothing is trained: recovery\n"
-        "starts from the folder that is written. A plan names layers and operators; where entries overlap, the last\n"
+        "Replace the attention operators in layers of a pretrained vision transformer. Nothing is trained: recovery "
+        "starts from the folder that is written. A plan names layers and operators; where entries overlap, the last "
         "one wins.",
         EXAMPLES,
         usage="SOURCE --plan PLAN (--output_dir DIR | --dry_run) [--flag value ...]",
@@ -80,9 +88,9 @@ def _parse(argv: list[str]) -> tuple[argparse.Namespace, RunConfig]:
     )  # fmt: skip
     parser.switch("--dry_run", "print the table, write nothing")
     parser.switch("--force", "replace an existing model folder")
-    arguments, settings = parse_command(parser, argv, only=(*SOURCE_SETTINGS, *DATA))
+    arguments, settings = parse_command(parser, argv, only=(*SOURCE_SETTINGS, *IMAGE_SETTINGS))
     config = load_config(None, settings)
-    _check(arguments.output_dir, arguments.dry_run, arguments.calibrate, config)
+    _check_flags(arguments.output_dir, arguments.dry_run, arguments.calibrate, config)
     from ...checkpoints.student import only_fitted, refuse_existing
 
     if arguments.output_dir is not None and not arguments.dry_run and not only_fitted(arguments.output_dir):
@@ -104,9 +112,9 @@ def _write(
 
     out, weights, data = arguments.output_dir, arguments.weights, config.data.dataset or config.data.data_path
     seen = None if images is None else f"{len(images)} images of {data}"
-    table = conversion_table(teacher.model, student, weights, seen)
     note = nothing_given_up(teacher.model, arguments.without)
     source = _describe_source(teacher) + (f"note: {note}\n" if note else "")
+    table = conversion_table(teacher.model, student, weights, seen)
     say(source + _describe_tokens(teacher.model, student) + table)
     if arguments.dry_run or out is None:
         return 0
@@ -116,12 +124,12 @@ def _write(
     recovers = not plan_of(teacher.model)
     say(
         f"{out / 'model.safetensors'}  {sum(file.stat().st_size for file in out.iterdir()):,} bytes with config.json\n"
-        f'load it: graftvit.load("{out}")\n' + (_recovery(out, teacher, student) if recovers else "")
+        f'load it: graftvit.load("{out}")\n' + (_format_recovery(out, teacher, student) if recovers else "")
     )
     return 0
 
 
-def _student(
+def _convert(
     teacher: Pretrained, arguments: argparse.Namespace, images: Tensor | None, config: RunConfig
 ) -> nn.Module:
     import torch
@@ -159,7 +167,7 @@ def _check_fitted(student: nn.Module) -> None:
         )
 
 
-def _recovery(out: Path, teacher: Pretrained, student: nn.Module) -> str:
+def _format_recovery(out: Path, teacher: Pretrained, student: nn.Module) -> str:
     """Return the command that starts recovery. It has the word FOLDER where the user writes the folder of images."""
     from ...models.conversion import converted_layers
     from ...models.families import is_pyramid
@@ -175,7 +183,7 @@ def _recovery(out: Path, teacher: Pretrained, student: nn.Module) -> str:
     )
 
 
-def _check(out: Path | None, dry_run: bool, images: int, config: RunConfig) -> None:
+def _check_flags(out: Path | None, dry_run: bool, images: int, config: RunConfig) -> None:
     """Raise ConfigError if the flags contradict each other."""
     if out is None and not dry_run:
         raise ConfigError("--output_dir is missing: give a new folder, or --dry_run to see only the table")
@@ -186,17 +194,11 @@ def _check(out: Path | None, dry_run: bool, images: int, config: RunConfig) -> N
         raise ConfigError("--dataset and --data_path need --calibrate N: give N, the number of images")
 
 
-def _source(source: str, config: RunConfig, *, fresh: bool) -> Pretrained:
+def _load_source(source: str, config: RunConfig, *, fresh: bool) -> Pretrained:
     """Load the model to convert; with `fresh`, build a timm name without downloading its weights."""
     from ...checkpoints.pretrained import load_pretrained
 
     return load_pretrained(source, **source_keywords(config.teacher), download=not fresh)
-
-
-def _images(config: RunConfig, teacher: Pretrained, count: int) -> Tensor:
-    from ...transfer.data.survey import sample_images
-
-    return sample_images(config.data, teacher.preprocessing, count, seed=config.seed)
 
 
 def _describe_source(teacher: Pretrained) -> str:
@@ -222,17 +224,17 @@ def _describe_tokens(model: nn.Module, student: nn.Module) -> str:
 
     height, width = image_size(model) or (0, 0)
     if is_pyramid(model):
-        head = f"images of {height}x{width}: stages of {_stage_grids(model)} tokens\n"
+        head = f"images of {height}x{width}: stages of {_list_grids(model)} tokens\n"
         why = describe_unequal(model, student)
         if why:
-            head += f"the student: stages of {_stage_grids(student)} tokens\n"
+            head += f"the student: stages of {_list_grids(student)} tokens\n"
             head += f"warning: {why}, so layers cannot be calibrated or aligned; images with even grids avoid it\n"
         return head + "\n"
     layout = token_layout(model)
     return f"images of {height}x{width}: {layout.num_tokens} tokens, {layout.num_prefix} of them prefix tokens\n\n"
 
 
-def _stage_grids(model: nn.Module) -> str:
+def _list_grids(model: nn.Module) -> str:
     from ...models.families import sites
 
     grids = {site.stage: site.shape.geometry.grid for site in sites(model)}

@@ -6,11 +6,10 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ...models.errors import ConfigError
-from ..flags import command_parser, parse_command, whole
+from ..flags import command_parser, output_file, parse_command, whole
 from ..load_config import Setting, load_config, load_stages
 from ..say import say
-from ..submitted import Work
+from ..submitted import Work, check_here
 
 if TYPE_CHECKING:
     from ...transfer.config import RunConfig
@@ -42,7 +41,7 @@ def run(argv: list[str]) -> int:
     if arguments.json is not None:
         write_text(arguments.json, to_json(found) + "\n")
     if arguments.out is not None:
-        write_bytes(arguments.out, _picture(config, arguments.images))
+        write_bytes(arguments.out, _draw_picture(config, arguments.images))
         say(f"{arguments.out}\n")
     check_readable(found)
     return 0
@@ -51,10 +50,8 @@ def run(argv: list[str]) -> int:
 def check(argv: list[str], *, here: bool = True) -> Work:
     """Check the arguments and, with `here`, the data set."""
     arguments, config, _ = _parse(argv)
-    from ...transfer.data.datasets import check_dataset
-
-    if here and not config.data.download:
-        check_dataset(config.data)
+    if here:
+        check_here(data=config.data)
     return Work(arguments.out or arguments.json)
 
 
@@ -70,23 +67,18 @@ def _parse(argv: list[str]) -> tuple[argparse.Namespace, RunConfig, list[Setting
         "source", nargs="?", metavar="SOURCE",
         help="a folder, a .tar file, or a data set's name as for --dataset: digits, torch/cifar10, hfds/..., wds/...",
     )  # fmt: skip
-    parser.add_argument("--recipe", metavar="RECIPE", help="recipe, YAML file or run whose settings to use")
-    parser.add_argument(
-        "--out", type=Path, metavar="PNG", help="write a picture of augmented training images"
-    )
+    parser.flag("--recipe", "recipe, YAML file or run whose settings to use", metavar="RECIPE")
+    parser.flag("--out", "write a picture of augmented training images", type=output_file, metavar="PNG")
     parser.flag("--images", "images in the picture", type=whole(1), default=32, metavar="N")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the numbers to a file")
-    parser.add_argument("--decode", action="store_true", help="decode whole files; by default only headers")
-    parser.add_argument(
-        "--limit", type=whole(1), metavar="N",
-        help="images of each split to open, evenly spaced (default: all; the first 1,000 of a stream)",
-    )  # fmt: skip
+    parser.flag("--json", "also write the numbers to a file", type=output_file, metavar="FILE")
+    parser.switch("--decode", "decode whole files; by default only headers")
+    text = "images of each split to open, evenly spaced (default: all; the first 1,000 of a stream)"
+    parser.flag("--limit", text, type=whole(1), metavar="N")
     arguments, given = parse_command(parser, argv, only=SETTINGS)
-    _check_files(arguments.out, arguments.json)
-    return arguments, _config(arguments.recipe, [*_source(arguments.source), *given]), given
+    return arguments, _load_config(arguments.recipe, [*_read_source(arguments.source), *given]), given
 
 
-def _source(word: str | None) -> list[Setting]:
+def _read_source(word: str | None) -> list[Setting]:
     """Read SOURCE as settings: the name of a data set, or else a path."""
     if word is None:
         return []
@@ -98,20 +90,13 @@ def _source(word: str | None) -> list[Setting]:
     return [Setting("data.dataset", "", "SOURCE"), Setting("data.data_path", path, "SOURCE")]
 
 
-def _config(recipe: str | None, settings: list[Setting]) -> RunConfig:
+def _load_config(recipe: str | None, settings: list[Setting]) -> RunConfig:
     """Load the configuration; of several stages take the last, which trains the student."""
     stages = [] if recipe is None else load_stages(recipe, settings)
     return stages[-1].config if stages else load_config(recipe, settings)
 
 
-def _check_files(*files: Path | None) -> None:
-    """Raise ConfigError if a file to write has no folder."""
-    for file in files:
-        if file is not None and not file.resolve().parent.is_dir():
-            raise ConfigError(f"{str(file)!r} cannot be written: its folder does not exist; create it first")
-
-
-def _picture(config: RunConfig, count: int) -> bytes:
+def _draw_picture(config: RunConfig, count: int) -> bytes:
     """Draw a PNG of the first training images, with the size and interpolation of the student."""
     from ...transfer.analysis.report.ink import to_png
     from ...transfer.data.survey import preview

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import argparse
 import os
-from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 from ...models.errors import ConfigError, did_you_mean
-from ..flags import SOURCE_SETTINGS, command_parser, parse_command
-from ..load_config import Setting
+from ..flags import SOURCE_SETTINGS, command_parser, output_file, parse_command
 from ..say import say
 from ..submitted import Work
 
 if TYPE_CHECKING:
     from ...transfer.metrics.measure import Family
+    from ..evaluation import Evaluation
 
 EXAMPLES = (
     "graftvit evaluate runs/distill --data_path /data/imagenet",
@@ -41,48 +40,29 @@ SETTINGS = (
 
 def run(argv: list[str]) -> int:
     """Evaluate each checkpoint and the ensemble of several."""
-    arguments, settings = _parse(argv)
+    arguments, asked = _parse(argv)
+    from ...checkpoints.atomic import write_text
     from ...transfer.metrics.measure import to_json, to_table
-    from ..evaluation import RANDOM, evaluate_sources
+    from ..evaluation import RANDOM, evaluate
 
     notes: list[str] = []
-    results = evaluate_sources(
-        arguments.checkpoints,
-        settings,
-        metrics=_metrics(arguments.metrics),
-        against=arguments.against,
-        subset=arguments.subset,
-        real=arguments.real,
-        tell=notes.append,
-    )
+    results = evaluate(asked, notes.append)
     if os.environ.get("RANK", "0") == "0":
         say("\n".join([to_table(results), *notes]) + "\n")
-        if arguments.against is not None:
-            say(f"\n{RANDOM}: random weights of {arguments.against}'s architecture, which learned nothing\n")
+        if asked.against is not None:
+            say(f"\n{RANDOM}: random weights of {asked.against}'s architecture, which learned nothing\n")
         if arguments.json is not None:
-            _write(arguments.json, to_json(results) + "\n")
+            write_text(arguments.json, to_json(results) + "\n")
     return 0
 
 
 def check(argv: list[str], *, here: bool = True) -> Work:
     """Check the arguments and, with `here`, the data, without loading a model."""
-    arguments, settings = _parse(argv)
-    from ..evaluation import check_asked
-
-    metrics = _metrics(arguments.metrics)
-    data = check_asked(
-        arguments.checkpoints,
-        settings,
-        metrics=metrics,
-        against=arguments.against,
-        subset=arguments.subset,
-        real=arguments.real,
-        here=here,
-    )
-    return Work(arguments.json, data.workers)
+    arguments, asked = _parse(argv)
+    return Work(arguments.json, asked.check(here=here).workers)
 
 
-def _parse(argv: list[str]) -> tuple[argparse.Namespace, list[Setting]]:
+def _parse(argv: list[str]) -> tuple[argparse.Namespace, Evaluation]:
     parser = command_parser(
         "evaluate",
         "Measure top-1, top-5 and loss of a model's head, weighted nearest neighbors and a linear probe on its "
@@ -95,42 +75,30 @@ def _parse(argv: list[str]) -> tuple[argparse.Namespace, list[Setting]]:
     parser.add_argument(
         "checkpoints", nargs="+", metavar="CHECKPOINT", help="run folder, student folder or teacher source"
     )
-    parser.add_argument(
-        "--metrics",
-        metavar="NAMES",
-        help="any of top1, knn, probe, distance, joined by commas (default: top1 for a model with a head, else knn; "
-        "distance with --against)",
+    text = (
+        "any of top1, knn, probe, distance, joined by commas (default: top1 for a model with a head, else knn; "
+        "distance with --against)"
     )
-    parser.add_argument("--against", metavar="TEACHER", help="the model to measure distances from")
-    parser.add_argument(
-        "--subset", choices=["imagenet-a", "imagenet-r"], help="score only the classes of this variant"
-    )
-    parser.add_argument("--real", action="store_true", help="score against the ReaL labels of ImageNet")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the numbers to a file")
+    parser.flag("--metrics", text, metavar="NAMES")
+    parser.flag("--against", "the model to measure distances from", metavar="TEACHER")
+    parser.flag("--subset", "score only the classes of this variant", choices=["imagenet-a", "imagenet-r"])
+    parser.switch("--real", "score against the ReaL labels of ImageNet")
+    parser.flag("--json", "also write the numbers to a file", type=output_file, metavar="FILE")
     arguments, settings = parse_command(parser, argv, only=SETTINGS)
-    if arguments.json is not None and not arguments.json.resolve().parent.is_dir():
-        raise ConfigError(
-            f"--json is {str(arguments.json)!r}, but its folder does not exist; create it first"
-        )
-    return arguments, settings
+    from ..evaluation import Evaluation
+
+    metrics = _parse_metrics(arguments.metrics)
+    more = (arguments.against, arguments.subset, arguments.real)
+    return arguments, Evaluation(arguments.checkpoints, settings, metrics, *more)
 
 
-def _metrics(text: str | None) -> list[Family] | None:
+def _parse_metrics(text: str | None) -> list[Family]:
     from ...transfer.metrics.measure import FAMILIES
 
-    if text is None:
-        return None
-    names = [name.strip() for name in text.split(",")]
+    names = [] if text is None else [name.strip() for name in text.split(",")]
     for name in names:
         if name not in FAMILIES:
             raise ConfigError(
                 f"--metrics is {text!r}, and {name!r} is not a metric; {did_you_mean(name, FAMILIES)}"
             )
     return cast("list[Family]", names)
-
-
-def _write(path: Path, text: str) -> None:
-    try:
-        path.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(f"--json is {str(path)!r}, which cannot be written: {error.strerror}") from error

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from ...models.errors import JsonDict
 from ..flags import SOURCE_HELP, SOURCE_SETTINGS, command_parser, keywords_of, parse_command
 from ..say import say
-from ..submitted import Work
+from ..submitted import Work, check_here
 
 if TYPE_CHECKING:
     from ...checkpoints.export_graph import Dynamic
@@ -31,7 +31,7 @@ def run(argv: list[str]) -> int:
         arguments.source,
         arguments.out,
         format=arguments.format,
-        dynamic=_dynamic(arguments),
+        dynamic=_read_dynamic(arguments),
         opset=arguments.opset,
         normalize=arguments.normalize,
         tolerance=arguments.tolerance,
@@ -46,22 +46,22 @@ def check(argv: list[str], *, here: bool = True) -> Work:
     """Check the arguments and, with `here`, the source."""
     arguments, _ = _parse(argv)
     from ...checkpoints.export import check_export
-    from ...checkpoints.sources import parse_source
+
 
     check_export(
         arguments.out,
         arguments.format,
-        _dynamic(arguments),
+        _read_dynamic(arguments),
         arguments.opset,
         arguments.tolerance,
         arguments.force,
     )
     if here:
-        parse_source(arguments.source)
+        check_here(arguments.source)
     return Work(arguments.out)
 
 
-def _dynamic(arguments: argparse.Namespace) -> tuple[Dynamic, ...]:
+def _read_dynamic(arguments: argparse.Namespace) -> tuple[Dynamic, ...]:
     return tuple(name for name in arguments.dynamic if name != "none")
 
 
@@ -77,20 +77,15 @@ def _parse(argv: list[str]) -> tuple[argparse.Namespace, JsonDict]:
     parser.add_argument(
         "out", type=Path, metavar="OUT", help="the file: .onnx for ONNX, .pt2 for torch.export"
     )
-    parser.add_argument("--format", choices=["onnx", "torch"], help="default: chosen by the suffix of OUT")
-    parser.add_argument(
-        "--dynamic", nargs="+", choices=["batch", "resolution", "none"], default=["batch"],
-        help="dynamic sizes: batch, resolution or none (default: batch)",
-    )  # fmt: skip
-    parser.add_argument("--opset", type=int, metavar="N", help="opset of ONNX (default: torch's choice)")
-    parser.add_argument(
-        "--normalize",
-        action="store_true",
-        help="make the file take images in 0..1 and normalize them itself",
+    parser.flag("--format", "default: chosen by the suffix of OUT", choices=["onnx", "torch"])
+    sizes = ["batch", "resolution", "none"]
+    parser.flag("--dynamic", "dynamic sizes", nargs="+", choices=sizes, default=["batch"])
+    parser.flag("--opset", "opset of ONNX (default: torch's choice)", type=int, metavar="N")
+    parser.switch("--normalize", "make the file take images in 0..1 and normalize them itself")
+    parser.flag(
+        "--tolerance", "largest relative error against the model", type=float, default=1e-4, metavar="X"
     )
-    parser.add_argument("--tolerance", type=float, default=1e-4, metavar="X",
-                        help="largest relative error against the model (default: 1e-4)")  # fmt: skip
-    parser.add_argument("--force", action="store_true", help="replace OUT if it exists")
+    parser.switch("--force", "replace OUT if it exists")
     arguments, settings = parse_command(parser, argv, only=SOURCE_SETTINGS)
     if "none" in arguments.dynamic and len(arguments.dynamic) > 1:
         parser.error("--dynamic none cannot be combined with other values")

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ...models.errors import ConfigError, GraftError
-from ..flags import Action, Parser, command_parser, describe_actions, run_folder, whole
+from ..flags import Action, command_parser, describe_actions, run_folder, whole
 from ..say import hint, say, say_aside
 
 if TYPE_CHECKING:
@@ -49,11 +49,6 @@ def run(argv: list[str]) -> int:
     return _show(argv)
 
 
-def _parser(action: str, description: str, usage: str) -> Parser:
-    examples = [example for example in EXAMPLES if f"jobs {action} " in example]
-    return command_parser(f"jobs {action}", description, examples, usage)
-
-
 def _show(argv: list[str]) -> int:
     """Print a table, one run in detail, or JSON."""
     from ..slurm.jobs_text import describe, problems, to_json, watch, write_table
@@ -61,15 +56,15 @@ def _show(argv: list[str]) -> int:
     arguments = _parse_show(argv)
     if arguments.watch:
         try:
-            watch(lambda: _look(arguments, tries=1), sys.stdout, _none(arguments))
+            watch(lambda: _read_status(arguments, tries=1), sys.stdout, _describe_none(arguments))
         except KeyboardInterrupt:  # the normal way to end it
             say("\n")
         return 0
-    status, names = _look(arguments)
+    status, names = _read_status(arguments)
     if arguments.json:
         say(to_json(status))
     elif not status:
-        say(_none(arguments))
+        say(_describe_none(arguments))
     elif len(status) == 1 and arguments.runs:
         say(describe(status[0]))
     else:
@@ -102,11 +97,11 @@ def _parse_show(argv: list[str]) -> argparse.Namespace:
     return arguments
 
 
-def _look(arguments: argparse.Namespace, **asking: int) -> tuple[Sequence[RunStatus], Sequence[str]]:
+def _read_status(arguments: argparse.Namespace, **asking: int) -> tuple[Sequence[RunStatus], Sequence[str]]:
     """Return the current status of the runs, and their names."""
     from ..slurm.jobs import describe_runs
 
-    names = _folders(arguments.runs)
+    names = _name_runs(arguments.runs)
     found = list(zip(describe_runs(names, **asking), names.values(), strict=True))
     if arguments.active:
         found = [(run, name) for run, name in found if run.active]
@@ -115,7 +110,7 @@ def _look(arguments: argparse.Namespace, **asking: int) -> tuple[Sequence[RunSta
     return [run for run, _ in found], [name for _, name in found]
 
 
-def _folders(given: Sequence[Path]) -> dict[Path, str]:
+def _name_runs(given: Sequence[Path]) -> dict[Path, str]:
     """Map each run folder to its name: a path that every command accepts in this folder."""
     from ..slurm.jobs import listed_runs, run_folders
 
@@ -131,7 +126,7 @@ def _folders(given: Sequence[Path]) -> dict[Path, str]:
     return names
 
 
-def _none(arguments: argparse.Namespace) -> str:
+def _describe_none(arguments: argparse.Namespace) -> str:
     if arguments.active:
         return "no run waits or runs\n"
     return (
@@ -154,7 +149,7 @@ def _logs(argv: list[str]) -> int:
         )
     submission = shown_submission(folder)
     _check_rank(folder, submission, arguments)
-    paths = _paths(JobFolder(folder), submission, arguments.rank)
+    paths = _find_logs(JobFolder(folder), submission, arguments.rank)
     followers: dict[Path, Follower] = {}
     shown = (_show_merged if arguments.rank is None else _show_end)(paths(), arguments.lines, followers)
     if arguments.follow:
@@ -165,11 +160,12 @@ def _logs(argv: list[str]) -> int:
 
 
 def _parse_logs(argv: list[str]) -> argparse.Namespace:
-    parser = _parser(
-        "logs",
+    parser = command_parser(
+        "jobs logs",
         "Print the standard error and standard output of one process of a run. With `--rank all`, print the lines of "
         "all processes, merged by the times in lines of torch, submitit and Slurm; a line without a time stays after "
         "the line before it.",
+        EXAMPLES,
         "RUN [--rank K|all] [--lines N] [--follow]",
     )
     parser.add_argument(
@@ -195,11 +191,11 @@ def _check_rank(folder: Path, submission: Submission | None, arguments: argparse
     there = [] if submission is None else ranks_with_logs(submission)
     if there and arguments.rank not in (None, *there) and not arguments.follow:
         raise ConfigError(
-            f"--rank {arguments.rank} has no log in {folder}: ranks with logs are {_ranges(there)}"
+            f"--rank {arguments.rank} has no log in {folder}: ranks with logs are {_format_ranges(there)}"
         )
 
 
-def _paths(
+def _find_logs(
     files: JobFolder, submission: Submission | None, rank: int | None
 ) -> Callable[[], tuple[Path, ...]]:
     """Return a function that finds the logs of a job, or of a newer job after the run is submitted again."""
@@ -275,16 +271,17 @@ def _split_progress(text: str) -> str:
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
-def _ranges(ranks: list[int]) -> str:
+def _format_ranges(ranks: list[int]) -> str:
     return f"0 to {ranks[-1]}" if ranks == list(range(len(ranks))) else ", ".join(map(str, ranks))
 
 
 def _stop(argv: list[str]) -> int:
     """Stop the waiting and running jobs of each folder."""
-    parser = _parser(
-        "stop",
+    parser = command_parser(
+        "jobs stop",
         "Tell a running job to save and end, and cancel a waiting one. `graftvit jobs resume` continues from its "
         "state.",
+        EXAMPLES,
         "RUN ... [--now]",
     )
     parser.add_argument("runs", type=run_folder, nargs="+", metavar="RUN", help=RUNS_HELP)
@@ -320,11 +317,12 @@ def _resume(argv: list[str]) -> int:
     from ..slurm.setting_layers import add_cluster_flags, asked_by, describe
     from ..slurm.stopping import find_unfinished, resume, wait_for_stops
 
-    parser = _parser(
-        "resume",
+    parser = command_parser(
+        "jobs resume",
         "Submit a run again with its own settings, from its last state. For a sweep, submit the cells that are not "
         "finished and have no job. The resources are those of the last submission, except those that flags change; "
         "the code is the one that is installed now.",
+        EXAMPLES,
         "RUN [--flag value ...]",
     )
     parser.add_argument("run", type=run_folder, metavar="RUN", help="a run folder, or the folder of a sweep")
@@ -353,10 +351,11 @@ def _forget(argv: list[str]) -> int:
     """Remove runs from the list."""
     from ..slurm.forgetting import forget_ended, forget_run
 
-    parser = _parser(
-        "forget",
+    parser = command_parser(
+        "jobs forget",
         "Remove runs from the list of `graftvit jobs`. Their folders do not change; `graftvit jobs RUN` shows them. "
         "A run returns to the list when it is submitted or resumed. A run that has a job cannot be removed.",
+        EXAMPLES,
         "RUN ... | --ended",
     )
     parser.add_argument("runs", type=run_folder, nargs="*", metavar="RUN", help=RUNS_HELP)
@@ -373,11 +372,12 @@ def _forget(argv: list[str]) -> int:
 
 def _summary(argv: list[str]) -> int:
     """Print the table as Markdown and write the three files."""
-    parser = _parser(
-        "summary",
+    parser = command_parser(
+        "jobs summary",
         "Print the results of the finished cells of a sweep: one row for each setting, mean ± standard deviation over "
         "seeds, and the cells that failed or are not finished. Accuracies are in percent, after the last epoch and at "
         "the best one. The tables and a plot are written to FOLDER as summary.csv, summary.md and summary.png.",
+        EXAMPLES,
         "FOLDER",
     )
     parser.add_argument("folder", type=run_folder, metavar="FOLDER", help="the output_dir of the sweep")

@@ -6,10 +6,11 @@ import argparse
 from typing import TYPE_CHECKING
 
 from ...models.errors import ConfigError
-from ..flags import SOURCE_HELP, command_parser, parse_command
+from ...transfer.analysis.report.tables import aligned
+from ..flags import SOURCE_HELP, command_parser, parse_command, whole
 from ..load_config import load_config
 from ..say import say
-from ..submitted import Work
+from ..submitted import Work, check_here
 
 if TYPE_CHECKING:
     from torch import nn
@@ -32,21 +33,15 @@ def run(argv: list[str]) -> int:
 
     config = config.model_copy(update={"data": stage_together(config.data, None)})
     teacher, student, batches = calibration_batches(config, arguments.student, arguments.batches)
-    say(_table(search_layers(teacher, student, batches, arguments.keep), teacher, student))
+    say(_format_table(search_layers(teacher, student, batches, arguments.keep), teacher, student))
     return 0
 
 
 def check(argv: list[str], *, here: bool = True) -> Work:
     """Check the arguments and, with `here`, the models and the images."""
     arguments, config = _parse(argv)
-    from ...checkpoints.sources import parse_source
-    from ...transfer.data.datasets import check_dataset
-
     if here:
-        for source in (arguments.student, str(config.teacher.source)):
-            parse_source(source)
-        if not config.data.download:
-            check_dataset(config.data)
+        check_here(arguments.student, str(config.teacher.source), data=config.data)
     return Work(workers=config.data.workers)
 
 
@@ -60,30 +55,26 @@ def _parse(argv: list[str]) -> tuple[argparse.Namespace, RunConfig]:
         usage="STUDENT --teacher SOURCE [--flag value ...]",
     )
     parser.add_argument("student", metavar="STUDENT", help=SOURCE_HELP)
-    parser.add_argument("--keep", type=int, default=3, metavar="K", help="how many layers (default: 3)")
-    parser.add_argument("--batches", type=int, default=2, metavar="N", help="batches of images (default: 2)")
+    parser.flag("--keep", "how many layers", type=whole(1), default=3, metavar="K")
+    parser.flag("--batches", "batches of images", type=whole(1), default=2, metavar="N")
     arguments, settings = parse_command(parser, argv, only=("teacher", "data", "seed"))
     config = load_config(None, settings)
     if config.teacher.source is None:
         raise ConfigError("--teacher is missing: give the model that the student was converted from")
-    if arguments.batches < 1:
-        raise ConfigError(f"--batches {arguments.batches}: must be at least 1")
     return arguments, config
 
 
-def _table(found: LayerSearch, teacher: nn.Module, student: nn.Module) -> str:
+def _format_table(found: LayerSearch, teacher: nn.Module, student: nn.Module) -> str:
     from ...models.cost import attention_macs
 
     before, after = attention_macs(teacher), attention_macs(student)
     total = sum(after)
-    rows = [
-        ("kept", "error", "attention MACs", "plan"),
-        ("none", f"{found.error:.4f}", f"{total:,}", found.plan_keeping(0)),
-    ]
+    rows = [["kept", "error", "attention MACs", "plan"]]
+    rows += [["none", f"{found.error:.4f}", f"{total:,}", found.plan_keeping(0)]]
     for count, choice in enumerate(found.kept, start=1):
         total += before[choice.layer] - after[choice.layer]
-        rows.append((str(choice.layer), f"{choice.error:.4f}", f"{total:,}", found.plan_keeping(count)))
-    widths = [max(len(row[column]) for row in rows) for column in range(3)]
-    lines = ["  ".join([*(f"{row[i]:>{widths[i]}}" for i in range(3)), row[3]]) for row in rows]
-    note = "error: of the final tokens, relative to the teacher's; MACs: for the attention maps of one image"
-    return "\n".join([*lines, note, ""])
+        rows.append([str(choice.layer), f"{choice.error:.4f}", f"{total:,}", found.plan_keeping(count)])
+    note = (
+        "error: of the final tokens, relative to the teacher's; MACs: for the attention maps of one image\n"
+    )
+    return aligned(rows, right=(0, 1, 2)) + note

@@ -34,12 +34,12 @@ def run(argv: list[str]) -> int:
     return run_action("list", argv, ACTIONS, EXAMPLES)
 
 
-def _recipes(argv: list[str]) -> int:
+def _list_recipes(argv: list[str]) -> int:
     """Print the table of recipes, or the YAML of one recipe."""
     parser = command_parser(
         "list recipes",
         "List the recipes that come with the package, or print one as YAML.",
-        EXAMPLES[:2],
+        EXAMPLES,
         "[NAME]",
     )
     parser.add_argument("name", nargs="?", metavar="NAME", help="recipe to print")
@@ -53,12 +53,12 @@ def _recipes(argv: list[str]) -> int:
     return 0
 
 
-def _operators(argv: list[str]) -> int:
+def _list_operators(argv: list[str]) -> int:
     """Print the table of operators, or one operator with its equation and options."""
     parser = command_parser(
         "list operators",
         "List the attention operators that a plan can name, with their costs relative to softmax, or explain one.",
-        EXAMPLES[2:],
+        EXAMPLES,
         usage="[NAME] [--grid N ...]",
     )
     parser.add_argument("name", nargs="?", metavar="NAME", help="operator to explain")
@@ -76,21 +76,21 @@ def _operators(argv: list[str]) -> int:
     if arguments.name is not None and arguments.name not in OPERATORS:
         raise ConfigError(f"unknown operator {arguments.name!r}; {did_you_mean(arguments.name, OPERATORS)}")
     names = list(OPERATORS) if arguments.name is None else [arguments.name]
-    say(_table(names, arguments.grid))
-    say(_explained(arguments.name) if arguments.name is not None else FOOT)
+    say(_format_table(names, arguments.grid))
+    say(_explain(arguments.name) if arguments.name is not None else FOOT)
     return 0
 
 
-def _table(names: list[str], grids: list[int]) -> str:
+def _format_table(names: list[str], grids: list[int]) -> str:
     head = ["operator", "a map", "grid", "bias", "new"]
     rows = [[*head, *(f"MACs {grid}x{grid}" for grid in grids), "options"]]
     for name in names:
-        options = " ".join(f"{key}={value}" for key, value in _options(name).items())
-        rows.append([name, *_facts(name, grids), options or "-"])
+        options = " ".join(f"{key}={value}" for key, value in _read_options(name).items())
+        rows.append([name, *_describe_facts(name, grids), options or "-"])
     return aligned(rows, right=tuple(range(4, 5 + len(grids))))
 
 
-def _options(name: str) -> dict[str, str]:
+def _read_options(name: str) -> dict[str, str]:
     """Return the options of an operator by name, with their defaults as a plan writes them."""
     from ...models.layer_plan import OPERATORS, options_of
 
@@ -99,7 +99,7 @@ def _options(name: str) -> dict[str, str]:
     return {key: "auto" if value is None else str(value).lower() for key, value in defaults.items()}
 
 
-def _facts(name: str, grids: list[int]) -> list[str]:
+def _describe_facts(name: str, grids: list[int]) -> list[str]:
     """Return the traits, the new parameters at the first grid, and the cost at each grid relative to softmax."""
     from ...models.attention.base import Geometry, LayerShape
     from ...models.layer_plan import Choice, create_operator
@@ -115,7 +115,7 @@ def _facts(name: str, grids: list[int]) -> list[str]:
     return [*words, f"{new:,}", *(f"{100 * own / softmax:.0f} %" for own, softmax in made)]
 
 
-def _explained(name: str) -> str:
+def _explain(name: str) -> str:
     """Return the docstring of an operator, and how a plan writes it with its options."""
     from ...models.layer_plan import OPERATORS
     from ...models.programs.program import FOUND
@@ -125,13 +125,15 @@ def _explained(name: str) -> str:
     text = textwrap.dedent("    " + (inspect.getdoc(kind) or "")).split("\n\nRaises")[0]
     if name in FOUND:
         text = f"{text.strip()}\n\ncode: {FOUND[name]}"
-    options = ", ".join(f"{key}={value}" for key, value in _options(name).items() if value != "auto")
+    options = ", ".join(f"{key}={value}" for key, value in _read_options(name).items() if value != "auto")
     return f"\n{text.strip()}\n\nin a plan: '*: {name}{f'({options})' if options else ''}'\n"
 
 
 ACTIONS = {
     "operators": Action(
-        "the attention operators that a plan can name, with their options and costs", _operators
+        "the attention operators that a plan can name, with their options and costs", _list_operators
     ),
-    "recipes": Action("the recipes that come with the package; `list recipes NAME` prints one", _recipes),
+    "recipes": Action(
+        "the recipes that come with the package; `list recipes NAME` prints one", _list_recipes
+    ),
 }

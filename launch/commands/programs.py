@@ -47,13 +47,13 @@ def _draw(argv: list[str]) -> int:
     parser = command_parser(
         "programs draw",
         "Draw attention programs, check each, and print those that pass and the reasons against the others.",
-        EXAMPLES[:1],
+        EXAMPLES,
         "[--count N] [--seed S]",
     )
     parser.flag("--count", "programs to draw", type=whole(1, bench.MOST), default=100, metavar="N")
     parser.flag("--seed", "seed of the draws", type=int, default=0, metavar="S")
     arguments = parser.parse_args(argv)
-    say(_survey(arguments.count, arguments.seed))
+    say(_format_survey(arguments.count, arguments.seed))
     return 0
 
 
@@ -62,15 +62,15 @@ def _check(argv: list[str]) -> int:
     parser = command_parser(
         "programs check",
         "Explain one attention program: its cost, LaTeX, PyTorch and the first check that it fails.",
-        EXAMPLES[1:3],
+        EXAMPLES,
         "PROGRAM",
     )
     parser.add_argument("program", metavar="PROGRAM", help="text of a program, or attnzero_...")
-    say(_explained(parser.parse_args(argv).program))
+    say(_explain(parser.parse_args(argv).program))
     return 0
 
 
-def _survey(count: int, seed: int) -> str:
+def _format_survey(count: int, seed: int) -> str:
     """Draw and check programs; return the table of refusals and the programs that pass."""
     from ...models.programs.drawing import draw_program
     from ...models.programs.program_checks import CHECKS, check, count_refusals
@@ -82,7 +82,7 @@ def _survey(count: int, seed: int) -> str:
     rows = [["check", "refused", "condition", "first reason"]]
     for each in CHECKS:
         reasons = refused[each.name]
-        rows.append([each.name, str(len(reasons)), each.condition, _cut(reasons)])
+        rows.append([each.name, str(len(reasons)), each.condition, _shorten(reasons)])
     running = count - len(refused[CHECKS[0].name])
     head = (
         f"{count:,} programs drawn with seed {seed}: {running:,} do not raise ({100 * running / count:.1f} %), "
@@ -91,14 +91,14 @@ def _survey(count: int, seed: int) -> str:
     return "\n".join([head, aligned(rows, right=(1,)), *(verdict.name for verdict in passed), ""])
 
 
-def _cut(refused: Sequence[Verdict]) -> str:
+def _shorten(refused: Sequence[Verdict]) -> str:
     if not refused:
         return "-"
     reason = refused[0].reason
     return reason if len(reason) <= WIDEST else f"{reason[: WIDEST - 3]}..."
 
 
-def _explained(text: str) -> str:
+def _explain(text: str) -> str:
     """Return the canonical text, identity, cost, LaTeX, code and verdict of one program."""
     from ...models.programs.program import FOUND, latex, parse_program, torch_code
     from ...models.programs.program_checks import check as check_program

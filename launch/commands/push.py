@@ -34,33 +34,24 @@ def run(argv: list[str]) -> int:
         EXAMPLES,
         usage="DIR ORG/NAME [--flag value ...]",
     )
-    parser.add_argument(
-        "folder",
-        type=Path,
-        metavar="DIR",
-        help="run folder, with #best or #ema at its end if you like, or student folder: config.json and weights",
-    )
+    text = "run folder, with #best or #ema at its end if you like, or student folder: config.json and weights"
+    parser.add_argument("folder", type=Path, metavar="DIR", help=text)
     parser.add_argument(
         "repository", metavar="ORG/NAME", help="repository on the hub; created if it does not exist"
     )
-    parser.add_argument("--private", action="store_true", help="create a private repository")
-    parser.add_argument(
+    parser.switch("--private", "create a private repository")
+    parser.switch(
         "--public",
-        action="store_true",
-        help="make the repository public after the upload, also if it is private or private by its owner's default",
+        "make the repository public after the upload, also if it is private or private by its owner's default",
     )
-    parser.add_argument("--license", metavar="ID", help="hub identifier; the teacher's by default")
-    parser.add_argument(
-        "--confirm_license",
-        action="store_true",
-        help="confirm that the owners of the teacher allow the license in --license",
+    parser.flag("--license", "hub identifier; the teacher's by default", metavar="ID")
+    parser.switch(
+        "--confirm_license", "confirm that the owners of the teacher allow the license in --license"
     )
-    parser.add_argument(
-        "--revision", metavar="BRANCH", help="branch; created if it does not exist (default: main)"
-    )
-    parser.add_argument("--message", metavar="TEXT", help="message of the commit")
-    parser.add_argument("--dataset_name", metavar="NAME", help="name of the evaluation data set in the card")
-    parser.add_argument("--dry_run", action="store_true", help="show what would be pushed, send nothing")
+    parser.flag("--revision", "branch; created if it does not exist (default: main)", metavar="BRANCH")
+    parser.flag("--message", "message of the commit", metavar="TEXT")
+    parser.flag("--dataset_name", "name of the evaluation data set in the card", metavar="NAME")
+    parser.switch("--dry_run", "show what would be pushed, send nothing")
     arguments, _ = parse_command(parser, argv, only=())
     for flag in ("license", "revision", "message", "dataset_name"):
         if getattr(arguments, flag) is not None and not getattr(arguments, flag).strip():
@@ -122,7 +113,7 @@ def _describe_pushed(upload: Upload, pushed: Pushed) -> str:
         )
     if pushed.private:
         lines.append("It is private; --public makes it public.")
-    lines.append(f"license: {_license(upload)}")
+    lines.append(f"license: {_describe_license(upload)}")
     return "\n".join([*lines, "", *load_lines(upload.config, upload.facts), ""])
 
 
@@ -133,16 +124,16 @@ def _describe_upload(upload: Upload, *, private: bool, public: bool) -> str:
     lines = [f"Would push to {facts.repository}{branch}:"]
     lines += [f"  {file.name:<{width}}  {file.size:>14,} bytes" for file in upload.files]
     lines += [f"Not pushed: {', '.join(upload.left_behind)}"] if upload.left_behind else []
-    lines += [*_on_the_hub(upload, private=private, public=public), f"License: {_license(upload)}"]
+    lines += [*_describe_hub(upload, private=private, public=public), f"License: {_describe_license(upload)}"]
     kind = "your own README.md" if upload.own_card else "generated"
     return "\n".join([*lines, f"Card ({kind}):", "", upload.card.rstrip("\n"), ""])
 
 
-def _license(upload: Upload) -> str:
+def _describe_license(upload: Upload) -> str:
     return upload.facts.license or "unknown; give one with --license"
 
 
-def _on_the_hub(upload: Upload, *, private: bool, public: bool) -> list[str]:
+def _describe_hub(upload: Upload, *, private: bool, public: bool) -> list[str]:
     """Describe what the commit would change on the hub, if the hub can be reached."""
     from ...checkpoints.publish.upload import (
         UploadFailedError,
@@ -159,7 +150,7 @@ def _on_the_hub(upload: Upload, *, private: bool, public: bool) -> list[str]:
     check_visibility(upload, remote, private=private)
     kept = keeps_remote_card(upload, remote)
     replaced, removed = replaced_and_removed(upload, remote)
-    lines = [f"On the hub: {_state(remote)}"]
+    lines = [f"On the hub: {_describe_state(remote)}"]
     if public and not (remote.exists and not remote.private):
         lines.append("Visibility: public after the upload")
     elif not private and not remote.exists:
@@ -172,7 +163,7 @@ def _on_the_hub(upload: Upload, *, private: bool, public: bool) -> list[str]:
     return lines
 
 
-def _state(remote: Remote) -> str:
+def _describe_state(remote: Remote) -> str:
     if not remote.exists:
         return "no repository of this name is visible to you; it would be created"
     kind = "private" if remote.private else "public"

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from ...models.errors import ConfigError
 from ...transfer.analysis.report.tables import aligned
 from ..flags import (
+    IMAGE_SETTINGS,
     SOURCE_HELP,
     SOURCE_SETTINGS,
     Action,
@@ -20,7 +21,7 @@ from ..flags import (
 )
 from ..load_config import load_config
 from ..say import say
-from ..submitted import Work
+from ..submitted import Work, check_here
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -28,7 +29,6 @@ if TYPE_CHECKING:
     from ...transfer.config import RunConfig
     from ...transfer.search.program_search import Evaluation, Search
 
-DATA = ("data.dataset", "data.data_path", "data.train_split", "data.download", "seed")
 EXAMPLES = (
     "graftvit programs search runs/teacher --dataset digits --output_dir found",
     "graftvit programs search vit_small_patch16_224.augreg_in1k --data_path /data/imagenet --generations 20 "
@@ -36,6 +36,7 @@ EXAMPLES = (
     "graftvit programs search runs/teacher --also runs/pyramid --dataset digits --output_dir found",
     "graftvit programs search runs/teacher --dataset digits --at_random --output_dir drawn   # for comparison",
     "graftvit programs search report found",
+    "graftvit programs search report found --rows bench/rows.jsonl --top 10",
     "graftvit submit programs search runs/teacher --dataset digits --output_dir found --shares 4 --gpus_per_node 0",
 )
 
@@ -50,7 +51,7 @@ def run(argv: list[str]) -> int:
 
     share = parse_share(arguments.share)
     workers = min(arguments.workers or usable_cores(), arguments.population)
-    search = _search(arguments, config)
+    search = _open_search(arguments, config)
     try:
         done = run_search(
             search, arguments.generations, lambda line: say(f"{line}\n"), workers=workers, share=share
@@ -59,7 +60,7 @@ def run(argv: list[str]) -> int:
         raise StoppedError(
             signal.SIGINT, f"in {arguments.output_dir}; all evaluations are saved"
         ) from interrupt
-    say(_table(search, done))
+    say(_format_table(search, done))
     return 0
 
 
@@ -68,10 +69,7 @@ def _report(argv: list[str]) -> int:
         "programs search report",
         "Write report.html into the folder of a search: its front, the lineage and the formulas of the front, and what "
         "was refused and why. The search may still be running.",
-        [
-            "graftvit programs search report found",
-            "graftvit programs search report found --rows bench/rows.jsonl --top 10",
-        ],
+        EXAMPLES,
         usage="DIR [--rows ROWS [--short ROWS ...] [--top K]]",
     )
     parser.add_argument("folder", type=Path, metavar="DIR", help="the --output_dir of a search")
@@ -95,12 +93,12 @@ def _report(argv: list[str]) -> int:
         raise ConfigError("--short needs --rows, the rows of the longer trainings")
     from ...transfer.analysis.search.search_report import write_report
 
-    rankings = _rankings(arguments) if arguments.rows else []
+    rankings = _rank_proxies(arguments) if arguments.rows else []
     say(f"report: {write_report(arguments.folder, rankings)}\n")
     return 0
 
 
-def _rankings(arguments: argparse.Namespace) -> list[list[str]]:
+def _rank_proxies(arguments: argparse.Namespace) -> list[list[str]]:
     """Compare the proxies with the accuracies of a file of rows; print the table and return it, its head first."""
     from ...transfer.attnbench.bench_rows import HEAD, rank_proxies
     from ...transfer.cells.pool import torch_threads
@@ -119,14 +117,8 @@ def _rankings(arguments: argparse.Namespace) -> list[list[str]]:
 def check(argv: list[str], *, here: bool = True) -> Work:
     """Check the arguments and, with `here`, the teacher and the images."""
     arguments, config = _parse(argv)
-    from ...checkpoints.sources import parse_source
-    from ...transfer.data.datasets import check_dataset
-
     if here:
-        for source in (arguments.source, *arguments.also):
-            parse_source(source)
-        if not config.data.download:
-            check_dataset(config.data)
+        check_here(arguments.source, *arguments.also, data=config.data)
     return Work(output=arguments.output_dir, workers=(arguments.workers or 1) - 1, divisible=True)
 
 
@@ -151,7 +143,7 @@ def _parse(argv: list[str]) -> tuple[argparse.Namespace, RunConfig]:
     parser.flag("--images", "images to record", type=whole(1), default=16, metavar="N")
     parser.flag("--generations", "generations", type=whole(1), default=10, metavar="N")
     parser.flag("--population", "programs in each generation", type=whole(1), default=50, metavar="N")
-    parser.switch("--at_random", "draw every generation, instead of evolving the ones before")
+    parser.switch("--at_random", "draw each generation at random instead of evolving it")
     parser.flag(
         "--proxy", "matching: mismatch by least squares; fitted: after a short fit by gradients, slower",
         choices=("matching", "fitted"), default="matching",
@@ -164,14 +156,14 @@ def _parse(argv: list[str]) -> tuple[argparse.Namespace, RunConfig]:
         metavar="I/N",
         help="evaluate the I-th of N shares first, then what is missing; used by jobs of `graftvit submit`",
     )
-    arguments, settings = parse_command(parser, argv, only=(*SOURCE_SETTINGS, *DATA))
+    arguments, settings = parse_command(parser, argv, only=(*SOURCE_SETTINGS, *IMAGE_SETTINGS))
     config = load_config(None, settings)
     if not (config.data.dataset or config.data.data_path):
         raise ConfigError("a search needs images: give --data_path FOLDER, or --dataset digits")
     return arguments, config
 
 
-def _search(arguments: argparse.Namespace, config: RunConfig) -> Search:
+def _open_search(arguments: argparse.Namespace, config: RunConfig) -> Search:
     """Load the teacher and record its layers."""
     from ...checkpoints.pretrained import load_pretrained
     from ...checkpoints.provenance import identify
@@ -196,7 +188,7 @@ def _search(arguments: argparse.Namespace, config: RunConfig) -> Search:
         return Search(arguments.output_dir, settings, layers)
 
 
-def _table(search: Search, done: Sequence[Evaluation]) -> str:
+def _format_table(search: Search, done: Sequence[Evaluation]) -> str:
     from ...transfer.search.program_search import ARCHIVE, controls, front
 
     rows = [["mismatch", "cost", "program"]]

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..flags import command_parser, parse_command, split_words
+from ..flags import command_parser, output_folder, parse_command, split_words
 from ..say import say
 from ..submitted import SUBMITTED, command_name
 
@@ -26,44 +25,42 @@ EXAMPLES = (
     "graftvit submit evaluate runs/distill --data_path /data/imagenet --gpus_per_node 8",
     "graftvit submit convert runs/teacher --plan '*: linear' --calibrate 64 --dataset digits "
     "--output_dir /scratch/linear",
+    "graftvit submit programs search runs/teacher --dataset digits --output_dir found --shares 4 --gpus_per_node 0",
 )
 DESCRIPTION = (
     "Submit a run to SLURM. It saves its state and is requeued when it is preempted, when its time limit is reached or "
-    "when a node fails; its result is that of an undisturbed run. Afterwards use `graftvit jobs` and its actions."
+    "when a node fails; its result is that of an undisturbed run. Afterwards use `graftvit jobs` and its actions.\n\n"
+    "A run takes the settings of `graftvit train`; `graftvit train --help` explains them. Other commands are submitted "
+    f"with their own flags, as in `graftvit submit evaluate --help`: {', '.join(SUBMITTED)}."
 )
+DRY_RUN = "print the plan, the requested resources, the sbatch script and any error, and stop"
 
 
 def run(argv: list[str]) -> int:
     """Check the run, then show it or submit it."""
     if argv and argv[0] in SUBMITTED:
-        return _run_work(argv)
+        return _submit_work(argv)
     from ..slurm.lock import stoppable
     from ..slurm.setting_layers import add_cluster_flags, asked_by
 
     usage = "[RECIPE_OR_YAML] [--flag value ...] [section.key=value ...]"
     parser = command_parser("submit", DESCRIPTION, EXAMPLES, usage)
     parser.add_argument("recipe", nargs="?", metavar="RECIPE_OR_YAML", help="as for `graftvit train`")
-    parser.add_argument(
-        "--sweep", action="append", default=[], metavar="KEY=VALUES",
-        help="run each value of a setting as an array of jobs: a,b,c or 0..4; repeat it for all combinations",
-    )  # fmt: skip
-    parser.add_argument(
-        "--dry_run",
-        action="store_true",
-        help="print the plan, the requested resources, the sbatch script and any error, and stop",
-    )
+    text = "run each value of a setting as an array of jobs: a,b,c or 0..4; repeat it for all combinations"
+    parser.add_argument("--sweep", action="append", default=[], metavar="KEY=VALUES", help=text)
+    parser.switch("--dry_run", DRY_RUN)
     add_cluster_flags(parser)
-    arguments, settings = parse_command(parser, argv)
+    arguments, settings = parse_command(parser, argv, explain=False)
     from ..slurm.requests import plan_run
 
     asked = asked_by(arguments)
     config = asked.config()
     with stoppable():
-        plan = plan_run(arguments.recipe, settings, arguments.sweep, _early(arguments, config))
+        plan = plan_run(arguments.recipe, settings, arguments.sweep, _check_early(arguments, config))
         return _show_or_send(arguments, asked, plan, config)
 
 
-def _run_work(argv: list[str]) -> int:
+def _submit_work(argv: list[str]) -> int:
     """Submit a command that is not a run. Flags that do not belong to the cluster belong to the command."""
     from ..slurm.lock import stoppable
     from ..slurm.setting_layers import add_cluster_flags, asked_by
@@ -74,18 +71,14 @@ def _run_work(argv: list[str]) -> int:
         f"Submit `graftvit {command}` to SLURM, with its own flags (`graftvit {command} --help`). They are checked "
         "before the job is submitted; relative paths start from the current folder. The command saves no state: a "
         "restarted job starts from the beginning.",
-        [example for example in EXAMPLES if f"submit {command} " in example],
+        EXAMPLES,
         usage=f"ARGUMENTS OF `graftvit {command}` [--flag of the cluster ...]",
     )
-    parser.add_argument(
-        "--job_dir", type=Path, metavar="DIR",
-        help=f"folder of the job for `graftvit jobs` (default: runs/{command.split()[-1]}-NAME)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--shares", type=int, default=1, metavar="N",
-        help="divide the work among N jobs of an array; `programs search` alone can be divided (default: 1)",
-    )  # fmt: skip
-    parser.add_argument("--dry_run", action="store_true", help="print the sbatch script and stop")
+    text = f"folder of the job for `graftvit jobs` (default: runs/{command.split()[-1]}-NAME)"
+    parser.flag("--job_dir", text, type=output_folder, metavar="DIR")
+    text = "divide the work among N jobs of an array; `programs search` alone can be divided"
+    parser.flag("--shares", text, type=int, default=1, metavar="N")
+    parser.switch("--dry_run", "print the sbatch script and stop")
     add_cluster_flags(parser)
     own, words = split_words(parser, argv)
     arguments = parser.parse_args(own)
@@ -95,14 +88,14 @@ def _run_work(argv: list[str]) -> int:
     asked = asked_by(arguments)
     config = asked.config()
     with stoppable():
-        _early(arguments, config)()
+        _check_early(arguments, config)()
         plan, config = plan_work(
             words, arguments.job_dir, config, shares=arguments.shares, unchecked=arguments.unchecked
         )
         return _show_or_send(arguments, asked, plan, config, describe_work(plan))
 
 
-def _early(arguments: argparse.Namespace, config: ClusterConfig) -> Callable[[], None]:
+def _check_early(arguments: argparse.Namespace, config: ClusterConfig) -> Callable[[], None]:
     """Return the check that runs before slow ones; a dry run shows the script even if this check would fail."""
     from ..slurm.submission import check_early
 

@@ -80,7 +80,7 @@ def _run_stages(arguments: argparse.Namespace, settings: Sequence[Setting]) -> i
         return 0
     if arguments.dry_run:
         check_stages(stages)
-        say("".join(f"stage {stage.name}: mode {stage.config.mode}, {_length(stage.config)}, "
+        say("".join(f"stage {stage.name}: mode {stage.config.mode}, {_describe_length(stage.config)}, "
                                  f"in {stage.config.output_dir}\n" for stage in shown))  # fmt: skip
         from ..plan_text import describe_plan
 
@@ -94,11 +94,11 @@ def _run_stages(arguments: argparse.Namespace, settings: Sequence[Setting]) -> i
     done = train_stages(stages)
     last = list(done.results.values())[-1]
     for name, result in done.results.items():
-        say(f"{name}: {_measured(result.metrics)}{result.output_dir}\n")
-    return 0 if done.signal is None else _stopped(last, done.signal, shown[0].config)
+        say(f"{name}: {_describe_result(result.metrics)}{result.output_dir}\n")
+    return 0 if done.signal is None else _report_stop(last, done.signal, shown[0].config)
 
 
-def _measured(metrics: Mapping[str, float]) -> str:
+def _describe_result(metrics: Mapping[str, float]) -> str:
     """Describe the student of a stage: its accuracy, or its distance from the teacher."""
     if "test_top1" in metrics:
         return f"top-1 {metrics['test_top1']:.2f} %, "
@@ -106,7 +106,7 @@ def _measured(metrics: Mapping[str, float]) -> str:
     return "" if error is None else f"relative error {error:.4f}, "
 
 
-def _length(config: RunConfig) -> str:
+def _describe_length(config: RunConfig) -> str:
     steps = config.optim.max_steps
     return counted(config.optim.epochs, "epoch") if steps is None else counted(steps, "step")
 
@@ -115,10 +115,10 @@ def _train(config: RunConfig) -> int:
     from ...transfer.engine.train import train
 
     result = train(config)
-    return 0 if result.signal is None else _stopped(result, result.signal, config)
+    return 0 if result.signal is None else _report_stop(result, result.signal, config)
 
 
-def _stopped(result: RunResult, number: int, config: RunConfig) -> int:
+def _report_stop(result: RunResult, number: int, config: RunConfig) -> int:
     """Report which signal stopped a run and how to continue it; return the exit code."""
     with_flag = "" if config.engine.resume == "auto" else " with --resume auto"
     name = signal.Signals(number).name

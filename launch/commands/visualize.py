@@ -43,26 +43,19 @@ def run(argv: list[str]) -> int:
     parser.add_argument(
         "images", nargs="*", metavar="IMAGE", help="image files, folders of images, or digits:N; at most 16"
     )
-    parser.add_argument(
-        "--average",
-        metavar="N",
-        help="show the mean of the maps over N images of a data set (--data_path, --val_split), spread evenly over it, "
-        "or over 'all', and write it as average.npz",
+    text = (
+        "show the mean of the maps over N images of a data set (--data_path, --val_split), spread evenly over it, "
+        "or over 'all', and write it as average.npz"
     )
-    parser.add_argument("--teacher", metavar="SOURCE", help="a model to compare with, at the same image size")
-    parser.add_argument(
-        "--query",
-        default="",
-        metavar="LIST",
-        help="who asks, separated by commas: patches by number, row by row from 0, prefix tokens (cls, reg0), and "
-        "places ROWxCOLUMN in pixels, the only ones in a pyramid (default: cls, or the middle)",
+    parser.flag("--average", text, metavar="N")
+    parser.flag("--teacher", "a model to compare with, at the same image size", metavar="SOURCE")
+    text = (
+        "queries, separated by commas: patches by number, row by row from 0, prefix tokens (cls, reg0), and places"
+        " ROWxCOLUMN in pixels, the only ones in a pyramid (default: cls, or the middle)"
     )
-    parser.add_argument(
-        "--layers",
-        default="*",
-        metavar="LIST",
-        help="layers to show: 0,5,9-11, -1, or stage3 of a pyramid (default: all)",
-    )
+    parser.flag("--query", text, default="", metavar="LIST")
+    text = "layers to show: 0,5,9-11, -1, or stage3 of a pyramid, or * for all"
+    parser.flag("--layers", text, default="*", metavar="LIST")
     parser.output_dir("folder to write", "attention")
     arguments, settings = parse_command(parser, argv, only=(*SOURCE_SETTINGS, *DATA))
     queries = [word.strip() for word in arguments.query.split(",") if word.strip()]
@@ -70,7 +63,7 @@ def run(argv: list[str]) -> int:
     how |= keywords_of([each for each in settings if not each.key.startswith("data.")])
     _check_images(arguments.average, arguments.images, settings)
     if arguments.average is not None:
-        page = _average(arguments, settings, how)
+        page = _visualize_average(arguments, settings, how)
     else:
         from ...transfer.analysis.visualize.visualize import visualize
 
@@ -92,8 +85,8 @@ def _check_images(average: str | None, images: list[str], settings: list[Setting
         raise ConfigError("no IMAGE is given: name files, folders of images, or digits:0, or give --average")
 
 
-def _average(arguments: argparse.Namespace, settings: list[Setting], how: JsonDict) -> Path:
-    count = _count(arguments.average)
+def _visualize_average(arguments: argparse.Namespace, settings: list[Setting], how: JsonDict) -> Path:
+    count = _parse_count(arguments.average)
     from ...transfer.analysis.visualize.average import visualize_average
 
     data = load_config(None, [each for each in settings if each.key.startswith("data.")]).data
@@ -101,7 +94,7 @@ def _average(arguments: argparse.Namespace, settings: list[Setting], how: JsonDi
     return visualize_average(arguments.checkpoint, data, arguments.output_dir, count=count, tell=tell, **how)
 
 
-def _count(word: str) -> int | None:
+def _parse_count(word: str) -> int | None:
     """Return the number of images; None for all."""
     if word == "all":
         return None

@@ -10,13 +10,14 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from graftvit.launch import cli
-from graftvit.launch.cli import COMMANDS, main
+from graftvit.launch import cli, commands
+from graftvit.launch.cli import GROUPS, main
 from graftvit.launch.fields import leaves
 from graftvit.launch.load_config import load_config
 from graftvit.launch.say import PlainFormatter, say, say_aside
 from graftvit.models.errors import GraftError, RunFailedError
 from graftvit.transfer.config import RunConfig
+from support.runs.command_words import command_words
 
 
 def run(*words: str) -> subprocess.CompletedProcess[str]:
@@ -42,18 +43,20 @@ def resolved(capsys: pytest.CaptureFixture[str], tmp_path: Path, *words: str) ->
 
 
 def test_help_imports_no_torch_and_has_examples() -> None:
+    lines = [" ".join(words) for words in command_words()]
     code = (
-        "import sys; from graftvit.launch.cli import main; codes = {main([word, '--help']) for word in sys.argv[1:]};"
+        "import sys; from graftvit.launch.cli import main;"
+        "codes = {main([*line.split(), '--help']) for line in sys.argv[1:]};"
         "heavy = {'torch', 'timm', 'accelerate', 'numpy', 'matplotlib', 'sklearn'} & set(sys.modules);"
         "sys.exit(f'imported {heavy}' if heavy else codes != {0})"
     )
     result = subprocess.run(
-        [sys.executable, "-c", code, *COMMANDS], capture_output=True, text=True, timeout=60, check=False
+        [sys.executable, "-c", code, *lines], capture_output=True, text=True, timeout=60, check=False
     )
     assert result.returncode == 0, result.stderr
     _, *examples = result.stdout.split("examples:")
-    assert len(examples) == len(COMMANDS)
-    assert all(f"graftvit {command}" in text for command, text in zip(COMMANDS, examples, strict=True))
+    assert len(examples) == len(lines)
+    assert all(f"graftvit {command}" in text for command, text in zip(lines, examples, strict=True))
 
 
 def test_every_setting_is_in_the_help(capsys: pytest.CaptureFixture[str]) -> None:
@@ -63,11 +66,24 @@ def test_every_setting_is_in_the_help(capsys: pytest.CaptureFixture[str]) -> Non
         assert flags & {f"--{key}", f"--{leaf.name}", f"--no-{leaf.name}", f"--no-{key}"}, key
 
 
-def test_the_overview_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_overview_has_every_command_in_one_group(capsys: pytest.CaptureFixture[str]) -> None:
+    names = [name for group in GROUPS.values() for name in group]
+    assert list(GROUPS) == ["start", "train", "models", "cluster", "analyze"]
+    assert len(names) == len({*names})
+    files = {path.stem for path in Path(commands.__path__[0]).glob("*.py")} - {"__init__"}
+    assert files == {*names, "bench", "search"}, "the last two are actions of programs"
     assert main(["--help"]) == 0
-    shown = capsys.readouterr().out
-    assert all(f"  {command} " in shown for command in COMMANDS)
+    shown = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in shown if line.startswith("  ") and "graftvit" not in line] == names
     assert main([]) == 2
+
+
+def test_the_help_of_submit_has_the_flags_of_the_cluster_alone(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["submit", "--help"]) == 0
+    shown = capsys.readouterr().out
+    assert "--gpus_per_node" in shown
+    assert "`graftvit train --help`" in shown
+    assert "--blr" not in shown
 
 
 def test_the_version_is_the_installed_one(capsys: pytest.CaptureFixture[str]) -> None:

@@ -65,4 +65,6 @@ def test_mistakes(folders: tuple[str, str], capsys: pytest.CaptureFixture[str]) 
     assert "keep=9: the student has 2 converted layers" in refused(
         student, "--teacher", teacher, "--keep", "9", *digits
     )
-    assert "--batches 0" in refused(student, "--teacher", teacher, "--batches", "0", *digits)
+    assert "--batches: give a whole number" in refused(
+        student, "--teacher", teacher, "--batches", "0", *digits
+    )
