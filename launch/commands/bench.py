@@ -45,11 +45,9 @@ def _parser(action: str, usage: str) -> Parser:
 
 def _add_choices(parser: Parser) -> None:
     """Add the flags that choose rows."""
-    parser.add_argument("--backbone", action="append", default=[], metavar="NAME", help="only this model")
-    parser.add_argument("--data", action="append", default=[], metavar="NAME", help="only this data set")
-    parser.add_argument(
-        "--local", choices=list(LOCAL), default="both", help="with or without the convolution (default: both)"
-    )
+    parser.flag("--backbone", "only this model", action="append", default=[], metavar="NAME")
+    parser.flag("--data", "only this data set", action="append", default=[], metavar="NAME")
+    parser.flag("--local", "with or without the convolution", choices=list(LOCAL), default="both")
 
 
 def _run(argv: list[str]) -> int:
@@ -66,13 +64,8 @@ def _train(parser: Parser, argv: list[str], *, extends: bool) -> int:
     """Train models with programs, and write the rows."""
     parser.add_argument("config", metavar="CONFIG", help="recipe or YAML file with a section 'attnbench'")
     parser.output_dir("folder of records and rows", required=True)
-    parser.add_argument(
-        "--program",
-        action="append",
-        default=[],
-        metavar="TEXT",
-        help="a program, or attnzero_..., beside the controls",
-    )
+    text = "a program, or attnzero_..., beside the controls"
+    parser.flag("--program", text, action="append", default=[], metavar="TEXT")
     parser.flag("--drawn", "programs to draw", type=whole(0, MOST), default=0, metavar="N")
     parser.flag("--draw_seed", "seed of the draws", type=int, default=0, metavar="S")
     parser.flag(
@@ -142,9 +135,9 @@ def _query(argv: list[str]) -> int:
     parser = _parser("query", "ROWS [--flag value ...]")
     _add_source(parser)
     _add_choices(parser)
-    parser.add_argument("--status", choices=["trained", "refused", "failed"], help="only rows of this status")
+    parser.flag("--status", "only rows of this status", choices=["trained", "refused", "failed"])
     parser.flag("--top", "rows to print; 0 for all", type=whole(0), default=20, metavar="N")
-    parser.add_argument("--json", action="store_true", help="print JSON Lines in place of a table")
+    parser.switch("--json", "print JSON Lines in place of a table")
     arguments = parser.parse_args(argv)
     from ...transfer.attnbench.bench_rows import best_first, row_text
 
@@ -184,11 +177,8 @@ def _verify(argv: list[str]) -> int:
     _add_choices(parser)
     parser.flag("--sample", "rows to run again", type=whole(1), default=5, metavar="N")
     parser.flag("--sample_seed", "seed of the choice", type=int, default=0, metavar="S")
-    parser.add_argument(
-        "--config",
-        metavar="CONFIG",
-        help="the file that the rows were made with (default: their recipe, if it comes with the package)",
-    )
+    text = "the file that the rows were made with (default: their recipe, if it comes with the package)"
+    parser.flag("--config", text, metavar="CONFIG")
     arguments, settings = parse_command(parser, argv, only=DATA)
     from ...transfer.attnbench.bench_run import pick_sample, verify_rows
     from ..comparison import load_bench
@@ -211,7 +201,7 @@ def _verify(argv: list[str]) -> int:
 
 def _add_source(parser: Parser) -> None:
     parser.add_argument("rows", metavar="ROWS", type=Path, help=ROWS_HELP)
-    parser.add_argument("--program", metavar="TEXT", help="only this program: its text, its name or its hash")
+    parser.flag("--program", "only this program: its text, its name or its hash", metavar="TEXT")
 
 
 def _format_table(rows: Sequence[Row], count: int) -> str:

@@ -75,10 +75,8 @@ def _parse_operators(argv: list[str]) -> argparse.Namespace:
     parser = command_parser(
         "benchmark operators", text, EXAMPLES, "[--operators NAME ...] [--flag value ...]"
     )
-    parser.add_argument(
-        "--operators", nargs="+", metavar="NAME",
-        help="operators, with options as in a plan (default: all except softmax)",
-    )  # fmt: skip
+    text = "operators, with options as in a plan (default: all except softmax)"
+    parser.flag("--operators", text, nargs="+", metavar="NAME")
     tokens = [64, 196, 576, 1024, 2304, 4096]
     parser.flag("--tokens", "patches of the image", type=whole(1), nargs="+", default=tokens, metavar="N")
     parser.flag("--heads", "heads of the layer", type=whole(1), default=6, metavar="H")
@@ -112,7 +110,7 @@ def _parse_models(argv: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "sources", nargs="+", metavar="SOURCE", help=f"{SOURCE_HELP}; timm names get random weights"
     )
-    parser.add_argument("--plan", nargs="+", required=True, help="layer plans to measure, e.g. '*: linear'")
+    parser.flag("--plan", "layer plans to measure, e.g. '*: linear'", nargs="+", required=True)
     sizes = [224, 448]
     parser.flag(
         "--img_size", "sides of square images", type=whole(1), nargs="+", default=sizes, metavar="PIXELS"
@@ -184,15 +182,9 @@ def _parse_energy(argv: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "sources", nargs="+", metavar="SOURCE", help=f"{SOURCE_HELP}; timm names are built without weights"
     )
-    parser.add_argument(
-        "--plan",
-        nargs="+",
-        default=[],
-        help="layer plans to count beside the model as it is, e.g. '*: linear'",
-    )
-    parser.add_argument(
-        "--img_size", type=whole(1), metavar="PIXELS", help="side of the image (default: the model's)"
-    )
+    text = "layer plans to count beside the model as it is, e.g. '*: linear'"
+    parser.flag("--plan", text, nargs="+", default=[])
+    parser.flag("--img_size", "side of the image (default: the model's)", type=whole(1), metavar="PIXELS")
     parser.flag(
         "--accounting", "count what is computed (true), or by the rules of EcoFormer's tables (published)",
         choices=["true", "published"], default="true",

@@ -93,9 +93,8 @@ def _extract(action: str, argv: list[str]) -> int:
     parser.add_argument(
         "out", metavar="OUT", type=Path, help="the file to write; its suffix chooses the container"
     )
-    parser.add_argument(
-        "--part", choices=["student", "teacher", "ema"], help="model to write (default: the one that loads)"
-    )
+    text = "model to write (default: the one that loads)"
+    parser.flag("--part", text, choices=["student", "teacher", "ema"])
     parser.switch("--force", "replace OUT if it exists")
     arguments = parser.parse_args(argv)
     if action == "convert" and arguments.out.suffix != ".safetensors":

@@ -32,27 +32,14 @@ def run(argv: list[str]) -> int:
     """Run the cells, or list them, or rebuild the report."""
     parser = command_parser("compare", DESCRIPTION, EXAMPLES, usage="CONFIG [--flag value ...]")
     parser.add_argument("config", metavar="CONFIG", help="recipe or YAML file with a section 'compare'")
-    parser.add_argument(
-        "--only",
-        action="append",
-        metavar="NAMES",
-        help="run only the cells with these names, separated by commas",
-    )
-    parser.add_argument(
-        "--cell",
-        metavar="NAME",
-        help="run only this cell and write no report; used by jobs of `graftvit submit`",
-    )
-    parser.add_argument("--dry_run", action="store_true", help="list the cells and stop")
-    parser.add_argument(
-        "--report", action="store_true", help="make the tables and plots of the finished cells, and stop"
-    )
-    parser.add_argument(
-        "--speed",
-        type=int,
-        metavar="ROUNDS",
-        help="time all finished cells again in the same rounds, and make the report",
-    )
+    text = "run only the cells with these names, separated by commas"
+    parser.flag("--only", text, action="append", metavar="NAMES")
+    text = "run only this cell and write no report; used by jobs of `graftvit submit`"
+    parser.flag("--cell", text, metavar="NAME")
+    parser.switch("--dry_run", "list the cells and stop")
+    parser.switch("--report", "make the tables and plots of the finished cells, and stop")
+    text = "time all finished cells again in the same rounds, and make the report"
+    parser.flag("--speed", text, type=int, metavar="ROUNDS")
     arguments, settings = parse_command(parser, argv)
     if arguments.speed is not None and arguments.speed < 2:
         raise ConfigError(f"--speed {arguments.speed}: give at least two rounds")

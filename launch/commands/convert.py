@@ -72,13 +72,10 @@ def _parse(argv: list[str]) -> tuple[argparse.Namespace, RunConfig]:
         usage="SOURCE --plan PLAN (--output_dir DIR | --dry_run) [--flag value ...]",
     )
     parser.add_argument("source", metavar="SOURCE", help=SOURCE_HELP)
-    parser.add_argument("--plan", required=True, metavar="PLAN", help="such as '*: linear; 9-11: softmax'")
+    parser.flag("--plan", "such as '*: linear; 9-11: softmax'", required=True, metavar="PLAN")
     parser.output_dir("a new folder")
-    parser.add_argument(
-        "--weights", choices=("all", "mlp", "none"), default="all",
-        help="weights of the source to keep: all, all except the attention of converted layers (mlp), or none "
-        "(default: all)",
-    )  # fmt: skip
+    text = "weights of the source to keep: all, all except the attention of converted layers (mlp), or none"
+    parser.flag("--weights", text, choices=("all", "mlp", "none"), default="all")
     text = "fit the initial operators to their layers' outputs on N images of --dataset or --data_path"
     parser.flag("--calibrate", text, type=whole(0), default=0, metavar="N")
     parser.add_argument(

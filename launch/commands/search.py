@@ -73,20 +73,10 @@ def _report(argv: list[str]) -> int:
         usage="DIR [--rows ROWS [--short ROWS ...] [--top K]]",
     )
     parser.add_argument("folder", type=Path, metavar="DIR", help="the --output_dir of a search")
-    parser.add_argument(
-        "--rows",
-        type=Path,
-        metavar="ROWS",
-        help="rows of `graftvit programs bench`: compare each proxy with their accuracies",
-    )
-    parser.add_argument(
-        "--short",
-        type=Path,
-        nargs="+",
-        default=[],
-        metavar="ROWS",
-        help="rows of shorter trainings, each recipe of which is a proxy",
-    )
+    text = "rows of `graftvit programs bench`: compare each proxy with their accuracies"
+    parser.flag("--rows", text, type=Path, metavar="ROWS")
+    text = "rows of shorter trainings, each recipe of which is a proxy"
+    parser.flag("--short", text, type=Path, nargs="+", default=[], metavar="ROWS")
     parser.flag("--top", "best programs that the precision compares", type=whole(1), default=10, metavar="K")
     arguments = parser.parse_args(argv)
     if arguments.short and not arguments.rows:
@@ -132,13 +122,8 @@ def _parse(argv: list[str]) -> tuple[argparse.Namespace, RunConfig]:
         usage="SOURCE --output_dir DIR [--flag value ...]  |  report DIR",
     )
     parser.add_argument("source", metavar="SOURCE", help=SOURCE_HELP)
-    parser.add_argument(
-        "--also",
-        action="append",
-        default=[],
-        metavar="SOURCE",
-        help="another teacher: the mismatch with each is an objective",
-    )
+    text = "another teacher: the mismatch with each is an objective"
+    parser.flag("--also", text, action="append", default=[], metavar="SOURCE")
     parser.output_dir("folder of the records", required=True)
     parser.flag("--images", "images to record", type=whole(1), default=16, metavar="N")
     parser.flag("--generations", "generations", type=whole(1), default=10, metavar="N")

@@ -48,12 +48,8 @@ def run(argv: list[str]) -> int:
         metavar="RECIPE_OR_YAML",
         help="a name from `graftvit list recipes`, a YAML file or a run folder",
     )
-    parser.add_argument(
-        "--print_config", action="store_true", help="print the resolved configuration as YAML and stop"
-    )
-    parser.add_argument(
-        "--dry_run", action="store_true", help="print the resolved plan and a memory estimate and stop"
-    )
+    parser.switch("--print_config", "print the resolved configuration as YAML and stop")
+    parser.switch("--dry_run", "print the resolved plan and a memory estimate and stop")
     arguments, settings = parse_command(parser, argv)
     if arguments.recipe is not None and read_recipe(arguments.recipe).stages:
         return _run_stages(arguments, settings)
