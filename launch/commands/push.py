@@ -84,7 +84,7 @@ def run(argv: list[str]) -> int:
 
 @contextmanager
 def _student_folder(source: str) -> Iterator[Path]:
-    """Yield a student folder unchanged; for a run, yield the folder that `graftvit save` writes."""
+    """Yield a student folder unchanged; for a run, yield the folder that `graftvit checkpoint save` writes."""
     run = Path(source.partition("#")[0]).expanduser()
     if (run / "config.json").is_file() or not ((run / "checkpoints").is_dir() or (run / "student").is_dir()):
         yield Path(source).expanduser()

@@ -192,7 +192,7 @@ def test_it_is_evaluated_without_its_teacher(
         with torch.no_grad():
             found = top1(graftvit.load(str(source))(images), targets)
         assert found == pytest.approx(metrics["test_ema_top1"], abs=1e-9)
-    assert main(["visualize", str(run), "digits:1", "--out", str(tmp_path / "seen")]) == 0
+    assert main(["visualize", str(run), "digits:1", "--output_dir", str(tmp_path / "seen")]) == 0
     numbers = json.loads((tmp_path / "seen" / "numbers.json").read_text())
     assert len(numbers["student"]["entropy"]) == ARGUMENTS["depth"]
 
@@ -272,7 +272,9 @@ def test_what_it_cannot_be_is_refused_with_what_to_do(
     ):
         with pytest.raises(GraftError, match=message):
             train(config(tmp_path / "refused", **sections))
-    assert main(["convert", str(run), "--plan", "*: linear", "--out", str(tmp_path / "converted")]) == 2
+    assert (
+        main(["convert", str(run), "--plan", "*: linear", "--output_dir", str(tmp_path / "converted")]) == 2
+    )
     assert "--bare" in capsys.readouterr().err
     save_student(str(run), tmp_path / "bare", bare=True)
     start = {"init": str(tmp_path / "bare")}
