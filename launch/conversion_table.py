@@ -54,7 +54,10 @@ def conversion_table(
     note = calibration_note("timm's layer" if staged else "softmax", str(calibration)) * measured
     right = (0, *([1] * staged), 2 + staged, 4 + staged)
     return (
-        aligned(rows, right) + note + fit_notes(layers) + _format_totals(teacher, student, sum(before), sum(after))
+        aligned(rows, right)
+        + note
+        + fit_notes(layers)
+        + _format_totals(teacher, student, sum(before), sum(after))
     )
 
 

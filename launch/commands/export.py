@@ -47,7 +47,6 @@ def check(argv: list[str], *, here: bool = True) -> Work:
     arguments, _ = _parse(argv)
     from ...checkpoints.export import check_export
 
-
     check_export(
         arguments.out,
         arguments.format,
