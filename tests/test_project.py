@@ -221,6 +221,11 @@ def test_the_wheel_has_every_module_and_each_can_be_imported(tmp_path: Path) -> 
         ".".join(["graftvit", *path.with_suffix("").parts]).removesuffix(".__init__") for path in files
     }
     assert set(found) == {*modules, "graftvit.cfgs"}
+    others = [path for name in (*ORDER, "cfgs") for path in (ROOT / name).rglob("*.*")]
+    templates = [
+        path.relative_to(ROOT) for path in others if path.suffix not in (".py", ".pyi", ".pyc", ".typed")
+    ]
+    assert [str(path) for path in templates if not (tmp_path / "graftvit" / path).is_file()] == []
 
 
 @pytest.mark.parametrize("target", ["demo", "compare", "test-all", "acceptance", "lint", "bench", "dev"])
