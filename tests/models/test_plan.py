@@ -43,28 +43,22 @@ def test_a_long_text_stays_whole() -> None:
     assert parse_plan(plan_text((choice,)), 1) == (choice,)
 
 
-@pytest.mark.parametrize(
-    ("plan", "words"),
-    [
-        ("", "the plan '' is empty"),
-        ("linear", "has no colon"),
-        ("x: linear", "'x' is not a layer"),
-        ("1.5: linear", "'1.5' is not a layer"),
-        ("12: linear", "there is no layer 12; the model has layers 0 to 11"),
-        ("-13: linear", "there is no layer -13"),
-        ("5-3: linear", "the range '5-3' is empty"),
-        ("*: Linear!", "'Linear!' is not an operator"),
-        ("*: linear(relu)", "'relu' is not an option; write name=value"),
-        ("*:", "'' is not an operator"),
-        ("*: program(code=q, code=v)", "'program(code=q, code=v)' gives code twice"),
-        (
-            "*: program(code=mm(q, tn(k v)))",
-            "'tn(k v))' is not an option; write name=value; a comma ends an option",
-        ),
-        ("*: program(code=mm(q tn(k v)) # x)", "what follows # would be lost"),
-        ("*: program(code='a # b' # c)", "what follows # would be lost"),
-    ],
-)
+@pytest.mark.parametrize(("plan", "words"), [
+    ("", "the plan '' is empty"),
+    ("linear", "has no colon"),
+    ("x: linear", "'x' is not a layer"),
+    ("1.5: linear", "'1.5' is not a layer"),
+    ("12: linear", "there is no layer 12; the model has layers 0 to 11"),
+    ("-13: linear", "there is no layer -13"),
+    ("5-3: linear", "the range '5-3' is empty"),
+    ("*: Linear!", "'Linear!' is not an operator"),
+    ("*: linear(relu)", "'relu' is not an option; write name=value"),
+    ("*:", "'' is not an operator"),
+    ("*: program(code=q, code=v)", "'program(code=q, code=v)' gives code twice"),
+    ("*: program(code=mm(q, tn(k v)))", "'tn(k v))' is not an option; write name=value; a comma ends an option"),
+    ("*: program(code=mm(q tn(k v)) # x)", "what follows # would be lost"),
+    ("*: program(code='a # b' # c)", "what follows # would be lost"),
+])  # fmt: skip
 def test_mistakes_are_named(plan: str, words: str) -> None:
     with pytest.raises(ConfigError) as caught:
         parse_plan(plan, 12)
@@ -72,9 +66,7 @@ def test_mistakes_are_named(plan: str, words: str) -> None:
 
 
 def test_a_misspelt_merge_is_answered_with_the_word() -> None:
-    with pytest.raises(
-        ConfigError, match=r"'merges' is not a layer; write .*, stage3\.0-1, merge or several"
-    ):
+    with pytest.raises(ConfigError, match=r"'merges' is not a layer; write .* merge"):
         parse_plan("merges: deformable", (1, 1))
 
 

@@ -1,13 +1,15 @@
-"""What holds of every operator: its paths agree, and it is what its traits say."""
+"""What holds for every operator: its paths agree, it is what its traits say, and its options are checked."""
 
 from __future__ import annotations
 
 import copy
+import re
 
 import pytest
 import torch
-from graftvit.models.attention.base import Geometry, LowRank, Sparse, Term
-from graftvit.models.layer_plan import OPERATORS
+from graftvit.models.attention.base import Geometry, LayerShape, LowRank, Sparse, Term, jacobian_rows
+from graftvit.models.errors import ConfigError, UnsupportedModelError
+from graftvit.models.layer_plan import OPERATORS, Choice, create_operator
 from graftvit.models.programs.program import FOUND
 from support.models.operator_cases import CASES, GRIDS, PREFIXES, Case, draw, identity_values
 from torch import Tensor
@@ -148,3 +150,181 @@ def test_cost_is_linear_where_it_is_said_to_be(case: Case) -> None:
     costs = [case.build(geometry).macs(geometry) / geometry.num_tokens for geometry in (small, large)]
     assert costs[0] > 0
     assert case.build(small).traits.linear_cost == (costs[1] < 4 * costs[0])
+
+
+@pytest.mark.parametrize(("case", "grid", "ratio", "tolerance"), [
+    (Case("linear"), (14, 14), 0.33, 0.006),
+    (Case("performer", {"num_features": 266}), (14, 14), 2.72, 0.006),
+    (Case("performer"), (14, 14), 0.66, 0.006),
+    (Case("hedgehog"), (14, 14), 0.98, 0.006),
+    (Case("inline", {"local": "none", "local_size": None}), (14, 14), 0.33, 0.006),
+    (Case("linformer", {"num_keys": 64}), (14, 14), 0.65, 0.02),
+    (Case("linformer", {"num_keys": 64}), (32, 32), 0.12, 0.02),
+    (Case("linformer"), (14, 14), 0.5, 0.02),
+    (Case("agent", {"num_agents": 49, "local_size": 0}), (14, 14), 0.5, 0.035),
+    (Case("agent", {"num_agents": 49, "local_size": 0}), (32, 32), 0.1, 0.035),
+    (Case("agent", {"local_size": 0}), (14, 14), 0.5, 0.035),
+    (Case("agent", {"local_size": 0}), (64, 64), 0.04, 0.035),
+], ids=str)  # fmt: skip
+def test_cost_against_softmax(case: Case, grid: tuple[int, int], ratio: float, tolerance: float) -> None:
+    geometry = Geometry(1, grid)
+    macs = create_operator(Choice(case.operator, case.options), LayerShape(1, 64, geometry)).macs(geometry)
+    assert macs / (2 * geometry.num_tokens**2 * 64) == pytest.approx(ratio, abs=tolerance)
+
+
+MASKED_QUERIES = [
+    Case("agent", {"num_agents": 6}), Case("nystrom", {"num_landmarks": 12, "local_size": 3}),
+    Case("monarch", {"block": 5}),
+]  # fmt: skip
+"""Operators that gather from queries, too: hidden tokens have no say there either."""
+
+
+@pytest.mark.parametrize("case", MASKED_QUERIES, ids=str)
+def test_hidden_tokens_have_no_say_as_queries_either(case: Case) -> None:
+    geometry = Geometry(1, (6, 8))
+    operator, heads = case.build(geometry), draw(geometry)
+    seen = torch.ones(49, dtype=torch.bool)
+    seen[[0, 1, 2, 9, 10, 17, 18]] = False  # the prefix, and the whole first cell of nystrom and agent
+    seen[[20, 30, *range(36, 46)]] = False  # two whole blocks of monarch
+    heads.key_mask = seen.expand(2, -1)
+    out, matrix = operator(heads), operator.matrix(heads)
+    hidden = heads.with_qkv(*(x.masked_fill(~seen[:, None], 9.0) for x in heads.qkv()))
+    assert out.isfinite().all()
+    torch.testing.assert_close(operator(hidden)[:, :, seen], out[:, :, seen], rtol=1e-10, atol=1e-12)
+    assert not matrix[..., ~seen].any()
+    if case.operator == "agent":
+        torch.testing.assert_close(matrix.sum(-1), torch.ones(2, 2, 49).double())
+
+
+@pytest.mark.parametrize("other", [Geometry(1, (9, 12)), Geometry(5, (4, 5))], ids=str)
+@cases
+def test_another_grid_is_met_on_the_way_and_resampled_to(case: Case, other: Geometry) -> None:
+    geometry = Geometry(other.num_prefix, (6, 8))
+    operator, heads = case.build(geometry), draw(other)
+    before = operator(heads)
+    operator.resample(other)
+    assert operator.shape.geometry == other
+    torch.testing.assert_close(operator(heads), before, rtol=1e-10, atol=1e-12)
+    if not operator.state_dict():
+        torch.testing.assert_close(case.build(other)(heads), before, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize(("operator", "options", "words"), [
+    ("agent", {"num_agents": 0}, "num_agents=0; give a whole number from 1 to 48"),
+    ("agent", {"num_agents": 49}, "num_agents=49; give a whole number from 1 to 48"),
+    ("agent", {"num_agents": True}, "num_agents=true; give a number"),
+    ("agent", {"num_agents": 2.0}, "num_agents=2.0"),
+    ("hash", {"bits": 0}, "bits=0; write a whole number"),
+    ("hash", {"anchors": 2.5}, "anchors=2.5"),
+    ("hash", {"mode": "exakt"}, "did you mean 'exact'"),
+    ("hash", {"fitting": "best"}, "valid: eigen, published"),
+    ("hash", {"start": "v"}, "valid: k, mean, q, symmetric"),
+    ("hilo", {"alpha": 1.5}, "alpha=1.5; give the part of low heads, a number from 0 to 1"),
+    ("hilo", {"alpha": "much"}, "alpha=much; give"),
+    ("hilo", {"window": 0}, "window=0; give a whole number of tokens, 1 or more"),
+    ("hilo", {"window": 2.5}, "window=2.5; give"),
+    ("hybrid", {"combine": "gates"}, "combine=gates; did you mean 'gate'"),
+    ("hybrid", {"branches": "window+kernl"}, "'kernl'; did you mean 'kernel'"),
+    ("hybrid", {"branches": "kernel"}, "two or three different ones"),
+    ("hybrid", {"branches": "window+window"}, "two or three different ones"),
+    ("hybrid", {"branches": "window+dilated", "combine": "joint"}, "combine=joint needs the kernel"),
+    ("hybrid", {"window": 0}, "window=0"),
+    ("hybrid", {"feature": "reluu"}, "did you mean 'relu'"),
+    ("kernel", {"feature": "elu1"}, "feature=elu1; did you mean 'elu'"),
+    ("kernel", {"normalizer": "summ"}, "normalizer=summ; did you mean 'sum'"),
+    ("kernel", {"local": "kv"}, "local=kv"),
+    ("kernel", {"local": "v", "local_size": 4}, "local_size=4 is not an odd number"),
+    ("kernel", {"local_size": 3}, "local_size=3 needs local=v or local=qk"),
+    ("kernel", {"num_features": 4}, "num_features=4: this feature map"),
+    ("kernel", {"feature": "favor", "num_features": 0}, "num_features=0 is not a positive whole number"),
+    ("kernel", {"feature": "identity"}, "use normalizer=inline"),
+    ("kernel", {"feature": "identity", "normalizer": "mala"}, "use normalizer=inline"),
+    ("kernel", {"center": "yess"}, "center=yess; write true or false"),
+    ("linformer", {"num_keys": 49}, "num_keys=49; give a whole number from 1 to 48"),
+    ("linformer", {"num_keys": 0}, "num_keys=0"),
+    ("linformer", {"num_keys": True}, "num_keys=true"),
+    ("linformer", {"sharing": "layer"}, "sharing=layer; did you mean 'layerwise'"),
+    ("linformer", {"stochastic": "yes"}, "stochastic=yes; valid: true, false"),
+    ("monarch", {"steps": 0}, "steps=0"),
+    ("monarch", {"steps": True}, "steps=true"),
+    ("monarch", {"steps": 101}, "steps=101"),
+    ("monarch", {"block": -3}, "block=-3"),
+    ("monarch", {"block": 2.5}, "block=2.5"),
+    ("nystrom", {"num_landmarks": 49}, "num_landmarks=49; give a whole number from 1 to 48"),
+    ("nystrom", {"iterations": 0}, "iterations=0; give a whole number from 1 to 100"),
+    ("nystrom", {"iterations": 101}, "iterations=101; give a whole number from 1 to 100"),
+    ("nystrom", {"iterations": 2.5}, "iterations=2.5"),
+    ("nystrom", {"local_size": 4}, "local_size=4"),
+    ("program", {"code": 7}, "program has code=7; write a formula"),
+    ("program", {"code": True}, "program has code=true; write a formula"),
+    ("program", {"code": "attnzero_105"}, "attnzero_105 is an operator: write '*: attnzero_105'"),
+    ("program", {"code": "mm(q, tn(k v))"}, "',' is not a name or a parenthesis; separate operands by a space"),
+    ("program", {"code": "mm(q)"}, "mm takes 2 operands, not 1"),
+    ("program", {"code": "neg(q k)"}, "neg takes 1 operand, not 2"),
+    ("program", {"code": "mm(q k)"}, "mm is not defined for N×D and N×D"),
+    ("program", {"code": "nt(q k)"}, "gives N×N"),
+    ("attnzero_105", {"code": "q"}, "attnzero_105 has no option 'code'; valid: local_size"),
+    ("window", {"window": 0}, "window=0; give a whole number"),
+    ("window", {"dilation": 1.5}, "dilation=1.5; give a whole number"),
+    ("linear", {"featur": "relu"}, "linear has no option 'featur'; did you mean 'feature'"),
+    ("linear", {"feature": "gelu"}, "feature=gelu; did you mean 'elu'"),
+    ("softmax", {"x": 1}, "softmax has no option 'x'; it has none"),
+    ("linaer", {}, "unknown operator 'linaer'; did you mean 'linear'"),
+])  # fmt: skip
+def test_an_invalid_option_is_named(operator: str, options: dict[str, object], words: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(words)):
+        create_operator(Choice(operator, options), LayerShape(2, 8, Geometry(2, (6, 8))))
+
+
+@pytest.mark.parametrize("operator", ["program", "agent", "nystrom", "focused", "inline"])
+def test_a_convolution_has_a_side_that_the_grid_can_use(operator: str) -> None:
+    shape = LayerShape(2, 8, Geometry(1, (3, 6)))
+    for side in (7, 11):
+        create_operator(Choice(operator, {"local_size": side}), shape)
+    for side, words in (
+        (13, r"local_size=13 reaches beyond the grid of 3x6 tokens; .* up to 11"),
+        (16383, "local_size=16383 reaches beyond"),
+        (True, f"{operator} has local_size=true; give a number"),
+        (False, f"{operator} has local_size=false; give a number"),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            create_operator(Choice(operator, {"local_size": side}), shape)
+    create_operator(Choice(operator, {"local_size": 7}), LayerShape(2, 8, Geometry(0, (1, 1))))
+
+
+# Rows of the Jacobian: those of the map where there is one, and autograd's where there is none.
+
+INDEX = torch.tensor([5, 0, 12])
+
+
+@pytest.mark.parametrize(
+    "case", [Case("softmax"), Case("linear"), Case("window", {"window": 2}), Case("monarch")], ids=str
+)
+def test_rows_of_a_linear_operator_are_those_of_its_map(case: Case) -> None:
+    geometry = Geometry(1, (3, 4))
+    operator, heads = case.build(geometry, width=4), draw(geometry, width=4)
+    heads.values().requires_grad_()
+    rows = jacobian_rows(operator, heads, INDEX)
+    torch.testing.assert_close(rows, operator.matrix(heads)[:, :, INDEX], rtol=1e-10, atol=1e-12)
+    assert not rows.requires_grad
+    assert heads.values().grad is None
+
+
+def test_rows_are_the_mean_of_autograds_jacobian_over_channels() -> None:
+    geometry = Geometry(1, (3, 4))
+    operator, heads = Case("ttt").build(geometry, width=4), draw(geometry, batch=1, width=4)
+    q, k, v = heads.qkv()
+    whole = torch.autograd.functional.jacobian(lambda values: operator(heads.with_qkv(q, k, values)), v)
+    for head in range(2):
+        same = whole[0, head, :, :, 0, head]  # (N, D, N, D)
+        dense = torch.stack([same[:, c, :, c] for c in range(4)]).mean(0)
+        assert dense.abs().max() > 1e-6
+        torch.testing.assert_close(operator.matrix(heads)[0, head], dense, rtol=1e-9, atol=1e-14)
+        assert not whole[0, head, :, :, 0, 1 - head].any(), "heads see each other's values"
+    with torch.no_grad():
+        rows = operator.rows(heads, INDEX)
+    assert all(parameter.grad is None for parameter in operator.parameters())
+    torch.testing.assert_close(rows, operator.matrix(heads)[:, :, INDEX])
+    assert operator.rows(heads, INDEX[:0]).shape == (1, 2, 0, 13)
+    with pytest.raises(UnsupportedModelError, match="not linear in V"):
+        operator.terms(heads)

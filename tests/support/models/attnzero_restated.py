@@ -120,17 +120,10 @@ def _contracted(a: Array, b: Array) -> Array:
 
 
 BINARY: dict[int, Callable[[Array, Array], Array]] = {
-    0: np.add,
-    1: _distance,
-    2: np.multiply,
-    3: np.matmul,
-    4: _cosine,
-    5: _contracted,
-    6: lambda a, b: np.swapaxes(_contracted(a, b), 2, 3),
-    7: lambda a, b: np.einsum("bnsd,bnd->bns", a, b),
-    8: lambda a, b: np.einsum("bti,bi->bt", a, b),
-    9: lambda a, b: np.concatenate((a, b), -1),
-}
+    0: np.add, 1: _distance, 2: np.multiply, 3: np.matmul, 4: _cosine, 5: _contracted,
+    6: lambda a, b: np.swapaxes(_contracted(a, b), 2, 3), 7: lambda a, b: np.einsum("bnsd,bnd->bns", a, b),
+    8: lambda a, b: np.einsum("bti,bi->bt", a, b), 9: lambda a, b: np.concatenate((a, b), -1),
+}  # fmt: skip
 
 
 def restated(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -74,42 +75,25 @@ class SimulatedKernels:
         lse = F.pad(logits.logsumexp(-1), (0, -q.shape[2] % 32), value=float("inf"))
         return (logits.softmax(-1) @ v.float()).to(q.dtype), lse, torch.empty(0)
 
-    def _scaled_dot_product_flash_attention_backward(
-        self,
-        grad: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        out: Tensor,
-        lse: Tensor,
-        *rest: object,
-        scale: float,
-    ) -> tuple[Tensor, ...]:
+    def _scaled_dot_product_flash_attention_backward(self, *given: Any, scale: float) -> tuple[Tensor, ...]:
+        grad, q, k, v, out, lse, *rest = given
         self.calls.append("flash backward")
         _check(grad, q, k, v, out, dtypes=HALF)
-        assert rest[2:6] == (q.shape[2], k.shape[2], 0.0, False)
+        assert tuple(rest[2:6]) == (q.shape[2], k.shape[2], 0.0, False)
         assert lse.shape == q.shape[:3]
         assert lse.is_contiguous()
         return _backward(grad, q, k, v, None, out, lse, scale)
 
     def _scaled_dot_product_efficient_attention_backward(
-        self,
-        grad: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        bias: Tensor | None,
-        out: Tensor,
-        lse: Tensor,
-        *rest: object,
-        scale: float,
+        self, *given: Any, scale: float
     ) -> tuple[Tensor, ...]:
+        grad, q, k, v, bias, out, lse, *rest = given
         self.calls.append("efficient backward")
         _check(grad, q, k, v, out, dtypes=(*HALF, torch.float32))
         _check_bias(bias, q, k)
         assert lse.shape[2] % 32 == 0, "the log-sum-exp must be padded to 32 rows"
         assert bool((lse[..., q.shape[2] :] == float("inf")).all())
-        assert rest[2:] == (0.0, [True, True, True, False])
+        assert rest[2:] == [0.0, [True, True, True, False]]
         return *_backward(grad, q, k, v, bias, out, lse[..., : q.shape[2]], scale), torch.empty(0)
 
 

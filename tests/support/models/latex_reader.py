@@ -9,13 +9,8 @@ TOKEN = re.compile(
     r"|\\odot|\\sigma|\\phi|\\bar\{\\sigma\}|\\top|\\,|\\;|10\^\{-6\}|[QKV1c0{}^+,-]"
 )
 WORDS = {
-    "norm_{c}": "l2",
-    "norm_{r}": "l2t",
-    "norm_{1}": "l1",
-    "share": "sumnorm",
-    "Z": "zscore",
-    "cos": "cosine",
-}
+    "norm_{c}": "l2", "norm_{r}": "l2t", "norm_{1}": "l1", "share": "sumnorm", "Z": "zscore", "cos": "cosine",
+}  # fmt: skip
 SIGNS = {r"\sigma": "sigmoid", r"\phi": "elu1", r"\bar{\sigma}": "cosigmoid"}
 BETWEEN = {"+": "add", "-": "sub", r"\odot": "mul"}
 

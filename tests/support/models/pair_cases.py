@@ -81,13 +81,10 @@ def cases(draw: Draw) -> Case:
 def _model(draw: Draw, grid: tuple[int, ...], patch: int) -> dict[str, Any]:
     family = draw(st.sampled_from(sorted(FAMILIES)))
     return {
-        "family": family,
-        "embed_dim": draw(st.sampled_from([16, 32])),
-        "num_heads": draw(st.sampled_from([1, 2, 4])),
-        "depth": draw(st.integers(1, 3)),
-        "patch_size": patch,
+        "family": family, "embed_dim": draw(st.sampled_from([16, 32])),
+        "num_heads": draw(st.sampled_from([1, 2, 4])), "depth": draw(st.integers(1, 3)), "patch_size": patch,
         "img_size": tuple(side * patch for side in grid),
-    }
+    }  # fmt: skip
 
 
 def _alike(teacher: dict[str, Any], student: dict[str, Any]) -> bool:

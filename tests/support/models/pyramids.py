@@ -17,21 +17,13 @@ _PVT: dict[str, Any] = {
 }  # fmt: skip
 _TWINS: dict[str, Any] = {**_PVT, "depths": (2, 2), "sr_ratios": (2, 1)}
 _SWIN: dict[str, Any] = {
-    "embed_dim": 8,
-    "depths": (2, 2),
-    "num_heads": (1, 2),
-    "window_size": 3,
-    "mlp_ratio": 2.0,
-}
+    "embed_dim": 8, "depths": (2, 2), "num_heads": (1, 2), "window_size": 3, "mlp_ratio": 2.0,
+}  # fmt: skip
 TINY: dict[str, tuple[str, dict[str, Any]]] = {
-    "pvt": ("pvt_v2_b0", _PVT),
-    "pvt_li": ("pvt_v2_b2_li", _PVT),
-    "pvt1": ("pvt_small", _PVT),
-    "svt": ("twins_svt_small", {**_TWINS, "wss": (3, 3)}),
-    "pcpvt": ("twins_pcpvt_small", _TWINS),
-    "swin": ("swin_tiny_patch4_window7_224", _SWIN),
-    "swinv2": ("swinv2_tiny_window8_256", _SWIN),
-}
+    "pvt": ("pvt_v2_b0", _PVT), "pvt_li": ("pvt_v2_b2_li", _PVT), "pvt1": ("pvt_small", _PVT),
+    "svt": ("twins_svt_small", {**_TWINS, "wss": (3, 3)}), "pcpvt": ("twins_pcpvt_small", _TWINS),
+    "swin": ("swin_tiny_patch4_window7_224", _SWIN), "swinv2": ("swinv2_tiny_window8_256", _SWIN),
+}  # fmt: skip
 ANY_SIZE = ("pvt", "pvt_li")
 SIZES = {"square": (32, 32), "not divisible": (40, 24)}
 

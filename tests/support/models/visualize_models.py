@@ -8,13 +8,12 @@ from typing import Any
 import numpy as np
 import timm
 import torch
-from graftvit.checkpoints.preprocessing import Preprocessing
-from graftvit.checkpoints.student import write_student
 from graftvit.models.attention.base import AttentionOperator, Heads
 from graftvit.models.calibration import fit_at_random
 from graftvit.models.conversion import convert, converted_layers
 from graftvit.transfer.analysis.layer_maps import MergePlaces
 from PIL import Image
+from support.models.tiny_students import save_folder
 from torch import Tensor, nn
 
 ARCHITECTURE = "vit_tiny_patch16_224"
@@ -41,15 +40,8 @@ def tiny(plan: str | None = None, seed: int = 0, **more: Any) -> nn.Module:
 
 def save(model: nn.Module, folder: Path, **more: Any) -> str:
     """A folder that loads it; its name as a source."""
-    arguments = {**ARGUMENTS, **more}
-    write_student(
-        model,
-        folder,
-        architecture=ARCHITECTURE,
-        model_args=arguments,
-        preprocessing=Preprocessing.of(model, mean=MEAN, std=STD, crop_pct=1.0),
-    )
-    return f"local-dir:{folder}"
+    shown = {"mean": MEAN, "std": STD, "crop_pct": 1.0}
+    return f"local-dir:{save_folder(model, folder, ARCHITECTURE, {**ARGUMENTS, **more}, shown)}"
 
 
 def picture(path: Path, seed: int = 0, size: tuple[int, int] = (24, 16)) -> str:

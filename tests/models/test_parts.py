@@ -1,16 +1,21 @@
-"""The masked autoencoder against a loop that cuts, hides, encodes and compares one patch at a time."""
+"""The masked autoencoder against a loop over patches; a mirrored student has the teacher's parts."""
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import timm
 import torch
-from graftvit.models.errors import ConfigError, UnsupportedModelError
+from graftvit.models.errors import ConfigError, TransferError, UnsupportedModelError
+from graftvit.models.families import attention_shape, token_layout
 from graftvit.models.mae import MaskedAutoencoder
-from graftvit.models.parts import grid_positions, unfold_patches
+from graftvit.models.mirror import mirror_arguments
+from graftvit.models.parts import grid_positions, native_parts, unfold_patches
+from graftvit.transfer.methods.mismatch import compare_models
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from timm.models.vision_transformer import VisionTransformer
@@ -87,7 +92,7 @@ CASES = [
 
 
 @pytest.mark.parametrize(("options", "ratio", "norm_pixels"), CASES)
-def test_loss_and_gradients_agree_with_the_naive_loop(
+def test_loss_and_gradients_are_those_of_a_loop(
     options: dict[str, object], ratio: float, norm_pixels: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = autoencoder(encoder(**options), ratio, norm_pixels=norm_pixels)  # type: ignore[arg-type]
@@ -113,9 +118,7 @@ def _gradients(loss: Tensor, parameters: list[nn.Parameter]) -> Iterator[Tensor]
     ratio=st.floats(0.05, 0.95), rows=st.integers(1, 4), columns=st.integers(2, 5), batch=st.integers(1, 3)
 )
 @settings(max_examples=20)
-def test_exactly_the_stated_number_is_hidden_in_each_image(
-    ratio: float, rows: int, columns: int, batch: int
-) -> None:
+def test_as_many_patches_are_hidden_as_stated(ratio: float, rows: int, columns: int, batch: int) -> None:
     patches = rows * columns
     expected = round(ratio * patches)
     vit = encoder((rows * 2, columns * 2), patch=2)
@@ -137,29 +140,6 @@ def test_masks_differ_between_images_and_steps_and_follow_the_seed() -> None:
     assert torch.equal(first, model._predict(images)[1])
     assert not torch.equal(first, second)
     assert len(set(map(tuple, first.tolist()))) > 1
-
-
-def test_the_encoder_sees_visible_patches_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = autoencoder(encoder((8, 12)), 0.5, norm_pixels=False)
-    fix_order(model, torch.arange(6).expand(1, 6), monkeypatch)  # patches 0, 1, 2 visible: the upper row
-    images = torch.randn(1, 1, 8, 12, dtype=torch.float64, requires_grad=True)
-    encoded = model._encode(images, torch.arange(3)[None])
-    (gradient,) = torch.autograd.grad(encoded.square().sum(), images)
-    assert gradient[..., :4, :].abs().min() > 0
-    assert gradient[..., 4:, :].abs().max() == 0
-
-
-def test_visible_patches_are_no_target(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = autoencoder(encoder((8, 12)), 0.5)
-    fix_order(model, torch.arange(6).expand(1, 6), monkeypatch)
-    model.decoder_head.weight.data.zero_()  # the prediction is the bias alone, so only targets matter
-    images = torch.randn(1, 1, 8, 12, dtype=torch.float64)
-    changed_above, changed_below = images.clone(), images.clone()
-    changed_above[..., :4, :] += torch.randn(4, 12)
-    changed_below[..., 4:, :] += torch.randn(4, 12)
-    model.decoder_head.bias.data.normal_()
-    assert model(images) == model(changed_above)
-    assert model(images) != model(changed_below)
 
 
 def test_every_parameter_but_the_unused_head_learns() -> None:
@@ -212,15 +192,12 @@ def test_positions_are_the_sine_and_cosine_of_row_and_column() -> None:
             assert table[0, row * 3 + column].tolist() == pytest.approx(waves, abs=1e-6)
 
 
-@pytest.mark.parametrize(
-    ("options", "key"),
-    [
-        ({"decoder_dim": 6}, "decoder_dim=6"),
-        ({"decoder_dim": 8, "decoder_heads": 3}, "decoder_heads=3"),
-        ({"ratio": 0.01}, "mask_ratio=0.01"),
-        ({"ratio": 0.99}, "mask_ratio=0.99"),
-    ],
-)
+@pytest.mark.parametrize(("options", "key"), [
+    ({"decoder_dim": 6}, "decoder_dim=6"),
+    ({"decoder_dim": 8, "decoder_heads": 3}, "decoder_heads=3"),
+    ({"ratio": 0.01}, "mask_ratio=0.01"),
+    ({"ratio": 0.99}, "mask_ratio=0.99"),
+])  # fmt: skip
 def test_impossible_sizes_are_named(options: dict[str, object], key: str) -> None:
     with pytest.raises(ConfigError, match=key):
         autoencoder(encoder(), **options)  # type: ignore[arg-type]
@@ -233,3 +210,127 @@ def test_other_models_and_sizes_are_refused() -> None:
         )
     with pytest.raises(ConfigError, match="9x12"):
         autoencoder(encoder())(torch.zeros(1, 1, 9, 12).double())
+
+
+# A mirrored student has the teacher's parts, its own size and fresh weights, in every family.
+
+
+SMALL: dict[str, Any] = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
+STUDENT: dict[str, Any] = {
+    **SMALL, "embed_dim": 48, "depth": 3, "num_heads": 3, "img_size": 48, "num_classes": 5,
+}  # fmt: skip
+TEACHERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "vit": ("vit_tiny_patch16_224", {}),
+    "no class token": ("vit_tiny_patch16_224", {"class_token": False, "global_pool": "avg", "reg_tokens": 2}),
+    "no position": ("vit_tiny_patch16_224", {"pos_embed": "none"}),
+    "qk-norm": ("vit_tiny_patch16_224", {"qk_norm": True, "qkv_bias": False, "scale_attn_norm": True}),
+    "deit distilled": ("deit_tiny_distilled_patch16_224", {}),
+    "deit3": ("deit3_small_patch16_224", {"init_values": 0.01}),
+    "dinov2": ("vit_small_patch14_reg4_dinov2", {}),
+    "dinov2 giant": ("vit_giant_patch14_dinov2", {}),
+    "clip": ("vit_base_patch16_clip_quickgelu_224", {}),
+    "siglip": ("vit_base_patch16_siglip_224", {}),
+    "beit": ("beit_base_patch16_224", {}),
+    "beitv2": ("beitv2_base_patch16_224", {}),
+    "shared bias": ("beit_base_patch16_224", {"use_rel_pos_bias": False, "use_shared_rel_pos_bias": True}),
+    "eva": ("eva_giant_patch14_224", {}),
+    "eva02 small": ("eva02_small_patch14_224", {}),
+    "eva02": ("eva02_base_patch14_224", {}),
+    "eva02 clip": ("eva02_base_patch16_clip_224", {}),
+    "dinov3": ("vit_small_patch16_dinov3", {}),
+    "rope mixed": ("vit_small_patch16_rope_mixed_224", {}),
+}
+SIZES = {"depth", "width", "heads", "head width", "patch grid", "pooling"}
+
+
+def teacher_of(name: str) -> torch.nn.Module:
+    architecture, arguments = TEACHERS[name]
+    torch.manual_seed(0)
+    return timm.create_model(architecture, **{**SMALL, **arguments})
+
+
+def mirrored(teacher: torch.nn.Module, arguments: dict[str, Any] | None = None) -> torch.nn.Module:
+    architecture, made = mirror_arguments(teacher, "vit_tiny_patch16_224", arguments or STUDENT)
+    torch.manual_seed(1)
+    return timm.create_model(architecture, **json.loads(json.dumps(made)))
+
+
+@pytest.mark.parametrize("name", TEACHERS)
+def test_only_sizes_differ_after_mirroring(name: str) -> None:
+    teacher = teacher_of(name)
+    student = mirrored(teacher, {**STUDENT, "global_pool": "avg"})
+    found = compare_models(teacher, student)
+    assert {mismatch.name for mismatch in found} <= SIZES
+    assert not any(mismatch.warning for mismatch in found)
+    assert type(student) is type(teacher)
+    assert token_layout(student).prefix == token_layout(teacher).prefix
+    assert token_layout(student).grid == (6, 6)
+    shape = attention_shape(student)
+    assert (shape.depth, shape.width, shape.num_heads) == (3, 48, 3)
+    assert student.num_classes == 5
+    assert student(torch.zeros(2, 3, 48, 48)).shape[-1] == 5
+
+
+@pytest.mark.parametrize("name", TEACHERS)
+def test_mirror_of_the_same_size_has_the_same_shapes_and_other_weights(name: str) -> None:
+    teacher = teacher_of(name)
+    keep = {**SMALL, "num_classes": teacher.num_classes, "global_pool": teacher.global_pool}
+    if not teacher.num_prefix_tokens or teacher.cls_token is None:
+        keep["class_token"] = False
+    student = mirrored(teacher, keep)
+    ours, theirs = student.state_dict(), teacher.state_dict()
+    same_mlp = native_parts(teacher).mlp == "MLP"
+    assert set(ours) == set(theirs)
+    assert all(ours[key].shape == theirs[key].shape for key in ours if not same_mlp or ".mlp." not in key)
+    assert not torch.equal(ours["blocks.0.attn.proj.weight"], theirs["blocks.0.attn.proj.weight"])
+    assert not torch.equal(ours["patch_embed.proj.weight"], theirs["patch_embed.proj.weight"])
+
+
+def test_layer_scale_starts_where_the_teachers_started() -> None:
+    teacher = teacher_of("beit")
+    torch.nn.init.constant_(teacher.blocks[0].gamma_1, 7.0)  # as after training
+    student = mirrored(teacher)
+    assert student.blocks[0].gamma_1.eq(0.1).all()
+
+
+def test_the_students_own_part_gives_way_and_the_rest_is_kept() -> None:
+    asked = {**STUDENT, "reg_tokens": 4, "init_values": 0.5, "drop_path_rate": 0.3, "mlp_ratio": 2}
+    student = mirrored(teacher_of("clip"), asked)
+    parts = native_parts(student)
+    assert (parts.registers, parts.layer_scale, parts.activation) == (0, None, "quick_gelu")
+    assert student.blocks[-1].drop_path1.drop_prob == pytest.approx(0.3)
+    assert student.blocks[0].mlp.fc1.out_features == 96
+
+
+@pytest.mark.parametrize("name", ["eva02", "dinov2 giant"])
+def test_a_gated_mlp_keeps_the_teachers_ratio(name: str) -> None:
+    teacher, student = teacher_of(name), mirrored(teacher_of(name))
+    assert teacher.blocks[0].mlp.fc2.in_features * 48 // 32 == student.blocks[0].mlp.fc2.in_features
+
+
+def test_non_square_images_and_patches() -> None:
+    asked = {**STUDENT, "img_size": (32, 64), "patch_size": (8, 16)}
+    assert token_layout(mirrored(teacher_of("beit"), asked | {"global_pool": "avg"})).grid == (4, 4)
+
+
+def test_distilled_deit_reads_its_tokens_whatever_pooling_was_asked() -> None:
+    assert mirrored(teacher_of("deit distilled"), {**STUDENT, "global_pool": "avg"}).global_pool == "token"
+
+
+@pytest.mark.parametrize(("name", "change", "message"), [
+    ("beit", {"dynamic_img_size": True}, r"student\.model_args\.dynamic_img_size.*Beit.*valid: "),
+    ("no class token", {"global_pool": "token"}, r"student\.global_pool=token.*class token"),
+    ("beit", {"global_pool": "map"}, r"student\.global_pool=map.*valid: avg, token"),
+    ("vit", {"num_heads": 5}, r"student\.model vit_tiny_patch16_224 cannot be built"),
+    ("vit", {"depht": 5}, r"student\.model .*depht"),
+])  # fmt: skip
+def test_mistakes_name_the_key(name: str, change: dict[str, Any], message: str) -> None:
+    with pytest.raises(TransferError, match=message):
+        mirror_arguments(teacher_of(name), "vit_tiny_patch16_224", STUDENT | change)
+
+
+def test_models_without_a_name_or_of_other_families_are_refused() -> None:
+    with pytest.raises(UnsupportedModelError, match="architecture's name"):
+        mirror_arguments(VisionTransformer(**SMALL), "vit_tiny_patch16_224", STUDENT)
+    with pytest.raises(UnsupportedModelError, match="supported are"):
+        mirror_arguments(teacher_of("vit"), "resnet18", {})

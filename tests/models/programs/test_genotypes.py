@@ -8,35 +8,34 @@ of its sampler that do not raise, outputs of odd shapes included.
 from __future__ import annotations
 
 import json
+import random
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from graftvit.models.programs.genotypes import UNARY, Genotype, export_program, import_genotype, run_legacy
+from graftvit.models.programs.genotypes import (
+    BINARY,
+    GRAPHS,
+    UNARY,
+    Genotype,
+    export_program,
+    import_genotype,
+    run_legacy,
+)
 from graftvit.models.programs.program import FOUND, LINEAR, Program, ProgramError, parse_program
+from support.models.attnzero_restated import BINARY as RESTATED_BINARY
+from support.models.attnzero_restated import UNARY as RESTATED_UNARY
+from support.models.attnzero_restated import Array, restated
 from torch import Tensor
 
 RESULTS: list[dict[str, Any]] = json.loads(Path(__file__).with_name("legacy_results.json").read_text())
 NAMES = [
-    "105",
-    "140",
-    "20",
-    "25",
-    "34",
-    "40",
-    "76",
-    "80",
-    "174",
-    "228",
-    "240",
-    "272",
-    "bench_1",
-    "bench_2",
-    "linear",
-    "softmax",
-]
+    "105", "140", "20", "25", "34", "40", "76", "80", "174", "228", "240", "272", "bench_1", "bench_2",
+    "linear", "softmax",
+]  # fmt: skip
 PUBLISHED = {name: Genotype.read(row) for name, row in zip(NAMES, RESULTS, strict=False)}
 SHAPE = (3, 2, 21, 16)
 
@@ -203,27 +202,22 @@ def test_the_score_of_a_transpose_stays_in_its_memory_order() -> None:
     assert UNARY[6](x).stride() == x.stride()
 
 
-@pytest.mark.parametrize(
-    ("unary", "binary", "reason"),
-    [
-        ([[9, 22], [0], [0], [0]], [2, 2], "22 of a matrix puts a dimension before the batch"),
-        ([[18], [0], [0], [0]], [2, 2], "18 of a matrix adds a fifth dimension"),
-        ([[0], [0], [23], [0]], [2, 2], "23 of a matrix takes the dimension of the heads away"),
-        ([[17, 24], [0], [0], [0]], [2, 2], "24 of a vector has a width of 192"),
-        ([[17, 20], [0], [0], [0]], [2, 2], "20 of a vector normalizes over heads"),
-        ([[17, 15], [0], [0], [0]], [2, 2], "15 of a vector raises"),
-        ([[0], [0], [0], [6]], [4, 2], "6 of a constant of 0 dimensions has no deviation"),
-        ([[3, 14], [0], [0], [0]], [2, 2], "14 turns into 0 what is NaN in that code"),
-        ([[0], [0], [0], [3, 9, 6]], [2, 2], "6 turns into 0 what is NaN in that code"),
-        ([[0], [0], [0], [0]], [3, 2], "mm is not defined for N×D and N×D"),
-        ([[17], [0], [0], [0]], [2, 2], "binary operator 2 of a vector D×1 and a matrix N×D"),
-        ([[0], [0], [0], [0]], [2, 5], "a program gives N×D, and this one gives D×D"),
-        ([[0], [0], [0], [0]], [2, 1], "the output is a vector"),
-    ],
-)
-def test_a_genotype_without_a_program_says_why(
-    unary: list[list[int]], binary: list[int], reason: str
-) -> None:
+@pytest.mark.parametrize(("unary", "binary", "reason"), [
+    ([[9, 22], [0], [0], [0]], [2, 2], "22 of a matrix puts a dimension before the batch"),
+    ([[18], [0], [0], [0]], [2, 2], "18 of a matrix adds a fifth dimension"),
+    ([[0], [0], [23], [0]], [2, 2], "23 of a matrix takes the dimension of the heads away"),
+    ([[17, 24], [0], [0], [0]], [2, 2], "24 of a vector has a width of 192"),
+    ([[17, 20], [0], [0], [0]], [2, 2], "20 of a vector normalizes over heads"),
+    ([[17, 15], [0], [0], [0]], [2, 2], "15 of a vector raises"),
+    ([[0], [0], [0], [6]], [4, 2], "6 of a constant of 0 dimensions has no deviation"),
+    ([[3, 14], [0], [0], [0]], [2, 2], "14 turns into 0 what is NaN in that code"),
+    ([[0], [0], [0], [3, 9, 6]], [2, 2], "6 turns into 0 what is NaN in that code"),
+    ([[0], [0], [0], [0]], [3, 2], "mm is not defined for N×D and N×D"),
+    ([[17], [0], [0], [0]], [2, 2], "binary operator 2 of a vector D×1 and a matrix N×D"),
+    ([[0], [0], [0], [0]], [2, 5], "a program gives N×D, and this one gives D×D"),
+    ([[0], [0], [0], [0]], [2, 1], "the output is a vector"),
+])  # fmt: skip
+def test_a_genotype_without_a_program(unary: list[list[int]], binary: list[int], reason: str) -> None:
     with pytest.raises(ProgramError) as caught:
         import_genotype(genotype("i3n2", unary, binary))
     assert reason in str(caught.value)
@@ -284,3 +278,107 @@ def test_a_program_of_another_form_has_no_genotype() -> None:
     with pytest.raises(ProgramError, match="no way is found to write as one of AttnZero's graphs: gelu"):
         export_program(parse_program("gelu(q)"))
     assert export_program(parse_program(FOUND["attnzero_105"])).graph_type == "i3n303"
+
+
+# Random genotypes of the whole index space: `run_legacy` against a restatement of AttnZero's operators in numpy.
+
+
+SHAPES = [(3, 2, 21, 16), (1, 2, 21, 16), (2, 2, 8, 8), (3, 3, 3, 3)]
+"""As published numbers have them, one image, and as many tokens as channels (as heads, as images)."""
+VALID = 74
+
+
+def draw(source: random.Random) -> Genotype:
+    """A genotype with every operator as likely as any other, or mostly without unary operators."""
+    graph = source.choice(list(GRAPHS))
+    count = GRAPHS[graph].count(".")
+    weights = [source.choice([1.0, 16.0]), *[1.0] * 27]
+    chains = [tuple(source.choices(range(28), weights, k=source.randint(1, 3))) for _ in range(2 * count)]
+    return Genotype(graph, tuple(chains), tuple(source.randrange(10) for _ in range(count)))
+
+
+def drawn_inputs(shape: tuple[int, ...]) -> Array:
+    inputs: Array = (
+        np.random.default_rng(0).standard_normal((3, *shape))
+        * np.array([1, 2, 0.5])[:, None, None, None, None]
+    )
+    inputs[0, :, :, 1] = inputs[1, 0, :, :, 0] = 0.0
+    return inputs
+
+
+def is_steady(genotype: Genotype, wanted: Array, bench: bool, shape: tuple[int, ...]) -> bool:
+    """Return whether rounding cannot decide the numbers.
+
+    Inputs that differ in the 13th digit, and a calculation with more digits, give the same.
+    """
+    inputs = drawn_inputs(shape)
+    for seed in (1, 2):
+        moved = inputs * (1 + 1e-13 * np.random.default_rng(seed).standard_normal(inputs.shape))
+        more: Array = moved.astype(np.longdouble)
+        again = restated(genotype.graph_type, genotype.unary_op, genotype.binary_op, *more, bench=bench)
+        if not np.allclose(again.astype(float), wanted, rtol=1e-8, atol=1e-10, equal_nan=True):
+            return False
+    return True
+
+
+def both(genotype: Genotype, shape: tuple[int, ...], bench: bool) -> tuple[Array | None, Array | None]:
+    """What the two give; None where one raises."""
+    inputs = drawn_inputs(shape)
+    try:
+        wanted = restated(genotype.graph_type, genotype.unary_op, genotype.binary_op, *inputs, bench=bench)
+    except (ValueError, IndexError):
+        wanted = None
+    try:
+        q, k, v = torch.from_numpy(inputs)
+        found = run_legacy(genotype, q, k, v, bench=bench).numpy()
+    except ProgramError:
+        found = None
+    return found, wanted
+
+
+def test_the_restatement_has_every_operator() -> None:
+    assert (list(RESTATED_UNARY), list(RESTATED_BINARY)) == (
+        list(range(len(UNARY))),
+        list(range(len(BINARY))),
+    )
+
+
+def compare(seed: int, wanted_count: int, shapes: list[tuple[int, ...]]) -> int:
+    """Compare genotypes until as many have an output in each shape; return how many were drawn."""
+    source, drawn = random.Random(seed), 0
+    valid = dict.fromkeys(shapes, 0)
+    while min(valid.values()) < wanted_count:
+        genotype, drawn = draw(source), drawn + 1
+        for shape in shapes:
+            found, wanted = both(genotype, shape, bench=bool(drawn % 2))
+            assert (found is None) == (wanted is None), (genotype, shape)
+            if found is not None and wanted is not None:
+                assert found.shape == wanted.shape, (genotype, shape)
+                if not is_steady(genotype, wanted, bool(drawn % 2), shape):
+                    continue
+                np.testing.assert_allclose(found, wanted, rtol=1e-6, atol=1e-8, err_msg=str(genotype))
+                valid[shape] += 1
+    return drawn
+
+
+@pytest.mark.filterwarnings("ignore:std():UserWarning")
+def test_random_genotypes_give_the_restated_numbers() -> None:
+    assert compare(0, VALID // 3, SHAPES[:2]) > VALID // 3
+
+
+@pytest.mark.parametrize("bench", [False, True])
+def test_a_chain_that_overwrites_what_another_reads_runs_in_the_order_of_the_code(bench: bool) -> None:
+    genotype = Genotype("i3n301", ((10,), (0,), (19,), (0,), (4,), (0,)), (3, 2, 0))
+    found, wanted = both(genotype, (3, 3, 3, 3), bench)
+    other, _ = both(genotype, (3, 3, 3, 3), not bench)
+    assert found is not None
+    assert wanted is not None
+    assert other is not None
+    np.testing.assert_allclose(found, wanted, rtol=1e-6, atol=1e-8)
+    assert np.abs(found - other).max() > 0.1  # where the operand is zero, operator 4 writes ones
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:std():UserWarning")
+def test_many_random_genotypes_give_the_restated_numbers() -> None:
+    assert compare(1, 2 * VALID, SHAPES) > 2 * VALID
