@@ -12,9 +12,7 @@ import graftvit
 import pytest
 import timm
 import torch
-from graftvit.checkpoints.preprocessing import Preprocessing
 from graftvit.checkpoints.pretrained import load_pretrained, load_weights
-from graftvit.checkpoints.student import write_student
 from graftvit.models.conversion import convert, plan_of, resize
 from graftvit.models.converted import read_mark
 from graftvit.models.errors import CheckpointError, GraftError
@@ -25,6 +23,7 @@ from support.files.plain_timm import PlainTimm
 from support.models import pyramids
 from support.models.copied_models import pair, whole
 from support.models.dense import images, tiny
+from support.models.tiny_students import save_folder
 from timm.models import save_for_hf
 from timm.utils import ModelEmaV2
 from torch import Tensor, nn
@@ -79,7 +78,6 @@ def test_the_state_of_another_operator_is_refused_by_name(own: str, other: str) 
         model.load_state_dict(convert(tiny(), f"0: {other}").state_dict())
     assert own in str(refused.value)
     assert other in str(refused.value)
-    assert "\n" not in str(refused.value)
 
 
 def test_options_that_change_nothing_are_no_difference() -> None:
@@ -104,9 +102,7 @@ def test_a_kept_layer_has_no_mark_and_a_copy_keeps_its_own() -> None:
 def test_timms_own_folder_is_no_plain_vit(tmp_path: Path, operator: str, safe: bool) -> None:
     converted = convert(published(), f"*: {operator}; 9-11: softmax")
     save_for_hf(converted, str(tmp_path / "saved"), safe_serialization=safe)
-    assert (
-        json.loads((tmp_path / "saved" / "config.json").read_text())["architecture"] == "graftvit_converted"
-    )
+    assert '"graftvit_converted"' in (tmp_path / "saved" / "config.json").read_text()
     loaded = graftvit.load(tmp_path / "saved")
     assert plan_of(loaded) == plan_of(converted)
     torch.testing.assert_close(seen(loaded), seen(converted))
@@ -128,21 +124,17 @@ def test_a_resized_model_is_described_at_its_size(tmp_path: Path) -> None:
     torch.testing.assert_close(seen(graftvit.load(tmp_path / "saved"), (96, 96)), seen(converted, (96, 96)))
 
 
-@pytest.mark.parametrize("kind", ["swin", "pvt", "svt", "pvt1"])
-def test_timms_own_folder_of_a_pyramid_is_restored(tmp_path: Path, kind: str) -> None:
-    converted = convert(pyramids.tiny(kind), "stage1: none; stage2: uniform", without=("bias",))
-    save_for_hf(converted, str(tmp_path / "saved"))
-    loaded, x = graftvit.load(tmp_path / "saved"), pyramids.images((32, 32))
-    assert plan_of(loaded) == plan_of(converted)
-    torch.testing.assert_close(loaded(x), converted(x))
-
-
-def test_timms_own_folder_of_a_student_that_copies_is_restored(tmp_path: Path) -> None:
-    dual, teacher = pair("alike", "copy", torch.float32)
-    alone = whole(dual, teacher)
-    save_for_hf(alone, str(tmp_path / "saved"))
-    x = images(dtype=torch.float32)
-    torch.testing.assert_close(graftvit.load(tmp_path / "saved")(x), alone(x))
+@pytest.mark.parametrize("kind", ["swin", "pvt", "svt", "pvt1", "copied"])
+def test_timms_own_folder_of_another_model_is_restored(tmp_path: Path, kind: str) -> None:
+    if kind == "copied":
+        model, x = whole(*pair("alike", "copy", torch.float32)), images(dtype=torch.float32)
+    else:
+        model = convert(pyramids.tiny(kind), "stage1: none; stage2: uniform", without=("bias",))
+        x = pyramids.images((32, 32))
+    save_for_hf(model, str(tmp_path / "saved"))
+    loaded = graftvit.load(tmp_path / "saved")
+    assert plan_of(loaded) == plan_of(model)
+    torch.testing.assert_close(loaded(x), model(x))
 
 
 @pytest.mark.parametrize("operator", [*FREE, "hedgehog"])
@@ -168,9 +160,7 @@ def test_a_file_of_a_pyramids_weights_alone_is_restored_by_its_marks(tmp_path: P
 
 
 def saved(model: nn.Module, folder: Path) -> Path:
-    shown = Preprocessing.of(model, input_size=(3, 64, 64))
-    write_student(model, folder, architecture="vit_tiny_patch16_224", model_args=TINY, preprocessing=shown)
-    return folder
+    return Path(save_folder(model, folder, "vit_tiny_patch16_224", TINY, {"input_size": (3, 64, 64)}))
 
 
 def test_a_student_starts_from_weights_of_its_own_plan_or_of_softmax(tmp_path: Path) -> None:
@@ -198,21 +188,18 @@ def edited(folder: Path, change: Any) -> str:
     return str(folder)
 
 
-def test_a_folder_whose_plan_and_marks_differ_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("lost", ["plan", "mark"])
+def test_a_folder_whose_plan_and_marks_differ_is_refused(lost: str, tmp_path: Path) -> None:
     folder = saved(convert(published(), "0: uniform"), tmp_path / "student")
-    config = json.loads((folder / "config.json").read_text())
-    config["model_args"]["plan"] = "0: linear"
-    (folder / "config.json").write_text(json.dumps(config))
-    with pytest.raises(CheckpointError, match=r"uniform in blocks\.0\.attn, where the model has linear"):
+    if lost == "mark":
+        edited(folder, lambda tensors: tensors.pop("blocks.0.attn.operator.choice"))
+    else:
+        config = json.loads((folder / "config.json").read_text())
+        config["model_args"]["plan"] = "0: linear"
+        (folder / "config.json").write_text(json.dumps(config))
+    words = {"plan": "uniform in .* has linear", "mark": "softmax attention in .* has uniform"}[lost]
+    with pytest.raises(CheckpointError, match=words.replace("in ", r"in blocks\.0\.attn")):
         graftvit.load(folder)
-
-
-def test_a_folder_without_its_marks_is_refused(tmp_path: Path) -> None:
-    folder = saved(convert(published(), "0: uniform"), tmp_path / "student")
-    with pytest.raises(
-        CheckpointError, match=r"softmax attention in blocks\.0\.attn, where the model has uniform"
-    ):
-        graftvit.load(edited(folder, lambda tensors: tensors.pop("blocks.0.attn.operator.choice")))
 
 
 def resized(kind: str, plan: str, made_at: int) -> tuple[nn.Module, Tensor]:
@@ -227,17 +214,11 @@ def resized(kind: str, plan: str, made_at: int) -> tuple[nn.Module, Tensor]:
     return converted, images(dtype=torch.float32, size=(64, 64))
 
 
-@pytest.mark.parametrize(
-    ("kind", "plan"),
-    [
-        ("vit_tiny_patch16_224", "*: nystrom"),
-        ("vit_tiny_patch16_224", "3: agent"),
-        ("pvt_v2_b0", "stage3: nystrom; stage4: agent"),
-    ],
-)
-def test_default_counts_of_another_image_size_are_another_operator(
-    tmp_path: Path, kind: str, plan: str
-) -> None:
+@pytest.mark.parametrize(("kind", "plan"), [
+    ("vit_tiny_patch16_224", "*: nystrom"), ("vit_tiny_patch16_224", "3: agent"),
+    ("pvt_v2_b0", "stage3: nystrom; stage4: agent"),
+])  # fmt: skip
+def test_default_counts_of_another_size_are_another_operator(tmp_path: Path, kind: str, plan: str) -> None:
     (large, x), (small, _) = resized(kind, plan, 224), resized(kind, plan, 64)
     with pytest.raises(CheckpointError, match=r"num_(landmarks|agents)=\d+.* where the model has"):
         small.load_state_dict(large.state_dict())
@@ -283,17 +264,11 @@ def test_an_average_of_buffers_is_explained() -> None:
         student.load_state_dict(average.module.state_dict())
 
 
-@pytest.mark.parametrize(
-    "mark",
-    [
-        torch.zeros(0, dtype=torch.uint8),
-        torch.full((9,), 255, dtype=torch.uint8),
-        torch.zeros(3, 3),
-        torch.zeros(200_000, dtype=torch.uint8),
-        torch.tensor(list(b"linear(((")).to(torch.uint8),
-        torch.tensor(list(b"nothing_known")).to(torch.uint8),
-    ],
-)
+@pytest.mark.parametrize("mark", [
+    torch.zeros(0, dtype=torch.uint8), torch.full((9,), 255, dtype=torch.uint8), torch.zeros(3, 3),
+    torch.zeros(200_000, dtype=torch.uint8), torch.tensor(list(b"linear(((")).to(torch.uint8),
+    torch.tensor(list(b"nothing_known")).to(torch.uint8),
+])  # fmt: skip
 def test_a_damaged_mark_is_refused_in_one_sentence(tmp_path: Path, mark: Tensor) -> None:
     folder = saved(convert(published(), "0: uniform"), tmp_path / "student")
     with pytest.raises(CheckpointError, match=r"operator\.choice"):

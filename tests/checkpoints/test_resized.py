@@ -1,4 +1,4 @@
-"""A converted model at another image size: what is tied to the grid is resampled, and what was chosen stays."""
+"""A model at another image size: what is tied to the grid is resampled, and what was chosen stays."""
 
 from __future__ import annotations
 
@@ -11,13 +11,15 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from graftvit.checkpoints.preprocessing import Preprocessing
+from graftvit.checkpoints.describe import teacher_facts
 from graftvit.checkpoints.pretrained import load, load_pretrained, load_weights
-from graftvit.checkpoints.student import save_student, write_student
+from graftvit.checkpoints.student import save_student
 from graftvit.models import layer_plan as operators
 from graftvit.models.attention.base import AttentionOperator, Geometry, Heads, LayerShape, Traits
 from graftvit.models.conversion import convert, converted_layers, plan_size, resize
-from graftvit.models.errors import UnsupportedModelError
+from graftvit.models.errors import CheckpointError, UnsupportedModelError
+from support.models.pyramids import TINY, arguments, tiny
+from support.models.tiny_students import save_folder
 from torch import Tensor, nn
 
 NAME = "vit_tiny_patch16_224"
@@ -70,16 +72,7 @@ def student() -> nn.Module:
 
 
 def write(model: nn.Module, folder: Path, **more: Any) -> str:
-    arguments = {**ARGUMENTS, **more}
-    write_student(
-        model,
-        folder,
-        architecture=NAME,
-        model_args=arguments,
-        preprocessing=Preprocessing.of(model, mean=(0.5,) * 3, std=(0.5,) * 3),
-        license="mit",
-    )
-    return str(folder)
+    return save_folder(model, folder, NAME, {**ARGUMENTS, **more}, license="mit")
 
 
 def images(height: int, width: int) -> Tensor:
@@ -87,9 +80,7 @@ def images(height: int, width: int) -> Tensor:
 
 
 @pytest.mark.parametrize("how", [{"img_size": (24, 40)}, {"model_args": {"img_size": (24, 40)}}])
-def test_loading_at_another_size_is_loading_and_resizing(
-    student: nn.Module, tmp_path: Path, how: dict[str, Any]
-) -> None:
+def test_loading_at_another_size(student: nn.Module, tmp_path: Path, how: dict[str, Any]) -> None:
     teacher = load_pretrained(write(student, tmp_path / "out"), **how)
     resize(student, (24, 40))
     assert torch.equal(teacher.model(images(24, 40)), student(images(24, 40)))
@@ -149,9 +140,7 @@ def test_positions_are_resampled_as_of_any_model(student: Any, tmp_path: Path, m
 def test_a_size_that_does_not_fit_is_one_sentence(student: nn.Module, tmp_path: Path) -> None:
     folder = write(student, tmp_path / "out")
     for size in ((0, 16), (2, 2), (-8, 8)):
-        with pytest.raises(
-            UnsupportedModelError, match=f"images of {size[0]}x{size[1]} have no whole patch of 4x4"
-        ):
+        with pytest.raises(UnsupportedModelError, match=f"{size[0]}x{size[1]} have no whole patch of 4x4"):
             load(folder, img_size=size)
     with pytest.raises(UnsupportedModelError, match="ResNet cannot be resized to 8x8"):
         resize(timm.create_model("resnet10t"), 8)
@@ -184,3 +173,51 @@ def test_a_free_image_size_after_loading(student: nn.Module, tmp_path: Path) -> 
     assert free(images(32, 20)).isfinite().all()
     resize(free, (32, 20))
     assert torch.equal(free(images(32, 20)), load(folder, img_size=(32, 20))(images(32, 20)))
+
+
+# The windows that config.json gives a Swin are held against its tables of relative position biases.
+
+
+@pytest.fixture(params=[None, "stage1: linear", "stage2: softmax"])
+def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    """A Swin with windows of 3x3, as it is or converted in part."""
+    model = tiny("swin")
+    student = model if request.param is None else convert(model, request.param, without=["bias"])
+    shown = {"input_size": (3, 32, 32)}
+    return Path(save_folder(student, tmp_path / "student", TINY["swin"][0], arguments("swin"), shown))
+
+
+def edit(folder: Path, window: object) -> None:
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    config["model_args"]["window_size"] = window
+    path.write_text(json.dumps(config))
+
+
+def test_an_edited_window_is_refused(folder: Path) -> None:
+    edit(folder, 2)
+    words = r"says window_size=2, but layers\.\d\.blocks\.0\.attn\.relative_position_bias_table has 25 rows"
+    with pytest.raises(CheckpointError, match=f"{words} and not 9: its windows are 3x3"):
+        graftvit.load(folder)
+    with pytest.raises(CheckpointError, match=words):
+        load_weights(tiny("swin"), f"local-dir:{folder}")
+
+
+def test_other_windows_and_sizes_can_be_asked_for(folder: Path) -> None:
+    graftvit.load(folder)
+    for size in (48, (40, 24)):
+        graftvit.load(folder, img_size=size)
+    graftvit.load(folder, model_args={"window_size": 4})
+
+
+# What `teacher info` says of a pyramid.
+
+
+def test_each_stage_has_its_line(tmp_path: Path) -> None:
+    model = convert(tiny("pvt", (32, 48)), "stage1: none")
+    shown = {"input_size": (3, 32, 48)}
+    source = save_folder(model, tmp_path / "student", TINY["pvt"][0], arguments("pvt"), shown)
+    facts = teacher_facts(load_pretrained(source))
+    assert facts["depth"] == "3 blocks"
+    assert facts["stage 1"] == "1 block without attention, model width 8, grid 8 x 12"
+    assert facts["stage 2"] == "2 blocks with 2 heads of width 8, model width 16, grid 4 x 6"

@@ -28,12 +28,8 @@ SWIN = {
     "num_channels": 1,
 }  # fmt: skip
 RESNET = {
-    "embedding_size": 8,
-    "hidden_sizes": [8, 16],
-    "depths": [1, 1],
-    "layer_type": "basic",
-    "num_channels": 1,
-}
+    "embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1], "layer_type": "basic", "num_channels": 1,
+}  # fmt: skip
 CASES = {
     "convnext": ("ConvNext", CONVNEXT, (1, 1)),
     "swin": ("Swin", SWIN, (8, 8)),
@@ -133,7 +129,7 @@ def test_what_changes_no_number_is_the_same_teacher(tmp_path: Path) -> None:
     assert len(list((tmp_path / "cache").iterdir())) == 1
 
 
-def test_another_version_of_transformers_fills_the_cache_again_and_resumes_with_a_warning(
+def test_another_version_of_transformers(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     make(tmp_path / "swin", "swin")
@@ -208,19 +204,15 @@ def test_what_cannot_teach_is_named(case: str, tmp_path: Path) -> None:
     change, message = REFUSED[case]
     make(tmp_path / "resnet", "resnet")
     change(tmp_path / "resnet")
-    with pytest.raises(CheckpointError, match=message) as refused:
+    with pytest.raises(CheckpointError, match=message):
         load_transformers(open_source(str(tmp_path / "resnet")))
-    assert "\n" not in str(refused.value)
 
 
-@pytest.mark.parametrize(
-    ("teacher", "message"),
-    [
-        ({"model": "resnet18"}, "model='resnet18' is of a model of timm"),
-        ({"model_args": {"depth": 3}}, "model_args={'depth': 3} is of a model of timm"),
-        ({"revision": "main"}, "revision='main' is of the hub, and .* is on this disk"),
-    ],
-)
+@pytest.mark.parametrize(("teacher", "message"), [
+    ({"model": "resnet18"}, "model='resnet18' is of a model of timm"),
+    ({"model_args": {"depth": 3}}, "model_args={'depth': 3} is of a model of timm"),
+    ({"revision": "main"}, "revision='main' is of the hub, and .* is on this disk"),
+])  # fmt: skip
 def test_settings_of_other_sources_are_refused(teacher: dict[str, Any], message: str, tmp_path: Path) -> None:
     make(tmp_path / "resnet", "resnet")
     source = {"source": str(tmp_path / "resnet"), **teacher}
@@ -251,9 +243,7 @@ def test_without_transformers_the_extra_is_named(tmp_path: Path, monkeypatch: py
         return imported(name, *arguments, **options)
 
     monkeypatch.setattr(builtins, "__import__", without)
-    with pytest.raises(
-        CheckpointError, match=r"type 'resnet', and transformers is not installed: pip install"
-    ):
+    with pytest.raises(CheckpointError, match="transformers is not installed: pip install"):
         load_transformers(open_source(str(tmp_path / "resnet")))
 
 
@@ -266,23 +256,11 @@ def test_a_vision_transformer_is_left_to_timm(tmp_path: Path) -> None:
     assert load_transformers(open_source("vit_tiny_patch16_224")) is None
 
 
-@pytest.mark.parametrize(
-    ("sections", "message"),
-    [
-        (
-            {"transfer": {"method": "distill"}},
-            "another library than timm gives features and classes alone",
-        ),
-        (
-            {"transfer": {"method": "feature"}, "teacher": {"compile": True}},
-            "teacher.compile=true does not go with",
-        ),
-        (
-            {"transfer": {"method": "feature"}, "student": {"compile": True}},
-            "student.compile=true does not go with",
-        ),
-    ],
-)
+@pytest.mark.parametrize(("sections", "message"), [
+    ({"transfer": {"method": "distill"}}, "another library than timm gives features and classes alone"),
+    ({"transfer": {"method": "feature"}, "teacher": {"compile": True}}, "teacher.compile=true does not go with"),
+    ({"transfer": {"method": "feature"}, "student": {"compile": True}}, "student.compile=true does not go with"),
+])  # fmt: skip
 def test_what_it_cannot_do_is_refused(sections: dict[str, Any], message: str, tmp_path: Path) -> None:
     make(tmp_path / "resnet", "resnet")
     source = {"source": str(tmp_path / "resnet"), **sections.pop("teacher", {})}

@@ -1,19 +1,30 @@
-"""Files of PVT and LIT under their published names are loaded by any loader, and written back the same."""
+"""Files of PVT, LIT, AttnZero and EcoFormer under their published names give the numbers of their papers' equations."""
 
 from __future__ import annotations
 
-import argparse
+import sys
+from argparse import Namespace
+from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
+import numpy as np
 import pytest
 import timm
 import torch
+import torch.nn.functional as F
 from graftvit.checkpoints.formats.lit_keys import from_reference, to_reference
-from graftvit.checkpoints.pretrained import load_pretrained
-from graftvit.models.errors import CheckpointError
+from graftvit.checkpoints.pretrained import load_pretrained, load_weights
+from graftvit.models import lit
+from graftvit.models.conversion import plan_of
+from graftvit.models.errors import CheckpointError, UnsupportedModelError
 from graftvit.models.small import without_memory
-from support.models.golden import golden_state
+from support.models import published_ecoformer as ecoformer
+from support.models.golden import golden_images, golden_state
+from support.models.lit_restated import PUBLISHED, Published, published_shapes, restated_logits, ti_shapes
+from support.models.published_ecoformer import drawn, published_state
+from support.models.pyramids import images
 from torch import Tensor
 
 TINY: dict[str, dict[str, Any]] = {
@@ -42,18 +53,15 @@ def test_there_and_back(name: str) -> None:
     assert all(torch.equal(back[key], state[key]) for key in back)
 
 
-@pytest.mark.parametrize("name", TINY)
+@pytest.mark.parametrize("name", ["pvt_tiny", "lit_ti"])
 @pytest.mark.parametrize("wrapped", ["flat", "model", "module."])
 def test_a_file_is_loaded_from_any_container(tmp_path: Path, name: str, wrapped: str) -> None:
     state = published(name)
     tree: Any = {f"module.{key}": tensor for key, tensor in state.items()} if wrapped == "module." else state
     if wrapped == "model":
-        tree = {"model": state, "epoch": 3, "args": argparse.Namespace(lr=0.1)}
+        tree = {"model": state, "epoch": 3, "args": Namespace(lr=0.1)}
     torch.save(tree, tmp_path / "published.pth")
-    size = 64 if name == "litv2_s" else None  # no tensor of LITv2 shows the size of its images
-    teacher = load_pretrained(
-        str(tmp_path / "published.pth"), model=name, model_args=TINY[name], img_size=size
-    )
+    teacher = load_pretrained(str(tmp_path / "published.pth"), model=name, model_args=TINY[name])
     assert teacher.model_args["num_classes"] == 5
     own = timm.create_model(name, num_classes=5, img_size=64, **TINY[name]).eval()
     own.load_state_dict(from_reference(state))
@@ -63,71 +71,6 @@ def test_a_file_is_loaded_from_any_container(tmp_path: Path, name: str, wrapped:
         str(tmp_path / "published.pth"), model=name, model_args=TINY[name], img_size=(64, 96)
     ).model
     assert larger(torch.randn(1, 3, 64, 96)).shape == (1, 5)
-
-
-def test_the_schemes_of_the_published_sizes() -> None:
-    """Key patterns of the published files, written out by hand."""
-    with without_memory():
-        ti, s = (set(to_reference(timm.create_model(name))) for name in ("lit_ti", "lit_s"))
-    assert {
-        "pos_embed1",
-        "pos_embed4",
-        "cls_token",
-        "patch_embed1.proj.weight",
-        "patch_embed1.norm.bias",
-    } <= ti
-    assert {"patch_embed4.dconv.conv_offset.bias", "patch_embed2.norm_layer.running_var"} <= ti
-    assert {"block1.2.norm2.weight", "block3.5.attn.qkv.bias", "block4.0.attn.proj.weight", "head.bias"} <= ti
-    assert not any(key.startswith(("block1.0.norm1", "block2.0.attn")) for key in ti)
-    assert {"layers.0.downsample.dconv.weight", "layers.2.downsample.norm_layer.num_batches_tracked"} <= s
-    assert {"layers.0.blocks.0.norm2.weight", "layers.3.blocks.1.attn.relative_position_bias_table"} <= s
-    assert {"patch_embed.proj.weight", "patch_embed.norm.bias", "norm.weight", "head.weight"} <= s
-    assert len(ti) == 190
-    assert len(s) + 8 == 171, "without the index of each of its 8 layers"
-
-
-def test_the_scheme_of_litv2() -> None:
-    with without_memory():
-        keys = to_reference(timm.create_model("litv2_s"))
-    assert len(keys) == 219
-    shapes = {
-        key: tuple(tensor.shape) for key, tensor in keys.items() if key.startswith("layers.2.blocks.0.attn")
-    }
-    assert shapes == {
-        f"layers.2.blocks.0.attn.{part}.{kind}": (rows, columns) if kind == "weight" else (rows,)
-        for part, rows, columns in (
-            ("h_qkv", 192, 384), ("l_q", 320, 384), ("l_kv", 640, 384), ("h_proj", 64, 64), ("l_proj", 320, 320)
-        )
-        for kind in ("weight", "bias")
-    }  # fmt: skip
-    assert "layers.3.blocks.0.attn.l_kv.weight" in keys
-    assert "layers.0.blocks.0.mlp.dwconv.dwconv.weight" in keys
-
-
-def test_litv2_is_its_published_equation() -> None:
-    """One layer in the published names: pool, then project; high heads in windows; two projections."""
-    torch.manual_seed(0)
-    state = published("litv2_s")
-    model: Any = timm.create_model("litv2_s", num_classes=5, img_size=64, **TINY["litv2_s"])
-    model.load_state_dict(from_reference(state))
-    layer, name = model.layers[2].blocks[0].attn.double(), "layers.2.blocks.0.attn"
-    x = torch.randn(2, 4, 4, 32, dtype=torch.float64)
-
-    def linear(x: Tensor, part: str) -> Tensor:
-        return x @ state[f"{name}.{part}.weight"].double().T + state[f"{name}.{part}.bias"].double()
-
-    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        q, k, v = (each.unflatten(-1, (-1, 8)).transpose(-2, -3) for each in (q, k, v))
-        weights = (q @ k.transpose(-1, -2) * 8**-0.5).softmax(-1)
-        return (weights @ v).transpose(-2, -3).flatten(-2)
-
-    windows = x.unflatten(2, (2, 2)).unflatten(1, (2, 2)).transpose(2, 3).flatten(3, 4)
-    high = attend(*linear(windows, "h_qkv").chunk(3, -1))
-    high = high.unflatten(3, (2, 2)).transpose(2, 3).flatten(3, 4).flatten(1, 2)
-    pooled = torch.nn.functional.avg_pool2d(x.permute(0, 3, 1, 2), 2).flatten(2).transpose(1, 2)
-    low = attend(linear(x.flatten(1, 2), "l_q"), *linear(pooled, "l_kv").chunk(2, -1)).unflatten(1, (4, 4))
-    expected = torch.cat([linear(high, "h_proj"), linear(low, "l_proj")], -1)
-    torch.testing.assert_close(layer(x), expected, rtol=1e-8, atol=1e-9)
 
 
 def test_what_is_no_lit_is_refused() -> None:
@@ -141,15 +84,12 @@ def test_what_is_no_lit_is_refused() -> None:
         from_reference(state)
 
 
-@pytest.mark.parametrize(
-    ("key", "shape", "words"),
-    [
-        ("layers.2.blocks.0.attn.l_q.weight", (), r"l_q\.weight is \(\), which are no rows"),
-        ("layers.2.blocks.0.attn.l_q.weight", (7, 3), r"l_q\.weight and .*l_kv\.weight are not of one width"),
-        ("layers.2.blocks.0.attn.l_kv.weight", (), r"l_kv\.weight is \(\), which are not two equal parts"),
-        ("layers.2.blocks.0.attn.h_qkv.weight", (7, 3), r"is \(7, 3\), which are not three equal parts"),
-    ],
-)
+@pytest.mark.parametrize(("key", "shape", "words"), [
+    ("layers.2.blocks.0.attn.l_q.weight", (), r"l_q\.weight is \(\), which are no rows"),
+    ("layers.2.blocks.0.attn.l_q.weight", (7, 3), r"l_q\.weight and .*l_kv\.weight are not of one width"),
+    ("layers.2.blocks.0.attn.l_kv.weight", (), r"l_kv\.weight is \(\), which are not two equal parts"),
+    ("layers.2.blocks.0.attn.h_qkv.weight", (7, 3), r"is \(7, 3\), which are not three equal parts"),
+])  # fmt: skip
 def test_projections_of_another_shape_are_refused(key: str, shape: tuple[int, ...], words: str) -> None:
     state = published("litv2_s")
     assert key in state
@@ -162,3 +102,372 @@ def test_a_table_without_rows_gives_no_image_size() -> None:
     state = published("lit_s")
     state["layers.2.blocks.0.attn.relative_position_bias_table"] = torch.zeros(())
     assert from_reference(state)["layers.2.blocks.0.attn.relative_position_bias_table"].ndim == 0
+
+
+# Files of LIT and LITv2 under their published names give the logits of the papers' equations.
+
+
+HEADS = (3, 6, 12, 24)
+SMALL = {
+    name: Published(24, (2, 2, 6, 2), (12, 24), name == "litv2_s", 7, 64) for name in ("lit_s", "litv2_s")
+}
+ARGUMENTS: dict[str, Any] = {"embed_dim": 24, "num_heads": HEADS}
+ENTRIES = {"lit_ti": 190, "lit_s": 171, "lit_m": 339, "lit_b": 339, "litv2_s": 219}
+
+
+def wrapped(state: dict[str, Tensor], container: str, index: bool) -> Any:
+    """Return a state dict in a container, with or without its index of relative positions."""
+    tree: Any = {key: tensor for key, tensor in state.items() if index or not key.endswith("position_index")}
+    if "module." in container:
+        tree = {f"module.{key}": tensor for key, tensor in tree.items()}
+    return {"model": tree} if "model" in container else tree
+
+
+def check(model: Any, published: Published, state: dict[str, Tensor]) -> None:
+    inputs = golden_images(published.image)
+    with torch.no_grad():
+        expected = restated_logits(published, state, inputs)
+        assert expected.std() > 0.1
+        torch.testing.assert_close(model.double().eval()(inputs.double()), expected, rtol=0, atol=1e-9)
+
+
+def load(name: str, tree: Any, folder: Path, side: int) -> Any:
+    torch.save(tree, folder / "published.pth")
+    size = side if name == "litv2_s" else None  # no tensor of LITv2 shows the size of its images
+    return load_pretrained(
+        str(folder / "published.pth"), model=name, model_args=ARGUMENTS, img_size=size
+    ).model
+
+
+@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize("index", [True, False], ids=["index", "no_index"])
+@pytest.mark.parametrize("container", ["flat", "model", "module.", "model and module."])
+def test_a_file_gives_the_restated_logits(tmp_path: Path, name: str, container: str, index: bool) -> None:
+    state = golden_state(published_shapes(SMALL[name]))
+    tree = wrapped(state, container, index)
+    check(load(name, tree, tmp_path, 64), SMALL[name], state)
+    model = timm.create_model(name, img_size=64, num_classes=7, **ARGUMENTS)
+    model.load_state_dict(from_reference(tree))
+    check(model, SMALL[name], state)
+
+
+@pytest.mark.parametrize(("name", "side"), [("lit_s", 80), ("lit_s", 112), ("litv2_s", 96)])
+def test_an_odd_grid_gives_the_restated_logits(tmp_path: Path, name: str, side: int) -> None:
+    """Sides of 10 and 5, of 7 and 3, and of 6 and 3 tokens in stages 3 and 4."""
+    published = replace(SMALL[name], image=side)
+    state = golden_state(published_shapes(published))
+    check(load(name, state, tmp_path, side), published, state)
+
+
+@pytest.mark.parametrize("name", lit.default_cfgs)
+def test_every_published_name_has_its_place(name: str) -> None:
+    shapes = ti_shapes() if name == "lit_ti" else published_shapes(PUBLISHED[name])
+    assert len(shapes) == ENTRIES.get(name, len(shapes))
+    with without_memory():
+        ours = timm.create_model(name).state_dict()
+    loaded = from_reference(shapes)
+    assert {key: loaded[key].shape for key in loaded} == {key: ours[key].shape for key in ours}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_a_full_file_is_loaded_at_its_size(tmp_path: Path, name: str) -> None:
+    state = golden_state(published_shapes(PUBLISHED[name]))
+    torch.save({"model": state}, tmp_path / "published.pth")
+    teacher = load_pretrained(str(tmp_path / "published.pth"))
+    assert teacher.architecture == name
+    check(teacher.model, PUBLISHED[name], state)
+
+
+@pytest.mark.slow
+def test_a_full_file_of_lit_ti_is_loaded(tmp_path: Path) -> None:
+    """Its logits are those of `test_lit.py`."""
+    torch.save({"model": golden_state(ti_shapes())}, tmp_path / "published.pth")
+    teacher = load_pretrained(str(tmp_path / "published.pth"))
+    assert teacher.architecture == "lit_ti"
+    first = teacher.model(golden_images(224))[0, :4]
+    expected = torch.tensor([-0.285823, 1.683032, -0.074269, 0.180008])
+    torch.testing.assert_close(first, expected, rtol=0, atol=2e-4)
+
+
+def test_a_training_file_of_lit_with_settings_of_yacs_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The published trainer pickles its `CfgNode`; the weights alone are loaded."""
+    kind = type("CfgNode", (dict,), {"__module__": "yacs.config"})
+    with monkeypatch.context() as patched:
+        for name in ("yacs", "yacs.config"):
+            patched.setitem(sys.modules, name, ModuleType(name))
+        patched.setattr(sys.modules["yacs.config"], "CfgNode", kind, raising=False)
+        torch.save({"model": {"norm.weight": torch.ones(2)}, "config": kind(epochs=1)}, tmp_path / "lit.pth")
+    with pytest.raises(CheckpointError, match=r"holds yacs\.config\.CfgNode, .*; save the weights alone"):
+        load_pretrained(str(tmp_path / "lit.pth"))
+
+
+# Files of AttnZero's PVT and Swin under the names of its code give the numbers of the published equations.
+
+
+State = dict[str, Tensor]
+WIDTHS, DEPTHS, ATTNZERO_HEADS = (8, 16, 24, 32), (1, 1, 1, 2), (1, 2, 3, 4)
+ATTNZERO_TINY: dict[str, Any] = {"embed_dims": WIDTHS, "depths": DEPTHS, "num_heads": ATTNZERO_HEADS}
+SWIN: dict[str, Any] = {"embed_dim": 8, "depths": (1, 1, 3, 1), "num_heads": (1, 2, 4, 8)}
+
+
+def published_pvt(
+    widths: tuple[int, ...] = WIDTHS, depths: tuple[int, ...] = DEPTHS, side: int = 64
+) -> State:
+    """Return drawn weights under the names of AttnZero's code, written out by hand."""
+    shapes: dict[str, tuple[int, ...]] = {"head.weight": (5, widths[3]), "head.bias": (5,)}
+    for stage, (width, depth) in enumerate(zip(widths, depths, strict=True)):
+        before, patch = (widths[stage - 1], 2) if stage else (3, 4)
+        shapes |= {
+            f"pos_embed{stage + 1}": (1, (side // (4 << stage)) ** 2, width),
+            f"patch_embed{stage + 1}.proj.weight": (width, before, patch, patch),
+            f"patch_embed{stage + 1}.proj.bias": (width,),
+            f"patch_embed{stage + 1}.norm.weight": (width,),
+            f"patch_embed{stage + 1}.norm.bias": (width,),
+        }
+        hidden = (8, 8, 4, 4)[stage] * width
+        for block in range(depth):
+            linear = {"attn.q": (width, width), "attn.kv": (2 * width, width), "attn.proj": (width, width)}
+            linear |= {"mlp.fc1": (hidden, width), "mlp.fc2": (width, hidden)}
+            rest = {"attn.dwc": (width, 1, 3, 3), "norm1": (width,), "norm2": (width,)}
+            for name, shape in {**linear, **rest}.items():
+                shapes[f"block{stage + 1}.{block}.{name}.weight"] = shape
+                shapes[f"block{stage + 1}.{block}.{name}.bias"] = shape[:1]
+    return golden_state({name: torch.empty(shape) for name, shape in shapes.items()})
+
+
+def norm(state: State, name: str, x: Tensor, epsilon: float = 1e-6) -> Tensor:
+    return F.layer_norm(x, x.shape[-1:], state[f"{name}.weight"], state[f"{name}.bias"], epsilon)
+
+
+def linear(state: State, name: str, x: Tensor) -> Tensor:
+    return F.linear(x, state[f"{name}.weight"], state[f"{name}.bias"])
+
+
+def attention(state: State, name: str, x: Tensor, side: int, heads: int) -> Tensor:
+    """O = Q * L2(L2(Q) Z(mm(V)' φ(K))) and a depthwise convolution of V, then the output projection."""
+    width = x.shape[2]
+    k, v = linear(state, f"{name}.kv", x).chunk(2, -1)
+    parts = (linear(state, f"{name}.q", x), k, v)
+    q, k, u = (part.unflatten(2, (heads, -1)).transpose(1, 2) for part in parts)
+    scaled = (u - u.min()) / (u.max() - u.min() + 1e-9)
+    mixed = scaled.transpose(2, 3) @ (F.elu(k) + 1)
+    mixed = (mixed - mixed.mean()) / mixed.std()
+    out = q * F.normalize(F.normalize(q, dim=-1) @ mixed, dim=-1)
+    grid = v.transpose(1, 2).reshape(1, width, side, side)
+    local = F.conv2d(grid, state[f"{name}.dwc.weight"], state[f"{name}.dwc.bias"], padding=1, groups=width)
+    return linear(state, f"{name}.proj", out.transpose(1, 2).flatten(2) + local.flatten(2).transpose(1, 2))
+
+
+def published_logits(state: State, image: Tensor) -> Tensor:
+    """The forward pass of one image, in float64: AttnZero's code takes statistics over the whole batch."""
+    state, x = {name: tensor.double() for name, tensor in state.items()}, image.double()
+    for stage, heads in enumerate(ATTNZERO_HEADS, 1):
+        embedding, patch = f"patch_embed{stage}", 4 if stage == 1 else 2
+        x = F.conv2d(x, state[f"{embedding}.proj.weight"], state[f"{embedding}.proj.bias"], stride=patch)
+        side = x.shape[2]
+        tokens = (
+            norm(state, f"{embedding}.norm", x.flatten(2).transpose(1, 2), 1e-5) + state[f"pos_embed{stage}"]
+        )
+        for block in range(DEPTHS[stage - 1]):
+            name = f"block{stage}.{block}"
+            tokens = tokens + attention(
+                state, f"{name}.attn", norm(state, f"{name}.norm1", tokens), side, heads
+            )
+            hidden = F.gelu(linear(state, f"{name}.mlp.fc1", norm(state, f"{name}.norm2", tokens)))
+            tokens = tokens + linear(state, f"{name}.mlp.fc2", hidden)
+        x = tokens.transpose(1, 2).unflatten(2, (side, side))
+    return linear(state, "head", x.flatten(2).mean(2))
+
+
+def save(state: State, folder: Path) -> str:
+    torch.save({"model": state, "epoch": 299, "args": Namespace(lr=1e-5)}, folder / "published.pth")
+    return str(folder / "published.pth")
+
+
+def test_logits_of_pvt_are_those_of_the_published_equations(tmp_path: Path) -> None:
+    state, image = published_pvt(), images((64, 64), 1)
+    loaded = load_pretrained(save(state, tmp_path), model="attnzero_pvt_t", model_args=ATTNZERO_TINY)
+    assert (loaded.report.missing, loaded.report.unexpected, loaded.report.loaded) == ({}, {}, len(state))
+    torch.testing.assert_close(loaded.model.double()(image.double()), published_logits(state, image))
+
+
+def test_a_model_that_starts_from_it_keeps_every_convolution(tmp_path: Path) -> None:
+    state = published_pvt()
+    model = timm.create_model("attnzero_pvt_t", num_classes=5, img_size=64, **ATTNZERO_TINY).eval()
+    report = load_weights(model, save(state, tmp_path))
+    assert not report.missing
+    assert not report.unexpected
+    own = model.state_dict()["stages.3.blocks.1.attn.operator.conv.weight"]
+    torch.testing.assert_close(own, state["block4.1.attn.dwc.weight"])
+
+
+@pytest.mark.parametrize(
+    ("name", "depths"), [("attnzero_pvt_t", (2, 2, 2, 2)), ("attnzero_pvt_s", (3, 4, 6, 3))]
+)
+def test_the_convolutions_tell_it_from_other_pvts(tmp_path: Path, name: str, depths: tuple[int, ...]) -> None:
+    state = published_pvt((64, 128, 320, 512), depths, 224)
+    assert sum(key.endswith("attn.dwc.weight") for key in state) == sum(depths)
+    loaded = load_pretrained(save(state, tmp_path))
+    assert loaded.architecture == name
+    assert loaded.report.loaded == len(state)
+
+
+def published_swin(model: Any) -> State:
+    """Rename timm's and our names to those of Swin's code, which AttnZero keeps."""
+    state: State = {}
+    for key, tensor in golden_state(model.state_dict()).items():
+        head, _, rest = (
+            key.replace("head.fc.", "head.").replace("attn.operator.conv.", "attn.dwc.").partition(".")
+        )
+        stage, _, part = rest.partition(".")
+        moved = f"layers.{int(stage) - 1}.{part}" if part.startswith("downsample") else f"{head}.{rest}"
+        state[moved] = tensor
+        if key.endswith("relative_position_bias_table"):
+            state[moved.replace("bias_table", "index")] = torch.zeros(4, 4, dtype=torch.int64)
+    state["layers.2.blocks.1.attn_mask"] = torch.zeros(4, 4)
+    return state
+
+
+def test_swin_is_loaded_whole(tmp_path: Path) -> None:
+    arguments = {**SWIN, "window_size": 2}
+    model = timm.create_model("attnzero_swin_b", num_classes=5, img_size=64, **arguments).eval()
+    state = published_swin(model)
+    own = [key for key in state if not key.endswith(("_index", "attn_mask"))]
+    loaded = load_pretrained(save(state, tmp_path), model="attnzero_swin_b", model_args=arguments)
+    assert loaded.report.loaded == len(own) == len(model.state_dict())
+    model.load_state_dict(golden_state(model.state_dict()))
+    torch.testing.assert_close(loaded.model(images((64, 64))), model(images((64, 64))))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "more"), [
+    ("attnzero_swin_t", {}), ("attnzero_swin_s", {}), ("attnzero_swin_b", {"img_size": 384, "window_size": 12}),
+])  # fmt: skip
+def test_swin_is_recognized_by_its_sizes(tmp_path: Path, name: str, more: dict[str, Any]) -> None:
+    loaded = load_pretrained(save(published_swin(timm.create_model(name, **more)), tmp_path))
+    assert loaded.architecture == name
+    assert loaded.preprocessing.input_size[1] == more.get("img_size", 224)
+
+
+def test_an_unknown_part_of_an_attention_layer_is_refused_and_not_called_needless(tmp_path: Path) -> None:
+    state = published_pvt()
+    state["block1.0.attn.gate.weight"] = torch.zeros(8)
+    model = timm.create_model("attnzero_pvt_t", num_classes=5, img_size=64, **ATTNZERO_TINY)
+    with pytest.raises(CheckpointError, match=r"unexpected keys: stages\.0\.blocks\.0\.attn\.gate\.weight"):
+        load_weights(model, save(state, tmp_path))
+
+
+def test_softmax_weights_leave_an_operator_fresh_and_say_so(tmp_path: Path) -> None:
+    """The reduction of another PVT is dropped with its reason, and its layers are called what they are."""
+    whole = timm.create_model("pvt_tiny", num_classes=5, img_size=64, global_pool="avg", **ATTNZERO_TINY)
+    state = {key: tensor for key, tensor in whole.state_dict().items() if not key.startswith("norm.")}
+    torch.save(state, tmp_path / "pvt.pth")
+    model = timm.create_model("attnzero_pvt_t", num_classes=5, img_size=64, **ATTNZERO_TINY)
+    report = load_weights(model, str(tmp_path / "pvt.pth"))
+    assert "softmax attention" in report.missing["stages.0.blocks.0.attn.operator.conv.weight"]
+    assert report.unexpected["stages.0.blocks.0.attn.sr.weight"] == "attnzero_105 does not need it"
+
+
+def test_the_file_of_deit_is_refused(tmp_path: Path) -> None:
+    """Its class token goes through the formula, and ours attends by softmax: the numbers would be others."""
+    with without_memory():
+        model = timm.create_model("attnzero_deit_t", depth=1)
+    state = {
+        key.replace("operator.conv", "dwc"): torch.zeros(t.shape) for key, t in model.state_dict().items()
+    }
+    with pytest.raises(CheckpointError, match=r"unexpected keys: blocks\.0\.attn\.dwc"):
+        load_pretrained(save(state, tmp_path), model="attnzero_deit_t", model_args={"depth": 1})
+
+
+# EcoFormer's published weights, under their own names, give what the published equations give.
+
+
+ENTRIES_OF_ECOFORMER = {
+    "pvt_v2_b0": 174, "twins_svt_small": 328, "pvt_v2_b1": 174, "pvt_v2_b2": 328, "pvt_v2_b3": 568, "pvt_v2_b4": 828,
+}  # fmt: skip
+SMALLEST = list(ENTRIES_OF_ECOFORMER)[:2]
+IMAGES = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+
+
+def test_the_equations_give_the_golden_values_of_one_layer() -> None:
+    shapes: dict[str, tuple[int, ...]] = {
+        "fast_attention.ksh.A": (2, 16, 25),
+        "fast_attention.ksh.mvec": (1, 2, 1, 25),
+        "fast_attention.ksh.anchor": (1, 2, 25, 32),
+    }
+    for part in ("to_qk", "to_v", "proj"):
+        shapes |= {f"{part}.weight": (64, 64), f"{part}.bias": (64,)}
+    state = {f"layer.{key}": drawn(key, shape).double() for key, shape in shapes.items()}
+    tokens = torch.tensor(np.random.RandomState(1).standard_normal((2, 49, 64))).float().double()
+    out = ecoformer.attention(state, "layer", tokens)
+    golden = [0.029204, -0.000624, -0.131941, -0.069126, 0.095423, 0.070532, 0.067501, 0.039182]
+    torch.testing.assert_close(out[0, 0, :8], torch.tensor(golden).double(), rtol=0, atol=1e-6)
+    assert float(out.sum()) == pytest.approx(-119.24393, abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        each if each in SMALLEST else pytest.param(each, marks=pytest.mark.slow)
+        for each in ENTRIES_OF_ECOFORMER
+    ],
+)
+def test_logits_are_those_of_the_published_code(name: str, tmp_path: Path) -> None:
+    state = published_state(name)
+    assert len(state) == ENTRIES_OF_ECOFORMER[name]
+    loaded = load_pretrained(save(state, tmp_path), img_size=64)
+    assert loaded.model_args["architecture"] == name
+    unread = {key for key in state if key.endswith("projection_matrix")}
+    assert len(loaded.report.unexpected) == len(unread) > 0
+    model = loaded.model.double()
+    with torch.no_grad():
+        found = model(IMAGES.double())
+    wanted = ecoformer.published_logits(state, IMAGES, pvt="pvt" in name)
+    torch.testing.assert_close(found, wanted, rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("name", SMALLEST)
+@pytest.mark.parametrize("prefix", ["", "module."])
+def test_flat_and_distributed_files_load_too(name: str, prefix: str, tmp_path: Path) -> None:
+    state = published_state(name)
+    torch.save({prefix + key: tensor for key, tensor in state.items()}, tmp_path / "flat.pth")
+    loaded = load_pretrained(str(tmp_path / "flat.pth"))
+    assert not loaded.report.missing
+    assert len(loaded.report.unexpected) == sum(key.endswith("projection_matrix") for key in state)
+    wrapped = load_pretrained(save(state, tmp_path)).model.state_dict()
+    torch.testing.assert_close(dict(loaded.model.state_dict()), dict(wrapped), rtol=0, atol=0)
+
+
+def test_the_plan_says_what_the_model_is(tmp_path: Path) -> None:
+    state = published_state("pvt_v2_b0")
+    model = load_pretrained(save(state, tmp_path)).model
+    assert plan_of(model) == "0-5: hash(mode=reference); 6-7: keep"
+    halved = {key: tensor[:, :8] if key.endswith("ksh.A") else tensor for key, tensor in state.items()}
+    model = load_pretrained(save(halved, tmp_path)).model
+    assert plan_of(model) == "0-5: hash(bits=8, mode=reference); 6-7: keep"
+
+
+def test_weights_that_were_never_hashed_load_and_do_not_run(tmp_path: Path) -> None:
+    """Their anchors are zeros: the file of the first training step."""
+    state = published_state("pvt_v2_b0")
+    state |= {key: torch.zeros_like(tensor) for key, tensor in state.items() if key.endswith("anchor")}
+    model = load_pretrained(save(state, tmp_path)).model
+    with pytest.raises(UnsupportedModelError, match="not fitted"):
+        model(IMAGES)
+
+
+def test_unknown_sizes_and_missing_values_are_refused(tmp_path: Path) -> None:
+    state = published_state("pvt_v2_b0")
+    shallow = {key: tensor for key, tensor in state.items() if not key.startswith("block2.1.")}
+    with pytest.raises(CheckpointError, match=r"\(2, 1, 2, 2\) blocks, .* pvt_v2_b0, pvt_v2_b1"):
+        load_pretrained(save(shallow, tmp_path))
+    del state["block1.0.attn.to_v.weight"]
+    with pytest.raises(CheckpointError, match=r"stages\.0\.blocks\.0\.attn\.kv\.weight"):
+        load_pretrained(save(state, tmp_path))
+    twins = published_state("twins_svt_small")
+    del twins["blocks.1.0.attn.to_v.bias"]
+    with pytest.raises(CheckpointError, match=r"blocks\.1\.0\.attn\.to_qk\.bias without .*to_v\.bias"):
+        load_pretrained(save(twins, tmp_path))

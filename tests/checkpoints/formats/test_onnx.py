@@ -14,16 +14,15 @@ from graftvit.checkpoints.describe import describe_file
 from graftvit.checkpoints.export import export_model, export_source
 from graftvit.checkpoints.export_graph import quiet, relative_error
 from graftvit.checkpoints.formats.containers import KEY
-from graftvit.checkpoints.preprocessing import Preprocessing
 from graftvit.checkpoints.pretrained import load_pretrained
 from graftvit.checkpoints.sources import parse_source
-from graftvit.checkpoints.student import write_student
 from graftvit.checkpoints.weight_files import read_file
 from graftvit.launch.cli import main
 from graftvit.models.conversion import convert, plan_of
 from graftvit.models.errors import CheckpointError
 from safetensors.torch import load_file
 from support.models.copied_models import pair, whole
+from support.models.tiny_students import save_folder
 from timm.models import save_for_hf
 from torch import Tensor, nn
 
@@ -74,15 +73,9 @@ def tiny(**changes: Any) -> nn.Module:
 def ours(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An ONNX file that this package exported, of a student."""
     folder = tmp_path_factory.mktemp("ours")
-    how = Preprocessing((3, 32, 32), (0.4, 0.5, 0.6), (0.2, 0.3, 0.25))
+    shown = {"mean": (0.4, 0.5, 0.6), "std": (0.2, 0.3, 0.25)}
     arguments = {**SIZES, "img_size": 32, "num_classes": 5}
-    write_student(
-        tiny(),
-        folder / "student",
-        architecture="vit_tiny_patch16_224",
-        model_args=arguments,
-        preprocessing=how,
-    )
+    save_folder(tiny(), folder / "student", "vit_tiny_patch16_224", arguments, shown)
     export_source(folder / "student", folder / "student.onnx")
     return folder / "student.onnx"
 
@@ -139,14 +132,11 @@ def test_an_exported_folder_of_a_converted_model_is_a_source(tmp_path: Path) -> 
     assert plan_of(load_pretrained(str(tmp_path / "m.onnx")).model) == plan_of(model)
 
 
-@pytest.mark.parametrize(
-    ("make", "words"),
-    [
-        (lambda: convert(tiny(), "0: linformer(num_keys=2)"), "blocks.0.attn.operator.key_pooling"),
-        (lambda: whole(*pair("alike", "copy_q", torch.float32)), "runs with its teacher's attention"),
-    ],
-)
-def test_a_graph_whose_weights_are_lost_is_refused_by_name(
+@pytest.mark.parametrize(("make", "words"), [
+    (lambda: convert(tiny(), "0: linformer(num_keys=2)"), "blocks.0.attn.operator.key_pooling"),
+    (lambda: whole(*pair("alike", "copy_q", torch.float32)), "runs with its teacher's attention"),
+])  # fmt: skip
+def test_a_graph_of_lost_weights(
     make: Any, words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path, out = tmp_path / "m.onnx", tmp_path / "m.safetensors"
@@ -178,14 +168,11 @@ def test_a_resolution_left_free_and_a_normalization_inside(ours: Path, tmp_path:
 
 
 @pytest.mark.parametrize("dynamo", [False, True])
-@pytest.mark.parametrize(
-    ("name", "settings", "size", "model"),
-    [
-        ("Dinov2", {"image_size": 28, "patch_size": 14}, 28, "vit_small_patch14_dinov2"),
-        ("ViT", {"image_size": 32, "intermediate_size": 96}, 32, "vit_tiny_patch16_224"),
-    ],
-)
-def test_transformers_models_of_both_exporters(
+@pytest.mark.parametrize(("name", "settings", "size", "model"), [
+    ("Dinov2", {"image_size": 28, "patch_size": 14}, 28, "vit_small_patch14_dinov2"),
+    ("ViT", {"image_size": 32, "intermediate_size": 96}, 32, "vit_tiny_patch16_224"),
+])  # fmt: skip
+def test_both_exporters(
     name: str, settings: dict[str, Any], size: int, model: str, dynamo: bool, tmp_path: Path
 ) -> None:
     path = export(transformers_model(name, **settings), tmp_path / "m.onnx", size, dynamo=dynamo)
@@ -211,9 +198,7 @@ def test_a_part_beside_the_model_is_left_out_and_named(tmp_path: Path) -> None:
     assert not teacher.report.missing
 
 
-def test_convert_writes_what_timm_reads(
-    foreign: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_convert_writes_for_timm(foreign: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "vit.safetensors"
     assert main(["checkpoint", "convert", str(foreign), str(out)]) == 0
     model = tiny()
@@ -277,18 +262,12 @@ def test_numbers_in_a_file_beside(foreign: Path, tmp_path: Path) -> None:
     assert torch.equal(found, read_file(foreign).tree["head.weight"])
 
 
-@pytest.mark.parametrize(
-    ("location", "length", "why"),
-    [
-        ("../data.bin", None, "outside of"),
-        ("/etc/passwd", None, "outside of"),
-        ("link.bin", None, "outside of"),
-        ("absent.bin", None, "absent.bin cannot be read"),
-        (".", None, "is a folder"),
-        ("data.bin", 1 << 40, "is damaged"),
-    ],
-)
-def test_a_reference_out_of_the_folder(
+@pytest.mark.parametrize(("location", "length", "why"), [
+    ("../data.bin", None, "outside of"), ("/etc/passwd", None, "outside of"), ("link.bin", None, "outside of"),
+    ("absent.bin", None, "absent.bin cannot be read"), (".", None, "is a folder"),
+    ("data.bin", 1 << 40, "is damaged"),
+])  # fmt: skip
+def test_references_to_other_files(
     location: str, length: int | None, why: str, foreign: Path, tmp_path: Path
 ) -> None:
     folder = tmp_path / "inside"

@@ -19,11 +19,9 @@ CONFIG = b'{"architecture": "vit_tiny_patch16_224"}'
 @pytest.fixture
 def server() -> Iterator[Hub]:
     files = {
-        ("org/vit", COMMIT, "model.safetensors"): CONTENT,
-        ("org/vit", COMMIT, "config.json"): CONFIG,
-        ("org/vit", OLD, "model.safetensors"): CONTENT[::-1],
-        ("org/bare", COMMIT, "README.md"): b"",
-    }
+        ("org/vit", COMMIT, "model.safetensors"): CONTENT, ("org/vit", COMMIT, "config.json"): CONFIG,
+        ("org/vit", OLD, "model.safetensors"): CONTENT[::-1], ("org/bare", COMMIT, "README.md"): b"",
+    }  # fmt: skip
     with serve(files, refs={"org/vit": {"main": COMMIT, "v1": OLD}}) as hub:
         yield hub
 
@@ -44,7 +42,6 @@ def refused(client: None) -> Callable[..., str]:
     ) -> str:
         with pytest.raises(CheckpointError) as caught:
             download(repository, name, revision)
-        assert "\n" not in str(caught.value)
         return str(caught.value)
 
     return sentence
