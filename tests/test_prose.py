@@ -94,15 +94,10 @@ def test_documents_use_no_forbidden_phrase() -> None:
     assert forbidden_in_files(documents(), sentences_of_document) == []
 
 
-@pytest.mark.parametrize(
-    "text",
-    [
-        '"""That of a run which starts."""',
-        'raise ConfigError("the file is " f"none: {1} is none")',
-        "x = 1  # measure it anew",
-        '"""Read again,\nfor it may have changed."""',
-    ],
-)
+@pytest.mark.parametrize("text", [
+    '"""That of a run which starts."""', 'raise ConfigError("the file is " f"none: {1} is none")',
+    "x = 1  # measure it anew", '"""Read again,\nfor it may have changed."""',
+])  # fmt: skip
 def test_the_check_would_notice(text: str) -> None:
     assert [each for _, sentence in sentences_of_python(text) for each in forbidden_in(sentence)]
 

@@ -9,6 +9,7 @@ import pickle
 import struct
 import zipfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,19 +32,46 @@ def weights() -> dict[str, torch.Tensor]:
     return dict(timm.create_model(ARCHITECTURE, **ARGUMENTS).state_dict())
 
 
-def hostile(make: Make) -> Make:
-    CORPUS[make.__name__] = make
-    return make
+def several(
+    *names: str, file: str = "model.pth"
+) -> Callable[[Callable[[str, Path, Path], Path | bytes]], None]:
+    """One file for each name, made by the same function, which returns the bytes of `file` or the path it wrote."""
 
-
-def several(*names: str) -> Callable[[Callable[[str, Path, Path], Path]], None]:
-    """One file for each name, made by the same function."""
-
-    def register(make: Callable[[str, Path, Path], Path]) -> None:
+    def register(make: Callable[[str, Path, Path], Path | bytes]) -> None:
         for name in names:
-            CORPUS[f"{make.__name__}_{name}"] = lambda folder, canary, name=name: make(name, folder, canary)  # type: ignore[misc]
+            CORPUS[f"{make.__name__}_{name}".rstrip("_")] = partial(_write, make, name, file)
 
     return register
+
+
+def _write(
+    make: Callable[[str, Path, Path], Path | bytes], name: str, file: str, folder: Path, canary: Path
+) -> Path:
+    made = make(name, folder, canary)
+    if isinstance(made, bytes):
+        (folder / file).write_bytes(made)
+        return folder / file
+    return made
+
+
+def saved(tree: Any, **how: Any) -> bytes:
+    """The bytes of a file of torch."""
+    stream = io.BytesIO()
+    torch.save(tree, stream, **how)
+    return stream.getvalue()
+
+
+def zipped(records: dict[str, bytes], compression: int = zipfile.ZIP_STORED) -> bytes:
+    stream = io.BytesIO()
+    with zipfile.ZipFile(stream, "w", compression) as archive:
+        for name, content in records.items():
+            archive.writestr(name, content)
+    return stream.getvalue()
+
+
+def torch_zip(pickled: bytes, records: dict[str, bytes] | None = None) -> bytes:
+    numbers = {f"archive/data/{name}": content for name, content in (records or {}).items()}
+    return zipped({"archive/data.pkl": pickled, "archive/version": b"3\n", **numbers})
 
 
 # Pickles that run code.
@@ -75,60 +103,43 @@ BOMBS = ("system", "eval", "write", "getattr", "load", "namespace")
 
 
 @several(*BOMBS)
-def code_in_zip(kind: str, folder: Path, canary: Path) -> Path:
-    path = folder / "model.pth"
-    torch.save({"model": weights(), "args": bomb(kind, canary)}, path)
-    return path
+def code_in_zip(kind: str, folder: Path, canary: Path) -> bytes:
+    return saved({"model": weights(), "args": bomb(kind, canary)})
 
 
 @several(*BOMBS)
-def code_in_legacy(kind: str, folder: Path, canary: Path) -> Path:
-    path = folder / "model.pth"
-    torch.save({"model": weights(), "args": bomb(kind, canary)}, path, _use_new_zipfile_serialization=False)
-    return path
+def code_in_legacy(kind: str, folder: Path, canary: Path) -> bytes:
+    return saved({"model": weights(), "args": bomb(kind, canary)}, _use_new_zipfile_serialization=False)
 
 
 @several("system", "eval")
-def code_in_raw_pickle(kind: str, folder: Path, canary: Path) -> Path:
-    path = folder / "model.pth"
-    path.write_bytes(pickle.dumps(bomb(kind, canary)))
-    return path
+def code_in_raw_pickle(kind: str, folder: Path, canary: Path) -> bytes:
+    return pickle.dumps(bomb(kind, canary))
 
 
 @several("protocol0", "inst", "object")
-def code_by_old_opcodes(kind: str, folder: Path, canary: Path) -> Path:
+def code_by_old_opcodes(kind: str, folder: Path, canary: Path) -> bytes:
     command = f"touch {canary}".encode()
-    stream = {
+    return torch_zip({
         "protocol0": b"\x80\x02cos\nsystem\n(S'" + command + b"'\ntR.",
         "inst": b"\x80\x02(S'" + command + b"'\nios\nsystem\n.",
         "object": b"\x80\x02(cos\nsystem\nS'" + command + b"'\no.",
-    }[kind]
-    path = folder / "model.pth"
-    torch_zip(path, stream)
-    return path
+    }[kind])  # fmt: skip
 
 
-@hostile
-def code_as_torchscript(folder: Path, canary: Path) -> Path:
+@several("")
+def code_as_torchscript(kind: str, folder: Path, canary: Path) -> Path:
     torch.jit.save(torch.jit.trace(torch.nn.Linear(2, 2), torch.zeros(1, 2)), folder / "model.pt")
     return folder / "model.pt"
 
 
-@hostile
-def code_in_numpy_objects(folder: Path, canary: Path) -> Path:
+@several("")
+def code_in_numpy_objects(kind: str, folder: Path, canary: Path) -> Path:
     np.savez(folder / "model.npz", a=np.array([bomb("system", canary)], dtype=object))
     return folder / "model.npz"
 
 
 # Pickles and archives that lie about sizes.
-
-
-def torch_zip(path: Path, pickled: bytes, records: dict[str, bytes] | None = None) -> None:
-    with zipfile.ZipFile(path, "w") as archive:
-        archive.writestr("archive/data.pkl", pickled)
-        archive.writestr("archive/version", "3\n")
-        for name, content in (records or {}).items():
-            archive.writestr(f"archive/data/{name}", content)
 
 
 class Storage:
@@ -168,7 +179,7 @@ def legacy(tree: Any, keys: list[str], numbers: bytes) -> bytes:
 @several(
     "huge_shape", "huge_storage", "negative_shape", "huge_stride", "negative_offset", "no_record", "repeated"
 )
-def lying_tensor(kind: str, folder: Path, canary: Path) -> Path:
+def lying_tensor(kind: str, folder: Path, canary: Path) -> bytes:
     tensor = {
         "huge_shape": Described(Storage(4), 0, (HUGE,), (1,)),
         "huge_storage": Described(Storage(HUGE), 0, (4,), (1,)),
@@ -178,33 +189,26 @@ def lying_tensor(kind: str, folder: Path, canary: Path) -> Path:
         "no_record": Described(Storage(4, "7"), 0, (4,), (1,)),
         "repeated": Described(Storage(4), 0, (1 << 20, 1 << 20), (0, 0)),
     }[kind]
-    torch_zip(folder / "model.pth", pickled({"pos_embed": tensor}), {"0": bytes(16)})
-    return folder / "model.pth"
+    return torch_zip(pickled({"pos_embed": tensor}), {"0": bytes(16)})
 
 
 @several("memo", "nested", "laughs", "key", "shared_key", "self", "long_text")
-def pickle_of_endless(kind: str, folder: Path, canary: Path) -> Path:
-    laughs = b"]q\x00" + b"".join(
-        b"](" + b"h" + bytes([level]) + b"h" + bytes([level]) + b"eq" + bytes([level + 1])
-        for level in range(60)
-    )
-    stream = {
+def pickle_of_endless(kind: str, folder: Path, canary: Path) -> bytes:
+    laughs = b"]q\x00" + b"".join(b"](h%ch%ceq%c" % (level, level, level + 1) for level in range(60))
+    shared = b"".join(b"h%c\x86q%c" % (level, level + 1) for level in range(60))
+    return torch_zip({
         "memo": b"\x80\x02}r\xff\xff\xff\x7f.",  # a memo index of two thousand million
         "nested": b"\x80\x02" + b"]" * 100_000 + b"a" * 99_999 + b".",
         "laughs": b"\x80\x02}U\x01a" + laughs + b"s.",
         "key": b"\x80\x02})" + b"2\x86" * 60 + b"K\x01s.",  # a tuple of two of the same, sixty times
-        "shared_key": b"\x80\x02})q\x00"
-        + b"".join(b"h%c\x86q%c" % (level, level + 1) for level in range(60))
-        + b"K\x01s.",  # the same by the memo
+        "shared_key": b"\x80\x02})q\x00" + shared + b"K\x01s.",  # the same by the memo
         "self": b"\x80\x02}q\x00U\x01ah\x00s.",
         "long_text": b"\x80\x04\x8d" + struct.pack("<Q", 1 << 60) + b"x.",
-    }[kind]
-    torch_zip(folder / "model.pth", stream)
-    return folder / "model.pth"
+    }[kind])  # fmt: skip
 
 
 @several("tensor", "typed_tensor", "bytes", "with_attributes", "by_state", "numpy", "codec")
-def memory_that_a_pickle_takes(kind: str, folder: Path, canary: Path) -> Path:
+def memory_that_a_pickle_takes(kind: str, folder: Path, canary: Path) -> bytes:
     """All of these names pass torch's own check of names."""
     size = b"(\x8a\x06" + HUGE.to_bytes(6, "little") + b"t"
     storage = b"((U\x07storagectorch\nFloatStorage\nU\x010U\x03cpuK\x04tQ"
@@ -214,54 +218,47 @@ def memory_that_a_pickle_takes(kind: str, folder: Path, canary: Path) -> Path:
         "codec": b"c_codecs\nencode\n(X\x02\x00\x00\x00\xc3\xa9X\x08\x00\x00\x00punycodetR",
         "numpy": b"cnumpy._core.multiarray\nscalar\n(cnumpy\ndtype\n(X\x07\x00\x00\x00V999999tRtR",
         "bytes": b"c__builtin__\nbytearray\n" + size + b"R",
-        "with_attributes": b"ctorch._tensor\n_rebuild_from_type_v2\n(ctorch\nTensor\nctorch\nTensor\n"
-        + size
-        + b"}tR",
-        "by_state": b"ctorch._utils\n_rebuild_tensor\n"
-        + storage
-        + b"K\x00(K\x04t(K\x01ttR"
-        + storage
-        + b"K\x00"
-        + size
-        + b"(K\x01ttb",
-    }[kind]
-    torch_zip(folder / "model.pth", b"\x80\x02}U\x01a" + stream + b"s.", {"0": bytes(16)})
-    return folder / "model.pth"
+        "with_attributes":
+            b"ctorch._tensor\n_rebuild_from_type_v2\n(ctorch\nTensor\nctorch\nTensor\n" + size + b"}tR",
+        "by_state":
+            b"ctorch._utils\n_rebuild_tensor\n" + storage + b"K\x00(K\x04t(K\x01ttR" + storage + b"K\x00" + size
+            + b"(K\x01ttb",
+    }[kind]  # fmt: skip
+    return torch_zip(b"\x80\x02}U\x01a" + stream + b"s.", {"0": bytes(16)})
 
 
 @several("huge_storage", "huge_shape", "storage_that_is_not_there")
-def lying_legacy(kind: str, folder: Path, canary: Path) -> Path:
+def lying_legacy(kind: str, folder: Path, canary: Path) -> bytes:
     elements = HUGE if kind == "huge_storage" else 4
     tensor = Described(Storage(elements, "0", None), 0, (HUGE,) if kind == "huge_shape" else (4,), (1,))
     keys = [] if kind == "storage_that_is_not_there" else ["0"]
-    content = legacy({"pos_embed": tensor}, keys, struct.pack("<q", elements) + bytes(16))
-    (folder / "model.pth").write_bytes(content)
-    return folder / "model.pth"
+    return legacy({"pos_embed": tensor}, keys, struct.pack("<q", elements) + bytes(16))
 
 
-@hostile
-def legacy_storage_of_terabytes(folder: Path, canary: Path) -> Path:
-    path = folder / "model.pth"
-    torch.save({"a": torch.zeros(4)}, path, _use_new_zipfile_serialization=False)
-    content = path.read_bytes()
-    place = len(content) - 16 - 8
-    path.write_bytes(content[:place] + struct.pack("<q", HUGE) + content[place + 8 :])
-    return path
+@several("")
+def legacy_storage_of_terabytes(kind: str, folder: Path, canary: Path) -> bytes:
+    content = saved({"a": torch.zeros(4)}, _use_new_zipfile_serialization=False)
+    return content[:-24] + struct.pack("<q", HUGE) + content[-16:]
+
+
+def _with_member(name: str, content: bytes) -> bytes:
+    """A file of torch with one member more, of any name."""
+    stream = io.BytesIO(saved({"a": torch.zeros(4)}))
+    with zipfile.ZipFile(stream, "a") as archive:
+        info = zipfile.ZipInfo("x")
+        info.filename = name
+        archive.writestr(info, content)
+    return stream.getvalue()
 
 
 @several("parent", "absolute", "backslash")
-def archive_that_escapes(kind: str, folder: Path, canary: Path) -> Path:
-    name = {"parent": f"../{canary.name}", "absolute": str(canary), "backslash": f"..\\{canary.name}"}[kind]
-    torch.save({"a": torch.zeros(4)}, folder / "model.pth")
-    with zipfile.ZipFile(folder / "model.pth", "a") as archive:
-        info = zipfile.ZipInfo("x")
-        info.filename = name
-        archive.writestr(info, "boom")
-    return folder / "model.pth"
+def archive_that_escapes(kind: str, folder: Path, canary: Path) -> bytes:
+    names = {"parent": f"../{canary.name}", "absolute": str(canary), "backslash": f"..\\{canary.name}"}
+    return _with_member(names[kind], b"boom")
 
 
-@hostile
-def archive_bomb(folder: Path, canary: Path) -> Path:
+@several("")
+def archive_bomb(kind: str, folder: Path, canary: Path) -> Path:
     with zipfile.ZipFile(folder / "model.npz", "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive:
         stream = io.BytesIO()
         np.lib.format.write_array_header_1_0(
@@ -276,37 +273,26 @@ def archive_bomb(folder: Path, canary: Path) -> Path:
     return folder / "model.npz"
 
 
-@hostile
-def archive_with_one_name_twice(folder: Path, canary: Path) -> Path:
-    torch.save({"a": torch.zeros(4)}, folder / "model.pth")
-    with zipfile.ZipFile(folder / "model.pth", "a") as archive:
-        name = next(one for one in archive.namelist() if one.endswith("data.pkl"))
-        info = zipfile.ZipInfo("x")
-        info.filename = name
-        archive.writestr(info, pickle.dumps(bomb("system", canary)))
-    return folder / "model.pth"
+@several("")
+def archive_with_one_name_twice(kind: str, folder: Path, canary: Path) -> bytes:
+    return _with_member("archive/data.pkl", pickle.dumps(bomb("system", canary)))
 
 
-@hostile
-def archive_that_overlaps(folder: Path, canary: Path) -> Path:
-    path = folder / "model.npz"
-    np.savez(path, a=np.zeros(4, np.float32), b=np.ones(4, np.float32))
-    content = bytearray(path.read_bytes())
+@several("", file="model.npz")
+def archive_that_overlaps(kind: str, folder: Path, canary: Path) -> bytes:
+    stream = io.BytesIO()
+    np.savez(stream, a=np.zeros(4, np.float32), b=np.ones(4, np.float32))
+    content = bytearray(stream.getvalue())
     first = content.find(b"PK\x01\x02")
     second = content.find(b"PK\x01\x02", first + 4)
     content[second + 42 : second + 46] = content[first + 42 : first + 46]  # both begin at the same place
-    path.write_bytes(content)
-    return path
+    return bytes(content)
 
 
-@several("shape", "cut", "version")
-def lying_array(kind: str, folder: Path, canary: Path) -> Path:
+@several("shape", "cut", "version", file="model.npz")
+def lying_array(kind: str, folder: Path, canary: Path) -> bytes:
     stream = io.BytesIO()
     shape = (HUGE,) if kind == "shape" else (4,)
     np.lib.format.write_array_header_1_0(stream, {"descr": "<f4", "fortran_order": False, "shape": shape})
     content = stream.getvalue() + bytes(8 if kind == "cut" else 16)
-    if kind == "version":
-        content = content[:6] + b"\x09\x00" + content[8:]
-    with zipfile.ZipFile(folder / "model.npz", "w") as archive:
-        archive.writestr("a.npy", content)
-    return folder / "model.npz"
+    return zipped({"a.npy": content[:6] + b"\x09\x00" + content[8:] if kind == "version" else content})

@@ -21,27 +21,19 @@ from support.files.hostile import (
     Storage,
     legacy,
     pickled,
+    saved,
     several,
     torch_zip,
     weights,
-)
+    zipped,
+)  # fmt: skip
 
 END, END64, LOCATOR64 = b"PK\x05\x06", b"PK\x06\x06", b"PK\x06\x07"
 
 
 def _records(tensors: dict[str, torch.Tensor]) -> dict[str, bytes]:
-    stream = io.BytesIO()
-    torch.save({"model": tensors}, stream)
-    with zipfile.ZipFile(stream) as archive:
+    with zipfile.ZipFile(io.BytesIO(saved({"model": tensors}))) as archive:
         return {name: archive.read(name) for name in archive.namelist()}
-
-
-def _zip(records: dict[str, bytes], compression: int = zipfile.ZIP_STORED) -> bytes:
-    stream = io.BytesIO()
-    with zipfile.ZipFile(stream, "w", compression) as archive:
-        for name, content in records.items():
-            archive.writestr(name, content)
-    return stream.getvalue()
 
 
 def _directory(archive: bytes) -> tuple[bytes, int, int, int]:
@@ -52,7 +44,7 @@ def _directory(archive: bytes) -> tuple[bytes, int, int, int]:
 
 def _two_ends(shown: dict[str, bytes], hidden: dict[str, bytes]) -> bytes:
     """One reader takes the 64-bit end before its locator, another one the end that the locator leads to."""
-    content, _, size, place = _directory(_zip(shown | hidden))
+    content, _, size, place = _directory(zipped(shown | hidden))
     records, directory = content[:place], content[place : place + size]
     cut = directory.find(b"PK\x01\x02", directory.rfind(b"archive/"))  # behind the last shown entry
     parts = directory[:cut], directory[cut:]
@@ -68,38 +60,35 @@ def _end64(entries: int, size: int, place: int) -> bytes:
 
 
 @several("other_case", "shifted", "two_ends_64", "comment")
-def archive_of_two_readings(kind: str, folder: Path, canary: Path) -> Path:
+def archive_of_two_readings(kind: str, folder: Path, canary: Path) -> bytes:
     shown, hidden = _records(weights()), _records({name: tensor + 1 for name, tensor in weights().items()})
-    first, second = _zip(shown), _zip(hidden)
+    first, second = zipped(shown), zipped(hidden)
     if kind == "other_case":
         upper = {"archive/DATA.PKL": hidden["archive/data.pkl"]}
         first_name, *rest = shown
-        content = _zip({first_name: shown[first_name], **upper, **{name: shown[name] for name in rest}})
-    elif kind == "shifted":
-        content = _directory(second)[0] + first  # the place of the directory is that of the hidden one
-    elif kind == "two_ends_64":
-        content = _two_ends(shown, {name.replace("archive/", "other/"): hidden[name] for name in hidden})
-    else:
-        content = first[:-2] + struct.pack("<H", 22) + END + bytes(18)
-    (folder / "model.pth").write_bytes(content)
-    return folder / "model.pth"
+        return zipped({first_name: shown[first_name], **upper, **{name: shown[name] for name in rest}})
+    if kind == "shifted":
+        return _directory(second)[0] + first  # the place of the directory is that of the hidden one
+    if kind == "two_ends_64":
+        return _two_ends(shown, {name.replace("archive/", "other/"): hidden[name] for name in hidden})
+    return first[:-2] + struct.pack("<H", 22) + END + bytes(18)
 
 
 @several("lists_packed", "lists_raw", "packed_tensors")
-def more_than_the_file(kind: str, folder: Path, canary: Path) -> Path:
-    path = folder / "model.pth"
+def more_than_the_file(kind: str, folder: Path, canary: Path) -> bytes:
     lists = b"\x80\x02](" + b"]" * (3 << 20) + b"e."
     if kind == "lists_raw":
-        path.write_bytes(lists)
-    elif kind == "lists_packed":
-        path.write_bytes(_zip({"archive/data.pkl": lists, "archive/version": b"3\n"}, zipfile.ZIP_DEFLATED))
-    else:
-        path.write_bytes(_zip(_records(weights()), zipfile.ZIP_DEFLATED))
-    return path
+        return lists
+    packed = (
+        {"archive/data.pkl": lists, "archive/version": b"3\n"}
+        if kind == "lists_packed"
+        else _records(weights())
+    )
+    return zipped(packed, zipfile.ZIP_DEFLATED)
 
 
 @several("ints", "names", "paths", "items")
-def work_that_grows_with_the_square(kind: str, folder: Path, canary: Path) -> Path:
+def work_that_grows_with_the_square(kind: str, folder: Path, canary: Path) -> bytes:
     """Keys of one hash, and a long text that is copied again and again."""
     collisions = [b"\x8a\x0b" + (number * (2**61 - 1)).to_bytes(11, "little") for number in range(60_000)]
     megabytes = b"X" + struct.pack("<I", 4 << 20) + b"x" * (4 << 20)
@@ -109,9 +98,7 @@ def work_that_grows_with_the_square(kind: str, folder: Path, canary: Path) -> Pa
         "names": megabytes + b"q\x000" + b"h\x00h\x00\x930" * 100_000 + b"N.",
         "paths": b"}" + megabytes + b"](" + b"K\x00" * 400_000 + b"es.",
     }[kind]
-    path = folder / "model.pth"
-    path.write_bytes(_zip({"archive/data.pkl": b"\x80\x02" + stream, "archive/version": b"3\n"}))
-    return path
+    return torch_zip(b"\x80\x02" + stream)
 
 
 @several("zip", "npz")
@@ -129,8 +116,7 @@ def directory_of_gigabytes(kind: str, folder: Path, canary: Path) -> Path:
 def record_of_a_lying_size(path: Path) -> None:
     """Its directory says that a record is longer than its bytes, so a tensor would take those of the next record."""
     tree = {"a": Described(Storage(48), 0, (48,), (1,)), "b": Described(Storage(4, "1"), 0, (4,), (1,))}
-    torch_zip(path, pickled(tree), {"0": bytes(16), "1": bytes(16)})
-    content = bytearray(path.read_bytes())
+    content = bytearray(torch_zip(pickled(tree), {"0": bytes(16), "1": bytes(16)}))
     entry = content.find(b"archive/data/0", content.find(b"PK\x01\x02")) - 46
     content[entry + 24 : entry + 28] = struct.pack("<L", 192)
     path.write_bytes(content)

@@ -3,25 +3,22 @@
 from __future__ import annotations
 
 import json
-import os
 import pickle
 import struct
-import zipfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from safetensors.torch import save, save_file
-from support.files.hostile import ARCHITECTURE, ARGUMENTS, HUGE, several, torch_zip, weights
+from support.files.hostile import ARCHITECTURE, ARGUMENTS, HUGE, saved, several, torch_zip, weights, zipped
 
 # safetensors with a header that lies.
 
 
-def _safe(path: Path, header: Any, body: bytes = bytes(16), length: int | None = None) -> Path:
+def _safe(header: Any, length: int | None = None) -> bytes:
     text = header if isinstance(header, bytes) else json.dumps(header).encode()
-    path.write_bytes(struct.pack("<Q", len(text) if length is None else length) + text + body)
-    return path
+    return struct.pack("<Q", len(text) if length is None else length) + text + bytes(16)
 
 
 def _field(shape: Any = (4,), offsets: Any = (0, 16), dtype: Any = "F32") -> dict[str, Any]:
@@ -31,15 +28,14 @@ def _field(shape: Any = (4,), offsets: Any = (0, 16), dtype: Any = "F32") -> dic
 @several(
     "huge_header", "longer_than_the_file", "huge_shape", "negative_shape", "overflowing_shape", "fraction", "overlap",
     "hole", "outside", "backwards", "unknown_dtype", "no_shape", "duplicate", "nested", "nan", "metadata", "list",
+    file="model.safetensors",
 )  # fmt: skip
-def lying_header(kind: str, folder: Path, canary: Path) -> Path:
-    path, one = folder / "model.safetensors", _field()
-    if kind == "huge_header":
-        return _safe(path, {"a": one}, length=1 << 62)
-    if kind == "longer_than_the_file":
-        return _safe(path, {"a": one}, length=5000)
+def lying_header(kind: str, folder: Path, canary: Path) -> bytes:
+    one = _field()
+    if kind in ("huge_header", "longer_than_the_file"):
+        return _safe({"a": one}, length=1 << 62 if kind == "huge_header" else 5000)
     if kind == "nested":
-        return _safe(path, b'{"a":' + b"[" * 200_000 + b"]" * 200_000 + b"}")
+        return _safe(b'{"a":' + b"[" * 200_000 + b"]" * 200_000 + b"}")
     header: Any = {
         "huge_shape": {"a": _field((HUGE,))},
         "negative_shape": {"a": _field((-4,))},
@@ -56,14 +52,17 @@ def lying_header(kind: str, folder: Path, canary: Path) -> Path:
         "metadata": {"__metadata__": {"a": {"b": 1}}, "a": one},
         "list": [],
     }[kind]
-    return _safe(path, header)
+    return _safe(header)
 
 
 # Whole files whose weights are no weights.
 
 
-@several("nan_positions", "infinite_positions", "whole_numbers", "truth_values", "complex", "other_shape")
-def wrong_tensor(kind: str, folder: Path, canary: Path) -> Path:
+@several(
+    "nan_positions", "infinite_positions", "whole_numbers", "truth_values", "complex", "other_shape",
+    file="model.safetensors",
+)  # fmt: skip
+def wrong_tensor(kind: str, folder: Path, canary: Path) -> bytes:
     tensors = weights()
     position = tensors["pos_embed"]
     tensors["pos_embed"] = {
@@ -74,30 +73,22 @@ def wrong_tensor(kind: str, folder: Path, canary: Path) -> Path:
         "complex": position.to(torch.complex64),
         "other_shape": position[..., :8].contiguous(),
     }[kind]
-    save_file(tensors, folder / "model.safetensors")
-    return folder / "model.safetensors"
+    return save(tensors)
 
 
 @several("safetensors", "zip", "legacy", "npz")
-def one_key_twice(kind: str, folder: Path, canary: Path) -> Path:
+def one_key_twice(kind: str, folder: Path, canary: Path) -> Path | bytes:
     """A second value under a name that is there already."""
-    if kind == "safetensors":
-        content = save({"a": torch.zeros(4), "b": torch.ones(4)})
-        path = folder / "model.safetensors"
-        path.write_bytes(content.replace(b'"b":', b'"a":'))
-        return path
+    if kind == "legacy":
+        return saved({"aa": 1, "bb": 2}, _use_new_zipfile_serialization=False).replace(b"bb", b"aa")
+    if kind == "zip":
+        return torch_zip(pickle.dumps({"aa": 1, "bb": 2}, protocol=2).replace(b"bb", b"aa"))
+    path = folder / f"model.{kind}"
     if kind == "npz":
-        path = folder / "model.npz"
         np.savez(path, a=np.zeros(4, np.float32), b=np.ones(4, np.float32))
         path.write_bytes(path.read_bytes().replace(b"b.npy", b"a.npy"))
-        return path
-    path = folder / "model.pth"
-    torch.save({"aa": 1, "bb": 2}, path, _use_new_zipfile_serialization=False)
-    content = path.read_bytes()
-    if kind == "legacy":
-        path.write_bytes(content.replace(b"bb", b"aa"))
     else:
-        torch_zip(path, pickle.dumps({"aa": 1, "bb": 2}, protocol=2).replace(b"bb", b"aa"))
+        path.write_bytes(save({"a": torch.zeros(4), "b": torch.ones(4)}).replace(b'"b":', b'"a":'))
     return path
 
 
@@ -122,61 +113,44 @@ def truncated(kind: str, folder: Path, canary: Path) -> Path:
     container, _, cut = kind.partition("_")
     path = valid(container, folder)
     content = path.read_bytes()
-    keep = {"empty": 0, "first_byte": 1, "in_header": 100, "in_tensors": len(content) // 2, "last_byte": -1}[
-        cut
-    ]
-    path.write_bytes(content[:keep])
+    keep = {"empty": 0, "first_byte": 1, "in_header": 100, "in_tensors": len(content) // 2, "last_byte": -1}
+    path.write_bytes(content[: keep[cut]])
     return path
 
 
 # What is no file of weights.
 
 
-@several("html", "lfs", "json", "gzip", "text", "zeros", "zip")
-def something_else(kind: str, folder: Path, canary: Path) -> Path:
-    path = folder / "model.safetensors"
-    content = {
+@several("html", "lfs", "json", "gzip", "text", "zeros", "zip", file="model.safetensors")
+def something_else(kind: str, folder: Path, canary: Path) -> bytes:
+    return {
         "html": b"<!DOCTYPE html><html><body>Sign in</body></html>",
         "lfs": b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 3\n",
         "json": b'{"error": "Repository not found"}',
         "gzip": b"\x1f\x8b\x08" + bytes(50),
         "text": b"these are not the weights that you are looking for, go about your business",
         "zeros": bytes(1000),
-        "zip": b"",
+        "zip": zipped({"readme.txt": b"hello"}),
     }[kind]
-    path.write_bytes(content)
-    if kind == "zip":
-        with zipfile.ZipFile(path, "w") as archive:
-            archive.writestr("readme.txt", "hello")
-    return path
 
 
-@several("device", "pipe", "folder", "loop", "dangling", "zero")
+@several("loop", "dangling")
 def no_regular_file(kind: str, folder: Path, canary: Path) -> Path:
+    """Others are in `irregular_files.py`."""
     path = folder / "model.safetensors"
-    if kind == "pipe":
-        os.mkfifo(path)
-    elif kind == "folder":
-        path.mkdir()
-    else:
-        target = {"device": "/dev/tty", "loop": path.name, "dangling": "nowhere", "zero": "/dev/zero"}[kind]
-        path.symlink_to(target)
+    path.symlink_to({"loop": path.name, "dangling": "nowhere"}[kind])
     return path
 
 
 @several("parent", "absolute", "link")
 def index_that_escapes(kind: str, folder: Path, canary: Path) -> Path:
-    inner = folder / "model"
+    inner, secret = folder / "model", folder / "secret.safetensors"
     inner.mkdir()
-    save_file(weights(), folder / "secret.safetensors")
-    name = {
-        "parent": "../secret.safetensors",
-        "absolute": str(folder / "secret.safetensors"),
-        "link": "a.safetensors",
-    }
+    save_file(weights(), secret)
+    name = {"parent": "../secret.safetensors", "absolute": str(secret), "link": "a.safetensors"}[kind]
     if kind == "link":
-        (inner / "a.safetensors").symlink_to(folder / "secret.safetensors")
-    names = dict.fromkeys(weights(), name[kind])
-    (inner / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
+        (inner / name).symlink_to(secret)
+    index = {"weight_map": dict.fromkeys(weights(), name)}
+    (inner / "model.safetensors.index.json").write_text(json.dumps(index))
     (inner / "config.json").write_text(json.dumps({"architecture": ARCHITECTURE, "model_args": ARGUMENTS}))
     return inner

@@ -72,16 +72,9 @@ def _save_transparent(tile: Image.Image, stem: Path) -> None:
 
 
 FORMATS: tuple[Callable[[Image.Image, Path], None], ...] = (
-    partial(_save, suffix=".jpg"),
-    partial(_save, suffix=".png"),
-    partial(_save, suffix=".jpeg", mode="L"),
-    partial(_save, suffix=".jpg", mode="CMYK"),
-    _save_turned,
-    partial(_save, suffix=".png", mode="P"),
-    _save_transparent,
-    partial(_save, suffix=".png", mode="LA"),
-    partial(_save_sized, size=(500, 375)),
-    partial(_save_sized, size=(3000, 40)),
-    partial(_save, suffix=".jpg"),
+    partial(_save, suffix=".jpg"), partial(_save, suffix=".png"), partial(_save, suffix=".jpeg", mode="L"),
+    partial(_save, suffix=".jpg", mode="CMYK"), _save_turned, partial(_save, suffix=".png", mode="P"),
+    _save_transparent, partial(_save, suffix=".png", mode="LA"), partial(_save_sized, size=(500, 375)),
+    partial(_save_sized, size=(3000, 40)), partial(_save, suffix=".jpg"),
     partial(_save, suffix=".png", mode="1"),
-)
+)  # fmt: skip

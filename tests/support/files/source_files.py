@@ -25,13 +25,9 @@ def norm(name: str) -> Tensors:
 
 def block(b: str) -> Tensors:
     return {
-        **norm(f"{b}norm1"),
-        **layer(f"{b}attn.qkv", 3 * WIDTH),
-        **layer(f"{b}attn.proj", WIDTH),
-        **norm(f"{b}norm2"),
-        **layer(f"{b}mlp.fc1", 4 * WIDTH),
-        **layer(f"{b}mlp.fc2", WIDTH, 4 * WIDTH),
-    }
+        **norm(f"{b}norm1"), **layer(f"{b}attn.qkv", 3 * WIDTH), **layer(f"{b}attn.proj", WIDTH),
+        **norm(f"{b}norm2"), **layer(f"{b}mlp.fc1", 4 * WIDTH), **layer(f"{b}mlp.fc2", WIDTH, 4 * WIDTH),
+    }  # fmt: skip
 
 
 def patch_embed() -> Tensors:
@@ -41,11 +37,9 @@ def patch_embed() -> Tensors:
 def plain(*, final: str = "norm", classes: int = 0, prefix: int = 1) -> Tensors:
     """MAE's encoder, DINO's and iBOT's backbones, DeiT with `classes`."""
     tensors = {
-        "cls_token": random(1, 1, WIDTH),
-        "pos_embed": random(1, prefix + SIDE**2, WIDTH),
-        **patch_embed(),
+        "cls_token": random(1, 1, WIDTH), "pos_embed": random(1, prefix + SIDE**2, WIDTH), **patch_embed(),
         **norm(final),
-    }
+    }  # fmt: skip
     for i in range(DEPTH):
         tensors |= block(f"blocks.{i}.")
     return tensors | (layer("head", classes) if classes else {})
@@ -53,10 +47,8 @@ def plain(*, final: str = "norm", classes: int = 0, prefix: int = 1) -> Tensors:
 
 def mae() -> Tensors:
     decoder = {
-        "mask_token": random(1, 1, 8),
-        "decoder_pos_embed": random(1, 17, 8),
-        **layer("decoder_embed", 8),
-    }
+        "mask_token": random(1, 1, 8), "decoder_pos_embed": random(1, 17, 8), **layer("decoder_embed", 8),
+    }  # fmt: skip
     for name in ("decoder_blocks.0.attn.qkv", "decoder_norm", "decoder_pred"):
         decoder |= layer(name, 8, 8)
     return {**plain(), **decoder}
@@ -90,12 +82,9 @@ def dino_head(name: str) -> Tensors:
 
 def dinov2(blocks: list[str], *, registers: int, gated: bool = False) -> Tensors:
     tensors = {
-        "cls_token": random(1, 1, WIDTH),
-        "pos_embed": random(1, 1 + SIDE**2, WIDTH),
-        "mask_token": random(1, WIDTH),
-        **patch_embed(),
-        **norm("norm"),
-    }
+        "cls_token": random(1, 1, WIDTH), "pos_embed": random(1, 1 + SIDE**2, WIDTH),
+        "mask_token": random(1, WIDTH), **patch_embed(), **norm("norm"),
+    }  # fmt: skip
     if registers:
         tensors["register_tokens"] = random(1, registers, WIDTH)
     for b in blocks:
@@ -110,13 +99,9 @@ def dinov2(blocks: list[str], *, registers: int, gated: bool = False) -> Tensors
 def dinov3(*, gated: bool = False) -> Tensors:
     periods = 100.0 ** (torch.arange(WIDTH // HEADS // 4) / (WIDTH // HEADS // 4))
     tensors = {
-        "cls_token": random(1, 1, WIDTH),
-        "storage_tokens": random(1, 4, WIDTH),
-        "mask_token": random(1, WIDTH),
-        "rope_embed.periods": periods,
-        **patch_embed(),
-        **norm("norm"),
-    }
+        "cls_token": random(1, 1, WIDTH), "storage_tokens": random(1, 4, WIDTH), "mask_token": random(1, WIDTH),
+        "rope_embed.periods": periods, **patch_embed(), **norm("norm"),
+    }  # fmt: skip
     mask = torch.ones(3, WIDTH)
     mask[1] = 0
     for b in (f"blocks.{i}." for i in range(DEPTH)):
