@@ -46,7 +46,7 @@ class Candidate:
     num_classes: int
     """The number of classes; 0 if the model has no head."""
     loaded: Pretrained
-    """What its source says of it."""
+    """Description by its source."""
     label_names: tuple[str, ...] | None = None
     """The class names of the head in order, if they are known."""
 

@@ -87,7 +87,7 @@ class Action:
     """An action of a command, such as `stop` of `graftvit jobs`."""
 
     does: str
-    """What it does, in a few words."""
+    """Purpose, in a few words."""
     run: Callable[[list[str]], int]
     """Runs it with the words after its name; returns the exit code."""
 

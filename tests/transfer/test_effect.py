@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import hashlib
 from collections.abc import Callable
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -17,8 +17,9 @@ from graftvit.launch.fields import leaves
 from graftvit.models.errors import ConfigError, GraftError
 from graftvit.transfer.config import RunConfig
 from graftvit.transfer.engine.build import build, check_settings
-from graftvit.transfer.engine.modes import mode_of
+from graftvit.transfer.engine.modes import MODES, mode_of
 from graftvit.transfer.engine.optim import create_optimizer, plan_schedule
+from graftvit.transfer.mode_facts import MODE_FACTS, Mode
 from graftvit.transfer.setting import check_effect, find_rule, find_unread, rule_of, without
 from support.runs.engine_runs import ARCHITECTURE, ARGUMENTS, make_teacher
 from torch import Tensor
@@ -186,6 +187,10 @@ def test_every_setting_that_changes_numbers_has_another_value() -> None:
     assert leaves().keys() - outside - {"mode", "engine.device"} <= OTHER.keys(), "add another value to OTHER"
     assert all(leaves()[key].field.default != value for key, value in OTHER.items())
     assert IN_THE_LOOP | BY_VALUE.keys() <= leaves().keys()
+
+
+def test_every_mode_has_its_facts_and_its_class() -> None:
+    assert MODE_FACTS.keys() == MODES.keys() == set(get_args(Mode))
 
 
 @pytest.mark.parametrize(

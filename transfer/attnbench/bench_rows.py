@@ -59,7 +59,7 @@ class Row(Ending):
     data: str = ""
     seed: Whole = 0
     local: bool = True
-    """Whether a depthwise convolution of the values is added."""
+    """Addition of a depthwise convolution of the values."""
     recipe: str = ""
     status: Status = "trained"
     reason: str = ""

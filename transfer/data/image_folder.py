@@ -206,7 +206,7 @@ class Found:
     files: list[str] = field(default_factory=list)
     folders: set[Key] = field(default_factory=set)
     linked: bool = False
-    """Whether some files are links."""
+    """True if some files are links."""
     left_out: list[str] = field(default_factory=list)
     """Links to folders and files that are there already."""
 

@@ -31,7 +31,7 @@ class BadImage(NamedTuple):
     path: str
     reason: str
     identity: str | None = None
-    """What it is known by where `path` differs from one pass to the next."""
+    """Name of the image if `path` differs from one pass to the next."""
     target: int | None = None
     """Its label, where that is known without reading it."""
 
@@ -59,7 +59,7 @@ class Batch(NamedTuple):
     bad: list[BadImage]
     failure: str | None = None
     beside: dict[str, Tensor] | None = None
-    """What `TrainBatches.beside` adds to the images."""
+    """Tensors that `TrainBatches.beside` adds to the images."""
 
 
 class Beside(Protocol):

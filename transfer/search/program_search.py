@@ -59,7 +59,7 @@ class Evaluation(Ending):
     """The check that refused the program; empty if it was measured."""
     reason: str = ""
     mismatch: Error | None = None
-    """Of the teacher's attention (`matching.mismatch`), the mean over teachers; None if it was refused."""
+    """Mean mismatch of the teachers' attention (`matching.mismatch`); None if it was refused."""
     cost: Whole = 0
     """Multiply-adds and entries of all layers, for one image."""
     errors: tuple[Error, ...] = ()
@@ -194,7 +194,7 @@ class SearchSettings:
     teacher: str
     images: str
     proxy: Literal["matching", "fitted"] = "matching"
-    """What mismatch is measured by: a name of `PROXIES`."""
+    """Measure of the mismatch: a name of `PROXIES`."""
     identity: str = ""
     """The digest of the teachers' identities."""
 

@@ -65,9 +65,9 @@ class Source:
     folders: tuple[str, ...] = ()
     """Places of folders that must be there, empty or not."""
     setting: str = "data_path"
-    """Which setting names `root`."""
+    """Setting that names `root`."""
     packed: bool = False
-    """Whether the one piece is an archive to be unpacked."""
+    """True if the one piece is an archive to be unpacked."""
 
     def needs(self) -> tuple[int, int]:
         """Return how many files the copy has, and the bytes that they take on a disk."""
