@@ -177,7 +177,7 @@ def _is_empty(model: nn.Module) -> bool:
 
 
 def _describe_student(run: DryRun) -> str:
-    plan, start = run.parts.plan, run.config.starting_source or "fresh weights"
+    plan, start = run.parts.plan, run.config.start
     count, classes = parameter_count(run.parts.task.backbone), plan.arguments["num_classes"]
     name = plan.architecture
     if name == CONVERTED:

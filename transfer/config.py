@@ -26,6 +26,7 @@ from .setting import (
     check_size_text,
     in_mode,
     setting,
+    value_of,
 )
 
 Metric = Literal["auto", "top1", "loss", "knn", "probe", "distance"]
@@ -35,9 +36,7 @@ AUTO: Final = "auto"
 
 LOADS_TEACHER = Need(
     lambda run: run.reads_teacher or run.starting_source == TEACHER,
-    lambda run: (
-        f"with mode={run.mode}, whose student starts from {run.starting_source or 'fresh weights'}: leave it out"
-    ),
+    "with mode={run.mode}, whose student starts from {run.start}: leave it out",
 )
 NAMES_TEACHER = Need(
     lambda run: run.teacher.source is not None or run.starting_source == TEACHER,
@@ -45,13 +44,11 @@ NAMES_TEACHER = Need(
 )
 TAUGHT = Need(
     lambda run: run.facts.taught,
-    lambda run: f"with mode={run.mode}, in which no teacher takes part in a step: leave it out",
+    "with mode={run.mode}, in which no teacher takes part in a step: leave it out",
 )
 PREPARES_TEACHER = Need(
     lambda run: run.facts.transfers,
-    lambda run: (
-        f"with mode={run.mode}, which neither compiles nor shards it: leave it out, or set mode=transfer"
-    ),
+    "with mode={run.mode}, which neither compiles nor shards it: leave it out, or set mode=transfer",
 )
 READS_WEIGHTS = Need(
     lambda run: (run.reads_teacher and run.teacher.source is not None) or run.starting_source is not None,
@@ -65,48 +62,42 @@ class TeacherConfig(Section):
     source: str | None = setting(
         None,
         "timm name, hf-hub:org/name[@revision], local-dir:path, .safetensors or .pth",
+        LOADS_TEACHER,
         also=("teacher",),
-        needs=(LOADS_TEACHER,),
     )
     revision: str | None = setting(
         None,
         "branch, tag or commit on the hub; the loaded commit is written to the run's config.yaml, and a resumed run "
         "loads that commit",
-        needs=(LOADS_TEACHER, NAMES_TEACHER),
+        LOADS_TEACHER,
+        NAMES_TEACHER,
     )
     model: str | None = setting(
-        None,
-        "timm architecture, for a weights file that does not name its own",
-        needs=(LOADS_TEACHER, NAMES_TEACHER),
+        None, "timm architecture, for a weights file that does not name its own", LOADS_TEACHER, NAMES_TEACHER
     )
     model_args: JsonDict = setting(
-        {}, "keyword arguments of the teacher's timm constructor", needs=(LOADS_TEACHER, NAMES_TEACHER)
+        {}, "keyword arguments of the teacher's timm constructor", LOADS_TEACHER, NAMES_TEACHER
     )
     img_size: int | tuple[int, int] | None = setting(
-        None,
-        "image size of the teacher's input, to which it is resampled; the student's by default",
-        needs=(TAUGHT,),
+        None, "image size of the teacher's input, to which it is resampled; the student's by default", TAUGHT
     )
     position_embedding: Literal["timm", "mae"] = setting(
         "timm",
         "method to resample position embeddings: timm's antialiased bicubic, or MAE's plain bicubic",
-        needs=(READS_WEIGHTS,),
+        READS_WEIGHTS,
     )
 
     dtype: Literal["fp32", "bf16", "fp16"] = setting(
-        "fp32", "type of the teacher's weights: half of the memory with bf16 or fp16", needs=(TAUGHT,)
+        "fp32", "type of the teacher's weights: half of the memory with bf16 or fp16", TAUGHT
     )
     compile: bool = setting(
-        False,
-        "compilation of the teacher's forward pass by torch.compile",
-        resume="free",
-        needs=(PREPARES_TEACHER,),
+        False, "compilation of the teacher's forward pass by torch.compile", PREPARES_TEACHER, resume="free"
     )
     shard: bool = setting(
         False,
         "sharding of the teacher's weights over the processes by FSDP2, for one larger than a device",
+        PREPARES_TEACHER,
         resume="free",
-        needs=(PREPARES_TEACHER,),
     )
 
     _check_size = field_validator("img_size")(check_size)
@@ -121,21 +112,16 @@ class TeacherConfig(Section):
 
 BUILT_HERE = Need(
     lambda run: run.student.whole_name is None,
-    lambda run: (
-        f"with student.model={run.student.whole_name}, which brings its own architecture: leave it out"
-    ),
+    "with student.model={run.student.whole_name}, which brings its own architecture: leave it out",
 )
-POOLED = Need(
-    lambda run: run.facts.pools,
-    lambda run: f"with mode={run.mode}, whose student is not pooled: leave it out",
-)
+POOLED = Need(lambda run: run.facts.pools, "with mode={run.mode}, whose student is not pooled: leave it out")
 RUNS_BLOCKS = Need(
     lambda run: not run.facts.aligns,
-    lambda run: f"with mode={run.mode}, which trains layers apart from their blocks: leave it out",
+    "with mode={run.mode}, which trains layers apart from their blocks: leave it out",
 )
 DRAWS_WEIGHTS = Need(
     lambda run: run.starting_source is None or run.facts.draws_head,
-    lambda run: f"with a student that starts from {run.starting_source}: leave it out",
+    "with a student that starts from {run.starting_source}: leave it out",
 )
 
 
@@ -159,25 +145,24 @@ class StudentConfig(Section):
     model_args: JsonDict = setting(
         {},
         "keyword arguments of the student's timm constructor, beside those of the weights it starts from",
+        BUILT_HERE,
         also=("model_args",),
-        needs=(BUILT_HERE,),
     )
     plan: str | None = setting(
-        None,
-        "operator of each layer, such as '*: linear; 9-11: softmax'; the architecture's own by default",
+        None, "operator of each layer, such as '*: linear; 9-11: softmax'; the architecture's own by default"
     )
     calibrate: int = setting(
         0,
         "training images on which the operators of the plan are fitted and calibrated before the first step; hash "
         "needs it",
+        with_plan("new operators"),
         ge=0,
-        needs=(with_plan("new operators"),),
     )
     without: tuple[Literal["bias"], ...] = setting(
         (),
         "parts of a pyramid's layers that a plan gives up where an operator does not take them: bias, the relative "
         "position bias (Swin)",
-        needs=(with_plan("student.plan, which gives parts up"),),
+        with_plan("student.plan, which gives parts up"),
     )
     init: str | None = setting(
         None,
@@ -193,24 +178,23 @@ class StudentConfig(Section):
     global_pool: Literal["auto", "avg", "token", "map", ""] | None = setting(
         AUTO,
         "pooling before the head; auto: that of the weights it starts from, else avg; none: the architecture's",
-        needs=(POOLED, BUILT_HERE),
+        POOLED,
+        BUILT_HERE,
     )
-    drop_path: float = setting(
-        0.0, "stochastic depth rate of the last block", ge=0, lt=1, needs=(RUNS_BLOCKS,)
-    )
+    drop_path: float = setting(0.0, "stochastic depth rate of the last block", RUNS_BLOCKS, ge=0, lt=1)
     pos_embed_std: float | None = setting(
         None,
         "deviation of the fresh position embeddings; the architecture's own by default",
+        DRAWS_WEIGHTS,
         gt=0,
-        needs=(DRAWS_WEIGHTS,),
     )
     mirror_teacher: bool = setting(
         False,
         "a student with the teacher's native parts (LayerScale, registers, ...), freshly initialized",
-        needs=(BUILT_HERE,),
+        BUILT_HERE,
     )
     grad_checkpointing: bool = setting(
-        False, "recomputation of block activations in the backward pass", resume="free", needs=(RUNS_BLOCKS,)
+        False, "recomputation of block activations in the backward pass", RUNS_BLOCKS, resume="free"
     )
     compile: bool = setting(
         False, "compilation of the step's forward by torch.compile, as one graph", resume="free"
@@ -251,21 +235,14 @@ class AlignConfig(Section):
 
 def of_family(*families: str) -> Need:
     """Return the condition of settings that only some kinds of data sets read."""
-    kinds = [f"{family}/..." for family in families]
-    return Need(
-        lambda run: run.data.family in families,
-        lambda run: (
-            f"with data.dataset={run.data.dataset or 'folder'}: leave it out, or set data.dataset to "
-            f"{', '.join(kinds[:-1])} or {kinds[-1]}"
-        ),
-    )
+    *others, last = [f"{family}/..." for family in families]
+    why = f"with data.dataset={{run.data.kind}}: leave it out, or set data.dataset to {', '.join(others)} or {last}"
+    return Need(lambda run: run.data.family in families, why)
 
 
 IN_A_FOLDER = Need(
     lambda run: run.data.family != "digits",
-    lambda run: (
-        f"with data.dataset={run.data.dataset}, which comes with scikit-learn: leave it out, or set data.dataset"
-    ),
+    "with data.dataset={run.data.dataset}, which comes with scikit-learn: leave it out, or set data.dataset",
 )
 SUBSET = Need(
     lambda run: run.data.train_samples is not None,
@@ -278,9 +255,7 @@ EVALUATES = (
     ),
     Need(
         lambda run: run.evaluates,
-        lambda run: (
-            f"with mode={run.mode} and engine.metric=auto, which evaluate nothing: leave it out, or set engine.metric"
-        ),
+        "with mode={run.mode} and engine.metric=auto, which evaluate nothing: leave it out, or set engine.metric",
     ),
 )
 NO_VIEWS = "with data.views=0, which shows images without augmentation: leave it out"
@@ -291,14 +266,12 @@ CROPPED = Need(
 )
 FRESH_VIEWS = Need(
     lambda run: run.data.views is None,
-    lambda run: (
-        f"beside data.views={run.data.views}, which fixes the views of an image: leave one of them out"
-    ),
+    "beside data.views={run.data.views}, which fixes the views of an image: leave one of them out",
     instead="data.views",
 )
 JITTERED = Need(
     lambda run: run.data.aa in (None, "", "none") or "3a" in run.data.aa,
-    lambda run: f"with data.aa={run.data.aa}, in whose place it works: leave it out, or set data.aa=none",
+    "with data.aa={run.data.aa}, in whose place it works: leave it out, or set data.aa=none",
 )
 RESIZED_AT_RANDOM = (
     Need(lambda run: run.data.interpolation != "random" or run.data.views != 0, NO_VIEWS),
@@ -317,7 +290,7 @@ class DataConfig(Section):
         "", "timm data set name (folder by default): torch/cifar10, hfds/..., wds/..., or digits"
     )
     data_path: str | None = setting(
-        None, "root folder of the data set", outside=True, also=("data_dir",), needs=(IN_A_FOLDER,)
+        None, "root folder of the data set", IN_A_FOLDER, outside=True, also=("data_dir",)
     )
     stage: Annotated[str | None, LOCAL] = setting(
         None,
@@ -328,23 +301,20 @@ class DataConfig(Section):
     )
     train_split: str = setting("train", "split to train on")
     val_split: str | None = setting(
-        "validation", "split to evaluate on; none turns evaluation off", off=(None,), needs=EVALUATES
+        "validation", "split to evaluate on; none turns evaluation off", *EVALUATES, off=(None,)
     )
     download: bool = setting(
-        False,
-        "download of the data set by torchvision",
-        outside=True,
-        needs=(of_family("torch", "tfds", "hfids"),),
+        False, "download of the data set by torchvision", of_family("torch", "tfds", "hfids"), outside=True
     )
     image_column: str | None = setting(
         None,
         "column of the images in hfds and hfids, feature in tfds, file ending in wds; guessed by default",
-        needs=(of_family("hfds", "hfids", "tfds", "wds"),),
+        of_family("hfds", "hfids", "tfds", "wds"),
     )
     label_column: str | None = setting(
         None,
         "column of the labels in hfds and hfids, feature in tfds, field of the .json in wds; guessed by default",
-        needs=(of_family("hfds", "hfids", "tfds", "wds"),),
+        of_family("hfds", "hfids", "tfds", "wds"),
     )
     classes: str | list[str] | None = setting(
         None,
@@ -356,14 +326,10 @@ class DataConfig(Section):
     train_samples: int | None = setting(
         None, "number of training samples to use, balanced over classes; all by default", gt=0
     )
-    label_seed: int = setting(0, "seed that chooses the train_samples", needs=(SUBSET,))
+    label_seed: int = setting(0, "seed that chooses the train_samples", SUBSET)
     batch_size: int = setting(32, "images per device and step", gt=0)
     eval_batch_size: int | None = setting(
-        None,
-        "images per device in evaluation; batch_size by default",
-        gt=0,
-        resume="free",
-        needs=EVALUATES,
+        None, "images per device in evaluation; batch_size by default", *EVALUATES, gt=0, resume="free"
     )
     workers: int = setting(4, "loader processes per device", ge=0, outside=True, also=("num_workers",))
     views: int | None = setting(
@@ -376,36 +342,30 @@ class DataConfig(Section):
         1,
         "repeated augmentation: an epoch shows one image in this many, each this many times with other augmentation; 3 "
         "in DeiT, PVT and LIT-Ti",
+        FRESH_VIEWS,
         gt=0,
-        needs=(FRESH_VIEWS,),
         see="[below](#repeated-augmentation)",
     )
     crop_scale: tuple[float, float] = setting(
-        (0.08, 1.0), "area range of the random resized crop", drawn=True, needs=(AUGMENTED, CROPPED)
+        (0.08, 1.0), "area range of the random resized crop", AUGMENTED, CROPPED, drawn=True
     )
     hflip: float = setting(
-        0.5,
-        "probability of a horizontal flip",
-        ge=0,
-        le=1,
-        drawn=True,
-        off=(0.0,),
-        needs=(AUGMENTED, CROPPED),
+        0.5, "probability of a horizontal flip", AUGMENTED, CROPPED, ge=0, le=1, drawn=True, off=(0.0,)
     )
     aa: str | None = setting(
         "rand-m9-mstd0.5-inc1",
         "timm auto-augment policy, 'affine' for digits, or none",
+        Need(lambda run: run.data.views != 0 or run.data.aa == "affine", NO_VIEWS),
         drawn=True,
-        needs=(Need(lambda run: run.data.views != 0 or run.data.aa == "affine", NO_VIEWS),),
     )
     color_jitter: float = setting(
-        0.0, "strength of color jitter with aa=none", ge=0, drawn=True, needs=(AUGMENTED, JITTERED)
+        0.0, "strength of color jitter with aa=none", AUGMENTED, JITTERED, ge=0, drawn=True
     )
     interpolation: Literal["bicubic", "bilinear", "random"] | None = setting(
         None,
         "interpolation of resizing; the weights' own by default, and in evaluation also with random",
+        *RESIZED_AT_RANDOM,
         drawn=True,
-        needs=RESIZED_AT_RANDOM,
     )
     crop_pct: float | None = setting(
         None, "share of a side that evaluation keeps; the weights' own by default", gt=0, le=1
@@ -413,10 +373,10 @@ class DataConfig(Section):
     crop_mode: Literal["center", "squash", "border"] | None = setting(
         None, "timm's crop mode in evaluation; the weights' own by default"
     )
-    reprob: float = setting(0.0, "probability of random erasing", ge=0, le=1, drawn=True, needs=(AUGMENTED,))
+    reprob: float = setting(0.0, "probability of random erasing", AUGMENTED, ge=0, le=1, drawn=True)
     mixup: float = setting(0.0, "mixup alpha", ge=0)
     cutmix: float = setting(0.0, "cutmix alpha", ge=0)
-    smoothing: float = setting(0.1, "label smoothing", ge=0, lt=1, off=(0.0,), needs=(LABELED,))
+    smoothing: float = setting(0.1, "label smoothing", LABELED, ge=0, lt=1, off=(0.0,))
     max_bad_images: float = setting(
         0.01,
         "share of a split's images (below 1), or their number (from 1 on), that may be unreadable; a run with more, or "
@@ -424,6 +384,11 @@ class DataConfig(Section):
         ge=0,
         outside=True,
     )
+
+    @property
+    def kind(self) -> str:
+        """The name of the data set, or the word for a folder."""
+        return self.dataset or "folder"
 
     @property
     def family(self) -> str:
@@ -465,13 +430,8 @@ class DataConfig(Section):
 
 def beside(setting: str, what: str) -> Need:
     """Return the condition of a setting of `optim` whose place another one takes."""
-    name = setting.rpartition(".")[2]
-    return Need(
-        lambda optim: getattr(optim, name) is None,
-        lambda optim: f"beside {setting}={getattr(optim, name)}, which is {what}: leave one of them out",
-        of="section",
-        instead=setting,
-    )
+    why = f"beside {setting}={{run.{setting}}}, which is {what}: leave one of them out"
+    return Need(lambda run: value_of(run, setting) is None, why, instead=setting)
 
 
 class OptimConfig(Section):
@@ -480,18 +440,15 @@ class OptimConfig(Section):
     epochs: int = setting(
         100,
         "passes over the training set",
+        beside("optim.max_steps", "the length of the run"),
         gt=0,
         resume="free",
-        needs=(beside("optim.max_steps", "the length of the run"),),
     )
     max_steps: int | None = setting(None, "number of steps, in place of epochs", gt=0, resume="free")
     opt: str = setting("adamw", "timm optimizer name")
     lr: float | None = setting(None, "absolute learning rate; blr x effective batch / 256 by default", gt=0)
     blr: float = setting(
-        1e-3,
-        "base learning rate for 256 images",
-        gt=0,
-        needs=(beside("optim.lr", "the learning rate itself"),),
+        1e-3, "base learning rate for 256 images", beside("optim.lr", "the learning rate itself"), gt=0
     )
     min_lr: float = setting(1e-6, "learning rate at the end of the cosine", ge=0)
     warmup_epochs: float = setting(5, "linear warm-up from zero", ge=0)
@@ -499,20 +456,14 @@ class OptimConfig(Section):
     betas: tuple[float, float] = setting((0.9, 0.999), "betas of Adam")
     layer_decay: float = setting(1.0, "learning rate factor from each layer to the one below it", gt=0, le=1)
     clip_grad: float | None = setting(None, "largest gradient norm", gt=0)
-    accum_iter: int = setting(  # held by `elastic.check_spread`, together with the number of processes
-        1, "batches accumulated before an optimizer step", gt=0, resume="free"
-    )
+    accum_iter: int = setting(1, "batches accumulated before an optimizer step", gt=0, resume="free")
     recipe_batch: int | None = setting(
         None,
         "images per step of the published recipe; the plan and the log say by how much a run differs",
         gt=0,
     )
     ema: float | None = setting(
-        None,
-        "decay of the student's moving average; off by default",
-        gt=0,
-        lt=1,
-        also=("model_ema_decay",),
+        None, "decay of the student's moving average; off by default", gt=0, lt=1, also=("model_ema_decay",)
     )
     scales: dict[str, PositiveFloat] = setting(
         {},
@@ -530,18 +481,14 @@ class EngineConfig(Section):
 
     precision: Literal["fp32", "bf16", "fp16"] = setting("fp32", "precision of autocast")
     tf32: bool = setting(
-        False,
-        "rounding of the inputs of float32 matrix products to TF32 on a GPU; off is exact float32",
+        False, "rounding of the inputs of float32 matrix products to TF32 on a GPU; off is exact float32"
     )
     fsdp: bool = setting(False, "sharding of the student by FSDP2 instead of replication", resume="free")
     device: Literal["auto", "cpu"] = setting("auto", "device; cpu uses no GPU", resume="free")
     log_interval: int = setting(
-        20,
-        "optimizer steps between log records; the only device synchronization",
-        gt=0,
-        outside=True,
+        20, "optimizer steps between log records; the only device synchronization", gt=0, outside=True
     )
-    eval_every: int = setting(1, "epochs between evaluations", gt=0, resume="free", needs=EVALUATES)
+    eval_every: int = setting(1, "epochs between evaluations", *EVALUATES, gt=0, resume="free")
     metric: Metric = setting(
         "auto",
         "metric that chooses the best state; auto is top1 if labels and head match, else the distance to the teacher "
@@ -559,10 +506,7 @@ class EngineConfig(Section):
         None, "optimizer steps between states; each epoch by default", gt=0, outside=True
     )
     save_minutes: float | None = setting(
-        None,
-        "minutes without a state after which the next step saves one too",
-        gt=0,
-        outside=True,
+        None, "minutes without a state after which the next step saves one too", gt=0, outside=True
     )
     keep_states: int = setting(
         0,
@@ -580,8 +524,8 @@ class EngineConfig(Section):
     evaluate_start: bool = setting(
         False,
         "evaluation of the student before its first step too: the accuracy after conversion alone",
+        *EVALUATES,
         resume="free",
-        needs=EVALUATES,
     )
     resume: Literal["auto", "never"] = setting(
         "auto", "resumption: auto continues the run in output_dir if it holds one", outside=True
@@ -621,7 +565,7 @@ class RunConfig(Section):
     teachers: dict[str, TeacherConfig] = setting(
         {},
         "further teachers by name for transfer.losses, as in '{convnext: {source: convnext_base}}'",
-        needs=(in_mode("transfer"),),
+        in_mode("transfer"),
     )
     student: StudentConfig = StudentConfig()
     transfer: TransferConfig = TransferConfig()
@@ -645,6 +589,11 @@ class RunConfig(Section):
     def starting_source(self) -> str | None:
         """The weights that the student starts from: a source, or `TEACHER`; None for fresh ones."""
         return self.student.init or self.student.whole_name or self.facts.starts_from
+
+    @property
+    def start(self) -> str:
+        """The weights that the student starts from, in words."""
+        return self.starting_source or "fresh weights"
 
     @property
     def reads_teacher(self) -> bool:

@@ -9,6 +9,7 @@ from pydantic import field_validator, model_validator
 from .methods.method_facts import facts_of, method_names, reads_setting
 from .setting import LOCAL, Need, OneOf, Section, in_mode, rule_of, setting
 
+READS = "with transfer.method={run.method}: leave it out (it reads {run.reads})"
 STANDARDIZES = Need(
     lambda loss: loss.standardize != "none",
     "with standardize=none: leave it out, or set standardize to dimension or phi_s",
@@ -45,10 +46,7 @@ class LossConfig(Section):
         "after a rotation (PHI-S)",
     )
     standardize_images: int = setting(
-        1024,
-        "training images that the statistics of standardize are measured on",
-        gt=0,
-        needs=(STANDARDIZES,),
+        1024, "training images that the statistics of standardize are measured on", STANDARDIZES, gt=0
     )
     logits_loss: Literal["kl", "hard"] = setting(
         "kl", "loss of method=logits: KL divergence, or cross-entropy with the teacher's class"
@@ -79,19 +77,19 @@ class LossConfig(Section):
         """Return the conditions of a setting; those of a single loss need a method that reads them."""
         if name not in LossConfig.model_fields:
             return super().needs_of(name)
-        read = Need(lambda loss: reads_setting(loss.method, name), _describe_reads, of="section")
+        read = Need(lambda loss: reads_setting(loss.method, name), READS, of="section")
         return (*cls.needs, read, *rule_of(cls.model_fields[name]).needs)
+
+    @property
+    def reads(self) -> str:
+        """The names of the settings that the method reads."""
+        return ", ".join(sorted(facts_of(self.method).reads or ()))
 
     @field_validator("layers", "heads", mode="before")
     @classmethod
     def _one_number(cls, chosen: Any) -> Any:
         """Read a single number, as YAML reads `layers: 7`, as the text of it."""
         return str(chosen) if isinstance(chosen, int) and not isinstance(chosen, bool) else chosen
-
-
-def _describe_reads(loss: LossConfig) -> str:
-    reads = ", ".join(sorted(facts_of(loss.method).reads or ()))
-    return f"with transfer.method={loss.method}: leave it out (it reads {reads})"
 
 
 class LossEntry(LossConfig):
@@ -116,11 +114,9 @@ class TransferConfig(LossConfig):
     share_drop_path: bool = setting(
         False,
         "the student's stochastic-depth masks applied to the teacher too, as the official code does",
-        needs=(
-            Need(
-                lambda run: run.student.drop_path > 0,
-                "with student.drop_path=0, which drops no block: leave it out, or set student.drop_path",
-            ),
+        Need(
+            lambda run: run.student.drop_path > 0,
+            "with student.drop_path=0, which drops no block: leave it out, or set student.drop_path",
         ),
     )
     cache: Annotated[str | None, LOCAL] = setting(
@@ -134,14 +130,12 @@ class TransferConfig(LossConfig):
         None,
         "largest size in GiB of this run's targets in transfer.cache; by default what is missing may take 90% of the "
         "free disk",
+        Need(
+            lambda run: run.transfer.cache is not None,
+            "without transfer.cache: leave it out, or set transfer.cache",
+        ),
         gt=0,
         outside=True,
-        needs=(
-            Need(
-                lambda run: run.transfer.cache is not None,
-                "without transfer.cache: leave it out, or set transfer.cache",
-            ),
-        ),
     )
 
     @property

@@ -34,19 +34,17 @@ class Need:
 
     met: Callable[[Any], bool]
     """Predicate over the run, or over the section that holds the setting."""
-    why: str | Callable[[Any], str]
-    """End of the sentence `optim.blr=0.1 changes nothing …`: the reason, and what to do."""
+    why: str
+    """End of the sentence `optim.blr=0.1 changes nothing …`: the reason, and what to do; `{run.mode}` is filled in."""
     of: Literal["run", "section"] = "run"
-    """Argument of the predicate and of the reason."""
+    """What `met` is given, and what `run` means in the reason."""
     instead: str = ""
     """Setting that takes the place of this one. A typed value of one replaces an inherited value of the other."""
 
 
 def in_mode(mode: str) -> Need:
     """Return the condition of settings that one mode reads."""
-    return Need(
-        lambda run: run.mode == mode, lambda run: f"with mode={run.mode}: leave it out, or set mode={mode}"
-    )
+    return Need(lambda run: run.mode == mode, f"with mode={{run.mode}}: leave it out, or set mode={mode}")
 
 
 @dataclass(frozen=True)
@@ -72,8 +70,7 @@ class Rule:
 def setting(
     default: Any,
     help: str,  # noqa: A002 - the word of argparse
-    *,
-    needs: tuple[Need, ...] = (),
+    *needs: Need,
     off: tuple[Any, ...] = (),
     outside: bool = False,
     resume: Literal["held", "free"] = "held",
@@ -82,7 +79,7 @@ def setting(
     see: str = "",
     **limits: Any,
 ) -> Any:
-    """Describe a field of a section: its default, its help as a noun phrase, its `Rule`, and limits of its number."""
+    """Describe a field of a section: its default, its help as a noun phrase, its `Rule`, and the limits of a number."""
     field: FieldInfo = Field(default, description=help, **limits)
     field.metadata.append(Rule(needs, off, outside, resume, drawn, also, see))
     return field
@@ -288,12 +285,8 @@ def check_effect(run: Section) -> None:
 
 def find_replacements(run: Section, keys: Iterable[str]) -> set[str]:
     """Return the settings that take the place of those in `keys`, whatever value these have."""
-    found = set()
-    for key in keys:
-        section, _, name = key.rpartition(".")
-        owner = value_of(run, section) if section else run
-        found |= {need.instead for need in owner.needs_of(name) if not _is_met(need, run, owner)}
-    return found - {""}
+    found = {need for key in keys for need in find_rule(type(run), key).needs if need.instead}
+    return {need.instead for need in found if not need.met(run)}
 
 
 def _walk_unread(run: Section, section: Section, prefix: str) -> Iterator[tuple[str, str, Any]]:
@@ -308,12 +301,8 @@ def _walk_unread(run: Section, section: Section, prefix: str) -> Iterator[tuple[
                 yield from _walk_unread(run, entry, f"{prefix}{name}[{index}].")
         if value in (field.default, *rule_of(field).off):
             continue
-        unmet = (need for need in section.needs_of(name) if not _is_met(need, run, section))
-        for need in unmet:
+        for need in section.needs_of(name):
             subject = run if need.of == "run" else section
-            yield f"{prefix}{name}", need.why if isinstance(need.why, str) else need.why(subject), value
-            break
-
-
-def _is_met(need: Need, run: Section, section: Section) -> bool:
-    return need.met(run if need.of == "run" else section)
+            if not need.met(subject):
+                yield f"{prefix}{name}", need.why.format(run=subject), value
+                break
