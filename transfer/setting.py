@@ -37,7 +37,7 @@ class Need:
     why: str
     """End of the sentence `optim.blr=0.1 changes nothing …`: the reason, and what to do; `{run.mode}` is filled in."""
     of: Literal["run", "section"] = "run"
-    """What `met` is given, and what `run` means in the reason."""
+    """Argument of `met`, which the reason calls `run`."""
     instead: str = ""
     """Setting that takes the place of this one. A typed value of one replaces an inherited value of the other."""
 
