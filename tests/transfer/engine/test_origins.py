@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from graftvit.checkpoints import weight_files
 from graftvit.checkpoints.model_folders import Opened, open_source
 from graftvit.checkpoints.pretrained import load_pretrained, load_weights
 from graftvit.checkpoints.provenance import Pretrained
@@ -16,6 +17,7 @@ from graftvit.checkpoints.report import LoadReport
 from graftvit.launch.plan_text import describe_plan
 from graftvit.models.errors import CheckpointError, ConfigError
 from graftvit.models.plain_yaml import parse_yaml
+from graftvit.transfer.config import StudentConfig
 from graftvit.transfer.engine import build as building
 from graftvit.transfer.engine.build import identify_teachers
 from graftvit.transfer.engine.resume_check import check_same_teacher, check_same_weights
@@ -201,3 +203,26 @@ def test_all_teachers_of_some_runs_are_identified_each_once(tmp_path: Path, own_
     second = identify_teachers(*runs)
     assert [one == other for one, other in zip(first, second, strict=True)] == [True, False]
     assert identify_teachers(config(tmp_path / "scratch")) == []
+
+
+@pytest.mark.parametrize("source", ["teacher", "init", "model"])
+def test_weights_to_start_from_are_read_once(
+    source: str, tmp_path: Path, teacher: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[Path] = []
+    plain = weight_files.read_tree
+
+    def count(path: Path, kind: str) -> dict[str, Any]:
+        read.append(path)
+        return plain(path, kind)
+
+    monkeypatch.setattr(weight_files, "read_tree", count)
+    run = config(tmp_path, teacher, mode="finetune")
+    if source != "teacher":
+        own = StudentConfig() if source == "model" else run.student
+        student = own.model_copy(update={source: f"local-dir:{teacher}"})
+        run = run.model_copy(
+            update={"student": student, "teacher": run.teacher.model_copy(update={"source": None})}
+        )
+    building.build(run)
+    assert len(read) == 1
