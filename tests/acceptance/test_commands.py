@@ -23,6 +23,7 @@ from support.models.tiny_weights import write_stand_in
 from support.runs.cut_recipes import SMALL, Cut, command
 from support.runs.measure import measure
 from support.runs.patience import until
+from support.runs.typed import Typed
 
 DISTILL = "cifar10_distill"
 TRAINED = 'model = timm.create_model("local-dir:{}", pretrained=True)'
@@ -46,10 +47,8 @@ def converted(teacher: str, photos: Path, tmp_path_factory: pytest.TempPathFacto
 
 def run_elsewhere(words: list[str], home: Path) -> subprocess.Popen[str]:
     """`graftvit` in a process of its own."""
-    own = {
-        "XDG_CONFIG_HOME": str(home / "config"),
-        "XDG_STATE_HOME": str(home / "state"),
-        "OMP_NUM_THREADS": "1",
+    own = {f"XDG_{name}_HOME": str(home / name.lower()) for name in ("CONFIG", "STATE")} | {
+        "OMP_NUM_THREADS": "1"
     }
     return subprocess.Popen(
         [sys.executable, "-m", "graftvit.launch", *words],
@@ -111,28 +110,16 @@ def test_evaluate_somebody_elses_model_as_it_wants_to_be(
     assert anybody["loss"] == pytest.approx(found[teacher]["loss"], rel=1e-5)
 
 
-def test_layers(teacher: str, converted: str, photos: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_layers(teacher: str, converted: str, photos: Path, typed: Typed) -> None:
     words = ["--data_path", str(photos), "--batch_size", "8", "--workers", "0", "--keep", "2"]
-    assert main(["layers", converted, "--teacher", teacher, *words]) == 0
-    _, none, one, both, *_ = capsys.readouterr().out.splitlines()
+    _, none, one, both, *_ = typed("layers", converted, "--teacher", teacher, *words).out.splitlines()
     errors = [float(line.split()[1]) for line in (none, one, both)]
     assert errors[0] > errors[1] > errors[2] == 0
 
 
-def test_benchmark(converted: str, tmp_path: Path) -> None:
-    words = [
-        "--plan",
-        "*: linear",
-        "--img_size",
-        "64",
-        "--batch",
-        "2",
-        "--repeats",
-        "2",
-        "--output_dir",
-        str(tmp_path),
-    ]
-    assert main(["benchmark", "models", converted, *words]) == 0
+def test_benchmark(converted: str, tmp_path: Path, typed: Typed) -> None:
+    line = f"benchmark models {converted} --img_size 64 --batch 2 --repeats 2 --output_dir {tmp_path}"
+    typed(line, "--plan", "*: linear")
     assert "linear" in (tmp_path / "table.md").read_text()
 
 
@@ -152,12 +139,9 @@ def test_visualize_odd_formats_beside_the_teacher(
     assert len(list(out.glob("*_teacher.png"))) == 3
 
 
-def test_data_says_what_is_there_and_draws_it(
-    photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_data_says_what_is_there_and_draws_it(photos: Path, tmp_path: Path, typed: Typed) -> None:
     picture, file = tmp_path / "look.png", tmp_path / "found.json"
-    assert main(["data", str(photos), "--out", str(picture), "--json", str(file)]) == 0
-    said = capsys.readouterr().out
+    said = typed("data", photos, "--out", picture, "--json", file).out
     assert all(name in said for name in CLASSES)
     assert Image.open(picture).size > (100, 100)
 
@@ -170,17 +154,12 @@ def test_align_on_photographs_without_classes_keeps_the_head(
     for place, path in enumerate(sorted((photos / "train").rglob("*.*"))):
         shutil.copy(path, flat / f"{place:03d}{path.suffix}")
     run, file = tmp_path / "run", tmp_path / "found.json"
-    words = f"--mode align --teacher {teacher} --init teacher --plan *:linformer --student.img_size 64 --max_steps 3"
-    small = [
-        "--model",
-        "deit_base_patch16_224",
-        "--student.model_args",
-        json.dumps(SMALL),
-        "--global_pool",
-        "token",
-    ]
-    own = ["--data_path", str(flat), "--batch_size", "24", "--workers", "0", "--device", "cpu"]
-    assert main(["train", *words.split(), *small, *own, "--output_dir", str(run)]) == 0
+    line = (
+        f"train --mode align --teacher {teacher} --init teacher --plan *:linformer --student.img_size 64 "
+        f"--max_steps 3 --model deit_base_patch16_224 --global_pool token --data_path {flat} "
+        f"--batch_size 24 --workers 0 --device cpu --output_dir {run}"
+    )
+    assert main([*line.split(), "--student.model_args", json.dumps(SMALL)]) == 0
     held = json.loads((run / "student" / "config.json").read_text())
     assert held["num_classes"] == len(CLASSES)
     scored = ["--data_path", str(photos), "--workers", "0", "--device", "cpu", "--json", str(file)]

@@ -15,6 +15,8 @@ from graftvit.launch.load_config import read_recipe
 from support.files.photos import CLASSES
 from support.runs.measure import measure
 
+SMALL = '{"embed_dim": 48, "depth": 2, "num_heads": 3}'
+TEACHER = {"data": {"train_samples": 200}, "optim": {"epochs": 2, "warmup_epochs": 1}}
 SHORT = {"batch_size": 4, "repeats": 2, "speed_img_size": [], "error_batches": 1}
 
 
@@ -34,19 +36,11 @@ def test_efficient_attention_on_a_folder(photos: Path, tmp_path: Path) -> None:
         tmp_path / "short.yaml", {"base": "efficient_attention_cifar10", "compare": {**SHORT, "plans": plans}}
     )
     out = tmp_path / "out"
-    model = ["--student.model_args", '{"embed_dim": 48, "depth": 2, "num_heads": 3}']
-    data = [
-        "--dataset",
-        "folder",
-        "--data_path",
-        str(photos),
-        "--num_classes",
-        str(len(CLASSES)),
-        "--workers",
-        "0",
-    ]
-    length = ["--epochs", "1", "--warmup_epochs", "0.5", "--batch_size", "24", "--device", "cpu"]
-    words = ["compare", short, *data, *model, *length, "--output_dir", str(out)]
+    line = (
+        f"compare {short} --dataset folder --data_path {photos} --num_classes {len(CLASSES)} --workers 0 --epochs 1 "
+        f"--warmup_epochs 0.5 --batch_size 24 --device cpu --output_dir {out}"
+    )
+    words = [*line.split(), "--student.model_args", SMALL]
     assert main([*words, "--only", "softmax"]) == 0
     (first,) = out.rglob("cell.json")
     written = first.stat().st_mtime_ns
@@ -76,31 +70,19 @@ def test_one_operator_of_it_alone(photos: Path, tmp_path: Path) -> None:
         f"--model vit_tiny_d8_patch8_160 --img_size 160 --num_classes {len(CLASSES)} --max_steps 2 --batch_size 8 "
         f"--workers 0 --device cpu --output_dir {tmp_path}"
     ).split()
-    small = ["--student.model_args", '{"embed_dim": 48, "depth": 2, "num_heads": 3}']
-    assert main([*words, *small]) == 0
+    assert main([*words, "--student.model_args", SMALL]) == 0
     reported = json.loads((tmp_path / "student" / "config.json").read_text())["graftvit"]["results"]
     check(tmp_path / "student", photos, reported)
 
 
 def test_operators_on_digits(tmp_path: Path) -> None:
     plans = {name: read_recipe("digits_compare").compare["plans"][name] for name in ("linear", "mixed")}
-    write_yaml(
-        tmp_path / "teacher.yaml",
-        {
-            "base": "digits_teacher",
-            "data": {"train_samples": 200},
-            "optim": {"epochs": 2, "warmup_epochs": 1},
-        },
-    )
+    write_yaml(tmp_path / "teacher.yaml", {"base": "digits_teacher", **TEACHER})
     compare = {**SHORT, "plans": plans, "teacher_recipe": "teacher.yaml"}
     short = write_yaml(tmp_path / "short.yaml", {"base": "digits_compare", "compare": compare})
     out = tmp_path / "out"
-    assert (
-        main(
-            ["compare", short, "--max_steps", "4", "--only", "teacher,linear,mixed", "--output_dir", str(out)]
-        )
-        == 0
-    )
+    line = f"compare {short} --max_steps 4 --only teacher,linear,mixed --output_dir {out}"
+    assert main(line.split()) == 0
     found = cells(out)
     assert {record["name"] for record in found.values()} == {"teacher", *plans}
     for name, record in found.items():
@@ -110,21 +92,11 @@ def test_operators_on_digits(tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", ["digits_hash", "digits_hash_pyramid"])
 def test_hashed_attention_by_its_own_stages(kind: str, tmp_path: Path) -> None:
     base = read_recipe(f"{kind}_compare").compare
-    teacher = {"data": {"train_samples": 200}, "optim": {"epochs": 2, "warmup_epochs": 1}}
-    write_yaml(tmp_path / "teacher.yaml", {"base": base["teacher_recipe"], **teacher})
+    write_yaml(tmp_path / "teacher.yaml", {"base": base["teacher_recipe"], **TEACHER})
     compare = {**base, **SHORT, "seeds": [3], "teacher_recipe": "teacher.yaml"}
     short = write_yaml(tmp_path / "short.yaml", {"base": f"{kind}_compare", "compare": compare})
-    words = [
-        "compare",
-        short,
-        "--max_steps",
-        "3",
-        "--warmup_epochs",
-        "0.1",
-        "--output_dir",
-        str(tmp_path / "out"),
-    ]
-    assert main([*words, "--only", "teacher,hash-published,hash-transfer"]) == 0
+    line = f"compare {short} --max_steps 3 --warmup_epochs 0.1 --output_dir {tmp_path}/out"
+    assert main([*line.split(), "--only", "teacher,hash-published,hash-transfer"]) == 0
     found = {record["name"]: record for record in cells(tmp_path / "out").values()}
     assert set(found) == {"teacher", "hash-published", "hash-transfer"}
     assert all(record["error"] is None for record in found.values())

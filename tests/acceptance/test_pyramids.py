@@ -31,13 +31,8 @@ STUDENTS: dict[str, dict[str, Any]] = {
 }
 """What differs from `digits_pyramid_teacher` and `digits_pyramid_compare`."""
 PLANS = ("windows", "first-none")
-PUBLISHED = {
-    "swin": (
-        "swin_tiny_patch4_window7_224.ms_in1k",
-        {"embed_dim": 12, "depths": [2, 2, 2], "num_heads": [1, 2, 4]},
-    ),
-    "pvt": ("pvt_v2_b0.in1k", PVT),
-}
+SWIN = {"embed_dim": 12, "depths": [2, 2, 2], "num_heads": [1, 2, 4]}
+PUBLISHED = {"swin": ("swin_tiny_patch4_window7_224.ms_in1k", SWIN), "pvt": ("pvt_v2_b0.in1k", PVT)}
 
 
 @pytest.fixture(scope="module", params=list(STUDENTS))
@@ -46,13 +41,8 @@ def compared(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     folder = tmp_path_factory.mktemp(str(request.param))
     student = STUDENTS[str(request.param)]
     data = {"train_samples": 200}
-    write(
-        folder / "teacher.yaml",
-        "digits_pyramid_teacher",
-        student=student,
-        data=data,
-        optim={"epochs": 3, "warmup_epochs": 1},
-    )
+    length = {"epochs": 3, "warmup_epochs": 1}
+    write(folder / "teacher.yaml", "digits_pyramid_teacher", student=student, data=data, optim=length)
     plans = {name: read_recipe("digits_pyramid_compare").compare["plans"][name] for name in PLANS}
     short = {"batch_size": 4, "repeats": 2, "speed_img_size": [], "error_batches": 1}
     compare = {**short, "plans": plans, "teacher_recipe": "teacher.yaml"}
@@ -119,29 +109,13 @@ def test_a_recovery_on_photographs_submitted_on_this_machine(kind: str, photos: 
     source, arguments = PUBLISHED[kind]
     sized = arguments if kind == "pvt" else {**arguments, "img_size": 64}  # timm's PVTv2 has no such argument
     teacher = write_stand_in(source, tmp_path / "teacher", sized, len(CLASSES))
-    words = ["recover_swin_tiny", "--teacher.source", teacher, "--student.model", source.partition(".")[0]]
-    words += ["--student.model_args", json.dumps(arguments), "--student.img_size", "64"]
-    words += [
-        "--data_path",
-        str(photos),
-        "--num_classes",
-        str(len(CLASSES)),
-        "--batch_size",
-        "24",
-        "--workers",
-        "0",
-    ]
-    words += [
-        "--max_steps",
-        "3",
-        "--warmup_epochs",
-        "0.5",
-        "--device",
-        "cpu",
-        "--output_dir",
-        str(tmp_path / "run"),
-    ]
-    assert main(["submit", *words, "--cluster", "local", "--nodes", "1", "--gpus_per_node", "0"]) == 0
+    line = (
+        f"submit recover_swin_tiny --teacher.source {teacher} --student.model {source.partition('.')[0]} "
+        f"--student.img_size 64 --data_path {photos} --num_classes {len(CLASSES)} --batch_size 24 --workers 0 "
+        f"--max_steps 3 --warmup_epochs 0.5 --device cpu --output_dir {tmp_path}/run "
+        "--cluster local --nodes 1 --gpus_per_node 0"
+    )
+    assert main([*line.split(), "--student.model_args", json.dumps(arguments)]) == 0
     until(
         lambda: [each.outcome for each in JobFolder(tmp_path / "run").attempts()] == ["finished"], "the end"
     )

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from graftvit.launch.cli import main
+from support.runs.typed import Typed
 
 SMALL = {"patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 3}
 SHORT = ["--device", "cpu", "--workers", "0", "--batch_size", "24", "--no-progress"]
@@ -32,21 +33,17 @@ def evaluated(source: Path, photos: Path, file: Path) -> dict[str, Any]:
 
 
 def test_recovery_starts_at_the_accuracy_of_the_converted_teacher(
-    teacher: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    teacher: Path, photos: Path, tmp_path: Path, typed: Typed
 ) -> None:
-    assert (
-        main(["convert", str(teacher), "--plan", "*: linear", "--output_dir", str(tmp_path / "converted")])
-        == 0
-    )
+    typed("convert", teacher, "--plan", "*: linear", "--output_dir", tmp_path / "converted")
     wanted = evaluated(tmp_path / "converted", photos, tmp_path / "converted.json")
     run = tmp_path / "run"
     words = ["train", "recover_vit_base", "--teacher", str(teacher), "--data_path", str(photos), *SHORT]
     words += ["--num_classes", "none", "--max_steps", "1", "--output_dir", str(run)]
-    assert main([*words, "--dry_run"]) == 0
-    plan = capsys.readouterr().out
+    plan = typed(*words, "--dry_run").out
     assert "vit_tiny_patch16_224 converted by '*: linear'" in plan
     assert "warning:" not in plan
-    assert main(words) == 0
+    typed(*words)
     first = json.loads((run / "1-align" / "log.jsonl").read_text().splitlines()[0])
     assert first["step"] == 0
     assert {key: first[f"test_{key}"] for key in ("top1", "top5")} == {

@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from graftvit.launch.cli import main
 from graftvit.models.copying.teacher_view import WholeModel
 from support.runs.cut_recipes import Cut, command, stand_ins
+from support.runs.typed import Typed
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
@@ -15,7 +15,11 @@ RECIPE, CUT = "cached_teacher_vit_small", Cut(workers=2)
 
 
 def test_a_teacher_sees_photographs_once(
-    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    photos: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    typed: Typed,
 ) -> None:
     passes, forward = [0], WholeModel.forward
 
@@ -33,9 +37,9 @@ def test_a_teacher_sees_photographs_once(
         ("other", ["--seed", "1"]),
     ]:
         words = command(RECIPE, CUT, photos, tmp_path / name, weights)
-        assert main([*words, *flags, "--views", "2", "--dry_run"]) == 0
+        typed(*words, *flags, "--views", "2", "--dry_run")
         passes[0] = 0
-        assert main([*words, *flags, "--views", "2"]) == 0
+        typed(*words, *flags, "--views", "2")
         seen.append(passes[0])
         saved.append((tmp_path / name / "student" / "model.safetensors").read_bytes())
     assert seen == [6, 6, 0, 6], "72 images in two views, 24 in a batch"

@@ -16,6 +16,7 @@ from graftvit.launch.load_config import load_config
 from graftvit.transfer.engine.train import train
 from support.files.image_folders import class_folder, write_images
 from support.runs.engine_runs import ARCHITECTURE, ARGUMENTS
+from support.runs.typed import Typed
 
 NAMES = ("bright", "dark")
 """In the order of folders; the first is brighter than the second."""
@@ -50,20 +51,17 @@ def others(root: Path, names: dict[str, int], count: int = 6) -> Path:
     return root
 
 
-def evaluated(capsys: Any, tmp_path: Path, source: str, root: Path, *words: str) -> dict[str, float]:
-    path = tmp_path / "scores.json"
-    given = ["evaluate", source, "--data_path", str(root), "--device", "cpu", "--workers", "0", *words]
-    code = main([*given, "--json", str(path)])
-    error = capsys.readouterr().err.splitlines()
-    assert code == 0, error[-1]
-    found: dict[str, float] = json.loads(path.read_text())[source]
+DATA = ("--device", "cpu", "--workers", "0")
+
+
+def evaluated(typed: Typed, tmp_path: Path, source: str, root: Path, *words: str) -> dict[str, float]:
+    typed("evaluate", source, "--data_path", root, *DATA, *words, "--json", tmp_path / "scores.json")
+    found: dict[str, float] = json.loads((tmp_path / "scores.json").read_text())[source]
     return found
 
 
-def refused(capsys: Any, source: str, root: Path, *words: str) -> str:
-    given = ["evaluate", source, "--data_path", str(root), "--device", "cpu", "--workers", "0", *words]
-    assert main(given) == 2
-    return str(capsys.readouterr().err.splitlines()[-1])
+def refused(typed: Typed, source: str, root: Path) -> str:
+    return typed("evaluate", source, "--data_path", root, *DATA, code=2).err.splitlines()[-1]
 
 
 def renamed(source: Path, folder: Path, names: Any) -> str:
@@ -99,46 +97,43 @@ def test_what_a_run_leaves_says_its_classes(trained: tuple[Path, float], tmp_pat
 
 @pytest.mark.parametrize("source", ["", "/student", "#best"])
 def test_a_validation_set_in_another_order_goes_by_name(
-    source: str, trained: tuple[Path, float], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    source: str, trained: tuple[Path, float], tmp_path: Path, typed: Typed
 ) -> None:
     """The images of one class alone had the number 0, whichever class it was."""
-    found = evaluated(capsys, tmp_path, f"{trained[0]}{source}", others(tmp_path / "o", {"dark": 30}))
+    found = evaluated(typed, tmp_path, f"{trained[0]}{source}", others(tmp_path / "o", {"dark": 30}))
     assert (found["top1"], found["samples"]) == (100, 6)
 
 
 def test_foreign_classes_are_refused_by_name(
-    trained: tuple[Path, float], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    trained: tuple[Path, float], tmp_path: Path, typed: Typed
 ) -> None:
     root = others(tmp_path / "o", {"bright": 225, "gloomy": 30})
-    message = refused(capsys, str(trained[0] / "student"), root)
+    message = refused(typed, str(trained[0] / "student"), root)
     assert "classes that the model was not trained for: gloomy" in message
-    found = evaluated(capsys, tmp_path, renamed(trained[0], tmp_path / "unnamed", None), root)
+    found = evaluated(typed, tmp_path, renamed(trained[0], tmp_path / "unnamed", None), root)
     assert found["top1"] == 100, "names that nobody knows go by number, as ever"
 
 
-def test_features_need_no_names(
-    trained: tuple[Path, float], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_features_need_no_names(trained: tuple[Path, float], tmp_path: Path, typed: Typed) -> None:
     root = class_folder(tmp_path / "o", ("a", "b"))
-    found = evaluated(capsys, tmp_path, str(trained[0] / "student"), root, "--metrics", "knn")
+    found = evaluated(typed, tmp_path, str(trained[0] / "student"), root, "--metrics", "knn")
     assert found["knn_top1"] == 100
 
 
 def test_students_in_several_orders_are_evaluated_together(
-    trained: tuple[Path, float], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    trained: tuple[Path, float], tmp_path: Path, typed: Typed
 ) -> None:
     first = str(trained[0] / "student")
     swapped = renamed(trained[0], tmp_path / "swapped", list(NAMES[::-1]))
     root = str(others(tmp_path / "o", {"bright": 225, "dark": 30}))
     path = tmp_path / "scores.json"
     data = ["--data_path", root, "--device", "cpu", "--workers", "0"]
-    assert main(["evaluate", first, swapped, *data, "--json", str(path)]) == 0
+    typed("evaluate", first, swapped, *data, "--json", path)
     found = json.loads(path.read_text())
     assert found[first]["top1"] == 100
     assert found[swapped]["top1"] == 0, "each of its classes is called as the other"
     other = renamed(trained[0], tmp_path / "other", ["bright", "gloomy"])
-    assert main(["evaluate", first, other, *data]) == 2
-    assert "gloomy" in capsys.readouterr().err.splitlines()[-1]
+    assert "gloomy" in typed("evaluate", first, other, *data, code=2).err.splitlines()[-1]
 
 
 @pytest.mark.parametrize(
@@ -169,10 +164,10 @@ def test_other_names_at_a_resume_are_refused(tmp_path: Path) -> None:
 
 
 def test_a_run_is_measured_at_the_size_that_is_asked_for(
-    trained: tuple[Path, float], tmp_path: Path, capsys: Any
+    trained: tuple[Path, float], tmp_path: Path, typed: Typed
 ) -> None:
     run_folder, _ = trained
     root, size = others(tmp_path, {"dark": 30, "bright": 225}), ARGUMENTS["patch_size"] * 3
     for source in (run_folder, run_folder / "student"):
-        own = evaluated(capsys, tmp_path, str(source), root)
-        assert evaluated(capsys, tmp_path, str(source), root, "--img_size", str(size)) != own
+        own = evaluated(typed, tmp_path, str(source), root)
+        assert evaluated(typed, tmp_path, str(source), root, "--img_size", str(size)) != own

@@ -10,21 +10,18 @@ from typing import Any
 
 import pytest
 import yaml
-from graftvit.launch.cli import main
 from graftvit.launch.comparison import load_comparison
 from graftvit.launch.load_config import load_stages
 from graftvit.models.errors import ConfigError
 from graftvit.transfer.analysis.compare.student_cell import train_cell
 from support.runs.compare_runs import cell, write_config
 from support.runs.patience import until
+from support.runs.typed import Typed
 
 
-def test_a_dry_run_lists_the_cells_and_makes_nothing(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_dry_run_lists_the_cells_and_makes_nothing(tmp_path: Path, typed: Typed) -> None:
     path = write_config(tmp_path, {"linear": "*: linear"})
-    assert main(["compare", str(path), "--dry_run"]) == 0
-    lines = capsys.readouterr().out.splitlines()
+    lines = typed("compare", path, "--dry_run").out.splitlines()
     assert [line.split()[:3] for line in lines[:3]] == [
         ["teacher-8", "to", "do"], ["uniform-8", "to", "do"], ["linear-8", "to", "do"],
     ]  # fmt: skip
@@ -32,27 +29,22 @@ def test_a_dry_run_lists_the_cells_and_makes_nothing(
     assert not (tmp_path / "out").exists()
 
 
-def test_a_comparison_of_plans_by_stage_lists_its_cells(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_comparison_of_plans_by_stage_lists_its_cells(typed: Typed) -> None:
     words = ["compare", "digits_pyramid_compare", "--dry_run", "--output_dir", "/nowhere/at/all"]
-    assert main(words) == 0
-    assert "first-none-16  to do  stage1: none; stage2,stage3: linear" in capsys.readouterr().out
-    assert main([*words, "--student.without", "[]"]) == 2
-    said = capsys.readouterr().err
+    assert "first-none-16  to do  stage1: none; stage2,stage3: linear" in typed(*words).out
+    said = typed(*words, "--student.without", "[]", code=2).err
     assert "compare.plans: uniform at 16 px: plan: layer 0 has a relative position bias" in said
 
 
 @pytest.mark.parametrize("recipe", ["digits_compare", "efficient_attention_cifar10"])
-def test_the_recipes_list_their_cells(recipe: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["compare", recipe, "--dry_run", "--output_dir", "/nowhere/at/all"]) == 0
-    shown = capsys.readouterr().out
+def test_the_recipes_list_their_cells(recipe: str, typed: Typed) -> None:
+    shown = typed("compare", recipe, "--dry_run", "--output_dir", "/nowhere/at/all").out
     assert all(f"{name}-" in shown for name in ("uniform", "linformer", "performer", "nystrom", "hybrid"))
     assert ("teacher-12" in shown) == (recipe == "digits_compare")
 
 
 @pytest.mark.slow
-def test_a_killed_comparison_goes_on_to_the_same_numbers(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_killed_comparison_goes_on_to_the_same_numbers(tmp_path: Path, typed: Typed) -> None:
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     for folder in (whole, cut):
         folder.mkdir()
@@ -65,8 +57,7 @@ def test_a_killed_comparison_goes_on_to_the_same_numbers(
     assert state.exists()
     assert not (cut / "out" / "cells" / "linear-8" / "cell.json").exists()
     for folder in (cut, whole):
-        assert main(["compare", str(folder / "compare.yaml"), "--only", "linear"]) == 0
-    assert "report:" in capsys.readouterr().out
+        assert "report:" in typed(f"compare {folder}/compare.yaml --only linear").out
     first, second = (cell(folder, "linear-8") for folder in (whole, cut))
     for one, other in zip(first["scores"], second["scores"], strict=True):
         assert {**one, "seconds": 0} == {**other, "seconds": 0}
@@ -75,7 +66,7 @@ def test_a_killed_comparison_goes_on_to_the_same_numbers(
 
 @pytest.mark.slow
 def test_a_failed_cell_is_named_stops_no_other_and_is_tried_again(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, typed: Typed, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = write_config(tmp_path, {"linear": "*: linear"})
 
@@ -86,26 +77,22 @@ def test_a_failed_cell_is_named_stops_no_other_and_is_tried_again(
 
     with monkeypatch.context() as patch:
         patch.setattr("graftvit.transfer.analysis.compare.compare.train_cell", broken)
-        assert main(["compare", str(path)]) == 1
-    error = capsys.readouterr().err
+        error = typed("compare", path, code=1).err
     assert "the cell uniform-8 failed: RuntimeError: out of luck; the same command tries it again" in error
     assert "out of luck" in cell(tmp_path, "uniform-8")["error"]
     assert cell(tmp_path, "linear-8")["error"] is None
-    assert main(["compare", str(path), "--dry_run"]) == 0
-    assert "uniform-8  failed" in capsys.readouterr().out
+    assert "uniform-8  failed" in typed("compare", path, "--dry_run").out
     (tmp_path / "out" / "compare.csv").unlink()
-    assert main(["compare", str(path), "--report"]) == 0
+    typed("compare", path, "--report")
     assert "out of luck" in (tmp_path / "out" / "compare.csv").read_text()
     assert "Failed: uniform at 8 px" in (tmp_path / "out" / "compare.md").read_text()
-    assert main(["compare", str(path)]) == 0
+    typed("compare", path)
     assert cell(tmp_path, "uniform-8")["error"] is None
-    capsys.readouterr()
     for dry in ([], ["--dry_run"]):
-        assert main(["compare", str(path), "--lr", "0.5", *dry]) == 2
-        assert "measured with other settings" in capsys.readouterr().err
+        assert "measured with other settings" in typed("compare", path, "--lr", "0.5", *dry, code=2).err
 
 
-def test_the_teacher_is_trained_first_and_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_teacher_is_trained_first_and_once(tmp_path: Path, typed: Typed) -> None:
     path = write_config(tmp_path, {"linear": "*: linear"})
     config = yaml.safe_load(path.read_text())
     student = {key: value for key, value in config["student"].items() if key != "init"}
@@ -115,42 +102,30 @@ def test_the_teacher_is_trained_first_and_once(tmp_path: Path, capsys: pytest.Ca
     config["compare"]["teacher_recipe"] = str(tmp_path / "teacher.yaml")
     path.write_text(yaml.safe_dump(config))
     assert load_comparison(path).config.teacher.source == f"local-dir:{tmp_path}/out/teacher/student"
-    assert main(["compare", str(path), "--only", "teacher"]) == 0
+    typed("compare", path, "--only", "teacher")
     log = tmp_path / "out" / "teacher" / "log.jsonl"
     top1 = json.loads(log.read_text().splitlines()[-1])["test_top1"]
     assert cell(tmp_path, "teacher-8")["scores"][0]["top1"] == top1
     before = log.stat().st_mtime_ns
-    assert main(["compare", str(path), "--only", "teacher"]) == 0
+    typed("compare", path, "--only", "teacher")
     assert log.stat().st_mtime_ns == before
-    capsys.readouterr()
-
-
-def test_an_array_says_that_the_teacher_comes_first(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setitem(os.environ, "SLURM_ARRAY_TASK_ID", "0")
-    words = ["compare", "digits_compare", "--output_dir", str(tmp_path)]
-    assert main([*words, "--cell", "uniform"]) == 2
-    assert "--only teacher first" in capsys.readouterr().err
 
 
 def test_one_cell_alone_also_in_an_array(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, typed: Typed, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = write_config(tmp_path, {"linear": "*: linear"})
     monkeypatch.setitem(os.environ, "SLURM_ARRAY_TASK_ID", "2")
-    assert main(["compare", str(path)]) == 2
-    assert "give each job its own --cell" in capsys.readouterr().err
-    assert main(["compare", str(path), "--cell", "teacher-8"]) == 0
+    assert "give each job its own --cell" in typed("compare", path, code=2).err
+    line = f"compare digits_compare --output_dir {tmp_path}/other --cell uniform"
+    assert "--only teacher first" in typed(line, code=2).err
+    typed("compare", path, "--cell", "teacher-8")
     monkeypatch.delenv("SLURM_ARRAY_TASK_ID")
-    assert main(["compare", str(path), "--cell", "teacher-8"]) == 0
-    assert "1 of 1 cells are done" in capsys.readouterr().err
+    assert "1 of 1 cells are done" in typed("compare", path, "--cell", "teacher-8").err
     assert [folder.name for folder in (tmp_path / "out" / "cells").iterdir()] == ["teacher-8"]
     assert not (tmp_path / "out" / "compare.csv").exists()  # others may be writing it
-    assert main(["compare", str(path), "--cell", "teacher-9"]) == 2
-    assert "--cell teacher-9: there is no such cell" in capsys.readouterr().err
-    assert main(["compare", str(path), "--cell", "teacher-8", "--only", "linear"]) == 2
-    assert "give one of the two" in capsys.readouterr().err
+    assert "--cell teacher-9: there is no such cell" in typed(f"compare {path} --cell teacher-9", code=2).err
+    assert "give one of the two" in typed(f"compare {path} --cell teacher-8 --only linear", code=2).err
 
 
 def test_mistakes_are_one_sentence(tmp_path: Path) -> None:
@@ -164,16 +139,13 @@ def test_mistakes_are_one_sentence(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_all_cells_are_timed_again_in_the_same_rounds(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_all_cells_are_timed_again_in_the_same_rounds(tmp_path: Path, typed: Typed) -> None:
     path = write_config(tmp_path, {"linear": "*: linear"}, speed_img_size=[16])
-    assert main(["compare", str(path), "--speed", "1"]) == 2
-    assert main(["compare", str(path)]) == 0
+    typed("compare", path, "--speed", "1", code=2)
+    typed("compare", path)
     before = [cell(tmp_path, name) for name in ("teacher-8", "uniform-8", "linear-8")]
-    assert main(["compare", str(path), "--speed", "3"]) == 0
+    typed("compare", path, "--speed", "3")
     after = [cell(tmp_path, name) for name in ("teacher-8", "uniform-8", "linear-8")]
-    capsys.readouterr()
     for size in range(2):
         assert len({record["speeds"][size]["softmax_latency"] for record in before}) == 3
         assert len({record["speeds"][size]["softmax_latency"] for record in after}) == 1

@@ -207,14 +207,11 @@ def test_a_size_in_words_is_answered_with_a_list(key: str) -> None:
 @pytest.mark.parametrize(
     ("word", "sentence"),
     [
-        (
-            "losses=[{method: distil}]",
-            "losses[0].method is 'distil', did you mean 'distill'? It should be one of 'copy', ",
-        ),
+        ("losses=[{method: distil}]", "losses[0].method is 'distil', did you mean 'distill'? It should be"),
         ("losses=[{method: [distil]}]", "losses[0].method is ['distil'], but should be "),
         (
             "losses=[{method: distill}, {wieght: 2}]",
-            "losses[1] has an unknown key 'wieght'; did you mean 'weight'?",
+            "losses[1] has an unknown key 'wieght'; did you mean 'weig",
         ),
         ("losses=[{method: distill, rows: 2}]", "losses[0].rows is 2, but should be less than or equal to 1"),
         ("teachers={cnx: {sorce: x}}", "teachers.cnx has an unknown key 'sorce'; did you mean 'source'?"),
@@ -224,7 +221,7 @@ def test_a_size_in_words_is_answered_with_a_list(key: str) -> None:
         ),
         (
             "losses=[{method: distill, layers: [0, a]}]",
-            "losses[0].layers is not text or a list of whole numbers or",
+            "losses[0].layers is not text or a list of whole numb",
         ),
         ("losses=3", "losses is [3], but must be a list of mappings with any of the keys method, layers, "),
         (

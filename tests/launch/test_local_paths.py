@@ -10,13 +10,14 @@ import pytest
 from graftvit.checkpoints.atomic import WriteFailedError, write_folder, write_text
 from graftvit.checkpoints.files import is_url
 from graftvit.checkpoints.sources import parse_source
-from graftvit.launch.cli import dispatch, main
+from graftvit.launch.cli import dispatch
 from graftvit.launch.fields import leaves
 from graftvit.launch.flags import Parser
 from graftvit.launch.load_config import load_config
 from graftvit.models.errors import CheckpointError, ConfigError
 from graftvit.transfer.config import DataConfig
 from support.runs.command_words import command_words
+from support.runs.typed import Typed
 
 URLS = ("s3://bucket/run", "gs://bucket/run", "hf://org/name", "file:///tmp/run", "https://host/x.tar")
 NAMES = {
@@ -131,9 +132,8 @@ def test_each_argument_of_a_path_refuses_it_by_name() -> None:
         (["jobs", "s3://bucket/run"], "argument RUN: 's3://bucket/run'"),
     ],
 )
-def test_commands_say_so(words: list[str], told: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(words) == 2
-    error = capsys.readouterr().err
+def test_commands_say_so(words: list[str], told: str, typed: Typed) -> None:
+    error = typed(*words, code=2).err
     assert told in error
     assert "not a URL" in error
 

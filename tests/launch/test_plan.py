@@ -1,3 +1,5 @@
+"""The plan of a dry run."""
+
 from __future__ import annotations
 
 import os
@@ -6,20 +8,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import timm
 import torch
-from graftvit.checkpoints.preprocessing import Preprocessing
 from graftvit.checkpoints.pretrained import load_pretrained
-from graftvit.checkpoints.student import write_student
-from graftvit.launch.cli import main
 from graftvit.launch.load_config import load_config
-from graftvit.launch.plan_text import describe_plan
+from graftvit.launch.plan_text import describe_memory, describe_plan, memory_items, parameter_count
 from graftvit.models.errors import ConfigError, GraftError, TransferError
 from graftvit.transfer.engine.build import build
+from graftvit.transfer.engine.dry_run import DryRun, dry_run
 from graftvit.transfer.engine.train import train
 from support.files.image_folders import class_folder
+from support.models.saved import save_vit
 from support.models.tiny_weights import write_stand_in
+from support.runs.engine_runs import ARGUMENTS
 from support.runs.engine_runs import config as short_run
+from support.runs.typed import Typed
 
 SMALL = {"img_size": 16, "patch_size": 4, "embed_dim": 24, "depth": 4, "num_heads": 2}
 STUDENT = [
@@ -44,18 +46,8 @@ def rows(plan: str) -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory: pytest.TempPathFactory) -> str:
-    arguments = SMALL | {"num_classes": 0, "in_chans": 3}
-    model = timm.create_model("vit_tiny_patch16_224", **arguments)
     folder = tmp_path_factory.mktemp("teachers") / "teacher"
-    mean_std = (0.5, 0.5, 0.5)
-    write_student(
-        model,
-        folder,
-        architecture="vit_tiny_patch16_224",
-        model_args=arguments,
-        preprocessing=Preprocessing.of(model, mean=mean_std, std=mean_std),
-    )
-    return f"local-dir:{folder}"
+    return f"local-dir:{save_vit(folder, SMALL | {'num_classes': 0, 'in_chans': 3})}"
 
 
 def test_the_published_recipe_is_planned_without_data_or_weights() -> None:
@@ -126,11 +118,8 @@ def test_the_plan_of_an_alignment_names_what_learns_and_from_what(teacher: str) 
         "plan=*: linear; 0: softmax",
         "match=map",
     ]
-    plan = rows(
-        describe_plan(
-            load_config(None, [*words, r"scales={'\.operator\.': 5}", "dataset=digits", "device=cpu"])
-        )
-    )
+    more = [r"scales={'\.operator\.': 5}", "dataset=digits", "device=cpu"]
+    plan = rows(describe_plan(load_config(None, [*words, *more])))
     assert "vit_tiny_patch16_224 converted by '*: linear; 0: softmax'" in plan["student"]
     assert plan["alignment"].startswith("layers 1, 2, 3 learn")
     assert "match=map: the attention map, exactly" in plan["alignment"]
@@ -139,9 +128,8 @@ def test_the_plan_of_an_alignment_names_what_learns_and_from_what(teacher: str) 
 
 def test_the_plan_adds_the_losses_of_a_feature_and_notes_a_teacher_of_no_weight(teacher: str) -> None:
     def transfer(weight: float) -> str:
-        losses = (
-            f"losses=[{{method: feature, tokens: both, weight: {weight}}}, {{method: distill, weight: 0}}]"
-        )
+        feature = f"{{method: feature, tokens: both, weight: {weight}}}"
+        losses = f"losses=[{feature}, {{method: distill, weight: 0}}]"
         overrides = [*STUDENT, f"teacher={teacher}", "dataset=digits", losses]
         return rows(describe_plan(load_config(None, overrides)))["transfer"]
 
@@ -278,11 +266,8 @@ def test_without_data_the_classes_must_be_known(teacher: str) -> None:
         (["train", "cifar10_copy", "--dry_run", "--teacher.img_size", "224"], "patch grid"),
     ],
 )
-def test_what_does_not_go_together_is_refused(
-    words: list[str], part: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert main(words) == 2
-    captured = capsys.readouterr()
+def test_what_does_not_go_together_is_refused(words: list[str], part: str, typed: Typed) -> None:
+    captured = typed(*words, code=2)
     assert captured.out == ""
     assert captured.err.startswith("graftvit: error: ")
     assert part in captured.err
@@ -370,3 +355,36 @@ def test_what_torch_cannot_compile_is_refused_by_the_plan_and_the_run(tmp_path: 
     for start in (describe_plan, build):
         with pytest.raises(ConfigError, match=r"does not go with student.grad_checkpointing=true"):
             start(settings)
+
+
+def run(folder: Path, processes: int = 1, **sections: Any) -> DryRun:
+    return dry_run(short_run(folder / "run", **sections), processes, here=False)
+
+
+def sizes(folder: Path, processes: int = 1, **sections: Any) -> dict[str, int]:
+    return {item.name: item.size for item in memory_items(run(folder, processes, **sections))}
+
+
+def test_what_changes_the_estimate(tmp_path: Path) -> None:
+    plain = sizes(tmp_path)
+    count = parameter_count(run(tmp_path).parts.task)
+    assert plain["student"] == plain["gradients"] == plain["moving average"] == 4 * count
+    assert plain["optimizer"] == pytest.approx(8 * count, rel=0.01)
+    assert sizes(tmp_path, data={"batch_size": 32})["activations"] == 2 * plain["activations"]
+    assert sizes(tmp_path, engine={"precision": "bf16"})["activations"] < plain["activations"]
+    assert "moving average" not in sizes(tmp_path, optim={"ema": None})
+    deep = {"model_args": {**ARGUMENTS, "patch_size": 2, "depth": 8}}
+    whole, saving = (sizes(tmp_path, student={**deep, **more}) for more in ({}, {"grad_checkpointing": True}))
+    assert saving["activations"] < 0.5 * whole["activations"]
+    # fsdp divides what it shards, and an optimizer of another machine is left out
+    plain, sharded = sizes(tmp_path, 4), sizes(tmp_path, 4, engine={"fsdp": True})
+    assert sharded["optimizer"] == plain["optimizer"] // 4
+    assert sharded["activations"] == plain["activations"]
+    assert "optimizer" not in sizes(tmp_path, optim={"opt": "fusedadamw"})
+
+
+def test_the_table_sums_up(tmp_path: Path) -> None:
+    lines = describe_memory(run(tmp_path))
+    parts = [float(line.split("MiB")[0].split()[-1]) for line in lines[:-1]]
+    assert parts[-1] == pytest.approx(sum(parts[:-1]), abs=0.3)
+    assert "not counted" in lines[-1]

@@ -32,43 +32,17 @@ pytestmark = pytest.mark.usefixtures("few_digits")
 
 CASES = int(os.environ.get("GRAFTVIT_FUZZ") or 40)
 OPTIMIZERS = (
-    "adamw",
-    "sgd",
-    "lamb",
-    "adafactor",
-    "lion",
-    "adam",
-    "lookahead_adam",
-    "adahessian",
-    "fusedadam",
-    "nosuch",
-)
+    "adamw", "sgd", "lamb", "adafactor", "lion", "adam", "lookahead_adam", "adahessian", "fusedadam", "nosuch",
+)  # fmt: skip
 PLANS = (
-    "*: linear",
-    "0: nystrom(landmarks=2)",
-    "*: performer",
-    "1: linformer",
-    "*: ttt",
-    "*: hash(anchors=2, bits=2)",
-    "*: nosuch",
-    "5: linear",
-)
+    "*: linear", "0: nystrom(landmarks=2)", "*: performer", "1: linformer", "*: ttt", "*: hash(anchors=2, bits=2)",
+    "*: nosuch", "5: linear",
+)  # fmt: skip
 STUDENTS: tuple[dict[str, Any], ...] = (
-    {"embed_dim": 24},
-    {"num_heads": 4},
-    {"depth": 3},
-    {"depth": 1},
-    {"patch_size": 2},
-    {"class_token": False},
-    {"reg_tokens": 2},
-    {"qk_norm": True, "init_values": 0.1},
-    {"dynamic_img_size": True},
-    {"attn_drop_rate": 0.1},
-    {"patch_drop_rate": 0.5},
-    {"no_such_argument": 1},
-    {"num_heads": 5},
-    {"img_size": 9},
-)
+    {"embed_dim": 24}, {"num_heads": 4}, {"depth": 3}, {"depth": 1}, {"patch_size": 2}, {"class_token": False},
+    {"reg_tokens": 2}, {"qk_norm": True, "init_values": 0.1}, {"dynamic_img_size": True}, {"attn_drop_rate": 0.1},
+    {"patch_drop_rate": 0.5}, {"no_such_argument": 1}, {"num_heads": 5}, {"img_size": 9},
+)  # fmt: skip
 
 
 def sometimes(draw: random.Random, share: float, *values: Any) -> dict[str, Any]:
@@ -242,10 +216,7 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, int]]:
         slots = [value for state in optimizer.state.values() for value in state.values()]
         found.setdefault("optimizer", size(slot for slot in slots if isinstance(slot, Tensor)))
 
-    hooks = [
-        register_optimizer_step_pre_hook(before),
-        register_optimizer_step_post_hook(after),
-    ]
+    hooks = [register_optimizer_step_pre_hook(before), register_optimizer_step_post_hook(after)]
     with monkeypatch.context() as patch:
         patch.setattr(Loop, "_backward", watched)
         try:

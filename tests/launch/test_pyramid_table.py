@@ -1,17 +1,20 @@
-"""The table of docs/conversion.md: each command works on each family of pyramids, or refuses it in one sentence."""
+"""What works with pyramids: the table of docs/conversion.md, command by command and family by family."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
 
+import graftvit
 import pytest
-from graftvit.checkpoints.preprocessing import Preprocessing
-from graftvit.checkpoints.student import write_student
-from graftvit.launch.cli import main
-from graftvit.models.conversion import convert
+import torch
+from graftvit.models.conversion import convert, plan_of
+from graftvit.models.errors import UnsupportedModelError
+from graftvit.models.families import attention_shape, token_layout
 from PIL import Image
-from support.models.pyramids import TINY, arguments, tiny
+from support.models.pyramids import TINY, tiny
+from support.models.saved import save_pyramid
+from support.runs.typed import Typed
 
 TABLE = Path(__file__).parents[2] / "docs" / "conversion.md"
 FAMILIES = {"PVT": "pvt1", "PVTv2": "pvt", "Twins": "svt", "Swin": "swin", "Swin V2": "swinv2"}
@@ -23,7 +26,10 @@ COMMANDS: dict[str, tuple[str, ...]] = {
     "`convert`, with `--calibrate` and `--weights`": (
         f"convert {{teacher}} --plan stage1:linear --without bias --calibrate 2 --weights mlp {DATA[:16]} --dry_run",
     ),
-    "`teacher info`, `save`": ("teacher info {student}", "save {student} {out} --img_size 64"),
+    "`checkpoint info`, `save`": (
+        "checkpoint info {student}",
+        "checkpoint save {student} {out} --img_size 64",
+    ),
     "`evaluate`": (f"evaluate {{student}} {DATA} --train_samples 20",),
     "`export`, at one image size": ("export {student} {out}.pt2",),
     "`benchmark models`": (
@@ -75,20 +81,14 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, str
     found = {}
     for kind in FAMILIES.values():
         root, teacher = tmp_path_factory.mktemp(kind), tiny(kind, num_classes=10)
-        how = {"architecture": TINY[kind][0], "model_args": arguments(kind, num_classes=10)}
-        shown = Preprocessing.of(teacher, input_size=(3, 32, 32))
         student = convert(teacher, "stage1: linear", without=["bias"])
         for name, model in (("teacher", teacher), ("student", student)):
-            write_student(model, root / name, **how, preprocessing=shown)
+            save_pyramid(root / name, kind, model, num_classes=10)
         Image.new("RGB", (32, 32)).save(root / "image.png")
+        made = {"model": TINY[kind][0], "model_args": TINY[kind][1], "img_size": 32, "without": ["bias"]}
         recipe = {
             "teacher": {"source": str(root / "teacher")},
-            "student": {
-                "model": TINY[kind][0],
-                "model_args": TINY[kind][1],
-                "img_size": 32,
-                "without": ["bias"],
-            },
+            "student": made,
             "compare": {"plans": {"softmax": "stage1: softmax"}},
             "data": {"dataset": "digits"},
             "stages": [{"name": "task", "mode": "finetune"}],
@@ -111,19 +111,33 @@ def test_every_row_has_its_commands() -> None:
 
 @pytest.mark.parametrize(("row", "family", "cell"), cases())
 def test_a_command_works_or_refuses_by_name(
-    row: str,
-    family: str,
-    cell: str,
-    folders: dict[str, dict[str, str]],
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
+    row: str, family: str, cell: str, folders: dict[str, dict[str, str]], tmp_path: Path, typed: Typed
 ) -> None:
-    words = folders[FAMILIES[family]]
+    kind = FAMILIES[family]
     for number, command in enumerate(COMMANDS[row]):
-        code = main(command.format(**words, out=tmp_path / f"out{number}").split())
-        said = capsys.readouterr().err
-        assert code == (0 if cell == "yes" else 2), said
+        line = command.format(**folders[kind], out=tmp_path / f"out{number}")
+        said = typed("", *line.split(), code=0 if cell == "yes" else 2).err
         if cell == "refused":
-            name = type(tiny(FAMILIES[family])).__name__
-            assert "layer 0" in said or name in said or TINY[FAMILIES[family]][0] in said
+            assert any(name in said for name in ("layer 0", type(tiny(kind)).__name__, TINY[kind][0]))
             assert "Traceback" not in said
+
+
+@pytest.mark.parametrize("kind", TINY)
+def test_questions_with_one_answer_for_all_layers_are_refused(kind: str) -> None:
+    for ask in (attention_shape, token_layout):
+        with pytest.raises(UnsupportedModelError, match="has no single list of equal attention layers"):
+            ask(tiny(kind))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["svt", "swin"])
+def test_a_converted_pyramid_is_trained_on_labels(
+    kind: str, folders: dict[str, dict[str, str]], tmp_path: Path, typed: Typed
+) -> None:
+    student = folders[kind]["student"]
+    data = "--dataset digits --epochs 1 --warmup_epochs 0 --batch_size 512"
+    typed(f"train --mode finetune --student.model local-dir:{student} {data} --output_dir {tmp_path}")
+    trained, before = graftvit.load(str(tmp_path / "student")), graftvit.load(student)
+    assert plan_of(trained) == plan_of(before)
+    pairs = zip(trained.parameters(), before.parameters(), strict=True)
+    assert not all(torch.equal(one, other) for one, other in pairs)

@@ -1,6 +1,10 @@
+"""Recipes have the values that they name, and run as their headers say."""
+
 from __future__ import annotations
 
+import shlex
 from importlib import resources
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,6 +24,9 @@ from graftvit.transfer.config import AUTO
 from graftvit.transfer.engine.build import settle
 from graftvit.transfer.engine.optim import peak_learning_rate
 from graftvit.transfer.mode_facts import TEACHER
+from support.files.data_sets import image, write_images
+from support.runs.typed import Typed
+from timm.data import dataset_factory
 
 SIZES = {"base": "vit_base_patch16_224", "large": "vit_large_patch16_224", "huge": "vit_huge_patch14_224"}
 PUBLISHED = [
@@ -27,56 +34,24 @@ PUBLISHED = [
 ]
 
 AUGMENTATION = {
-    "data.reprob": 0.25,
-    "data.mixup": 0.8,
-    "data.cutmix": 1.0,
-    "data.smoothing": 0.1,
-    "data.aa": "rand-m9-mstd0.5-inc1",
-    "data.num_classes": 1000,
-}
+    "data.reprob": 0.25, "data.mixup": 0.8, "data.cutmix": 1.0, "data.smoothing": 0.1,
+    "data.aa": "rand-m9-mstd0.5-inc1", "data.num_classes": 1000,
+}  # fmt: skip
 # The commands of the README of the attention transfer code, for ViT-L on 8 nodes x 8 GPUs x 32 images.
 DISTILL = AUGMENTATION | {
-    "mode": "transfer",
-    "transfer.method": "distill",
-    "transfer.layers": ":-6",
-    "transfer.heads": "all",
-    "transfer.loss": "ce",
-    "transfer.weight": 3.0,
-    "transfer.reduction": "sum",
-    "transfer.temperature": 1.0,
-    "transfer.rows": 1.0,
-    "transfer.share_drop_path": True,
-    "student.init": None,
-    "student.drop_path": 0.2,
-    "student.global_pool": "avg",
-    "data.batch_size": 32,
-    "optim.opt": "adamw",
-    "optim.epochs": 200,
-    "optim.warmup_epochs": 20,
-    "optim.blr": 1e-4,
-    "optim.lr": None,
-    "optim.min_lr": 1e-6,
-    "optim.layer_decay": 1.0,
-    "optim.betas": (0.9, 0.95),
-    "optim.weight_decay": 0.3,
-    "optim.ema": 0.9999,
-    "optim.clip_grad": None,
-    "optim.accum_iter": 1,
-    "engine.precision": "fp32",
-}
+    "mode": "transfer", "transfer.method": "distill", "transfer.layers": ":-6", "transfer.heads": "all",
+    "transfer.loss": "ce", "transfer.weight": 3.0, "transfer.reduction": "sum", "transfer.temperature": 1.0,
+    "transfer.rows": 1.0, "transfer.share_drop_path": True, "student.init": None, "student.drop_path": 0.2,
+    "student.global_pool": "avg", "data.batch_size": 32, "optim.opt": "adamw", "optim.epochs": 200,
+    "optim.warmup_epochs": 20, "optim.blr": 1e-4, "optim.lr": None, "optim.min_lr": 1e-6, "optim.layer_decay": 1.0,
+    "optim.betas": (0.9, 0.95), "optim.weight_decay": 0.3, "optim.ema": 0.9999, "optim.clip_grad": None,
+    "optim.accum_iter": 1, "engine.precision": "fp32",
+}  # fmt: skip
 COPY = DISTILL | {
-    "transfer.method": "copy",
-    "transfer.layers": "all",
-    "transfer.share_drop_path": False,  # no block is dropped
-    "student.drop_path": 0.0,
-    "optim.epochs": 100,
-    "optim.warmup_epochs": 5,
-    "optim.blr": 1e-3,
-    "optim.min_lr": 2e-3,
-    "optim.layer_decay": 0.75,
-    "optim.betas": (0.9, 0.999),
-    "optim.weight_decay": 0.05,
-}
+    "transfer.method": "copy", "transfer.layers": "all", "transfer.share_drop_path": False,
+    "student.drop_path": 0.0, "optim.epochs": 100, "optim.warmup_epochs": 5, "optim.blr": 1e-3,
+    "optim.min_lr": 2e-3, "optim.layer_decay": 0.75, "optim.betas": (0.9, 0.999), "optim.weight_decay": 0.05,
+}  # fmt: skip
 # MAE's FINETUNE.md: epochs, base learning rate, layer decay, drop path, batch a GPU.
 FINETUNE: dict[str, tuple[int, float, float, float, int]] = {
     "base": (100, 5e-4, 0.65, 0.1, 32),
@@ -105,19 +80,12 @@ def check(name: str, expected: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_distillation_has_the_published_values(size: str) -> None:
-    check(
-        f"attention_distill_vit_{size}",
-        DISTILL | {"student.model": SIZES[size], "teacher.source": f"{SIZES[size]}.mae"},
-    )
-
-
-@pytest.mark.parametrize("size", SIZES)
-def test_copy_has_the_published_values(size: str) -> None:
-    check(
-        f"attention_copy_vit_{size}",
-        COPY | {"student.model": SIZES[size], "teacher.source": f"{SIZES[size]}.mae"},
-    )
+@pytest.mark.parametrize(("kind", "published"), [("distill", DISTILL), ("copy", COPY)])
+def test_distillation_and_copy_have_the_published_values(
+    kind: str, published: dict[str, Any], size: str
+) -> None:
+    own = {"student.model": SIZES[size], "teacher.source": f"{SIZES[size]}.mae"}
+    check(f"attention_{kind}_vit_{size}", published | own)
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -127,30 +95,17 @@ def test_finetuning_has_the_published_values(size: str) -> None:
         f"mae_finetune_vit_{size}",
         AUGMENTATION
         | {
-            "mode": "finetune",
-            "teacher.source": None,
-            "student.model": SIZES[size],
-            "student.init": f"{SIZES[size]}.mae",
-            "student.drop_path": drop_path,
-            "student.global_pool": "avg",
-            "data.batch_size": batch,
-            "optim.opt": "adamw",
-            "optim.epochs": epochs,
-            "optim.warmup_epochs": 5,
-            "optim.blr": blr,
-            "optim.min_lr": 1e-6,
-            "optim.layer_decay": layer_decay,
-            "optim.betas": (0.9, 0.999),
-            "optim.weight_decay": 0.05,
-            "optim.ema": None,
+            "mode": "finetune", "teacher.source": None, "student.model": SIZES[size],
+            "student.init": f"{SIZES[size]}.mae", "student.drop_path": drop_path, "student.global_pool": "avg",
+            "data.batch_size": batch, "optim.opt": "adamw", "optim.epochs": epochs, "optim.warmup_epochs": 5,
+            "optim.blr": blr, "optim.min_lr": 1e-6, "optim.layer_decay": layer_decay,
+            "optim.betas": (0.9, 0.999), "optim.weight_decay": 0.05, "optim.ema": None,
         },
-    )
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize("name", LEARNING_RATES)
 def test_the_published_learning_rate_comes_out(name: str) -> None:
-    from graftvit.transfer.engine.optim import peak_learning_rate
-
     config = load_config(name)
     devices, expected = LEARNING_RATES[name]
     rate, effective = peak_learning_rate(config.optim, config.data.batch_size, devices)
@@ -294,12 +249,10 @@ def test_recipes_travel_with_the_package() -> None:
     assert (resources.files("graftvit.cfgs") / "attention_distill_vit_large.yaml").is_file()
 
 
-def test_the_command_lists_and_prints(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["list", "recipes"]) == 0
-    table = capsys.readouterr().out.splitlines()
+def test_the_command_lists_and_prints(typed: Typed) -> None:
+    table = typed("list", "recipes").out.splitlines()
     assert [line.split()[0] for line in table] == recipe_names()
-    assert main(["list", "recipes", "attention_copy_vit_base"]) == 0
-    assert capsys.readouterr().out == recipe_text("attention_copy_vit_base")
+    assert typed("list", "recipes", "attention_copy_vit_base").out == recipe_text("attention_copy_vit_base")
 
 
 # By recipe: the model, its drop path, epochs of warm-up, clipping, and how often an epoch shows an image.
@@ -382,3 +335,47 @@ def test_attnzero_has_the_published_values(name: str) -> None:
     )  # fmt: skip
     found, steps = peak_learning_rate(load_config(name).optim, batch, 8)
     assert (found, steps) == (pytest.approx(rate), 8 * batch)
+
+
+SHORT = ["--max_steps", "1", "--warmup_epochs", "0", "--batch_size", "2", "--workers", "0", "--device", "cpu"]
+SHORT += ["--trackers", "none", "--no-progress", "--student.model_args.depth=2"]
+LINES = recipe_text("efficient_attention_cifar10").splitlines()
+HEADER = " ".join(line.lstrip("# ") for line in LINES if line.startswith("#"))
+
+
+class Cifar:
+    """As torchvision's."""
+
+    classes = tuple("abcdefghij")
+    targets = tuple(range(10))
+
+    def __init__(self, root: str, train: bool, download: bool) -> None:
+        assert (root, download) == ("data", True)
+
+    def __len__(self) -> int:
+        return 10
+
+    def __getitem__(self, index: int) -> tuple[Any, int]:
+        return image(index, 32), index
+
+
+@pytest.mark.parametrize("plan", ["softmax", "linformer", "performer", "nystrom", "hybrid"])
+def test_on_cifar(plan: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "graftvit train efficient_attention_cifar10 --plan '*: performer'" in HEADER
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(dataset_factory._TORCH_BASIC_DS, "cifar10", Cifar)
+    assert main(["train", "efficient_attention_cifar10", "--plan", f"*: {plan}", *SHORT]) == 0
+    assert (tmp_path / "runs" / "efficient_attention_cifar10" / "student").is_dir()
+
+
+def test_on_a_folder(tmp_path: Path) -> None:
+    for split in ("train", "val"):
+        for name in range(12):  # more than CIFAR-10 has
+            write_images(tmp_path / "set" / split / f"class{name}", 1)
+    words = (
+        HEADER.split("layout of ImageNet-100: ")[1]
+        .split(". There")[0]
+        .replace("FOLDER", str(tmp_path / "set"))
+    )
+    output = ["--output_dir", str(tmp_path / "run")]
+    assert main(["train", "efficient_attention_cifar10", *shlex.split(words), *SHORT, *output]) == 0

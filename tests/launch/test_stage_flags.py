@@ -6,11 +6,11 @@ import re
 from pathlib import Path
 
 import pytest
-from graftvit.launch.cli import main
 from graftvit.launch.flags import Parser, parse_command
 from graftvit.launch.load_config import load_config, load_stages
 from graftvit.models.errors import ConfigError
 from graftvit.transfer.engine.stages import Stage
+from support.runs.typed import Typed
 
 
 def stages(*words: str, recipe: str = "recover_vit_base") -> dict[str, Stage]:
@@ -67,8 +67,7 @@ def test_a_recipe_without_stages_has_no_such_flag() -> None:
         load_config("digits_distill", ["align.epochs=1"])
 
 
-def test_the_command_prints_it(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_the_command_prints_it(typed: Typed, tmp_path: Path) -> None:
     words = ["train", "recover_vit_base", "--align.epochs", "1", f"--output_dir={tmp_path}", "--print_config"]
-    assert main(words) == 0
-    printed = capsys.readouterr().out.split("# stage ")
+    printed = typed(*words).out.split("# stage ")
     assert [re.findall(r"\n  epochs: (\d+)", text) for text in printed[1:]] == [["1"], ["10"], ["30"]]

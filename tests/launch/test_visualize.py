@@ -8,9 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from graftvit.checkpoints.preprocessing import Preprocessing
 from graftvit.checkpoints.pretrained import load_pretrained
-from graftvit.checkpoints.student import write_student
 from graftvit.launch.cli import main
 from graftvit.models.conversion import convert
 from graftvit.models.merges import merge_layers
@@ -18,9 +16,10 @@ from graftvit.transfer.analysis.visualize import map_page
 from graftvit.transfer.analysis.visualize.map_page import read_images, to_tensor
 from graftvit.transfer.analysis.visualize.visualize import look
 from PIL import Image
-from support.models.pyramids import TINY, arguments
 from support.models.pyramids import tiny as pyramid
+from support.models.saved import save_pyramid
 from support.models.visualize_models import MEAN, STD, picture, save, tiny
+from support.runs.typed import Typed
 
 
 @pytest.fixture(scope="module")
@@ -33,17 +32,14 @@ def teacher(tmp_path_factory: pytest.TempPathFactory) -> str:
     return save(tiny(), tmp_path_factory.mktemp("models") / "teacher")
 
 
-def test_a_folder_of_images(
-    student: str, teacher: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_folder_of_images(student: str, teacher: str, tmp_path: Path, typed: Typed) -> None:
     folder = tmp_path / "images"
     folder.mkdir()
     for seed, name in enumerate(("one", "two")):
         picture(folder / f"{name}.png", seed)
     (folder / "notes.txt").write_text("no image")
     words = ["visualize", student, str(folder), "--teacher", teacher, "--query", "cls, 7", "--layers", "-1"]
-    assert main([*words, "--output_dir", str(tmp_path / "out")]) == 0
-    assert capsys.readouterr().out == f"{tmp_path / 'out' / 'index.html'}\n"
+    assert typed(*words, "--output_dir", tmp_path / "out").out == f"{tmp_path / 'out' / 'index.html'}\n"
     pngs = {path.name for path in (tmp_path / "out").glob("*.png")}
     asked = {
         f"{name}_{query}{end}.png"
@@ -82,10 +78,9 @@ def test_images_are_seen_as_the_model_sees_them(student: str, tmp_path: Path) ->
     np.testing.assert_allclose(to_tensor(shown.original, spec)[0].permute(1, 2, 0), seen, atol=1e-5)
 
 
-def test_an_average_over_a_data_set(student: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_average_over_a_data_set(student: str, tmp_path: Path, typed: Typed) -> None:
     words = ["visualize", student, "--average", "4", "--dataset", "digits", "--workers", "0"]
-    assert main([*words, "--query", "cls", "--output_dir", str(tmp_path)]) == 0
-    told = capsys.readouterr()
+    told = typed(*words, "--query", "cls", "--output_dir", tmp_path)
     assert told.out == f"{tmp_path / 'index.html'}\n"
     lines = told.err.splitlines()
     assert lines[0] == f"student: mean of 4 images, 0.0 MB in {tmp_path / 'average.npz'}"
@@ -121,32 +116,26 @@ def test_another_image_size(student: str, tmp_path: Path) -> None:
         (["digits:0", "--val_split", "train"], "data.val_split has an effect with --average only"),
     ],
 )
-def test_mistakes(
-    student: str, tmp_path: Path, words: list[str], said: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_mistakes(student: str, tmp_path: Path, words: list[str], said: str, typed: Typed) -> None:
     (tmp_path / "broken.png").write_bytes(b"no image")
     (tmp_path / "empty").mkdir()
     places = {"broken": tmp_path / "broken.png", "empty": tmp_path / "empty"}
     given = [word.format(**places) for word in words]
     out = [] if "--output_dir" in words else ["--output_dir", str(tmp_path / "out")]
-    assert main(["visualize", student, *given, *out]) == 2
-    told = capsys.readouterr().err
+    told = typed("visualize", student, *given, *out, code=2).err
     assert said in told
     assert len(told.splitlines()) == 1
     assert not (tmp_path / "out").exists()
 
 
 def test_a_page_that_is_too_large_is_refused(
-    student: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    student: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, typed: Typed
 ) -> None:
     monkeypatch.setattr(map_page, "MAX_MEGABYTES", 0)
-    assert main(["visualize", student, "digits:0", "--output_dir", str(tmp_path / "out")]) == 2
-    assert "fewer layers by --layers" in capsys.readouterr().err
-
-
-def test_help_has_examples(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["visualize", "--help"]) == 0
-    assert "graftvit visualize runs/linear/student photos/ --teacher" in capsys.readouterr().out
+    assert (
+        "fewer layers by --layers"
+        in typed(f"visualize {student} digits:0 --output_dir {tmp_path}/out", code=2).err
+    )
 
 
 @pytest.fixture(scope="module")
@@ -155,15 +144,7 @@ def pyramids(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     folder = tmp_path_factory.mktemp("pyramids")
     teacher = pyramid("swin", (40, 24))
     models = {"teacher": teacher, "student": convert(teacher, "0: none; stage2: linear", without=["bias"])}
-    for name, model in models.items():
-        write_student(
-            model,
-            folder / name,
-            architecture=TINY["swin"][0],
-            model_args=arguments("swin", (40, 24)),
-            preprocessing=Preprocessing.of(model, input_size=(3, 40, 24)),
-        )
-    return {name: f"local-dir:{folder / name}" for name in models}
+    return {name: save_pyramid(folder / name, "swin", model, (40, 24)) for name, model in models.items()}
 
 
 def test_a_pyramid_by_stage(pyramids: dict[str, str], tmp_path: Path) -> None:
@@ -195,10 +176,7 @@ def test_deformable_merges_have_a_picture_and_numbers(tmp_path: Path) -> None:
     model = convert(pyramid("swin", (40, 24)), "merge: deformable")
     for merge in merge_layers(model):
         merge.dconv.conv_offset.bias.data += 0.5
-    described = {"architecture": TINY["swin"][0], "model_args": arguments("swin", (40, 24))}
-    write_student(
-        model, tmp_path / "lit", preprocessing=Preprocessing.of(model, input_size=(3, 40, 24)), **described
-    )
+    save_pyramid(tmp_path / "lit", "swin", model, (40, 24))
     words = [f"local-dir:{tmp_path / 'lit'}", picture(tmp_path / "x.png", size=(24, 40)), "--query", "3x20"]
     assert main(["visualize", *words, "--output_dir", str(tmp_path / "out")]) == 0
     names = {path.name for path in (tmp_path / "out").glob("x_*")}
@@ -211,24 +189,17 @@ def test_deformable_merges_have_a_picture_and_numbers(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["--query", "5"], "--query '5': valid are places in pixels, 0x0 to 39x23"),
-        (["--layers", "stage3"], "--layers: there is no stage 3"),
-        (["--layers", "0"], "--layers 0: no layer of these has attention"),
-        (["--teacher", "{plain}"], "the teacher has 2 blocks and the student 2 + 2"),
+        ("--query 5", "--query '5': valid are places in pixels, 0x0 to 39x23"),
+        ("--layers stage3", "--layers: there is no stage 3"),
+        ("--layers 0", "--layers 0: no layer of these has attention"),
+        ("--teacher {plain}", "the teacher has 2 blocks and the student 2 + 2"),
     ],
 )
 def test_mistakes_with_a_pyramid(
-    pyramids: dict[str, str],
-    teacher: str,
-    tmp_path: Path,
-    words: list[str],
-    said: str,
-    capsys: pytest.CaptureFixture[str],
+    pyramids: dict[str, str], teacher: str, tmp_path: Path, words: str, said: str, typed: Typed
 ) -> None:
-    given = [word.format(plain=teacher) for word in words]
-    assert (
-        main(["visualize", pyramids["student"], "digits:0", *given, "--output_dir", str(tmp_path / "out")])
-        == 2
+    line = (
+        f"visualize {pyramids['student']} digits:0 {words.format(plain=teacher)} --output_dir {tmp_path}/out"
     )
-    assert said in capsys.readouterr().err
+    assert said in typed(line, code=2).err
     assert not (tmp_path / "out").exists()

@@ -41,26 +41,6 @@ def test_tasks_of_two_nodes_see_their_place_and_their_gpus(cluster: SlurmCluster
     assert lines == [f"0 {first} 0 0,1", f"1 {first} 1 0,1", f"2 {second} 0 0,1", f"3 {second} 1 0,1"]
 
 
-def test_more_gpus_than_a_node_has_are_refused(cluster: SlurmCluster) -> None:
-    with pytest.raises(ClusterError, match="node configuration is not available"):
-        sbatch(cluster, "true", "--gpus-per-node=5")
-
-
-def test_a_job_whose_node_dies_is_queued_again(cluster: SlurmCluster) -> None:
-    job = sbatch(cluster, "srun sleep 1000", "--nodes=2")
-    wait_for(cluster, job, "JobState", "RUNNING")
-    cluster.kill_node(cluster.nodes[0])
-    assert wait_for(cluster, job, "Restarts", "1")["JobState"] in ("COMPLETING", "PENDING")
-    assert (
-        marked({"SLURM_CONF": cluster.environment["SLURM_CONF"], "SLURMD_NODENAME": cluster.nodes[0]})
-        == set()
-    )
-    cluster.start_node(cluster.nodes[0])
-    cluster.run("scancel", job)
-    everywhere = cluster.run("srun", "--nodes=3", "sh", "-c", "echo $SLURMD_NODENAME")
-    assert sorted(everywhere.split()) == cluster.nodes
-
-
 def test_two_at_once_are_strangers(cluster: SlurmCluster, start_cluster: StartCluster) -> None:
     other = start_cluster(nodes=1, gpus=0, accounting=True, min_job_age=2)
     job = sbatch(other, "exit 3")
@@ -74,18 +54,6 @@ def test_two_at_once_are_strangers(cluster: SlurmCluster, start_cluster: StartCl
     assert other.run(*asked).split() == [row]
     with pytest.raises(ClusterError, match="accounting storage is disabled"):
         cluster.run("sacct", "-j", "1")
-
-
-def test_accounting_goes_away_and_comes_back(start_cluster: StartCluster) -> None:
-    cluster = start_cluster(nodes=1, accounting=True, mode="ns")
-    cluster.stop_accounting()
-    with pytest.raises(ClusterError, match="Problem talking to the database: Connection refused"):
-        cluster.run("sacct")
-    job = sbatch(cluster, "exit 3")
-    wait_for(cluster, job, "JobState", "FAILED")
-    cluster.start_accounting()
-    asked = ["sacct", "-X", "-n", "-o", "State", "-j", job]
-    until(lambda: cluster.run(*asked).split() == ["FAILED"], lambda: cluster.run(*asked), every=0.5)
 
 
 def test_where_the_accounting_is_missing_the_reason_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -149,37 +117,3 @@ def test_a_daemon_that_does_not_come_up_leaves_nothing(
     with pytest.raises(ClusterError, match=r"slurmctld does not come up: .*unheard_of"):
         cluster.start()
     assert marked({"SLURM_CONF": cluster.environment["SLURM_CONF"]}) == set()
-
-
-def test_a_node_in_a_network_of_its_own_can_be_cut_off(start_cluster: StartCluster) -> None:
-    cluster = start_cluster(nodes=2, mode="ns")
-    # has the same addresses, in a network of its own
-    assert start_cluster(nodes=1, mode="ns").run("srun", "hostname").split() == ["n1"]
-    assert sorted(cluster.run("srun", "--nodes=2", "hostname").split()) == ["n1", "n2"]
-    job = sbatch(cluster, "exec sleep 1000", "--nodelist=n2")
-
-    def sleeps() -> bool:
-        return any(str(process).endswith("(sleep 1000)") for process in marked({"SLURM_JOB_ID": job}))
-
-    until(sleeps, "the job's script")  # a job is RUNNING before its node has heard of it
-    cluster.cut_node("n2")
-    with pytest.raises((ClusterError, subprocess.TimeoutExpired)):
-        cluster.run("srun", "--jobid", job, "--overlap", "true", timeout=2)
-    assert sleeps()
-    cluster.mend_node("n2")
-    assert cluster.run("srun", "--jobid", job, "--overlap", "hostname").split() == ["n2"]
-
-
-def test_a_restart_of_the_controller_and_drained_nodes(start_cluster: StartCluster) -> None:
-    cluster = start_cluster()
-    job = cluster.run("sbatch", "--parsable", "--output=/dev/null", "--wrap", "sleep 600").strip()
-    until(lambda: "RUNNING" in cluster.run("squeue", "-h", "-o", "%T"), "the start of the job")
-    cluster.stop_controller()
-    with pytest.raises(ClusterError, match="Unable to contact"):
-        cluster.run("squeue")
-    cluster.start_controller()
-    assert cluster.run("squeue", "-h", "-o", "%i %T").split() == [job, "RUNNING"]
-    cluster.drain(*cluster.nodes)
-    assert set(cluster.run("sinfo", "-h", "-N", "-o", "%T").split()) <= {"drain", "draining", "drained"}
-    cluster.undrain(*cluster.nodes)
-    assert not {"drain", "draining", "drained"} & set(cluster.run("sinfo", "-h", "-N", "-o", "%T").split())

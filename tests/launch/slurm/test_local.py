@@ -76,18 +76,6 @@ def test_debug_runs_in_this_process_and_its_failure_is_told(tmp_path: Path) -> N
     assert (tmp_path / "run" / "student" / "model.safetensors").exists()
 
 
-def test_several_tasks_in_one_process_are_refused(tmp_path: Path) -> None:
-    told = graftvit(
-        tmp_path, "submit", str(recipe(tmp_path, "run")), "--cluster", "debug", "--gpus_per_node", "2", code=2
-    )
-    assert "--cluster debug is this process alone" in told
-    told = graftvit(
-        tmp_path, "submit", str(recipe(tmp_path, "run")), "--cluster", "local", "--nodes", "2", code=2
-    )
-    assert "--nodes is 2: --cluster local is this machine alone" in told
-    assert not (tmp_path / "run").exists()
-
-
 def shown(root: Path, folder: Path) -> dict[str, Any]:
     (status,) = json.loads(graftvit(root, "jobs", str(folder), "--json"))
     return dict(status)

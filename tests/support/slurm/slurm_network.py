@@ -16,18 +16,8 @@ from support.slurm.slurm_processes import ClusterError
 
 CONTROLLER = "10.99.0.1"
 COMMANDS = (
-    "sacct",
-    "sacctmgr",
-    "salloc",
-    "sattach",
-    "sbatch",
-    "sbcast",
-    "scancel",
-    "scontrol",
-    "sinfo",
-    "squeue",
-    "srun",
-)
+    "sacct", "sacctmgr", "salloc", "sattach", "sbatch", "sbcast", "scancel", "scontrol", "sinfo", "squeue", "srun",
+)  # fmt: skip
 
 
 class Network:
