@@ -80,19 +80,10 @@ def test_files_are_short() -> None:
     assert {name: length for name, length in lengths.items() if length > 700} == {}
 
 
-def test_package_files_say_what_they_are() -> None:
-    for path in NOT_EMPTY:
-        text = path.read_text()
-        if path.name == "__init__.py":
-            continue
-        assert "from __future__ import annotations" in text, name_of(path)
-        if path.is_relative_to(ROOT / "tests") or path.is_relative_to(ROOT / "benchmarks"):
-            continue
-        assert ast.get_docstring(parsed(text)), name_of(path)
-
-
-def test_the_library_neither_prints_nor_asserts_nor_leaves() -> None:
+def test_the_library_neither_asserts_nor_leaves_nor_runs_a_pickle() -> None:
+    """The linter finds prints, breakpoints, pickles, notes of what is to do, and files without a docstring."""
     for path in PACKAGE_FILES:
+        assert "raise NotImplementedError()" not in path.read_text(), path
         for node in ast.walk(parsed(path.read_text())):
             if isinstance(node, ast.Assert):
                 place = f"{name_of(path)}: line {node.lineno}"
@@ -101,45 +92,10 @@ def test_the_library_neither_prints_nor_asserts_nor_leaves() -> None:
                 assert node.msg is None, place
             if isinstance(node, ast.Call):
                 called, place = ast.unparse(node.func), f"{path}: line {node.lineno}"
-                assert called not in ("print", "breakpoint", "exit", "quit"), place
-                assert called != "sys.exit" or path.parent.name == "launch", place
-                # a benchmark has to wait for the device: that is what it measures
-                assert called != "torch.cuda.synchronize" or "benchmark" in path.parts, place
-
-
-def test_no_folder_or_partition_of_one_cluster_is_built_in() -> None:
-    folders = ("/checkpoint", "/datasets", "/private", "/scratch", "/fsx")
-    for path in PACKAGE_FILES:
-        constants = [
-            node.value for node in ast.walk(parsed(path.read_text())) if isinstance(node, ast.Constant)
-        ]
-        for text in (value for value in constants if isinstance(value, str)):
-            assert not text.startswith(folders), f"{path}: {text}"
-            assert text not in ("learnfair", "devlab", "NCCL_SOCKET_IFNAME"), f"{path}: {text}"
-
-
-def test_dependencies_are_declared_and_current() -> None:
-    project = (ROOT / "pyproject.toml").read_text()
-    assert all(f'"{name}>=' in project for name in ("timm", "torch", "torchvision", "accelerate"))
-    assert not any("timm.models.layers" in path.read_text() for path in PACKAGE_FILES)
-    python = re.search(r"python=3\.(\d+)", (ROOT / "environment.yml").read_text())
-    assert python is not None
-    assert int(python[1]) >= 10
-
-
-def test_nothing_is_left_for_later() -> None:
-    for path in PACKAGE_FILES:
-        assert not re.search(r"\b(TODO|FIXME|XXX)\b|raise NotImplementedError\(\)", path.read_text()), path
-
-
-def test_no_pickle_is_executed() -> None:
-    for path in PACKAGE_FILES:
-        for node in ast.walk(parsed(path.read_text())):
-            called = ast.unparse(node.func) if isinstance(node, ast.Call) else ""
-            assert not re.search(r"(pickle|dill)\.\w*([lL]oad|[uU]npickler)", called), f"{path}: {called}"
-            if isinstance(node, ast.Call) and called == "torch.load":
                 keywords = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
-                assert keywords.get("weights_only") == "True", f"{path}: line {node.lineno}"
+                assert called not in ("exit", "quit"), place
+                assert called != "sys.exit" or path.parent.name == "launch", place
+                assert called != "torch.load" or keywords.get("weights_only") == "True", place
 
 
 DOTTED = re.compile(
