@@ -59,13 +59,13 @@ FLAGS = {
     "norm_pix_loss": "leave it out: it is on by default; --no-norm_pixels turns it off",
 }
 """By flag: what to write instead."""
-METHODS = ("copy", "copy_q", "copy_k", "copy_v", "distill", "distill_q", "distill_k", "distill_v")
+OFFICIAL_METHODS = ("copy", "copy_q", "copy_k", "copy_v", "distill", "distill_q", "distill_k", "distill_v")
 
 
 def check_value(key: str, value: str, origin: str) -> None:
     """Raise ConfigError for a value of the other code, in its words; None of ours is refused."""
     instead = ""
-    if key == "mode" and value in METHODS:
+    if key == "mode" and value in OFFICIAL_METHODS:
         instead = f"give --mode transfer --method {value}"
     if key == "student.model" and value.startswith("dual_vit_"):
         size = value.removeprefix("dual_vit_").partition("_")[0]

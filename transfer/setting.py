@@ -280,7 +280,8 @@ def find_unread(run: Section) -> dict[str, str]:
 def check_effect(run: Section) -> None:
     """Raise ConfigError for a setting that changes nothing in a run."""
     for key, why, value in _walk_unread(run, run, ""):
-        raise ConfigError(f"{key}={value!r} changes nothing {why}")
+        written = str(value).lower() if value is None or isinstance(value, bool) else repr(value)
+        raise ConfigError(f"{key}={written} changes nothing {why}")
 
 
 def find_replacements(run: Section, keys: Iterable[str]) -> set[str]:

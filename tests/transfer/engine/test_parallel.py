@@ -143,9 +143,16 @@ def test_the_parts_that_are_gathered_one_by_one() -> None:
             2,
             "share_drop_path=true cannot be used with teacher.shard",
         ),
-        ({"transfer": {"cache": "targets"}}, 2, "transfer.cache cannot be used with teacher.shard=true"),
+        (
+            {
+                "transfer": {"method": "logits", "cache": "targets"},
+                "data": {"views": 1, "mixup": 0, "cutmix": 0},
+            },
+            2,
+            "transfer.cache cannot be used with teacher.shard=true",
+        ),
         *(
-            ({"mode": m}, 1, f"shard=True changes nothing with mode={m}, which neither")
+            ({"mode": m}, 1, f"shard=true changes nothing with mode={m}, which neither")
             for m in ("finetune", "align")
         ),
     ],
