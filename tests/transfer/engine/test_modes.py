@@ -241,9 +241,9 @@ def test_what_learns_from_labels_says_that_they_are_missing(
     mode: str, teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     data = flat_folder(tmp_path / "images", validation=3)
-    words = ["train", *SHORT, *FRESH, f"mode={mode}", f"data_path={data}", f"output_dir={tmp_path / 'run'}"]
+    words = ["train", *SHORT, f"mode={mode}", f"data_path={data}", f"output_dir={tmp_path / 'run'}"]
     words += [] if mode == "scratch" else [f"teacher=local-dir:{teacher}"]
-    words += [*align(teacher), "val_split=holdout"] if mode == "align" else []
+    words += [*align(teacher), "val_split=holdout"] if mode == "align" else FRESH
     assert main(words) == 2
     said = "data.val_split=holdout is no folder" if mode == "align" else "has no class folders"
     assert said in capsys.readouterr().err
