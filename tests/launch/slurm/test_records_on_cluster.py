@@ -84,7 +84,7 @@ def assert_known(run: ClusterRun, job: str) -> None:
         assert f"is job {job} already" in run.graftvit(*words, code=2)
     assert queue(run.cluster) == [job]
     assert f"job {job} of {run.folder}" in run.graftvit("jobs", "stop", str(run.folder), "--now")
-    wait_for_the_end(run.cluster)
+    until(lambda: not queue(run.cluster), "the end of the job", every=0.2)
 
 
 def test_of_two_submissions_and_resumptions_at_once_one_is_queued(run: ClusterRun) -> None:
