@@ -32,6 +32,8 @@ IMPORTED = ("timm", "accelerate", "graftvit.launch.cli", "graftvit.launch.slurm.
             "graftvit.launch.slurm.stopping", "graftvit.transfer.engine.train")  # fmt: skip
 LONGEST = 1 << 20
 TESTS = str(Path(__file__).resolve().parents[2])
+WITHOUT_TEST = dict(os.environ)
+"""The environment of the server: that of a test may name a cluster, with whose end all processes that name it end."""
 
 
 class Command:
@@ -88,10 +90,8 @@ def _server() -> socket.socket:
         end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, LONGEST)
     with theirs:
         number = theirs.fileno()
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join([TESTS, os.environ.get("PYTHONPATH", "")])}
-        process = subprocess.Popen(
-            [sys.executable, __file__, str(number)], pass_fds=[number], env=environment
-        )
+        env = {**WITHOUT_TEST, "PYTHONPATH": os.pathsep.join([TESTS, WITHOUT_TEST.get("PYTHONPATH", "")])}
+        process = subprocess.Popen([sys.executable, __file__, str(number)], pass_fds=[number], env=env)
     atexit.register(process.wait)
     atexit.register(ours.close)
     return ours
