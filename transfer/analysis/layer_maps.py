@@ -549,6 +549,6 @@ def preprocessed(
     batches = EvalBatches(source, eval_transform(spec), spec.input_size, None)
     requests = eval_requests(len(source), batch_size=batch_size, rank=0, world_size=1)
     bad = BadImages(config.max_bad_images, len(source))
-    for images, _, valid in Fetcher(batches, config.workers, bad).fetch(requests):
+    for images, _, valid in Fetcher(batches, config, bad).fetch(requests):
         if valid.any():
             yield images[valid]

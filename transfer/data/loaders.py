@@ -89,7 +89,7 @@ class TrainLoader:
             views=config.views,
             repeats=self.repeats,
         )
-        self._fetcher = Fetcher(self.batches, config.workers, bad)
+        self._fetcher = Fetcher(self.batches, config, bad)
 
     def head(self) -> Head:
         """Return a head for the classes of these images."""
@@ -117,7 +117,7 @@ class TrainLoader:
         """Yield a batch for each request, with loader processes of its own, and with what `beside` adds."""
         batches = copy.copy(self.batches)
         batches.beside = beside
-        yield from Fetcher(batches, self._config.workers, self._new_account()).fetch_batches(requests)
+        yield from Fetcher(batches, self._config, self._new_account()).fetch_batches(requests)
 
     def _full_epoch_from(self, epoch: int, position: int) -> Iterator[FullBatch]:
         requests = train_requests(
@@ -170,12 +170,11 @@ class StreamTrainLoader(TrainLoader):
         self.batch_size = config.batch_size
         self._stream = StreamFetcher(
             stream,
+            config,
             train_transform(config, spec),
             batch_size=config.batch_size,
-            workers=config.workers,
             seed=seed,
             rank=rank,
-            bad=BadImages(config.max_bad_images, len(stream)),
         )
         self.num_samples = len(stream) * world_size  # timm counts a rank's share
         self.batches_per_epoch = max(1, self.num_samples // (config.batch_size * world_size))
@@ -229,7 +228,7 @@ class EvalLoader:
         own = [index for request in self._requests() for index in request.indices[: request.valid]]
         labels_of = () if source.targets is None else [source.targets[index] for index in own]
         bad = BadImages(config.max_bad_images, self.num_samples, labels_of, source.class_names)
-        self._fetcher = Fetcher(self.batches, config.workers, bad)
+        self._fetcher = Fetcher(self.batches, config, bad)
 
     def _requests(self) -> Iterator[BatchRequest]:
         return eval_requests(
@@ -269,12 +268,11 @@ class StreamEvalLoader(EvalLoader):
         self._rank, self._world_size = rank, world_size
         self._stream = StreamFetcher(
             stream,
+            config,
             eval_transform(spec),
             batch_size=config.eval_batch_size or config.batch_size,
-            workers=config.workers,
             seed=0,
             rank=0,
-            bad=BadImages(config.max_bad_images, len(stream)),
         )
         self.num_samples = len(stream)
 

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from ...models.errors import DataError, counted
+from ..config import DataConfig
 from .augment import Transform, mix, reason_of, seed_generators
 from .image_folder import UNLABELED, ImageSource
 from .loader_deaths import LOST_PROCESS, loader_deaths, lost
@@ -340,12 +341,12 @@ class BadImages:
 
 
 class Fetcher:
-    """Batches for requests, made by `workers` processes that stay from one pass to the next."""
+    """Batches for requests, made by the loader processes of `config` that stay from one pass to the next."""
 
-    def __init__(self, dataset: Any, workers: int, bad: BadImages) -> None:
+    def __init__(self, dataset: Any, config: DataConfig, bad: BadImages) -> None:
         self.bad = bad
         self._dataset = dataset
-        self._workers = workers
+        self._config = config
         self._requests = Requests()
         self._loader = self._open()
 
@@ -372,19 +373,22 @@ class Fetcher:
             raise
 
     def _open(self) -> DataLoader[Batch]:
-        keep = self._workers > 0
-        return create_loader(self._dataset, self._workers, sampler=self._requests, persistent_workers=keep)
+        keep = self._config.workers > 0
+        return create_loader(self._dataset, self._config, sampler=self._requests, persistent_workers=keep)
 
 
-def create_loader(dataset: Any, workers: int, **keywords: Any) -> DataLoader[Batch]:
-    """Return a DataLoader over a data set that makes whole batches. It does not draw from the run's generator."""
+def create_loader(dataset: Any, config: DataConfig, **keywords: Any) -> DataLoader[Batch]:
+    """Return a DataLoader over a data set that makes whole batches. It does not draw from the run's generator.
+
+    This is the one place that reads the settings of loader processes.
+    """
     with _any_number():
         return DataLoader(
             dataset,
             batch_size=None,
-            num_workers=workers,
+            num_workers=config.workers,
             collate_fn=as_it_is,
-            worker_init_fn=start_worker if workers else None,
+            worker_init_fn=start_worker if config.workers else None,
             pin_memory=torch.cuda.is_available(),
             generator=torch.Generator(),
             **keywords,

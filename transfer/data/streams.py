@@ -311,19 +311,18 @@ class StreamFetcher:
     def __init__(
         self,
         stream: Any,
+        config: DataConfig,
         transform: Transform,
         *,
         batch_size: int,
-        workers: int,
         seed: int,
         rank: int,
-        bad: BadImages,
     ) -> None:
-        self.bad = bad
+        self.bad = BadImages(config.max_bad_images, len(stream))
         if hasattr(stream, "set_loader_cfg"):
-            stream.set_loader_cfg(num_workers=workers)
+            stream.set_loader_cfg(num_workers=config.workers)
         self.stream = stream
-        self._workers = workers
+        self._config = config
         self._seed = seed
         self._rank = rank
         self._batches = StreamBatches(stream, transform, batch_size, seed, rank)
@@ -331,7 +330,7 @@ class StreamFetcher:
     def once(self) -> Iterator[Loaded]:
         """Yield the stream from its beginning to its end. Raises DataError where nothing comes."""
         some = False
-        for batch in guarded(create_loader(self._batches, self._workers)):
+        for batch in guarded(create_loader(self._batches, self._config)):
             self.bad.add(batch)
             if batch.images is not None:
                 some = True
