@@ -14,7 +14,7 @@ from ..models.errors import ConfigError, JsonDict
 from .load_config import Setting, load_config, load_stages, read_recipe
 
 if TYPE_CHECKING:
-    from ..transfer.analysis.compare.compare import Comparison
+    from ..transfer.analysis.compare.comparison_cells import Comparison
     from ..transfer.attnbench.bench_rows import Row
     from ..transfer.attnbench.bench_run import Bench
     from ..transfer.config import RunConfig
@@ -71,8 +71,7 @@ def load_comparison(source: str | Path, overrides: Iterable[Setting] = ()) -> Co
 
     Raises ConfigError if the file has no section `compare` or is not valid.
     """
-    from ..transfer.analysis.compare.compare import Comparison
-    from ..transfer.analysis.compare.comparison_cells import CompareConfig, check_stages
+    from ..transfer.analysis.compare.comparison_cells import CompareConfig, Comparison, check_stages
     from ..transfer.engine.stages import Stage
 
     given = list(overrides)

@@ -6,10 +6,10 @@ import difflib
 import functools
 import re
 import types
-from collections.abc import Collection, Iterable
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin
+from typing import Any, Literal, Union, get_args, get_origin
 
 from pydantic import PositiveFloat
 from pydantic.fields import FieldInfo
@@ -17,12 +17,7 @@ from pydantic.fields import FieldInfo
 from ..models.errors import ConfigError, did_you_mean
 from ..models.plain_yaml import YamlError, parse_yaml
 from ..transfer.config import RunConfig
-from ..transfer.mode_facts import MODE_FACTS, Mode
 from ..transfer.setting import OneOf, Section, fields_of, is_section, rule_of, section_of_entries
-
-if TYPE_CHECKING:
-    from .load_config import Setting
-
 
 # Words of the command lines of MAE and of the attention transfer code that have another name or no counterpart here.
 #
@@ -74,18 +69,6 @@ def check_value(key: str, value: str, origin: str) -> None:
         instead = "give --resume auto, the default"
     if instead:
         raise ConfigError(f"{origin} is {value!r}, a value of the attention-transfer code: {instead}")
-
-
-def check_finetune(settings: Iterable[Setting], mode: Mode) -> None:
-    """Raise ConfigError for `--finetune` in a mode with a teacher: it named the teacher there, and the student's
-    initial weights here."""
-    starts = rule_of(leaves()["student.init"].field).also
-    named = [setting for setting in settings if setting.origin.lstrip("-") in starts]
-    if named and MODE_FACTS[mode].taught:
-        raise ConfigError(
-            f"{named[-1].origin} names the teacher in the attention-transfer code, and the student's initial weights "
-            f"here: give --teacher {named[-1].value} for the teacher, or --init {named[-1].value} for the student"
-        )
 
 
 ENTRY = re.compile(r"(?P<list>[\w.-]+)\[(?P<index>\d+)\]\.(?P<name>\w+)")

@@ -21,10 +21,10 @@ from ..models.plain_yaml import MAX_BYTES, YamlError, parse_yaml, write_yaml
 from ..transfer.config import RunConfig
 from ..transfer.engine.stages import Stage
 from ..transfer.loss_config import LossConfig, describes_single_loss
-from ..transfer.setting import Section, find_replacements, find_unread, section_of_entries
+from ..transfer.mode_facts import MODE_FACTS, Mode
+from ..transfer.setting import Section, find_replacements, find_unread, rule_of, section_of_entries
 from .fields import (
     Leaf,
-    check_finetune,
     check_value,
     find_key,
     find_stage_key,
@@ -344,9 +344,21 @@ def _validate(settings: Sequence[Setting], stage: str = "") -> RunConfig:
     except ValidationError as error:
         given = {leaf_of(setting.key).key: _of_whole_list(setting) for setting in settings}
         raise _explain(error, values, given) from error
-    check_finetune(settings, config.mode)
+    _check_finetune(settings, config.mode)
     _check_single_loss(settings, config)
     return config
+
+
+def _check_finetune(settings: Sequence[Setting], mode: Mode) -> None:
+    """Raise ConfigError for `--finetune` in a mode with a teacher: it named the teacher there, and the student's
+    initial weights here."""
+    starts = rule_of(leaves()["student.init"].field).also
+    named = [setting for setting in settings if setting.origin.lstrip("-") in starts]
+    if named and MODE_FACTS[mode].taught:
+        raise ConfigError(
+            f"{named[-1].origin} names the teacher in the attention-transfer code, and the student's initial weights "
+            f"here: give --teacher {named[-1].value} for the teacher, or --init {named[-1].value} for the student"
+        )
 
 
 def _check_single_loss(settings: Sequence[Setting], config: RunConfig) -> None:

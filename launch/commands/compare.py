@@ -10,8 +10,7 @@ from ..flags import command_parser, parse_command
 from ..say import hint, say, tell
 
 if TYPE_CHECKING:
-    from ...transfer.analysis.compare.compare import Comparison
-    from ...transfer.analysis.compare.comparison_cells import Cell
+    from ...transfer.analysis.compare.comparison_cells import Cell, Comparison
 
 EXAMPLES = (
     "graftvit compare digits_compare",

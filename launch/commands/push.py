@@ -59,7 +59,7 @@ def run(argv: list[str]) -> int:
     if arguments.private and arguments.public:
         raise ConfigError("--private and --public contradict each other: leave one out")
     from ...checkpoints.publish.upload import plan_upload, push_student
-    from ...transfer.methods.method import describe_transfer
+    from ...transfer.methods.registry import describe_transfer
 
     with _student_folder(str(arguments.folder)) as folder:
         upload = plan_upload(

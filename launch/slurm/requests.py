@@ -28,7 +28,7 @@ from .settings import ClusterConfig
 from .sweep import Sweep, cell_configs, cell_settings, check_sweep, frozen_text, parse_sweep, run_configs
 
 if TYPE_CHECKING:
-    from ...transfer.analysis.compare.compare import Comparison
+    from ...transfer.analysis.compare.comparison_cells import Comparison
 
 
 GOES_ON = Setting("engine.resume", "auto", "graftvit submit")

@@ -9,8 +9,7 @@ from torch import Tensor, nn
 from ...models.copying.tape import Link, Tape
 from ...models.copying.teacher_view import Wanted, in_sequence
 from ...models.families import blocks_of
-from .method import Installed, Pairing, TransferMethod, projector, squared_error
-from .pairs import TransferPlan
+from .method import Installed, Pairing, TransferMethod, TransferPlan, projector, squared_error
 
 
 class BlockOutput(TransferMethod):

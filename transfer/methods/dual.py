@@ -50,8 +50,7 @@ from .loss_terms import (
     resolve_terms,
     term_methods,
 )
-from .method import Pairing
-from .pairs import TransferPlan
+from .method import Pairing, TransferPlan
 from .standardize import Batch, Measured, fit, mark_ready
 from .taught_layer import freeze_unused
 

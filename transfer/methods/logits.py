@@ -12,8 +12,7 @@ from ...models.copying.tape import Tape
 from ...models.copying.teacher_view import Wanted
 from ...models.errors import TransferError
 from ..loss_config import LossConfig
-from .method import Installed, Pairing, TransferMethod
-from .pairs import TransferPlan
+from .method import Installed, Pairing, TransferMethod, TransferPlan
 
 
 class Logits(TransferMethod):

@@ -25,8 +25,8 @@ from ...models.parts import OutsideTeacher as OutsideTeacher
 from ...models.parts import check_takes, image_channels
 from ..loss_config import LossEntry, TransferConfig
 from ..setting import rule_of
-from .method import Finish, TransferMethod
-from .pairs import TransferPlan, resolve_plan
+from .method import Finish, TransferMethod, TransferPlan
+from .pairs import resolve_plan
 from .registry import find_method
 
 Teacher = nn.Module | Pretrained

@@ -7,27 +7,26 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...checkpoints.markdown import code
-from ...checkpoints.publish.card import Rows, number
 from ...models.attention.kernels import precise
 from ...models.copying.copying_operators import Copy, Part
-from ...models.copying.tape import Link, Tape
+from ...models.copying.grids import GridRule
+from ...models.copying.tape import HeadMap, Link, Step, Tape, take
+from ...models.copying.teacher_view import ShownImages, view_attention
 from ...models.copying.teacher_view import Wanted as Wanted
 from ...models.errors import Json, TransferError
-from ...models.families import vit
+from ...models.families import evaluating, vit
 from ...models.host import AttentionHost
 from ..loss_config import LossConfig
+from .heads import map_distance, match_heads
 from .lessons import Changes
 from .map_loss import LayerMaps
-from .method_facts import facts_of, method_names
-from .pairs import TransferPlan
-from .registry import find_method
+from .method_facts import facts_of
 from .standardize import Measured
 from .taught_layer import Observer, attach
 
@@ -205,71 +204,6 @@ def projector(
     return projectors[name]
 
 
-# The section `transfer` of a recipe, in the words of a model card.
-
-
-def describe_transfer(settings: Json) -> Rows:
-    """Describe method, layers, heads and weight of each loss; the name alone of a method that is not registered."""
-    losses = settings.get("losses")
-    entries = [entry for entry in losses if isinstance(entry, Mapping)] if isinstance(losses, list) else []
-    if not entries:
-        return _describe_loss(settings)
-    rows: Rows = []
-    for number_of_loss, entry in enumerate(entries, start=1):
-        found = [*_describe_loss(entry)]
-        if entry.get("teacher"):
-            found.insert(1, ("from", code(entry["teacher"])))
-        rows += [(f"loss {number_of_loss}: {name}", text) for name, text in found]
-    return rows
-
-
-def _describe_loss(settings: Json) -> Rows:
-    name = str(settings.get("method", ""))
-    if name not in method_names():
-        return [("method", f"{code(name)}: not described here")]
-    method = find_method(name)
-    rows = [("method", f"{code(name)}: {method.describe(settings)}")]
-    if method.uses_layers and "layers" in settings:
-        rows.append(("layers", _layers(settings["layers"])))
-    if method.uses_heads and "heads" in settings:
-        rows.append(("heads", _heads(settings["heads"])))
-    if not method.copies and "weight" in settings:
-        over = {"sum": ", summed over layers", "mean": ", averaged over layers"}
-        rest = over.get(str(settings.get("reduction")), "") if method.uses_layers else ""
-        rows.append(("weight of its loss", f"{number(settings['weight'])}{rest}"))
-    if settings.get("temperature", 1.0) != 1.0:
-        rows.append(("temperature", number(settings["temperature"])))
-    return rows
-
-
-def _layers(layers: object) -> str:
-    kind, _, count = str(layers).partition(":")
-    if layers == "all":
-        return "all"
-    if kind in ("first", "last") and count.isdigit():
-        return f"the {kind} {count}"
-    if kind == "every" and count.isdigit():
-        return f"one in {count}, and the last"
-    return _pairs(layers)
-
-
-def _heads(heads: object) -> str:
-    if heads == "mean":
-        return "the means of groups of the teacher's heads"
-    if heads == "match":
-        return "all, each paired with a teacher's head by the least distance between maps"
-    return "all" if heads == "all" else _pairs(heads)
-
-
-def _pairs(chosen: object) -> str:
-    """0,3,5, or teacher > student pairs, counted from 0."""
-    items = chosen if isinstance(chosen, (list, tuple)) else [chosen]
-    text = ", ".join(
-        ">".join(map(str, item)) if isinstance(item, (list, tuple)) else str(item) for item in items
-    )
-    return code(text) + (" (teacher > student)" if ">" in text else "")
-
-
 # The error of two tensors, for methods that compare outputs.
 
 
@@ -280,3 +214,85 @@ def squared_error(student: Tensor, teacher: Tensor, projector: nn.Module | None)
         student, teacher = projector(student.transpose(1, 2).flatten(2)), teacher.transpose(1, 2).flatten(2)
     student = precise(student)
     return F.mse_loss(student, teacher.to(student.dtype))
+
+
+# The resolved pairs of a method: what it runs on, and how a plan says so.
+
+
+@dataclass(frozen=True)
+class TransferPlan:
+    """The resolved pairs of layers, none for `feature` and `logits`."""
+
+    method: TransferMethod
+    links: tuple[Link, ...]
+    notes: tuple[str, ...]
+    needs_calibration: bool = False
+    grids: GridRule | None = None
+    """Rule of the patch grids of a batch that go together; None if no tokens are matched."""
+    tokens: Literal["pooled", "patches", "both"] = "pooled"
+    """Features of whole models that a method compares."""
+
+    @property
+    def teacher_layers(self) -> set[int]:
+        return {link.pair.teacher for link in self.links}
+
+    def calibrated(
+        self,
+        teacher: nn.Module,
+        student: nn.Module,
+        teacher_input: ShownImages,
+        images: Tensor | None,
+    ) -> TransferPlan:
+        """Heads assigned layer by layer by the distance of their maps on a batch of images."""
+        if images is None:
+            raise TransferError(
+                "transfer.heads='match' is measured on a batch of images: give DualViT(calibration=images)"
+            )
+        tapes, grids = [], teacher_input.grids(images, self.grids)
+        for model, layers, batch in (
+            (teacher, self.teacher_layers, teacher_input(images)),
+            (student, {link.pair.student for link in self.links}, images),
+        ):
+            tape = Tape(Step(grids))
+            with evaluating(model):
+                view_attention(model, layers, tape, ("q", "k"))(batch)
+            tapes.append(tape)
+        links = tuple(replace(link, heads=_matched(link, *tapes)) for link in self.links)
+        return replace(self, links=links, needs_calibration=False)
+
+    def describe(self) -> list[str]:
+        """Return the plan in lines of text."""
+        lines = [f"method: {self.method.name}"]
+        if self.links:
+            pairs = ", ".join(f"{link.pair.teacher}>{link.pair.student}" for link in self.links)
+            lines.append(f"layers (teacher>student): {pairs}")
+        if self.needs_calibration:
+            lines.append("heads: matched on the first batch")
+        elif self.links and self.method.uses_heads:
+            lines.extend(_describe_heads(self.links))
+        return [*lines, *self.notes]
+
+
+def _matched(link: Link, teacher: Tape, student: Tape) -> HeadMap:
+    t = take(link.resample(teacher), None, link.tokens.teacher)
+    s = take(student.heads[link.pair.student], None, link.tokens.student)
+    distance = map_distance(*t.qk(), *s.qk(), t.scale, s.scale, bias_t=t.bias, bias_s=s.bias)
+    return match_heads(distance)
+
+
+def _describe_heads(links: tuple[Link, ...]) -> list[str]:
+    if any(link.heads.teacher_heads != link.teacher.num_heads for link in links):
+        return []  # the method joins heads, so that their numbers do not matter
+    if all(link.heads.is_identity for link in links):
+        if len({len(link.heads.groups) for link in links}) > 1:
+            return ["heads: all of each layer, one to one"]
+        return [f"heads: all {len(links[0].heads.groups)}, one to one"]
+    texts = {link.pair.student: _describe_head_map(link.heads) for link in links}
+    if len(set(texts.values())) == 1:
+        return [f"heads (teacher>student): {texts[links[0].pair.student]}"]
+    return [f"heads of layer {layer} (teacher>student): {text}" for layer, text in texts.items()]
+
+
+def _describe_head_map(heads: HeadMap) -> str:
+    groups = zip(heads.targets, heads.student_heads, strict=True)
+    return ", ".join(f"{'+'.join(map(str, group))}>{head}" for group, head in groups)

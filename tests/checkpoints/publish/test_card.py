@@ -22,8 +22,8 @@ from graftvit.checkpoints.publish.card import (
 )
 from graftvit.transfer.config import AlignConfig, RunConfig
 from graftvit.transfer.engine.modes import MODES as RUN_MODES
-from graftvit.transfer.methods.method import describe_transfer
 from graftvit.transfer.methods.method_facts import method_names
+from graftvit.transfer.methods.registry import describe_transfer
 from huggingface_hub import ModelCard
 from hypothesis import given, settings
 from hypothesis import strategies as st

@@ -20,7 +20,7 @@ from graftvit.transfer.engine.dry_run import dry_run
 from graftvit.transfer.engine.modes import classification_loss
 from graftvit.transfer.engine.train import train
 from graftvit.transfer.methods.feature import average_to
-from graftvit.transfer.methods.method import describe_transfer
+from graftvit.transfer.methods.registry import describe_transfer
 from graftvit.transfer.methods.standardize import Standardizer, hadamard_matrix
 from graftvit.transfer.setting import check_effect
 from support.models.dense import gradient, images, relative_error, tiny

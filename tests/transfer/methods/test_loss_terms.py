@@ -25,9 +25,8 @@ from graftvit.transfer.engine.train import train
 from graftvit.transfer.loss_config import LossConfig
 from graftvit.transfer.methods import method_facts, registry
 from graftvit.transfer.methods.dual import DualOutput, DualViT
-from graftvit.transfer.methods.method import describe_transfer
 from graftvit.transfer.methods.method_facts import method_names, reads_setting
-from graftvit.transfer.methods.registry import find_method, register_method
+from graftvit.transfer.methods.registry import describe_transfer, find_method, register_method
 from graftvit.transfer.setting import check_effect
 from support.models.dense import TINY, cross_entropy, gradient, images, relative_error, run, tiny
 from support.models.pair_cases import METHODS

@@ -7,18 +7,14 @@ import os
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-
-import torch
 
 from ....models.converted import plan_of
 from ....models.errors import ConfigError, GraftError, JsonDict, RunFailedError, one_sentence
 from ....models.families import check_supported
 from ...cells.pool import (
-    State,
     StoppedError,
-    cell_state,
     digest,
     left_to_run,
     load_record,
@@ -26,14 +22,10 @@ from ...cells.pool import (
     run_in_turn,
     save_record,
 )
-from ...config import RunConfig
 from ...engine.build import identify_teachers
-from ...engine.stages import Stage
-from ...engine.students import input_size
 from ...engine.train import train
-from ...setting import dump_decisive
 from ..benchmark.cases import load_average, machine
-from .comparison_cells import TEACHER, Cell, CompareConfig, Record, Speed, list_cells
+from .comparison_cells import TEACHER, Cell, Comparison, Record, Speed
 from .student_cell import (
     count_parameters,
     fresh_model,
@@ -47,77 +39,6 @@ from .student_cell import (
 )
 
 logger = logging.getLogger(__name__)
-SET_BY_CELLS = {"student.plan", "engine.evaluate_start", "engine.evaluate_teacher"}
-"""Settings for which each cell has a value of its own."""
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """One teacher, the stages that every student goes through, and the plans."""
-
-    stages: Sequence[Stage]
-    compare: CompareConfig
-    teacher: RunConfig | None = None
-    """The run that makes the teacher, where one does."""
-
-    @property
-    def folder(self) -> Path:
-        return self.stages[0].config.output_dir
-
-    @property
-    def config(self) -> RunConfig:
-        return self.stages[0].config
-
-    @property
-    def has_teacher(self) -> bool:
-        return self.config.teacher.source is not None
-
-    def cells(self) -> list[Cell]:
-        """Return all cells in the order of the table. Raises ConfigError: a name or a size is not valid."""
-        sizes = self.compare.img_size or (_side(self.config),)
-        return list_cells(self.compare.plans, sizes, teacher=self.has_teacher, seeds=self.compare.seeds)
-
-    def stages_of(self, cell: Cell) -> list[Stage]:
-        """Return the stages that a cell goes through, with its seed."""
-        names = self.compare.stages.get(cell.name, [stage.name for stage in self.stages])
-        seed = {} if cell.seed is None else {"seed": cell.seed}
-        return [
-            Stage(stage.name, stage.config.model_copy(update=seed))
-            for stage in self.stages
-            if stage.name in names
-        ]
-
-    def cell_folder(self, cell: Cell) -> Path:
-        return self.folder / "cells" / cell.folder
-
-    def record(self, cell: Cell) -> Record | None:
-        """Return what is known of a cell that is done or failed."""
-        return load_record(Record, self.cell_folder(cell))
-
-    def records(self) -> list[Record]:
-        """Return the records of all cells that are done or failed, in the order of the table."""
-        found = (self.record(cell) for cell in self.cells())
-        return [record for record in found if record is not None]
-
-    def state(self, cell: Cell) -> State:
-        """Return how far a cell is. Raises ConfigError: it was measured with other settings."""
-        return cell_state(self.cell_folder(cell), self.digest(cell))
-
-    def digest(self, cell: Cell) -> str:
-        """Return the digest of all settings that the cell's numbers depend on."""
-        path = set() if self.teacher is None else {"teacher.source"}
-        stages = [dump_decisive(stage.config, SET_BY_CELLS | path) for stage in self.stages_of(cell)]
-        made = None if self.teacher is None else dump_decisive(self.teacher)
-        measured = self.compare.model_dump(
-            mode="json", exclude={"plans", "img_size", "stages", "seeds", "teacher_recipe"}
-        )
-        return digest([stages, made, measured, cell.plan, cell.size])
-
-    @property
-    def device(self) -> torch.device:
-        """Where speed is measured."""
-        auto = self.config.engine.device == "auto" and torch.cuda.is_available()
-        return torch.device("cuda" if auto else "cpu")
 
 
 def check_plans(comparison: Comparison) -> None:
@@ -257,13 +178,6 @@ def _speeds(comparison: Comparison, cell: Cell) -> list[Speed]:
         models = speed_models(comparison.config, cell.plan, size)
         speeds.append(measure_speed(*models, size, batch, compare.repeats, comparison.device))
     return speeds
-
-
-def _side(config: RunConfig) -> int:
-    _, height, width = input_size(config.student)
-    if height != width:
-        raise ConfigError(f"student.img_size is {height}x{width}; a comparison takes square images")
-    return height
 
 
 def _outcome(record: Record) -> str:

@@ -6,6 +6,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from pathlib import Path
 
 import torch
 from pydantic import Field, NonNegativeInt
@@ -18,8 +19,11 @@ from ....models.families import sites, vit
 from ....models.grid_hosts import Call, watch_layer
 from ....models.host import AttentionHost
 from ....models.pyramid_conversion import sharing_copy
-from ...cells.pool import pick_named
-from ...setting import Section
+from ...cells.pool import State, cell_state, digest, load_record, pick_named
+from ...config import RunConfig
+from ...engine.stages import Stage
+from ...engine.students import input_size
+from ...setting import Section, dump_decisive
 
 TEACHER, UNIFORM = "teacher", "uniform"
 
@@ -228,6 +232,88 @@ class Record:
     @property
     def final(self) -> Score | None:
         return self.scores[-1] if self.scores else None
+
+
+# A comparison: its cells, what they depend on, and how far they are.
+
+SET_BY_CELLS = {"student.plan", "engine.evaluate_start", "engine.evaluate_teacher"}
+"""Settings for which each cell has a value of its own."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One teacher, the stages that every student goes through, and the plans."""
+
+    stages: Sequence[Stage]
+    compare: CompareConfig
+    teacher: RunConfig | None = None
+    """The run that makes the teacher, where one does."""
+
+    @property
+    def folder(self) -> Path:
+        return self.stages[0].config.output_dir
+
+    @property
+    def config(self) -> RunConfig:
+        return self.stages[0].config
+
+    @property
+    def has_teacher(self) -> bool:
+        return self.config.teacher.source is not None
+
+    def cells(self) -> list[Cell]:
+        """Return all cells in the order of the table. Raises ConfigError: a name or a size is not valid."""
+        sizes = self.compare.img_size or (_side(self.config),)
+        return list_cells(self.compare.plans, sizes, teacher=self.has_teacher, seeds=self.compare.seeds)
+
+    def stages_of(self, cell: Cell) -> list[Stage]:
+        """Return the stages that a cell goes through, with its seed."""
+        names = self.compare.stages.get(cell.name, [stage.name for stage in self.stages])
+        seed = {} if cell.seed is None else {"seed": cell.seed}
+        return [
+            Stage(stage.name, stage.config.model_copy(update=seed))
+            for stage in self.stages
+            if stage.name in names
+        ]
+
+    def cell_folder(self, cell: Cell) -> Path:
+        return self.folder / "cells" / cell.folder
+
+    def record(self, cell: Cell) -> Record | None:
+        """Return what is known of a cell that is done or failed."""
+        return load_record(Record, self.cell_folder(cell))
+
+    def records(self) -> list[Record]:
+        """Return the records of all cells that are done or failed, in the order of the table."""
+        found = (self.record(cell) for cell in self.cells())
+        return [record for record in found if record is not None]
+
+    def state(self, cell: Cell) -> State:
+        """Return how far a cell is. Raises ConfigError: it was measured with other settings."""
+        return cell_state(self.cell_folder(cell), self.digest(cell))
+
+    def digest(self, cell: Cell) -> str:
+        """Return the digest of all settings that the cell's numbers depend on."""
+        path = set() if self.teacher is None else {"teacher.source"}
+        stages = [dump_decisive(stage.config, SET_BY_CELLS | path) for stage in self.stages_of(cell)]
+        made = None if self.teacher is None else dump_decisive(self.teacher)
+        measured = self.compare.model_dump(
+            mode="json", exclude={"plans", "img_size", "stages", "seeds", "teacher_recipe"}
+        )
+        return digest([stages, made, measured, cell.plan, cell.size])
+
+    @property
+    def device(self) -> torch.device:
+        """Where speed is measured."""
+        auto = self.config.engine.device == "auto" and torch.cuda.is_available()
+        return torch.device("cuda" if auto else "cpu")
+
+
+def _side(config: RunConfig) -> int:
+    _, height, width = input_size(config.student)
+    if height != width:
+        raise ConfigError(f"student.img_size is {height}x{width}; a comparison takes square images")
+    return height
 
 
 # Means over the cells of a student that differ in their seed alone.

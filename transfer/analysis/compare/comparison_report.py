@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from ....checkpoints.atomic import write_text
 from ....models.attention.base import Operations
@@ -16,13 +15,9 @@ from ...metrics.intervals import Interval, Z, accuracy_interval, standard_error
 from ..benchmark.cases import Prices
 from ..report.rendering import Figure, Report, compose
 from ..report.tables import Table, milliseconds, tabulate, to_json
-from .comparison_cells import TEACHER, UNIFORM, Record, Score, Speed, mean_over_seeds
+from .comparison_cells import TEACHER, UNIFORM, Comparison, Record, Score, Speed, mean_over_seeds
 from .comparison_plots import figures_of, map_figure
 from .student_cell import load_maps
-
-if TYPE_CHECKING:
-    from .compare import Comparison
-
 
 # The rows of the table: accuracy by stage, cost, and how much of the gap each student recovered.
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from itertools import product
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -46,11 +46,7 @@ from ..report.ink import Array, write_arrays
 from ..visualize.map_figures import Query, default_query
 from ..visualize.map_page import to_pixels
 from ..visualize.visualize import token_layouts
-from .comparison_cells import Cell, Record, Score, Speed, layer_errors
-
-if TYPE_CHECKING:
-    from .compare import Comparison
-
+from .comparison_cells import Cell, Comparison, Record, Score, Speed, layer_errors
 
 # Where a cell's model looks: the mean of the heads for one query on a few test images, kept in the cell's folder.
 
