@@ -3,22 +3,12 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
-from functools import partial
+import pkgutil
+from collections.abc import Callable, Iterator
+from importlib import import_module
 
-from .attention.agent import AgentAttention
-from .attention.attention_program import ProgramAttention
+from . import attention
 from .attention.base import AttentionOperator, LayerShape
-from .attention.hash import HashAttention
-from .attention.hilo import HiLoAttention
-from .attention.hybrid import HybridAttention
-from .attention.kernel import KernelAttention
-from .attention.linformer import LinformerAttention
-from .attention.monarch import MonarchAttention
-from .attention.nystrom import NystromAttention
-from .attention.softmax import SoftmaxAttention, UniformAttention
-from .attention.ttt import TTTAttention
-from .attention.window import NeighborhoodAttention, WindowAttention
 from .errors import ConfigError, did_you_mean
 from .plan_syntax import KEEP
 from .plan_syntax import Choice as Choice
@@ -54,34 +44,15 @@ claim. docs/efficiency.md has the measurements; a test measures the claims at 4,
 
 # The registry of attention operators for layer plans.
 
-OPERATORS: dict[str, Callable[..., AttentionOperator]] = {
-    "softmax": SoftmaxAttention,
-    "kernel": KernelAttention,
-    "linear": partial(KernelAttention, feature="elu", center=True),
-    "performer": partial(KernelAttention, feature="favor", center=True),
-    "hedgehog": partial(KernelAttention, feature="hedgehog", center=True),
-    "t2r": partial(KernelAttention, feature="t2r", center=True),
-    "focused": partial(KernelAttention, feature="focused", local="v", center=True),
-    "cosformer": partial(KernelAttention, feature="cosine", center=True),
-    "inline": partial(
-        KernelAttention, feature="identity", normalizer="inline", local="v", local_size=3, center=True
-    ),
-    "mala": partial(KernelAttention, feature="elu", normalizer="mala", local="v", center=True),
-    "linformer": LinformerAttention,
-    "nystrom": NystromAttention,
-    "agent": AgentAttention,
-    "window": WindowAttention,
-    "neighbourhood": NeighborhoodAttention,
-    "dilated": partial(WindowAttention, dilation=2),
-    "hilo": HiLoAttention,
-    "hybrid": HybridAttention,
-    "ttt": TTTAttention,
-    "monarch": MonarchAttention,
-    "uniform": UniformAttention,
-    "program": ProgramAttention,
-    **{name: partial(ProgramAttention, code=code) for name, code in FOUND.items()},
-    "hash": HashAttention,
-}
+
+def _find_operators() -> Iterator[tuple[str, Callable[..., AttentionOperator]]]:
+    """Yield each name and constructor in the tables `OPERATORS` of the files in `attention/`."""
+    for file in pkgutil.iter_modules(attention.__path__):
+        module = import_module(f"{attention.__name__}.{file.name}")
+        yield from getattr(module, "OPERATORS", {}).items()
+
+
+OPERATORS = dict(_find_operators())
 """Constructors by name: the first argument is the `LayerShape`, the others are options."""
 
 BUILT_IN = frozenset(OPERATORS)

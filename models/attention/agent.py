@@ -73,3 +73,6 @@ class AgentAttention(PooledAttention):
             pooling = Pooling(heads, cells, own)
             agents, counts = pooling.means(own), pooling.log_counts()
         return agents.to(q.dtype), counts.to(q.dtype)
+
+
+OPERATORS = {"agent": AgentAttention}

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -172,3 +175,9 @@ def _term(part: Part, geometry: Geometry) -> Term:
         assert left is not None
         return Sparse(left, torch.arange(geometry.num_tokens, device=left.device)[:, None])
     return FirstRows(F.pad(right.transpose(2, 3), (0, 0, first, 0))) if left is None else LowRank(left, right)
+
+
+OPERATORS: dict[str, Callable[..., AttentionOperator]] = {
+    "program": ProgramAttention,
+    **{name: partial(ProgramAttention, code=code) for name, code in FOUND.items()},
+}

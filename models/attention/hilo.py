@@ -204,3 +204,6 @@ def _spans(side: int, window: int) -> Iterator[tuple[int, int, int]]:
         yield 0, whole, window
     if whole < side:
         yield whole, side, side - whole
+
+
+OPERATORS = {"hilo": HiLoAttention}

@@ -222,3 +222,6 @@ def _checked(combine: str, branches: str) -> list[str]:
     if combine == "joint" and "kernel" not in names:
         raise ConfigError(f"plan: branches={branches}; combine=joint needs the kernel for what is outside")
     return [name for name in BRANCHES if name in names]
+
+
+OPERATORS = {"hybrid": HybridAttention}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple, TypeAlias
 
 import torch
@@ -430,3 +431,18 @@ def _convolutions(shape: LayerShape, local: str, size: int | None) -> list[Depth
     return [
         DepthwiseConv(shape, LOCAL_SIZES[local] if size is None else size) if has else None for has in wanted
     ]
+
+
+OPERATORS: dict[str, Callable[..., AttentionOperator]] = {
+    "kernel": KernelAttention,
+    "linear": partial(KernelAttention, feature="elu", center=True),
+    "performer": partial(KernelAttention, feature="favor", center=True),
+    "hedgehog": partial(KernelAttention, feature="hedgehog", center=True),
+    "t2r": partial(KernelAttention, feature="t2r", center=True),
+    "focused": partial(KernelAttention, feature="focused", local="v", center=True),
+    "cosformer": partial(KernelAttention, feature="cosine", center=True),
+    "inline": partial(
+        KernelAttention, feature="identity", normalizer="inline", local="v", local_size=3, center=True
+    ),
+    "mala": partial(KernelAttention, feature="elu", normalizer="mala", local="v", center=True),
+}

@@ -157,3 +157,6 @@ def _log_counts(weights_Mn: Tensor, num_prefix: int) -> Tensor:
     spread = weights_Mn.sum(-1).square() / weights_Mn.square().sum(-1).clamp_min(smallest)
     counts = spread.clamp_min(1).log()
     return F.pad(counts, (num_prefix, 0)) if num_prefix else counts
+
+
+OPERATORS = {"linformer": LinformerAttention}

@@ -164,3 +164,6 @@ def _mean_queries(log_BHJLK: Tensor, queries_BHJLD: Tensor, hidden: Tensor | Non
         log_BHJLK = log_BHJLK.masked_fill(hidden.transpose(2, 3)[..., None], HIDDEN)
     weights_BHJKL = log_BHJLK.transpose(3, 4).softmax(-1)
     return (weights_BHJKL @ queries_BHJLD).transpose(2, 3)
+
+
+OPERATORS = {"monarch": MonarchAttention}

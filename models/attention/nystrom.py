@@ -130,3 +130,6 @@ def pseudo_inverse(x: Tensor, iterations: int) -> Tensor:
 def _precise(heads: Heads) -> tuple[Tensor, Tensor]:
     q, k = heads.qk()
     return precise(q), precise(k)
+
+
+OPERATORS = {"nystrom": NystromAttention}

@@ -139,3 +139,6 @@ def _weights(heads: Heads) -> Tensor:
         return v.new_full((1, 1, v.shape[2], 1), 1 / v.shape[2], dtype=dtype)
     keys = heads.key_mask[:, None, :, None].to(dtype)
     return keys / keys.sum(2, keepdim=True)
+
+
+OPERATORS = {"softmax": SoftmaxAttention, "uniform": UniformAttention}

@@ -95,3 +95,6 @@ def answer(weights: InnerWeights, x_BHND: Tensor) -> Tensor:
 
 def _draw(size: tuple[int, ...]) -> Tensor:
     return nn.init.trunc_normal_(torch.empty(size), std=INITIAL_STD)
+
+
+OPERATORS = {"ttt": TTTAttention}

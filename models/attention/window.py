@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import product
 from typing import Any, NamedTuple
 
@@ -301,3 +302,10 @@ class NeighborhoodAttention(WindowAttention):
     """
 
     cutter = staticmethod(neighbors)
+
+
+OPERATORS: dict[str, Callable[..., AttentionOperator]] = {
+    "window": WindowAttention,
+    "neighbourhood": NeighborhoodAttention,
+    "dilated": partial(WindowAttention, dilation=2),
+}

@@ -17,13 +17,14 @@ from graftvit.models import resize
 from graftvit.models.copied import ARCHITECTURE, Copying, copying_of
 from graftvit.models.errors import TransferError, UnsupportedModelError
 from graftvit.transfer.methods.dual import DualViT
-from support.models.copied_models import CASES, HALF, MAPS, METHODS, OTHER, arguments, pair, whole
+from support.models.copied_models import CASES, HALF, MAPS, OTHER, arguments, pair, whole
 from support.models.dense import images, tiny
+from support.models.method_cases import COPIES
 from torch import Tensor
 
 
 @pytest.mark.parametrize(
-    ("case", "method"), [(c, m) for c in CASES for m in METHODS] + [(c, "copy") for c in MAPS]
+    ("case", "method"), [(c, m) for c in CASES for m in COPIES] + [(c, "copy") for c in MAPS]
 )
 @torch.no_grad()
 def test_it_computes_what_the_student_computes_beside_its_teacher(case: str, method: str) -> None:
@@ -43,7 +44,7 @@ def test_it_computes_what_the_student_computes_beside_its_teacher(case: str, met
     assert torch.equal(again.forward_head(features), expected)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", COPIES)
 def test_of_the_teacher_it_holds_what_it_needs_and_nothing_after(method: str) -> None:
     dual, teacher = pair("unequal depth", method)
     theirs = {n: t for n, t in dual.teacher.state_dict().items() if not n.startswith(("norm.", "head."))}

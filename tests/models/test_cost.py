@@ -12,7 +12,8 @@ from graftvit.models.cost import attention_macs, copied_macs, count_operations, 
 from graftvit.models.errors import UnsupportedModelError
 from graftvit.models.small import without_memory
 from support.models import dense
-from support.models.copied_models import CASES, MAPS, METHODS, pair, whole
+from support.models.copied_models import CASES, MAPS, pair, whole
+from support.models.method_cases import COPIES
 from support.models.pyramids import SIZES, TINY, tiny
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -64,7 +65,7 @@ def test_what_an_operator_brings_counts_as_its_own() -> None:
 
 
 @pytest.mark.parametrize(
-    ("case", "method"), [(c, m) for c in CASES for m in METHODS] + [(c, "copy") for c in MAPS]
+    ("case", "method"), [(c, m) for c in CASES for m in COPIES] + [(c, "copy") for c in MAPS]
 )
 def test_a_copying_student_is_counted(case: str, method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(

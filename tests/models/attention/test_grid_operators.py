@@ -17,7 +17,15 @@ from graftvit.models.attention.monarch import MonarchAttention
 from graftvit.models.attention.softmax import SoftmaxAttention, softmax_rows
 from graftvit.models.attention.tiles import blocks
 from graftvit.models.attention.window import NeighborhoodAttention, WindowAttention
-from support.models.operator_cases import Case, check_against_map, draw
+from support.models.operator_cases import (
+    Case,
+    check_against_map,
+    dense_hilo,
+    dense_local,
+    draw,
+    is_near,
+    same_window,
+)
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -25,44 +33,14 @@ RAGGED = Geometry(2, (7, 9))
 OPTIONS = [(7, 1), (4, 1), (3, 2), (2, 3), (5, 2), (1, 1), (2, 8)]
 
 
-def same_window(a: int, b: int, length: int, window: int, dilation: int) -> bool:
-    """Equal residues, and equal windows where the positions of a residue are dealt out as evenly as can be."""
-    if a % dilation != b % dilation:
-        return False
-    size = len(range(a % dilation, length, dilation))
-    count = -(-size // window)
-    sizes = [size // count + (i < size % count) for i in range(count)]
-    ends = [sum(sizes[: i + 1]) for i in range(count)]
-    return len({next(i for i, end in enumerate(ends) if x // dilation < end) for x in (a, b)}) == 1
-
-
-def is_near(a: int, b: int, length: int, window: int, dilation: int) -> bool:
-    """b is one of the `window` positions around a, moved inwards at the ends."""
-    positions = list(range(a % dilation, length, dilation))
-    first = min(max(a // dilation - window // 2, 0), max(len(positions) - window, 0))
-    return b in positions[first : first + window]
-
-
-def dense(heads: Heads, sees: Any, window: int, dilation: int) -> Tensor:
-    geometry = heads.tokens()
-    (height, width), prefix = geometry.grid, geometry.num_prefix
-    mask = torch.ones(geometry.num_tokens, geometry.num_tokens, dtype=torch.bool)
-    for i in range(height * width):
-        for j in range(height * width):
-            mask[prefix + i, prefix + j] = sees(i // width, j // width, height, window, dilation) and sees(
-                i % width, j % width, width, window, dilation
-            )
-    q, k, v = heads.qkv()
-    logits = (heads.scale * q @ k.transpose(2, 3)).masked_fill(~mask, -torch.inf)
-    return logits.softmax(-1) @ v
-
-
 @pytest.mark.parametrize(("window", "dilation"), OPTIONS)
 @pytest.mark.parametrize(("kind", "sees"), [(WindowAttention, same_window), (NeighborhoodAttention, is_near)])
 def test_the_map_is_that_of_the_dense_mask(kind: Any, sees: Any, window: int, dilation: int) -> None:
     heads = draw(RAGGED)
     out = kind(LayerShape(2, 8, RAGGED), window, dilation)(heads)
-    torch.testing.assert_close(out, dense(heads, sees, window, dilation), rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(
+        out, dense_local(None, heads, window, dilation, sees=sees), rtol=1e-10, atol=1e-12
+    )
 
 
 @pytest.mark.parametrize("kind", [WindowAttention, NeighborhoodAttention])
@@ -172,35 +150,6 @@ def build(geometry: Geometry, **options: float) -> HiLoAttention:
     return HiLoAttention(LayerShape(HEADS, 8, geometry), **options)  # type: ignore[arg-type]
 
 
-def hilo_dense(heads: Heads, alpha: float, window: int) -> Tensor:
-    """Return the output one query at a time, from the paper's definition."""
-    q, k, v = heads.qkv()
-    geometry, out = heads.tokens(), torch.zeros_like(v)
-    prefix, (rows, columns) = geometry.num_prefix, geometry.grid
-    high = 0 if window == 1 else HEADS - int(HEADS * alpha)
-    cells = [(y // window, x // window) for y in range(rows) for x in range(columns)]
-    members = {
-        cell: [prefix + i for i, each in enumerate(cells) if each == cell] for cell in sorted(set(cells))
-    }
-    for head in range(HEADS):
-        pooled_k, pooled_v = (
-            torch.stack(
-                [x[:, head, i] for i in range(prefix)] + [x[:, head, m].mean(1) for m in members.values()], 1
-            )
-            for x in (k, v)
-        )
-        for query in range(geometry.num_tokens):
-            keys, values = k[:, head], v[:, head]
-            if query >= prefix and head < high:
-                near = [*range(prefix), *members[cells[query - prefix]]]
-                keys, values = keys[:, near], values[:, near]
-            elif query >= prefix:
-                keys, values = pooled_k, pooled_v
-            weights = (heads.scale * (keys @ q[:, head, query, :, None])[..., 0]).softmax(-1)
-            out[:, head, query] = (weights[:, None] @ values)[:, 0]
-    return out
-
-
 @pytest.mark.parametrize("grid", [(4, 4), (6, 9), (5, 7), (1, 3), (2, 2)])
 @pytest.mark.parametrize(("prefix", "alpha"), [(0, 0.0), (1, 0.25), (0, 0.5), (1, 0.9), (0, 1.0)])
 @pytest.mark.parametrize("window", [1, 2, 3, 4])
@@ -208,7 +157,7 @@ def test_hilo_is_its_definition(grid: tuple[int, int], prefix: int, alpha: float
     geometry = Geometry(prefix, grid)
     heads = draw(geometry, heads=HEADS)
     out = build(geometry, alpha=alpha, window=window)(heads)
-    torch.testing.assert_close(out, hilo_dense(heads, alpha, window), rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(out, dense_hilo(None, heads, alpha, window), rtol=1e-10, atol=1e-12)
 
 
 def test_means_of_projections_are_projections_of_means() -> None:
@@ -229,7 +178,7 @@ def test_gradients_are_those_of_the_definition() -> None:
     heads = draw(geometry, heads=HEADS)
     inputs = [x.requires_grad_() for x in heads.qkv()]
     direction = torch.randn_like(inputs[0])
-    outputs = (build(geometry, alpha=0.5, window=2)(heads), hilo_dense(heads, 0.5, 2))
+    outputs = (build(geometry, alpha=0.5, window=2)(heads), dense_hilo(None, heads, 0.5, 2))
     found, wanted = (torch.autograd.grad((out * direction).sum(), inputs) for out in outputs)
     torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-11)
 

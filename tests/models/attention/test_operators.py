@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor
 LAYOUTS = [Geometry(prefix, grid) for prefix, grid in zip(PREFIXES, GRIDS, strict=True)]
 SMALL, ODD = Geometry(1, (4, 6)), Geometry(5, (7, 9))
 cases = pytest.mark.parametrize("case", CASES, ids=str)
+dense_cases = pytest.mark.parametrize("case", [each for each in CASES if each.dense is not None], ids=str)
 mapped_cases = pytest.mark.parametrize(
     "case", [each for each in CASES if each.build(SMALL).traits.linear_in_v], ids=str
 )
@@ -34,6 +36,33 @@ def close(found: Tensor, wanted: Tensor, tolerance: float) -> None:
 
 def test_every_operator_has_a_case() -> None:
     assert {case.operator for case in CASES} == set(OPERATORS)
+
+
+def test_every_operator_has_a_row_in_the_documentation() -> None:
+    page = (Path(__file__).parents[3] / "docs" / "conversion.md").read_text()
+    rows = re.findall(
+        r"^\| (.*?) \|", page.split("| operator | what it computes |")[1].split("\n\n")[0], re.MULTILINE
+    )
+    named = {name for row in rows for name in re.findall(r"`(\w+)`", row)}
+    assert named | set(FOUND) == {*OPERATORS, "keep"}
+
+
+@dense_cases
+@pytest.mark.parametrize("geometry", [SMALL, ODD], ids=str)
+def test_it_is_its_dense_definition(case: Case, geometry: Geometry) -> None:
+    assert case.dense is not None
+    operator, heads = case.build(geometry), draw(geometry)
+    inputs = [x.requires_grad_() for x in heads.qkv()]
+    found, wanted = operator.attend(heads), case.dense(operator, heads, **case.options)
+    close(found, wanted, 1e-10)
+    upstream = torch.randn_like(wanted)
+    for path, dense in zip(
+        *(torch.autograd.grad(out, inputs, upstream, allow_unused=True) for out in (found, wanted)),
+        strict=True,
+    ):
+        assert (path is None) == (dense is None)
+        if path is not None and dense is not None:
+            torch.testing.assert_close(path, dense, rtol=1e-8, atol=1e-10)
 
 
 def apply_term(term: Term, v_BHND: Tensor) -> Tensor:

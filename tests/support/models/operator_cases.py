@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,6 +25,8 @@ class Case:
     operator: str
     options: Mapping[str, Any] = field(default_factory=dict)
     tolerance: float = 1.0
+    dense: Callable[..., Tensor] | None = field(default=None, repr=False)
+    """The output by the definition: `dense(operator, heads, **options)`; None if other tests compare the operator."""
 
     def __str__(self) -> str:
         return str(Choice(self.operator, self.options))
@@ -95,10 +98,90 @@ def coarse(geometry: Geometry, cells: tuple[int, int]) -> Heads:
     return heads.with_qkv(q, *(t[:, :, torch.cat((first, geometry.num_prefix + cell))] for t in (k, v)))
 
 
+# The definitions of operators, one query at a time or with a dense mask.
+
+
+def dense_softmax(_: Any, heads: Heads) -> Tensor:
+    q, k, v = heads.qkv()
+    return (heads.scale * q @ k.transpose(2, 3)).softmax(-1) @ v
+
+
+def dense_uniform(_: Any, heads: Heads) -> Tensor:
+    return heads.values().mean(2, keepdim=True).expand_as(heads.values())
+
+
+def same_window(a: int, b: int, length: int, window: int, dilation: int) -> bool:
+    """Equal residues, and equal windows where the positions of a residue are dealt out as evenly as can be."""
+    if a % dilation != b % dilation:
+        return False
+    size = len(range(a % dilation, length, dilation))
+    count = -(-size // window)
+    sizes = [size // count + (i < size % count) for i in range(count)]
+    ends = [sum(sizes[: i + 1]) for i in range(count)]
+    return len({next(i for i, end in enumerate(ends) if x // dilation < end) for x in (a, b)}) == 1
+
+
+def is_near(a: int, b: int, length: int, window: int, dilation: int) -> bool:
+    """b is one of the `window` positions around a, moved inwards at the ends."""
+    positions = list(range(a % dilation, length, dilation))
+    first = min(max(a // dilation - window // 2, 0), max(len(positions) - window, 0))
+    return b in positions[first : first + window]
+
+
+def dense_local(
+    _: Any, heads: Heads, window: int = 7, dilation: int = 1, *, sees: Callable[..., bool] = same_window
+) -> Tensor:
+    """softmax(s q·k) over the patches that a patch sees along both sides; a prefix token sees all, and all see it."""
+    geometry = heads.tokens()
+    (height, width), prefix = geometry.grid, geometry.num_prefix
+    mask = torch.ones(geometry.num_tokens, geometry.num_tokens, dtype=torch.bool)
+    for i in range(height * width):
+        for j in range(height * width):
+            mask[prefix + i, prefix + j] = sees(i // width, j // width, height, window, dilation) and sees(
+                i % width, j % width, width, window, dilation
+            )
+    q, k, v = heads.qkv()
+    logits = (heads.scale * q @ k.transpose(2, 3)).masked_fill(~mask, -torch.inf)
+    return logits.softmax(-1) @ v
+
+
+dense_near = partial(dense_local, sees=is_near)
+dense_dilated = partial(dense_local, dilation=2)
+
+
+def dense_hilo(_: Any, heads: Heads, alpha: float = 0.9, window: int = 2) -> Tensor:
+    """Return the output one query at a time, from the paper's definition."""
+    q, k, v = heads.qkv()
+    geometry, out = heads.tokens(), torch.zeros_like(v)
+    prefix, (rows, columns) = geometry.num_prefix, geometry.grid
+    high = 0 if window == 1 else v.shape[1] - int(v.shape[1] * alpha)
+    cells = [(y // window, x // window) for y in range(rows) for x in range(columns)]
+    members = {
+        cell: [prefix + i for i, each in enumerate(cells) if each == cell] for cell in sorted(set(cells))
+    }
+    for head in range(v.shape[1]):
+        pooled_k, pooled_v = (
+            torch.stack(
+                [x[:, head, i] for i in range(prefix)] + [x[:, head, m].mean(1) for m in members.values()], 1
+            )
+            for x in (k, v)
+        )
+        for query in range(geometry.num_tokens):
+            keys, values = k[:, head], v[:, head]
+            if query >= prefix and head < high:
+                near = [*range(prefix), *members[cells[query - prefix]]]
+                keys, values = keys[:, near], values[:, near]
+            elif query >= prefix:
+                keys, values = pooled_k, pooled_v
+            weights = (heads.scale * (keys @ q[:, head, query, :, None])[..., 0]).softmax(-1)
+            out[:, head, query] = (weights[:, None] @ values)[:, 0]
+    return out
+
+
 CASES = [
-    Case("hilo"), Case("hilo", {"alpha": 0.5, "window": 3}), Case("hilo", {"alpha": 0.0, "window": 4}),
-    Case("hilo", {"alpha": 1.0}), Case("hilo", {"window": 1}),
-    Case("softmax"), Case("linear"),
+    Case("hilo", dense=dense_hilo), Case("hilo", {"alpha": 0.5, "window": 3}, dense=dense_hilo),
+    Case("hilo", {"alpha": 0.0, "window": 4}, dense=dense_hilo), Case("hilo", {"alpha": 1.0}, dense=dense_hilo),
+    Case("hilo", {"window": 1}, dense=dense_hilo), Case("softmax", dense=dense_softmax), Case("linear"),
     Case("kernel", {"feature": "relu"}),
     Case("kernel", {"feature": "relu", "normalizer": "inline", "center": True}),
     Case("kernel", {"feature": "relu", "normalizer": "mala"}), Case("kernel", {"local": "v", "local_size": 3}),
@@ -115,10 +198,10 @@ CASES = [
     Case("linformer", {"stochastic": True}),
     Case("nystrom"), Case("nystrom", {"num_landmarks": 7, "iterations": 3, "local_size": 0}),
     Case("agent"), Case("agent", {"num_agents": 7, "local_size": 0}),
-    Case("window"), Case("window", {"window": 4}),
-    Case("neighbourhood", {"window": 5}), Case("neighbourhood", {"window": 4}),
-    Case("neighbourhood", {"window": 3, "dilation": 2}),
-    Case("dilated"), Case("dilated", {"window": 3, "dilation": 3}),
+    Case("window", dense=dense_local), Case("window", {"window": 4}, dense=dense_local),
+    Case("neighbourhood", {"window": 5}, dense=dense_near), Case("neighbourhood", {"window": 4}, dense=dense_near),
+    Case("neighbourhood", {"window": 3, "dilation": 2}, dense=dense_near),
+    Case("dilated", dense=dense_dilated), Case("dilated", {"window": 3, "dilation": 3}, dense=dense_dilated),
     Case("hybrid", {"window": 4}),
     Case("hybrid", {"window": 3, "dilation": 3, "branches": "dilated+kernel", "feature": "relu"}),
     Case("hybrid", {"window": 4, "branches": "window+dilated"}),
@@ -126,7 +209,7 @@ CASES = [
     Case("hybrid", {"combine": "joint", "window": 3, "branches": "window+kernel", "feature": "relu"}),
     Case("ttt"),
     Case("monarch"), Case("monarch", {"steps": 1}), Case("monarch", {"steps": 3, "block": 5}),
-    Case("uniform"),
+    Case("uniform", dense=dense_uniform),
     Case("program"), Case("program", {"code": "mm(softmax(nt(scale(q) k)) v)", "local_size": 0}),
     Case("program", {"code": "sub(mul(v dist(q k)) mm(l2(q) tn(minmax(k) scale(v))))"}),
     *(Case(name) for name in FOUND),
