@@ -6,7 +6,7 @@
 #   make test-all  the same, then the rest: the slow tests, the browser, a Slurm cluster of this machine
 #   make acceptance  every recipe on photographs, and every number measured again from what it left
 #   make lint    ruff and mypy --strict
-#   make docs    write the tables of docs/configuration.md
+#   make docs    write the tables of docs/configuration.md and docs/transfer.md
 #   make bench   time and memory against the dense form, results in benchmarks/, README.md and docs/transfer.md
 #                (again with ARGS=--keep_freed_memory for the numbers where the C library keeps freed memory)
 #   make gpu     what only a GPU can show: its tests, then time and memory, a table in docs/transfer.md

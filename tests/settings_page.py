@@ -1,4 +1,4 @@
-"""Write the tables of docs/configuration.md from the descriptions of the settings: `make docs`."""
+"""Write the tables of settings and methods in `docs/` from their descriptions in the code: `make docs`."""
 
 from __future__ import annotations
 
@@ -6,10 +6,12 @@ import re
 from pathlib import Path
 
 from graftvit.launch.fields import Leaf, leaves, sections, short_names
+from graftvit.transfer.methods.method_facts import LAYERS, METHODS
+from graftvit.transfer.methods.registry import find_method
 from graftvit.transfer.setting import rule_of
 
-PAGE = Path(__file__).parent.parent / "docs" / "configuration.md"
-MARKED = re.compile(r"(?<=<!-- settings -->\n).*?(?=<!-- end -->)", re.DOTALL)
+DOCS = Path(__file__).parent.parent / "docs"
+MARKED = re.compile(r"(?<=<!-- table -->\n).*?(?=<!-- end -->)", re.DOTALL)
 HEAD = "| key | flag | default | meaning |\n| --- | --- | --- | --- |\n"
 
 
@@ -51,8 +53,27 @@ def mark_code(text: str) -> str:
     return re.sub(r"(?<![\w./])(\w+=\w+|(?:data|student|teacher|transfer)\.\w+)(?![\w.])", r"`\1`", text)
 
 
+def render_methods() -> str:
+    """Return a row for each method: what it does by default, and what it reads beside layers, weight and reduction."""
+    columns = ["`transfer.method`", "what it does by default", "settings of its own", "teacher at inference"]
+    head = f"\n| {' | '.join(columns)} |\n| --- | --- | --- | --- |\n"
+    return head + "".join(map(render_method, METHODS)) + "\n"
+
+
+def render_method(name: str) -> str:
+    own = [f"`{setting}`" for setting in sorted((METHODS[name].reads or set()) - LAYERS)]
+    teacher = "a part, in the student" if METHODS[name].copies else "none"
+    return f"| `{name}` | {find_method(name).describe({})} | {', '.join(own)} | {teacher} |\n"
+
+
+PAGES = {"configuration.md": render_settings, "transfer.md": render_methods}
+"""By page: what its marked table holds."""
+
+
 def main() -> None:
-    PAGE.write_text(MARKED.sub(lambda _: render_settings(), PAGE.read_text()))
+    for name, render in PAGES.items():
+        text = (DOCS / name).read_text()
+        (DOCS / name).write_text(MARKED.sub(lambda _, render=render: render(), text))
 
 
 if __name__ == "__main__":

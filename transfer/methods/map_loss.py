@@ -140,7 +140,11 @@ def _expected_bias(windows: Windows, target_VHMM: Tensor, bias: Tensor | None) -
 
 @dataclass(frozen=True)
 class MapLoss:
-    """How two maps are compared; see `TransferConfig` for the fields."""
+    """How two maps are compared; see `TransferConfig` for the fields.
+
+    The loss, log-sum-exp minus expected logit, is a small difference of numbers as large as the logits: float32 keeps
+    it to about 1e-7 of the largest logit, whatever the loss. Its gradient is not such a difference.
+    """
 
     entropy: bool = False
     temperature: float = 1.0

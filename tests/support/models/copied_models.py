@@ -12,7 +12,6 @@ from graftvit.transfer.methods.dual import DualViT
 from support.models.dense import FAMILIES, TINY, tiny
 from torch import nn
 
-METHODS = ["copy", "copy_q", "copy_k", "copy_v"]
 HALF, OTHER = Normalization((0.5,) * 3, (0.5,) * 3), Normalization((0.4, 0.5, 0.6), (0.2, 0.3, 0.25))
 CASES: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
     "alike": ({}, {}, {}),

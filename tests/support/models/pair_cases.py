@@ -6,18 +6,24 @@ from dataclasses import dataclass
 from typing import Any
 
 from graftvit.models.copying.teacher_view import Normalization
+from graftvit.transfer.loss_config import LossConfig
+from graftvit.transfer.methods.method import TransferMethod
+from graftvit.transfer.methods.method_facts import reads_setting
+from graftvit.transfer.methods.registry import find_method
 from hypothesis import strategies as st
 from support.models.dense import FAMILIES, tiny
+from support.models.method_cases import METHODS
 from support.models.pair_reference import Pair
 from torch import nn
 
-METHODS = [
-    "copy", "copy_q", "copy_k", "copy_v", "distill", "distill_q", "distill_k", "distill_v",
-    "attention_output", "block_output", "feature", "logits",
-]  # fmt: skip
-PROJECTIONS = ("distill_q", "distill_k", "distill_v")
 GRIDS = [(2, 3), (3, 2), (2, 2), (1, 3)]
 NORMS = [(1.0, 0.0), (2.0, 0.5), (0.5, -0.25)]  # exact in float32
+DRAWN = {
+    "temperature": [1.0, 2.0],
+    "feature_loss": ["cosine", "smooth_l1"],
+    "loss": ["ce", "kl"],
+}
+"""Values of settings that a loss may read."""
 Draw = Any
 
 
@@ -47,7 +53,7 @@ def cases(draw: Draw) -> Case:
     method, dynamic = draw(st.sampled_from(METHODS)), draw(st.booleans())
     student = _model(draw, draw(st.sampled_from(GRIDS)), 8)
     grid = tuple(side // 8 for side in student["img_size"])
-    other = method in ("distill", *PROJECTIONS) and draw(st.booleans())
+    other = reads_setting(method, "interpolate_grid") and draw(st.booleans())
     patch = draw(st.sampled_from([4, 8]))
     teacher = _model(draw, draw(st.sampled_from(GRIDS)) if other else grid, patch)
     differs = tuple(side // patch for side in teacher["img_size"]) != grid
@@ -58,22 +64,20 @@ def cases(draw: Draw) -> Case:
     if dynamic:
         teacher["dynamic_img_size"] = student["dynamic_img_size"] = True
         sizes += [(8 * height, 8 * width) for height, width in draw(st.permutations(GRIDS))[:2]]
-    if method == "distill" or (method in ("copy_q", "copy_k", "copy_v") and not _alike(teacher, student)):
-        teacher |= {name: student[name] for name in ("embed_dim", "num_heads")}
     options: dict[str, Any] = {"weight": draw(st.sampled_from([1.0, 3.0]))}
     options["reduction"] = draw(st.sampled_from(["sum", "mean"]))
     if differs:
         options["interpolate_grid"] = True
-    if method in ("distill", "logits"):
-        options["temperature"] = draw(st.sampled_from([1.0, 2.0]))
-    if method == "feature":
-        options["feature_loss"] = draw(st.sampled_from(["cosine", "smooth_l1"]))
-    if method == "distill":
-        options["loss"] = draw(st.sampled_from(["ce", "kl"]))
-    if method in ("copy", "distill") and options.get("loss") != "kl":
+    options |= {name: draw(st.sampled_from(DRAWN[name])) for name in DRAWN if reads_setting(method, name)}
+    of_method = find_method(method)
+    means = of_method.averages_heads(LossConfig(method=method, loss=options.get("loss", "ce")))
+    one_width = of_method.head_widths == "equal" and not _alike(teacher, student)
+    if one_width or not (of_method.joins_heads or means or of_method.copies):
+        teacher |= {name: student[name] for name in ("embed_dim", "num_heads")}
+    if means:
         teacher["num_heads"] = draw(st.sampled_from([1, 2, 4]))
     layers = _layers(draw, method, teacher["depth"], student["depth"], options)
-    heads = _heads(draw, method, teacher, student, options)
+    heads = _heads(draw, of_method, means, teacher, student, options)
     scale, shift = draw(st.sampled_from(NORMS))
     return Case(teacher, student, Pair(method, layers, heads, options, scale, shift), tuple(sizes))
 
@@ -95,7 +99,7 @@ def _alike(teacher: dict[str, Any], student: dict[str, Any]) -> bool:
 def _layers(
     draw: Draw, method: str, theirs: int, ours: int, options: dict[str, Any]
 ) -> tuple[tuple[int, int], ...]:
-    if method in ("feature", "logits"):
+    if not reads_setting(method, "layers"):
         return ()
     form = draw(st.sampled_from(["all", "first", "last", "pairs"]))
     count = draw(st.integers(1, ours))
@@ -110,20 +114,24 @@ def _layers(
 
 
 def _heads(
-    draw: Draw, method: str, teacher: dict[str, Any], student: dict[str, Any], options: dict[str, Any]
+    draw: Draw,
+    method: TransferMethod,
+    means: bool,
+    teacher: dict[str, Any],
+    student: dict[str, Any],
+    options: dict[str, Any],
 ) -> dict[int, list[int]]:
-    theirs, ours = teacher["num_heads"], student["num_heads"]
-    maps, least = method in ("copy", "distill"), min(teacher["num_heads"], student["num_heads"])
-    forms = ["list", "pairs"] if maps or _alike(teacher, student) else []
-    forms += ["all"] if theirs == ours or not (maps or method.startswith("copy")) else []
-    forms += ["mean"] if maps and options.get("loss") != "kl" else []
-    if method in ("block_output", "feature", "logits"):
+    if not method.uses_heads:
         return {}
+    theirs, ours = teacher["num_heads"], student["num_heads"]
+    least = min(theirs, ours)
+    forms = ["list", "pairs"] if method.head_widths == "any" or _alike(teacher, student) else []
+    forms += ["all"] if theirs == ours or method.joins_heads else []
+    forms += ["mean"] if means else []
     form = draw(st.sampled_from(forms))
     if form == "all":
         options["heads"] = "all"
-        joined = not (maps or method.startswith("copy"))
-        return {} if joined else {head: [head] for head in range(ours)}
+        return {} if method.joins_heads else {head: [head] for head in range(ours)}
     if form == "mean":
         options["heads"] = "mean"
         if theirs >= ours:
@@ -134,7 +142,7 @@ def _heads(
         options["heads"] = chosen
         return {head: [head] for head in chosen}
     chosen = sorted(draw(st.permutations(range(ours)))[: draw(st.integers(1, ours))])
-    most = 2 if maps and options.get("loss") != "kl" else 1
+    most = 2 if means else 1
     groups = {h: draw(st.permutations(range(theirs)))[: draw(st.integers(1, most))] for h in chosen}
     options["heads"] = ",".join(f"{one}>{head}" for head, group in groups.items() for one in group)
     return groups

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from graftvit.transfer.methods.dual import DualViT
 from support.models.dense import Layer, gradient, relative_error, run
+from support.models.method_cases import COPIES, Both, dense_loss
 from torch import Tensor, nn
 
 Grid = tuple[int, int]
@@ -39,7 +40,7 @@ def expected(
     with torch.no_grad():
         shown = resized(x * pair.scale + pair.shift, teacher, student)
         target = Target(teacher, student, shown, x)
-    if pair.method.startswith("copy"):
+    if pair.method in COPIES:
         logits, _ = run(student, x, copying(pair, target))
         return logits, logits.new_zeros(())
     blocks: list[Tensor] = []
@@ -47,9 +48,10 @@ def expected(
     logits, layers = run(student, x)
     for hook in hooks:
         hook.remove()
-    losses = whole_model(pair, target, student, x, logits, projectors)
-    if losses is None:
-        losses = [layer_loss(pair, target, t, s, layers[s], blocks[s], projectors) for t, s in pair.layers]
+    losses = [
+        dense_loss(pair.method, Shown(pair, target, student, x, logits, projectors, each, layers, blocks))
+        for each in pair.layers or [None]
+    ]
     loss = torch.stack(losses).sum()
     if pair.options.get("reduction") == "mean":
         loss = loss / len(losses)
@@ -181,57 +183,53 @@ def copying(pair: Pair, target: Target) -> Callable[[int, Layer], Tensor]:
     return attend
 
 
-def whole_model(
-    pair: Pair, target: Target, student: nn.Module, x: Tensor, logits: Tensor, projectors: nn.ModuleDict
-) -> list[Tensor] | None:
-    """The loss of the two methods that have no layers."""
-    if pair.method == "feature":
-        feature = pooled(student, x)
-        if "feature" in projectors:
-            feature = projectors["feature"](feature)
-        if pair.options.get("feature_loss") == "smooth_l1":
-            return [F.smooth_l1_loss(feature, target.feature)]
-        return [1 - F.cosine_similarity(feature, target.feature, dim=-1).mean()]
-    if pair.method == "logits":
-        warmth = pair.options.get("temperature", 1.0)
-        wanted, mine = (each.div(warmth).softmax(-1) for each in (target.logits, logits))
-        return [(wanted * (wanted.log() - mine.log())).sum(-1).mean() * warmth**2]
-    return None
+@dataclass(frozen=True)
+class Shown:
+    """The two models, or a layer of each, as a dense loss sees them (`Sides`)."""
 
+    pair: Pair
+    target: Target
+    student: nn.Module
+    images: Tensor
+    class_logits: Tensor
+    projectors: nn.ModuleDict
+    layer: tuple[int, int] | None
+    """Those of the teacher and the student; None for a method without layers."""
+    layers: list[Layer]
+    blocks: list[Tensor]
 
-def layer_loss(
-    pair: Pair,
-    target: Target,
-    teacher: int,
-    student: int,
-    own: Layer,
-    block: Tensor,
-    projectors: nn.ModuleDict,
-) -> Tensor:
-    ours = target.ours
-    if pair.method == "distill":
-        return map_loss(pair, target.logits_of(teacher), own.logits[:, :, ours][..., ours])
-    if pair.method == "block_output":
-        mine, theirs = block[:, ours], target.blocks[teacher][:, target.theirs]
-    else:
-        name = "out" if pair.method == "attention_output" else pair.method[-1]
-        mine, theirs = getattr(own, name)[:, :, ours], target.part(teacher, name)
-        if pair.heads:
-            mine = mine[:, list(pair.heads)]
-            theirs = theirs[:, [one for (one,) in pair.heads.values()]]
-        mine, theirs = (each.transpose(1, 2).flatten(2) for each in (mine, theirs))
-    key = f"layer{student:02d}"
-    return F.mse_loss(projectors[key](mine) if key in projectors else mine, theirs)
+    @property
+    def heads(self) -> dict[int, list[int]]:
+        return self.pair.heads
 
+    @property
+    def options(self) -> dict[str, Any]:
+        return self.pair.options
 
-def map_loss(pair: Pair, theirs: Tensor, mine: Tensor) -> Tensor:
-    """Cross-entropy, or KL divergence, of the mean of the teacher's maps and the student's, by head."""
-    warmth, losses = pair.options.get("temperature", 1.0), []
-    maps = (theirs / warmth).softmax(-1)
-    for head, group in pair.heads.items():
-        wanted = maps[:, group].mean(1)
-        loss = -(wanted * (mine[:, head] / warmth).log_softmax(-1)).sum(-1).mean()
-        if pair.options.get("loss") == "kl":
-            loss = loss + torch.xlogy(wanted, wanted).sum(-1).mean()
-        losses.append(loss * warmth**2)
-    return torch.stack(losses).mean()
+    @property
+    def numbers(self) -> tuple[int, int]:
+        assert self.layer is not None
+        return self.layer
+
+    def part(self, name: str) -> Both:
+        teacher, student = self.numbers
+        return getattr(self.layers[student], name)[:, :, self.target.ours], self.target.part(teacher, name)
+
+    def logits(self) -> Both:
+        (teacher, student), ours = self.numbers, self.target.ours
+        return self.layers[student].logits[:, :, ours][..., ours], self.target.logits_of(teacher)
+
+    def block(self) -> Both:
+        teacher, student = self.numbers
+        return self.blocks[student][:, self.target.ours], self.target.blocks[teacher][:, self.target.theirs]
+
+    def features(self) -> Both:
+        return pooled(self.student, self.images), self.target.feature
+
+    def classes(self) -> Both:
+        return self.class_logits, self.target.logits
+
+    def project(self, x: Tensor) -> Tensor:
+        key = "feature" if self.layer is None else f"layer{self.layer[1]:02d}"
+        projected: Tensor = self.projectors[key](x) if key in self.projectors else x
+        return projected

@@ -7,31 +7,17 @@ written out over the whole grid: a column for each token, and further columns fo
 from __future__ import annotations
 
 import types
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from graftvit.transfer.methods.registry import find_method
 from support.models.dense import Layer, dense_attention
+from support.models.method_cases import COPIES, Both, Kind, Place, Size, dense_loss
 from timm.models.swin_transformer_v2 import WindowAttention as CosineAttention
 from torch import Tensor, nn
-
-Size = tuple[int, int]
-Kind = tuple[Any, ...]
-
-
-@dataclass
-class Place:
-    """One block: its grid, the kind of its maps, and where its windows take their tokens from."""
-
-    grid: Size
-    kind: Kind
-    windows: list[list[int | None]] | None = None
-    """The token of each place of each window; None where timm pads."""
-    cosine: bool = False
-    prefix: int = 0
-    """Prefix tokens, which are left out where the other layer has none."""
 
 
 def blocks_of(model: Any) -> list[Any]:
@@ -166,16 +152,6 @@ def dense_logits(layer: Layer, place: Place, *, padded: bool) -> Tensor:
     return found if padded else found[..., :count]
 
 
-def cross_entropy(teacher: tuple[Layer, Place], student: tuple[Layer, Place], *, kl: bool = False) -> Tensor:
-    """−Σ_j p_t log p_s, mean over images, heads and tokens; a key that only the teacher has is left out."""
-    padded = teacher[1].kind == student[1].kind
-    target = dense_logits(*teacher, padded=padded).softmax(-1)
-    mine = dense_logits(*student, padded=padded).log_softmax(-1)
-    terms = torch.where(target > 0, target * mine.masked_fill(target == 0, 0.0), 0.0)
-    loss = -terms.sum(-1)
-    return (loss + torch.xlogy(target, target).sum(-1) if kl else loss).mean()
-
-
 def block_outputs(model: nn.Module, images: Tensor) -> list[Tensor]:
     """The tokens (B, N, C) after each block, with prefix tokens."""
     outputs: list[Tensor] = []
@@ -202,7 +178,7 @@ def expected(
     with torch.no_grad():
         target, theirs = run(model_t, images)
         their_blocks = block_outputs(model_t, images)
-    if method.startswith("copy"):
+    if method in COPIES:
         teacher_of = {s: t for t, s in pairs}
 
         def copying(index: int, own: Layer) -> Tensor:
@@ -215,26 +191,58 @@ def expected(
         logits, _ = run(model_s, images, copying)
         return logits, logits.new_zeros(())
     logits, ours = run(model_s, images)
-    if method == "feature":
-        features: list[Any] = [_pooled(each, images) for each in (model_t, model_s)]
-        return logits, 1 - F.cosine_similarity(features[1], features[0].detach(), dim=-1).mean()
-    if method == "logits":
-        kl = F.kl_div(logits.log_softmax(-1), target.log_softmax(-1), log_target=True, reduction="batchmean")
-        return logits, kl
+    models = (model_s, model_t), images, (logits, target)
+    if not pairs:
+        return logits, dense_loss(method, Shown(*models))
     our_blocks, losses = block_outputs(model_s, images), []
     for t, s in pairs:
         place_t, place_s = _shared(places_t[t], places_s[s])
-        pair = (theirs[t], place_t), (ours[s], place_s)
-        if method == "distill":
-            losses.append(cross_entropy(*pair))
-        elif method == "block_output":
-            mine, wanted = our_blocks[s][:, place_s.prefix :], their_blocks[t][:, place_t.prefix :]
-            losses.append(F.mse_loss(mine, wanted))
-        else:
-            part = "out" if method == "attention_output" else method[-1]
-            wanted, mine = (_part(layer, place, part) for layer, place in pair)
-            losses.append(F.mse_loss(mine, wanted))
+        layers = (ours[s], place_s, our_blocks[s]), (theirs[t], place_t, their_blocks[t])
+        losses.append(dense_loss(method, Shown(*models, layers, heads_of(method, ours[s]))))
     return logits, torch.stack(losses).sum()
+
+
+def heads_of(method: str, layer: Layer) -> dict[int, list[int]]:
+    """All heads, one by one, of a method that compares heads; none of one that joins them."""
+    count = 0 if find_method(method).joins_heads else layer.logits.shape[1]
+    return {head: [head] for head in range(count)}
+
+
+@dataclass(frozen=True)
+class Shown:
+    """The two models, or a layer of each, as a dense loss sees them (`Sides`): the student's first."""
+
+    models: tuple[nn.Module, nn.Module]
+    images: Tensor
+    class_logits: Both
+    layers: tuple[tuple[Layer, Place, Tensor], ...] = ()
+    heads: Mapping[int, list[int]] = field(default_factory=dict)
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    def part(self, name: str) -> Both:
+        """Queries, keys, values or outputs by token, or keys and values of a smaller grid."""
+        mine, theirs = (on_grid(getattr(layer, name), place) for layer, place, _ in self.layers)
+        return mine, theirs
+
+    def logits(self) -> Both:
+        """Those of all keys where both have the same padding; else a key that only one has is left out."""
+        padded = self.layers[0][1].kind == self.layers[1][1].kind
+        mine, theirs = (dense_logits(layer, place, padded=padded) for layer, place, _ in self.layers)
+        return mine, theirs
+
+    def block(self) -> Both:
+        mine, theirs = (tokens[:, place.prefix :] for _, place, tokens in self.layers)
+        return mine, theirs
+
+    def features(self) -> Both:
+        mine, theirs = (_pooled(model, self.images) for model in self.models)
+        return mine, theirs.detach()
+
+    def classes(self) -> Both:
+        return self.class_logits
+
+    def project(self, x: Tensor) -> Tensor:
+        return x
 
 
 def _shared(teacher: Place, student: Place) -> tuple[Place, Place]:
@@ -242,11 +250,6 @@ def _shared(teacher: Place, student: Place) -> tuple[Place, Place]:
     if teacher.prefix != student.prefix:
         return teacher, student
     return replace(teacher, prefix=0), replace(student, prefix=0)
-
-
-def _part(layer: Layer, place: Place, part: str) -> Tensor:
-    """Queries, keys, values or outputs by token, or keys and values of a smaller grid."""
-    return on_grid(getattr(layer, part), place)
 
 
 def _pooled(model: Any, images: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ from graftvit.transfer.methods.loss_terms import OF_DUAL
 from graftvit.transfer.methods.map_loss import sample_rows
 from support.models.copied_models import pair, whole
 from support.models.dense import FAMILIES, Layer, cross_entropy, gradient, images, relative_error, run, tiny
-from support.models.pair_cases import METHODS
+from support.models.method_cases import METHODS
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 

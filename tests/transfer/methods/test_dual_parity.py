@@ -12,8 +12,10 @@ from graftvit.models.conversion import convert, converted_layers
 from graftvit.models.copying.teacher_view import Normalization
 from graftvit.models.errors import TransferError
 from graftvit.transfer.methods.dual import DualViT
+from graftvit.transfer.methods.method_facts import method_names
+from graftvit.transfer.methods.registry import find_method
 from support.models.dense import FAMILIES, gradient, images, relative_error, tiny
-from support.models.pair_cases import METHODS
+from support.models.method_cases import COPIES, METHODS
 from support.models.pair_reference import Pair, check_step
 from torch import Tensor, nn
 
@@ -35,12 +37,13 @@ def pair_of(
     method: str, groups: dict[int, list[int]] | None = None, layers: Any = None, **options: Any
 ) -> Pair:
     """A pair of three layers and four heads, which go together one by one unless told otherwise."""
-    of_layers = method not in ("feature", "logits")
     if groups is None:
-        groups = EACH if method == "distill" or method.startswith("copy") else {}
+        groups = {} if find_method(method).joins_heads else EACH
     matched = layers or [(layer, layer) for layer in range(3)]
     options |= {"layers": layers} if layers else {}
-    return Pair(method, tuple(matched) if of_layers else (), groups, {"weight": 1.0, **options})
+    return Pair(
+        method, tuple(matched) if find_method(method).uses_layers else (), groups, {"weight": 1.0, **options}
+    )
 
 
 def compare(
@@ -54,6 +57,10 @@ def compare(
     theirs, ours = copy.deepcopy(teacher).to(dtype), copy.deepcopy(student).to(dtype)
     dual = DualViT(theirs, ours, pair.method, **SAME, **pair.options).to(dtype)
     check_step(pair, teacher, dual, copy.deepcopy(student), x, near, near)
+
+
+def test_every_method_has_a_case() -> None:
+    assert list(method_names()) == METHODS
 
 
 @pytest.mark.parametrize(("method", "family"), PAIRS)
@@ -86,7 +93,7 @@ UNEQUAL: dict[str, tuple[Pair, dict[str, Any], dict[str, Any]]] = {
             ("mean", 8, MEANS), ("mean", 2, HALVES), ("0>1,5>1,2>3", 8, {1: [0, 5], 3: [2]}), ([0, 3], 4, TWO),
         )
     },
-    **{f"some heads of {method}": (pair_of(method, TWO, heads=[0, 3]), {}, {}) for method in METHODS[1:4]},
+    **{f"some heads of {method}": (pair_of(method, TWO, heads=[0, 3]), {}, {}) for method in COPIES[1:]},
     "registers": (pair_of("distill"), REGISTERS, {}),
     **{f"{method} without a prefix": (pair_of(method), {}, NO_PREFIX) for method in ("distill", "copy")},
     **{f"{method} beside a distillation token": (pair_of(method), {}, DISTILLED) for method in ("distill", "copy")},

@@ -19,11 +19,12 @@ from graftvit.models.errors import TransferError
 from graftvit.models.families import blocks_of
 from graftvit.transfer.methods.drop_path import SharedDropPath
 from graftvit.transfer.methods.dual import DualViT
+from graftvit.transfer.methods.registry import find_method
 from support.models.dense import gradient, relative_error
 from support.models.dense import tiny as tiny_plain
-from support.models.pair_cases import METHODS
+from support.models.method_cases import CASES, Place
 from support.models.pyramids import images, tiny
-from support.models.stage_reference import Place, block_outputs, dense_logits, expected, places, run
+from support.models.stage_reference import block_outputs, dense_logits, expected, places, run
 from torch import Tensor, nn
 
 SIZE = (32, 24)
@@ -56,23 +57,6 @@ def model(kind: str, seed: int = 1, **more: Any) -> nn.Module:
     return copy.deepcopy(_model(kind, seed, tuple(more.items())))
 
 
-def fits(method: str, teacher: Place, student: Place) -> bool:
-    """Whether a layer can learn from another one, by the definition of each method."""
-    same = teacher.kind == student.kind
-    reduced = {place.kind if place.kind[0] in ("keys", "pool") else None for place in (teacher, student)}
-    if method in ("attention_output", "block_output"):
-        return True
-    if method == "distill":
-        return same or (teacher.kind[0] == "window" and student.kind[0] == "whole")
-    if method in ("copy", "copy_v"):
-        return same
-    if method in ("copy_q", "copy_k"):
-        return same and teacher.cosine == student.cosine
-    if method == "distill_v":
-        return len(reduced) == 1
-    return teacher.cosine == student.cosine and (method == "distill_q" or len(reduced) == 1)
-
-
 def rounds(allowed: dict[int, list[int]]) -> Iterator[list[tuple[int, int]]]:
     """Cover all pairs of layers by lists that name each student layer once."""
     for number in range(max((len(each) for each in allowed.values()), default=0)):
@@ -83,14 +67,15 @@ def rounds(allowed: dict[int, list[int]]) -> Iterator[list[tuple[int, int]]]:
 def test_a_pair_equals_its_dense_reference_or_is_refused(teacher: str, student: str) -> None:
     theirs, ours, x = model(teacher, 1), model(student, 2), images(SIZE).double()
     places_t, places_s = places(theirs, GRIDS[teacher]), places(ours, GRIDS[student])
-    for method in METHODS:
-        if method in ("feature", "logits"):
+    for case in CASES:
+        method = case.name
+        if not find_method(method).uses_layers:
             check(method, [], (theirs, places_t), (ours, places_s), x)
             continue
         allowed: dict[int, list[int]] = {}
         for s, place_s in enumerate(places_s):
             for t, place_t in enumerate(places_t):
-                if place_t.grid != place_s.grid or not fits(method, place_t, place_s):
+                if place_t.grid != place_s.grid or not case.fits(place_t, place_s):
                     with pytest.raises(TransferError, match=f"layer {s} of the student|layers {t}>{s} "):
                         DualViT(theirs, ours, method, layers=f"{t}>{s}")
                 else:
@@ -121,7 +106,7 @@ def check(
     (logits.square().mean() + loss).backward()
     own = copy.deepcopy(student[0])
     options: dict[str, Any] = {"layers": pairs} if pairs else {}
-    options |= {} if method.startswith("copy") else {"weight": 1.0}
+    options |= {} if find_method(method).copies else {"weight": 1.0}
     options |= dict.fromkeys(("teacher_normalization", "student_normalization"), NORM)
     dual = DualViT(teacher[0], own, method, **options)
     out = dual(x)

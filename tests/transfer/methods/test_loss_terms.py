@@ -29,7 +29,7 @@ from graftvit.transfer.methods.method_facts import method_names, reads_setting
 from graftvit.transfer.methods.registry import describe_transfer, find_method, register_method
 from graftvit.transfer.setting import check_effect
 from support.models.dense import TINY, cross_entropy, gradient, images, relative_error, run, tiny
-from support.models.pair_cases import METHODS
+from support.models.method_cases import LOSSES
 from support.runs.engine_runs import config, make_teacher, records
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
@@ -295,9 +295,6 @@ def test_what_a_method_does_not_read_is_refused(method: str, name: str, listed: 
         check_effect(run)
 
 
-WITH_LOSS = [method for method in METHODS if not method.startswith("copy")]
-
-
 def calm(seed: int) -> Any:
     """A small model in float32 with ordinary weights, whose results bfloat16 gives to two digits."""
     torch.manual_seed(seed)
@@ -306,7 +303,7 @@ def calm(seed: int) -> Any:
 
 @pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("method", WITH_LOSS)
+@pytest.mark.parametrize("method", LOSSES)
 def test_a_half_teacher_gives_nearly_the_same_loss_and_gradient(
     method: str, dtype: torch.dtype, autocast: bool
 ) -> None:

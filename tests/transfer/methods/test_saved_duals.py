@@ -19,11 +19,10 @@ from graftvit.models.errors import CheckpointError, TransferError, UnsupportedMo
 from graftvit.transfer.methods.dual import DualViT
 from support.models import pyramids
 from support.models.dense import images, tiny
-from support.models.pair_cases import METHODS
+from support.models.method_cases import COPIES, METHODS
 from support.runs.engine_runs import make_teacher
 from torch import nn
 
-COPIES = ["copy", "copy_q", "copy_k", "copy_v"]
 X = images(dtype=torch.float32)
 NORMS = {
     "teacher_normalization": Normalization((0.4, 0.5, 0.6), (0.2, 0.3, 0.25)),
