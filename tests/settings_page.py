@@ -8,7 +8,7 @@ from pathlib import Path
 from graftvit.launch.fields import Leaf, leaves, sections, short_names
 from graftvit.transfer.methods.method_facts import LAYERS, METHODS
 from graftvit.transfer.methods.registry import find_method
-from graftvit.transfer.setting import rule_of
+from graftvit.transfer.setting import OneOf, rule_of
 
 DOCS = Path(__file__).parent.parent / "docs"
 MARKED = re.compile(r"(?<=<!-- table -->\n).*?(?=<!-- end -->)", re.DOTALL)
@@ -32,7 +32,8 @@ def render_row(leaf: Leaf) -> str:
     short = [f"`--{name}`" for name, key in short_names().items() if key == leaf.key]
     see = rule_of(leaf.field).see
     meaning = mark_code(str(leaf.field.description)) + (f" ({see})" if see else "")
-    valid = leaf.valid() if leaf.valid().startswith("one of") else ""
+    listed_there = see and any(isinstance(each, OneOf) for each in leaf.field.metadata)
+    valid = leaf.valid() if leaf.valid().startswith("one of") and not listed_there else ""
     meaning += f" ({valid})" if valid else ""
     return (
         f"| `{leaf.key}` | {', '.join(short) or f'`--{leaf.key}`'} | {render_default(leaf)} | {meaning} |\n"

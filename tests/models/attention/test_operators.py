@@ -54,7 +54,7 @@ def test_it_is_its_dense_definition(case: Case, geometry: Geometry) -> None:
     operator, heads = case.build(geometry), draw(geometry)
     inputs = [x.requires_grad_() for x in heads.qkv()]
     found, wanted = operator.attend(heads), case.dense(operator, heads, **case.options)
-    close(found, wanted, 1e-10)
+    close(found.detach(), wanted.detach(), 1e-10)
     upstream = torch.randn_like(wanted)
     for path, dense in zip(
         *(torch.autograd.grad(out, inputs, upstream, allow_unused=True) for out in (found, wanted)),
