@@ -173,16 +173,6 @@ def test_means_of_projections_are_projections_of_means() -> None:
     torch.testing.assert_close(found, wanted, rtol=1e-10, atol=1e-12)
 
 
-def test_gradients_are_those_of_the_definition() -> None:
-    geometry = Geometry(1, (5, 3))
-    heads = draw(geometry, heads=HEADS)
-    inputs = [x.requires_grad_() for x in heads.qkv()]
-    direction = torch.randn_like(inputs[0])
-    outputs = (build(geometry, alpha=0.5, window=2)(heads), dense_hilo(None, heads, 0.5, 2))
-    found, wanted = (torch.autograd.grad((out * direction).sum(), inputs) for out in outputs)
-    torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-11)
-
-
 def test_high_heads_come_first_and_low_ones_are_rounded_down() -> None:
     geometry = Geometry(0, (4, 4))
     assert build(geometry, alpha=0.9, window=2).num_high == 1

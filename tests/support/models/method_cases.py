@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import torch
 import torch.nn.functional as F
 from graftvit.transfer.methods.method_facts import facts_of
+from support.models.dense import Layer
 from torch import Tensor
 
 Size = tuple[int, int]
@@ -102,6 +103,23 @@ def compare_classes(sides: Sides) -> Tensor:
     warmth = sides.options.get("temperature", 1.0)
     mine, wanted = (each.div(warmth).softmax(-1) for each in sides.classes())
     return (wanted * (wanted.log() - mine.log())).sum(-1).mean() * warmth**2
+
+
+def dense_copy(
+    method: str, own: Layer, ours: list[int] | slice, given: Tensor, heads: Mapping[int, list[int]]
+) -> Tensor:
+    """The output of a layer with what is given of the teacher, on the tokens `ours`: attention logits, or a part."""
+    if method == "copy":
+        maps, out = given.softmax(-1), own.out.clone()
+        for head, group in heads.items():
+            out[:, head, ours] = maps[:, group].mean(1) @ own.v[:, head][:, ours]
+        return out
+    parts = {name: getattr(own, name).clone() for name in "qkv"}
+    for head, (one,) in heads.items():
+        parts[method[-1]][:, head, ours] = given[:, one]
+    q, k, v = parts.values()
+    bias = own.logits - own.scale * own.q @ own.k.transpose(-2, -1)
+    return (own.scale * q @ k.transpose(-2, -1) + bias).softmax(-1) @ v
 
 
 def all_fit(teacher: Place, student: Place) -> bool:

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from graftvit.transfer.methods.dual import DualViT
 from support.models.dense import Layer, gradient, relative_error, run
-from support.models.method_cases import COPIES, Both, dense_loss
+from support.models.method_cases import COPIES, Both, dense_copy, dense_loss
 from torch import Tensor, nn
 
 Grid = tuple[int, int]
@@ -161,24 +161,13 @@ def pooled(model: Any, x: Tensor) -> Tensor:
 def copying(pair: Pair, target: Target) -> Callable[[int, Layer], Tensor]:
     """The attention output of each student layer, of which a part is the teacher's."""
     teacher_of = {student: teacher for teacher, student in pair.layers}
-    name = pair.method.removeprefix("copy").strip("_")
 
     def attend(index: int, own: Layer) -> Tensor:
         if index not in teacher_of:
             return own.out
-        ours, scale = target.ours, own.q.shape[-1] ** -0.5
-        if not name:
-            maps, out = target.logits_of(teacher_of[index]).softmax(-1), own.out.clone()
-            for head, group in pair.heads.items():
-                out[:, head, ours] = maps[:, group].mean(1) @ own.v[:, head][:, ours]
-            return out
-        bias = own.logits - own.q @ own.k.transpose(-2, -1) * scale
-        parts = {part: getattr(own, part) for part in "qkv"}
-        parts[name] = parts[name].clone()
-        theirs = target.part(teacher_of[index], name)
-        for head, (one,) in pair.heads.items():
-            parts[name][:, head, ours] = theirs[:, one]
-        return (parts["q"] @ parts["k"].transpose(-2, -1) * scale + bias).softmax(-1) @ parts["v"]
+        teacher = teacher_of[index]
+        given = target.logits_of(teacher) if pair.method == "copy" else target.part(teacher, pair.method[-1])
+        return dense_copy(pair.method, own, target.ours, given, pair.heads)
 
     return attend
 

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from graftvit.transfer.methods.registry import find_method
 from support.models.dense import Layer, dense_attention
-from support.models.method_cases import COPIES, Both, Kind, Place, Size, dense_loss
+from support.models.method_cases import COPIES, Both, Kind, Place, Size, dense_copy, dense_loss
 from timm.models.swin_transformer_v2 import WindowAttention as CosineAttention
 from torch import Tensor, nn
 
@@ -186,7 +186,10 @@ def expected(
                 return own.out
             t = teacher_of[index]
             place_t, place_s = _shared(places_t[t], places_s[index])
-            return copied(method, theirs[t], own, place_t.prefix, place_s.prefix)
+            shared, ours = slice(place_t.prefix, None), slice(place_s.prefix, None)
+            given = getattr(theirs[t], "logits" if method == "copy" else method[-1])[:, :, shared]
+            given = given[..., shared] if method == "copy" else given
+            return dense_copy(method, own, ours, given, heads_of(method, own))
 
         logits, _ = run(model_s, images, copying)
         return logits, logits.new_zeros(())
@@ -255,17 +258,3 @@ def _shared(teacher: Place, student: Place) -> tuple[Place, Place]:
 def _pooled(model: Any, images: Tensor) -> Tensor:
     feature: Tensor = model.forward_head(model.forward_features(images), pre_logits=True)
     return feature
-
-
-def copied(method: str, teacher: Layer, own: Layer, theirs: int, ours: int) -> Tensor:
-    """The output of a layer with the teacher's map, queries, keys or values, but those of different prefix tokens."""
-    if method == "copy":
-        out, target = own.out.clone(), teacher.logits[:, :, theirs:, theirs:].softmax(-1)
-        out[:, :, ours:] = target @ own.v[:, :, ours:]
-        return out
-    parts = {name: getattr(own, name).clone() for name in "qkv"}
-    part = method[-1]
-    parts[part][:, :, ours:] = getattr(teacher, part)[:, :, theirs:]
-    q, k, v = parts.values()
-    bias = own.logits - own.scale * own.q @ own.k.transpose(-2, -1)
-    return (own.scale * q @ k.transpose(-2, -1) + bias).softmax(-1) @ v
