@@ -13,16 +13,21 @@ import json
 import math
 import os
 import platform
+from collections.abc import Callable
+from functools import partial
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
 import torch
 from graftvit.transfer.analysis.benchmark.cases import keep_freed_memory, peak_bytes, time_steps
+from graftvit.transfer.analysis.report.tables import tabulate
 
-from .steps import DENSE, MODELS, OURS, SIDES, Case, build_steps, floor
+from .steps import DENSE, MODELS, OURS, SIDES, Case, build_steps, floor, format_ratio
 
 TOKENS_A_STEP = 2305  # the batch is chosen so that each step has about as many tokens
 RESULTS = Path(__file__).parent / "results"
+Columns = dict[str, Callable[[dict[str, Any]], object]]
 
 
 def main() -> None:
@@ -130,33 +135,38 @@ def exponents(rows: list[dict[str, Any]]) -> dict[str, float]:
 
 
 def table(result: dict[str, Any]) -> str:
+    """Return the table of times, that of memory, and how memory grows."""
     methods = [*OURS, *DENSE]
-    head = ["model", "tokens", "batch", "dtype", "bound (s)"]
-    head += [f"{name} (floor)" if name in OURS else name for name in methods]
-    lines = [f"Step time over the bound (teacher forward + plain student step). {result['machine']}.", ""]
-    lines += ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
-    for row in result["rows"]:
-        cells = [
-            row["model"],
-            f"{row['tokens']:,}",
-            str(row["batch"]),
-            row["dtype"],
-            f"{row['bound_seconds']:.2f}",
-        ]
-        for name in methods:
-            least = f" ({row['floor'][name]:.2f})" if name in row["floor"] else ""
-            cells.append(f"{row['ratio'][name]:.2f}{least}")
-        lines.append("| " + " | ".join(cells) + " |")
-    lines += ["", "Peak memory over a plain student step, MiB an image.", ""]
-    lines += ["| model | tokens | " + " | ".join(methods) + " |", "|" + " --- |" * (len(methods) + 2)]
-    for row in result["rows"]:
-        cells = [f"{row['extra_mebibytes_an_image'][name]:.0f}" for name in methods]
-        lines.append(f"| {row['model']} | {row['tokens']:,} | " + " | ".join(cells) + " |")
-    lines += [""] + [
+    case: Columns = {"model": itemgetter("model"), "tokens": lambda row: f"{row['tokens']:,}"}
+    times: Columns = {
+        **case,
+        "batch": itemgetter("batch"),
+        "dtype": itemgetter("dtype"),
+        "bound (s)": lambda row: f"{row['bound_seconds']:.2f}",
+        **{f"{name} (floor)" if name in OURS else name: partial(over_bound, name) for name in methods},
+    }
+    memory: Columns = {name: partial(_extra_memory, name) for name in methods}
+    growth = [
         f"Growth with N from 577 to 2,305, {name}: N^{value:.2f}"
         for name, value in result["exponents"].items()
     ]
-    return "\n".join(lines) + "\n"
+    parts = [
+        f"Step time over the bound (teacher forward + plain student step). {result['machine']}.",
+        tabulate(result["rows"], times, ["dtype"]).to_markdown(),
+        "Peak memory over a plain student step, MiB an image.",
+        tabulate(result["rows"], {**case, **memory}).to_markdown(),
+        "\n".join(growth),
+    ]
+    return "\n\n".join(filter(None, parts)) + "\n"
+
+
+def over_bound(name: str, row: dict[str, Any]) -> str:
+    """Return the time of a method over the bound, and in parentheses its least, as far as it is known."""
+    return format_ratio(row["ratio"][name], row["floor"].get(name))
+
+
+def _extra_memory(name: str, row: dict[str, Any]) -> str:
+    return f"{row['extra_mebibytes_an_image'][name]:.0f}"
 
 
 def machine() -> str:

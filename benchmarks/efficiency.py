@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
 from graftvit.models.layer_plan import FASTER_FROM
@@ -11,11 +10,11 @@ from graftvit.transfer.analysis.benchmark.cases import Results, read_results
 from graftvit.transfer.analysis.report.tables import Table
 
 from . import peers
+from .marked import put_between_marks
 
 PAGE = Path(__file__).parent.parent / "docs" / "efficiency.md"
 RESULTS = Path(__file__).parent / "results"
 TOKENS = 4096
-MARKED = re.compile(r"(<!-- (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
 def main() -> None:
@@ -31,8 +30,8 @@ def main() -> None:
         "claims": claims(operators),
         "models": "\n\n".join(model_tables(models)),
     }
-    page = MARKED.sub(lambda found: f"{found[1]}{tables[found[2]]}\n{found[3]}", PAGE.read_text())
-    PAGE.write_text(page)
+    for name, text in tables.items():
+        put_between_marks(PAGE, name, text)
     print(f"{PAGE} has {len(operators.rows)} operator and {len(models.rows)} model cases")
 
 

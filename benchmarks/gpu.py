@@ -8,18 +8,18 @@ from __future__ import annotations
 
 import argparse
 import gc
-import re
 import time
 from pathlib import Path
 
 import torch
 from graftvit.transfer.analysis.benchmark.cases import Step, peak_bytes, time_steps
+from graftvit.transfer.analysis.report.tables import Table
 
 from .__main__ import machine
-from .steps import MODELS, Case, build_steps, floor
+from .marked import put_between_marks
+from .steps import MODELS, OURS, Case, build_steps, floor, format_ratio
 
 PAGE = Path(__file__).parent.parent / "docs" / "transfer.md"
-MARKED = re.compile(r"(<!-- gpu -->\n).*?(<!-- end gpu -->)", re.DOTALL)
 SHOWN = ("plain", "distill", "copy", "dense distill", "dense copy")
 TOKENS = [197, 577, 1025, 2305, 4097]
 TOKENS_A_STEP = 16_384
@@ -42,11 +42,12 @@ def main() -> None:
                 if time.monotonic() - start < 60 * arguments.minutes:
                     case = Case(model, tokens, max(1, TOKENS_A_STEP // tokens), device, dtype)
                     rows.append(row(case))
-                    print(rows[-1], flush=True)
-    write(arguments.page, table(rows))
+                    print(*rows[-1], sep=", ", flush=True)
+    put_between_marks(arguments.page, "gpu", table(rows))
+    print(f"{arguments.page} has the table")
 
 
-def row(case: Case) -> str:
+def row(case: Case) -> list[str]:
     """Return one line of the table."""
     cells = [case.model, f"{case.tokens:,}", str(case.batch), str(case.dtype)[6:]]
     steps = build_steps(case)
@@ -56,7 +57,7 @@ def row(case: Case) -> str:
         cells.append(cell(steps[name], name, case, bound))
         gc.collect()
         torch.cuda.empty_cache()
-    return "| " + " | ".join(cells) + " |"
+    return cells
 
 
 def cell(step: Step, name: str, case: Case, bound: float) -> str:
@@ -65,25 +66,19 @@ def cell(step: Step, name: str, case: Case, bound: float) -> str:
         ratio, peak = seconds(step, case.device) / bound, peak_bytes(step, case.device)
     except torch.cuda.OutOfMemoryError:
         return TOO_LARGE
-    least = f" ({floor(case.model, case.tokens, name):.2f})" if name in ("distill", "copy") else ""
-    return f"{ratio:.2f}{least}, {peak / 2**30:.2f}"
+    least = floor(case.model, case.tokens, name) if name in OURS else None
+    return f"{format_ratio(ratio, least)}, {peak / 2**30:.2f}"
 
 
 def seconds(step: Step, device: torch.device) -> float:
     return time_steps({"step": step}, ROUNDS, device)["step"].median
 
 
-def table(rows: list[str]) -> str:
+def table(rows: list[list[str]]) -> str:
     """Return the table in Markdown."""
     head = ["model", "tokens", "batch", "type", "bound (ms)", *SHOWN]
-    lines = [f"{machine()}. Time over the bound (its minimum), and peak memory in GiB.", ""]
-    lines += ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head), *rows]
-    return "\n".join(lines) + "\n"
-
-
-def write(page: Path, text: str) -> None:
-    page.write_text(MARKED.sub(lambda found: f"{found[1]}{text}{found[2]}", page.read_text()))
-    print(f"{page} has the table")
+    about = f"{machine()}. Time over the bound (its minimum), and peak memory in GiB."
+    return f"{about}\n\n{Table(head, rows, ['type']).to_markdown()}"
 
 
 if __name__ == "__main__":

@@ -7,16 +7,19 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 import textwrap
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from graftvit.transfer.analysis.report.tables import tabulate
+
+from .__main__ import RESULTS, Columns, over_bound
+from .marked import put_between_marks
+
 ROOT = Path(__file__).parent.parent
-RESULTS = Path(__file__).parent / "results"
 MODEL, TOKENS = "ViT-S", (1025, 2305)
 """The model of the pages, and the numbers of tokens that their sentences name."""
-MARKED = re.compile(r"(<!-- cpu -->\n).*?(<!-- end cpu -->)", re.DOTALL)
 
 
 def main() -> None:
@@ -29,11 +32,8 @@ def main() -> None:
     arguments = parser.parse_args()
     result, kept = (json.loads(path.read_text()) for path in (arguments.results, arguments.kept))
     for name, text in (("README.md", summary(result, kept)), ("docs/transfer.md", section(result, kept))):
-        page = arguments.root / name
-        page.write_text(
-            MARKED.sub(lambda found, text=text: f"{found[1]}{text}\n{found[2]}", page.read_text())
-        )
-        print(f"{page} has the numbers")
+        put_between_marks(arguments.root / name, "cpu", text)
+        print(f"{arguments.root / name} has the numbers")
 
 
 def summary(result: dict[str, Any], kept: dict[str, Any]) -> str:
@@ -103,16 +103,11 @@ def listed(words: list[str]) -> str:
 
 def table(result: dict[str, Any]) -> str:
     """Return a line for each number of tokens."""
-    methods = list(result["rows"][0]["ratio"])
-    lines = ["| tokens | " + " | ".join(methods) + " |", "|" + " ---: |" * (len(methods) + 1)]
-    for row in result["rows"]:
-        if row["model"] == MODEL:
-            cells = [
-                f"{row['ratio'][name]:.2f}" + (f" ({row['floor'][name]:.2f})" if name in row["floor"] else "")
-                for name in methods
-            ]
-            lines.append(f"| {row['tokens']:,} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+    columns: Columns = {
+        "tokens": lambda row: f"{row['tokens']:,}",
+        **{name: partial(over_bound, name) for name in result["rows"][0]["ratio"]},
+    }
+    return tabulate([row for row in result["rows"] if row["model"] == MODEL], columns).to_markdown()
 
 
 def row_of(result: dict[str, Any], tokens: int) -> dict[str, Any]:

@@ -102,3 +102,8 @@ def floor(model: str, tokens: int, method: str) -> float:
         "distill, rows 0.25": bound + 4 * 0.25 * attention,
     }
     return spent[method] / bound
+
+
+def format_ratio(ratio: float, least: float | None) -> str:
+    """Return the time of a step over the bound, and in parentheses its floor."""
+    return f"{ratio:.2f}" + ("" if least is None else f" ({least:.2f})")
