@@ -14,21 +14,24 @@ from ..report.ink import (
     FAINT,
     GRAY,
     INK,
+    SIGNED_LABEL,
     Line,
+    Panel,
     Theme,
     clear_axes,
+    color_bar,
     color_of,
     dashes_of,
-    draw_heat,
     draw_lines,
+    draw_panel,
+    draw_picture,
     new_figure,
     new_plots,
     spread,
 )
 from ..report.rendering import Figure
-from ..visualize.map_figures import SIGNED_LABEL, color_bar, write_corner
 from .comparison_cells import TEACHER, UNIFORM, Record, Speed
-from .student_cell import CellMap, CellMaps
+from .student_cell import CellMaps
 
 
 def figures_of(records: Sequence[Record]) -> list[Figure]:
@@ -249,50 +252,30 @@ def fill_maps(
     """Fill the first row of plots with images, and one for each cell with its maps at these images and layers."""
     for axes, (image, layer) in zip(grid[0], columns, strict=True):
         own = shown.maps[image, layer]
-        draw_heat(axes, shown.pictures[image], own.grid, own.asking)
+        draw_picture(axes, shown.pictures[image], own.grid, own.asking)
         axes.set_title(f"image {image + 1}\nlayer {layer}", color=INK[theme], fontsize=7)
     for row, (name, kept) in zip(grid[1:], cells.items(), strict=True):
         missing = "no map" if kept is None else "no attention"
         for axes, column in zip(row, columns, strict=True):
             found = None if kept is None else kept.maps.get(column)
-            _draw_cell(axes, shown, column, found, _top(cells, column), missing, theme)
+            if found is None or not found.heat.size:
+                clear_axes(axes)
+                axes.text(0.5, 0.5, missing, ha="center", va="center", color=INK[theme], fontsize=6.5)
+            else:
+                draw_panel(axes, shown.pictures[column[0]], found, _beside(cells, column))
         row[0].set_ylabel(name, color=INK[theme], fontsize=8, rotation=0, ha="right", va="center")
 
 
-def _top(cells: Mapping[str, CellMaps | None], column: tuple[int, int]) -> float:
-    """Return the largest weight of a column: the same layer of all cells, on the same image, is compared."""
-    found = [kept.maps[column].heat for kept in cells.values() if kept is not None and column in kept.maps]
-    return max((float(abs(heat).max()) for heat in found if heat.size), default=0) or 1
+def _beside(cells: Mapping[str, CellMaps | None], column: tuple[int, int]) -> list[Panel]:
+    """Return the panels of a column: the same layer of all cells, on the same image, is compared."""
+    return [kept.maps[column] for kept in cells.values() if kept is not None and column in kept.maps]
 
 
-def _draw_scales(figure: Drawing, found: Sequence[CellMap], wide: float) -> None:
+def _draw_scales(figure: Drawing, found: Sequence[Panel], wide: float) -> None:
     """Draw the color bars beside the panels."""
-    signed = any(_is_signed(each) for each in found)
+    signed = any(each.signed for each in found)
     label = "weight / the largest number of the column"
     for each, (bottom, tall) in zip((False, True), ((0.52, 0.4), (0.06, 0.4)), strict=True):
         if signed or not each:
             place = figure.add_axes((1 - (SCALES - 0.1) / wide, bottom, 0.1 / wide, tall))
             color_bar(figure, SIGNED_LABEL if each else label, signed=each, cax=place)
-
-
-def _is_signed(found: CellMap) -> bool:
-    return bool((found.heat < 0).any())
-
-
-def _draw_cell(
-    axes: Any,
-    shown: CellMaps,
-    column: tuple[int, int],
-    found: CellMap | None,
-    top: float,
-    missing: str,
-    theme: Theme,
-) -> None:
-    """Draw a map over its image, or say what is missing."""
-    if found is None or not found.heat.size:
-        clear_axes(axes)
-        axes.text(0.5, 0.5, missing, ha="center", va="center", color=INK[theme], fontsize=6.5)
-        return
-    picture, signed = shown.pictures[column[0]], _is_signed(found)
-    draw_heat(axes, picture, found.grid, found.asking, found.heat, top, signed=signed, covers=found.extent)
-    write_corner(axes, f"{float(abs(found.heat).max()):.2g}")

@@ -42,7 +42,7 @@ from ...recovery.align import can_learn
 from ..benchmark.benchmark import attention_macs, macs_beside
 from ..benchmark.cases import counted_macs, load_average, machine, peak_bytes, step_of, time_steps
 from ..layer_maps import layer_maps, preprocessed, spread_images
-from ..report.ink import Array, write_arrays
+from ..report.ink import Array, Panel, write_arrays
 from ..visualize.map_figures import Query, default_query
 from ..visualize.map_page import to_pixels
 from ..visualize.visualize import token_layouts
@@ -58,26 +58,12 @@ IMAGES, LAYERS = 2, 3
 
 
 @dataclass(frozen=True)
-class CellMap:
-    """A layer's attention to one image for one query."""
-
-    heat: Array
-    """The mean of the heads' weights, by rows and columns of the keys; empty for a layer without attention."""
-    extent: tuple[float, float]
-    """The parts of the image's height and width that the keys cover."""
-    grid: tuple[int, int]
-    """Rows and columns of the layer's tokens."""
-    asking: tuple[int, int] | None
-    """The patch that asks; None for a prefix token."""
-
-
-@dataclass(frozen=True)
 class CellMaps:
-    """What is kept of a cell: the images (H, W, 3) in bytes, and by image and layer what the query attends to."""
+    """What is kept of a cell: the images (H, W, 3) in bytes, and by image and layer the mean of the heads' weights."""
 
     query: str
     pictures: list[Array]
-    maps: dict[tuple[int, int], CellMap]
+    maps: dict[tuple[int, int], Panel]
 
     @property
     def layers(self) -> list[int]:
@@ -136,9 +122,8 @@ def _to_maps(arrays: Mapping[str, Array]) -> CellMaps:
             raise ValueError(f"its {name}.heat is no map")
         if not (0 < height <= 1 and 0 < width <= 1 and rows > 0 and columns > 0 and len(asking) in (0, 2)):
             raise ValueError(f"its map {name} has no place in an image")
-        maps[image, layer] = CellMap(
-            heat, (height, width), (rows, columns), (asking[0], asking[1]) if asking else None
-        )
+        asks = (rows, columns), (asking[0], asking[1]) if asking else None
+        maps[image, layer] = Panel(heat, (height, width), *asks, signed=bool((heat < 0).any()))
     found = CellMaps(str(arrays["query"]), list(arrays["pictures"]), maps)
     if arrays["pictures"].dtype != np.uint8 or arrays["pictures"].shape[3:] != (3,):
         raise ValueError("its pictures are no images")
@@ -162,22 +147,20 @@ def read_maps(loaded: Pretrained, data: DataConfig) -> CellMaps:
     return CellMaps(query.title(token_layouts(model)), pictures, _maps(loaded, images, query))
 
 
-def _maps(loaded: Pretrained, images: torch.Tensor, query: Query) -> dict[tuple[int, int], CellMap]:
+def _maps(loaded: Pretrained, images: torch.Tensor, query: Query) -> dict[tuple[int, int], Panel]:
     model, layouts = loaded.model, token_layouts(loaded.model)
     tokens = {layer: layouts[layer] for layer in _spread_layers(len(sites(model)))}
-    asked = {layer: query.token(layout) for layer, layout in tokens.items()}
-    wanted = {layer: token for layer, token in asked.items() if token is not None}
+    asked = ((layer, query.token(layout)) for layer, layout in tokens.items())
+    wanted = {layer: token for layer, token in asked if token is not None}
     seen = layer_maps(model, images, list(wanted), asking=wanted)
-    maps: dict[tuple[int, int], CellMap] = {}
+    maps: dict[tuple[int, int], Panel] = {}
     for layer, layout in tokens.items():
-        place = (asked[layer] or 0) - layout.num_prefix
-        patch = divmod(place, layout.grid[1]) if asked[layer] is not None and place >= 0 else None
         for image in range(len(images)):
             heat, extent = np.zeros((0, 0), np.float32), (1.0, 1.0)
             if layer in seen:
                 places, row = seen[layer].places, seen[layer].weights[image, :, 0].mean(0)
                 heat, extent = places.picture(row.cpu(), wanted[layer]).numpy(), places.extent
-            maps[image, layer] = CellMap(heat, extent, layout.grid, patch)
+            maps[image, layer] = Panel(heat, extent, layout.grid, query.patch(layout))
     return maps
 
 

@@ -22,7 +22,7 @@ from ....models.parts import unfold_patches
 from ...data.loaders import EvalLoader, create_eval_loader, create_train_loader
 from ...metrics.measure import evaluate
 from ..compare.comparison_plots import draw_maps, fill_maps
-from ..compare.student_cell import CellMap, CellMaps
+from ..compare.student_cell import CellMaps
 from ..layer_maps import attention_maps, divergence_by_layer
 from ..report.ink import (
     BLUE,
@@ -33,6 +33,7 @@ from ..report.ink import (
     PURPLE,
     Array,
     Line,
+    Panel,
     Theme,
     draw_lines,
     new_figure,
@@ -385,7 +386,7 @@ def find_maps(models: Mapping[str, nn.Module], test: TestSet) -> dict[str, CellM
             for place, query in enumerate(queries):
                 row = found[place].mean(dim=0)[layout.num_prefix + query, layout.num_prefix :]
                 heat, at = row.reshape(layout.grid).numpy(), divmod(query, layout.grid[1])
-                maps[place, layer] = CellMap(heat, (1.0, 1.0), layout.grid, at)
+                maps[place, layer] = Panel(heat, (1.0, 1.0), layout.grid, at)
         shown[name] = CellMaps("the brightest patch", pictures, maps)
     return shown
 

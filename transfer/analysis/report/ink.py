@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
@@ -183,31 +185,53 @@ def write_arrays(path: Path, arrays: Mapping[str, Array]) -> None:
 
 HEAT, SIGNED = "magma", "RdBu_r"
 QUERY = "#39d0ff"
+SIGNED_LABEL = "the same, where weights may be negative"
 
 
-def draw_heat(
-    axes: Any,
-    picture: Array,
-    grid: tuple[float, float],
-    query: tuple[int, int] | None,
-    heat: Array | None = None,
-    top: float = 1.0,
-    *,
-    signed: bool = False,
-    covers: tuple[float, float] = (1.0, 1.0),
-) -> None:
-    """Draw the image, the heat (rows, columns) over it, and a frame around the patch that asks.
+@dataclass(frozen=True)
+class Panel:
+    """What one query takes from each key of a layer."""
 
-    `heat` covers these parts of the height and width, from the upper left corner. `top` has the strongest color.
-    `signed` heat has two colors, and none at zero.
+    heat: Array
+    """The weights by rows and columns of the keys; empty for a layer without attention."""
+    extent: tuple[float, float]
+    """The parts of the image's height and width that the keys cover."""
+    grid: tuple[int, int]
+    """Rows and columns of the layer's tokens."""
+    asking: tuple[int, int] | None
+    """The patch that asks; None for a prefix token."""
+    signed: bool = False
+    """Whether weights may be negative."""
+    rolled: bool = False
+    """Whether it is a rollout, whose color scale does not follow the patch that asks: its residual outshines all."""
+
+    @property
+    def top(self) -> float:
+        """The largest weight."""
+        weights = np.abs(self.heat)
+        if self.rolled and self.asking is not None:
+            weights[self.asking] = 0.0
+        return float(weights.max(initial=0.0))
+
+
+def draw_panel(axes: Any, picture: Array, panel: Panel, beside: Iterable[Panel]) -> None:
+    """Draw a panel on one scale with those `beside` it, among which it is; its own largest weight is in the corner.
+
+    Weights that may be negative have two colors, and none at zero.
     """
+    draw_picture(axes, picture, panel.grid, panel.asking)
+    height, width = picture.shape[:2]
+    place = (0, width * panel.extent[1], height * panel.extent[0], 0)
+    top = max(each.top for each in beside) or 1
+    colors, low = (SIGNED, -top) if panel.signed else (HEAT, 0)
+    axes.imshow(panel.heat, cmap=colors, alpha=0.8, extent=place, interpolation="nearest", vmin=low, vmax=top)
+    write_corner(axes, f"{panel.top:.2g}")
+
+
+def draw_picture(axes: Any, picture: Array, grid: tuple[float, float], query: tuple[int, int] | None) -> None:
+    """Draw an image, and a frame around the patch of the grid that asks."""
     height, width = picture.shape[:2]
     axes.imshow(picture, cmap="gray", extent=(0, width, height, 0), interpolation="nearest")
-    if heat is not None:
-        colors = SIGNED if signed else HEAT
-        place = (0, width * covers[1], height * covers[0], 0)
-        limits = {"vmin": -top if signed else 0, "vmax": top}
-        axes.imshow(heat, cmap=colors, alpha=0.8, extent=place, interpolation="nearest", **limits)
     clear_axes(axes)
     if query is not None:
         x, y = query[1] * width / grid[1], query[0] * height / grid[0]
@@ -221,3 +245,20 @@ def clear_axes(axes: Any) -> None:
     axes.set_facecolor("none")
     axes.spines[:].set_visible(False)
     axes.tick_params(left=False, bottom=False, labelleft=False, labelbottom=False)
+
+
+def write_corner(axes: Any, text: str) -> None:
+    """Write a number into the lower right corner of a panel."""
+    label = {"boxstyle": "square,pad=0.15", "facecolor": "#000000b0", "linewidth": 0}
+    corner = {"ha": "right", "va": "bottom", "transform": axes.transAxes}
+    axes.text(0.985, 0.02, text, fontsize=5.5, color="white", bbox=label, **corner)
+
+
+def color_bar(figure: Figure, label: str, *, signed: bool = False, **place: Any) -> None:
+    """Draw the scale of weights over the largest one; `place` is as of matplotlib's `colorbar`."""
+    low, colors = (-1, SIGNED) if signed else (0, HEAT)
+    bar = figure.colorbar(ScalarMappable(Normalize(low, 1), colors), **place)
+    bar.set_label(label, color=INK["light"], fontsize=7)
+    bar.set_ticks([low, 0, 1] if low else [0, 0.5, 1])
+    bar.ax.tick_params(colors=INK["light"], labelsize=7, length=2)
+    bar.outline.set_visible(False)

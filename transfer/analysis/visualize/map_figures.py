@@ -9,8 +9,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from matplotlib.cm import ScalarMappable
-from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from torch import Tensor
 
@@ -18,7 +16,7 @@ from ....models.errors import ConfigError
 from ....models.families import TokenLayout
 from ...metrics.distance import LEAST_ROWS, DistanceSums
 from ..layer_maps import KeyPlaces, MergePlaces
-from ..report.ink import HEAT, INK, SIGNED, Array, draw_heat, new_figure
+from ..report.ink import INK, SIGNED_LABEL, Array, Panel, color_bar, draw_panel, draw_picture, new_figure
 
 # What attention maps and tokens come to in numbers: shares, rollout, entropy, distance, CKA.
 #
@@ -84,6 +82,12 @@ class Query:
             return layout.prefix.index(self.word) if self.word in layout.prefix else None
         row, column = (int(part * side) for part, side in zip(self.place, layout.grid, strict=True))
         return layout.num_prefix + row * layout.grid[1] + column
+
+    def patch(self, layout: TokenLayout) -> tuple[int, int] | None:
+        """Return row and column of the token in a layer with these tokens; None if it is no patch of them."""
+        token = self.token(layout)
+        at = -1 if token is None else token - layout.num_prefix
+        return divmod(at, layout.grid[1]) if at >= 0 else None
 
     def title(self, layouts: Sequence[TokenLayout]) -> str:
         """Return who asks, in words; `layouts` are those of the layers."""
@@ -236,27 +240,6 @@ def mean_numbers(images: Sequence[Numbers]) -> Numbers:
 INCHES = 1.35
 """The longer side of a panel; less where there are many."""
 LARGEST = 22.0
-SIGNED_LABEL = "the same, where weights may be negative"
-
-
-@dataclass(frozen=True)
-class Panel:
-    """What one query takes from each key, (rows, columns), and whether weights may be negative."""
-
-    heat: Array
-    signed: bool = False
-    but: int | None = None
-    """A patch that the color scale does not follow: in a rollout, the query's own residual outshines all others."""
-    extent: tuple[float, float] = (1.0, 1.0)
-    """The parts of the image's height and width that the keys cover."""
-    rolled: bool = False
-    """Whether it is a rollout, whose weights are not those of one layer."""
-
-    @property
-    def top(self) -> float:
-        """The largest weight."""
-        weights = np.abs(self.heat).ravel()
-        return float(weights.max() if self.but is None else np.delete(weights, self.but).max(initial=0.0))
 
 
 @dataclass(frozen=True)
@@ -268,12 +251,12 @@ class Row:
     asking: tuple[int, int] | None
     panels: Sequence[Panel | None]
 
-    def top(self, panel: Panel) -> float:
-        """Return the weight with the strongest color in a panel: the largest of its kind, map or rollout, in the row.
+    def beside(self, panel: Panel) -> list[Panel]:
+        """Return the panels of its kind, map or rollout, in the row.
 
         The heads of a layer, and the same layer of two models, are compared: they share a scale.
         """
-        return max(each.top for each in self.panels if each is not None and each.rolled == panel.rolled)
+        return [each for each in self.panels if each is not None and each.rolled == panel.rolled]
 
 
 def draw_grid(picture: Array, look: Look, query: Query, layers: Sequence[int], title: str) -> Figure:
@@ -317,10 +300,8 @@ def _have_rollouts(looks: Sequence[Look], layers: Sequence[int]) -> bool:
 
 def _row(look: Look, layer: int, query: Query, panels: Sequence[Panel | None]) -> Row:
     layout = look.layers[layer].layout
-    token = query.token(layout)
-    at = -1 if token is None else token - layout.num_prefix
-    asking = divmod(at, layout.grid[1]) if at >= 0 else None
-    return Row(layer_name(look, layer).replace(", ", "\n"), layout.grid, asking, panels)
+    name = layer_name(look, layer).replace(", ", "\n")
+    return Row(name, layout.grid, query.patch(layout), panels)
 
 
 def _panels(layer: LayerLook, query: Query) -> tuple[Panel | None, Panel | None, list[Panel]]:
@@ -328,15 +309,15 @@ def _panels(layer: LayerLook, query: Query) -> tuple[Panel | None, Panel | None,
     token, places = query.token(layer.layout), layer.places
     if token is None:
         return None, None, []
+    asks = layer.layout.grid, query.patch(layer.layout)
     mean, rollout, heads = None, None, list[Panel]()
     if layer.maps is not None:
         rows = [layer.maps[:, token].mean(0), *layer.maps[:, token]]
         pictures = (places.picture(row, token).numpy() for row in rows)
-        mean, *heads = (Panel(picture, layer.signed, extent=places.extent) for picture in pictures)
+        mean, *heads = (Panel(picture, places.extent, *asks, layer.signed) for picture in pictures)
     if layer.rolled is not None:
-        own = token - layer.layout.num_prefix
         picture = KeyPlaces(layer.layout.geometry).picture(layer.rolled[token], token).numpy()
-        rollout = Panel(picture, but=own if own >= 0 else None, rolled=True)
+        rollout = Panel(picture, (1.0, 1.0), *asks, rolled=True)
     return mean, rollout, heads
 
 
@@ -348,10 +329,13 @@ def _draw(picture: Array, rows: Sequence[Row], columns: Sequence[str], title: st
     for axes, heading in zip(grid[0], ["image", *columns], strict=True):
         axes.set_title(heading, color=INK["light"], fontsize=8)
     for axes, row in zip(grid, rows, strict=True):
-        draw_heat(axes[0], picture, row.grid, row.asking)
+        draw_picture(axes[0], picture, row.grid, row.asking)
         axes[0].set_ylabel(row.name, color=INK["light"], fontsize=8)
         for each, panel in zip(axes[1:], row.panels, strict=True):
-            _show_panel(each, picture, panel, row)
+            if panel is None:
+                each.set_axis_off()
+            else:
+                draw_panel(each, picture, panel, row.beside(panel))
     figure.suptitle(title, color=INK["light"], fontsize=10)
     kinds = (
         ", of maps and of rollouts apart" if any(p and p.rolled for row in rows for p in row.panels) else ""
@@ -369,38 +353,3 @@ def _panel_size(picture: Array, columns: int, rows: int) -> tuple[float, float]:
     across, down = INCHES * width / max(height, width), INCHES * height / max(height, width)
     shrink = min(1.0, LARGEST / (across * columns), LARGEST / (down * rows))
     return across * shrink, down * shrink + 0.06
-
-
-def _show_panel(axes: Any, picture: Array, panel: Panel | None, row: Row) -> None:
-    """Draw the image, the heat on the scale of its row, and its own largest weight; a prefix token has no frame."""
-    if panel is None:
-        axes.set_axis_off()
-        return
-    draw_heat(
-        axes,
-        picture,
-        row.grid,
-        row.asking,
-        panel.heat,
-        row.top(panel) or 1,
-        signed=panel.signed,
-        covers=panel.extent,
-    )
-    write_corner(axes, f"{panel.top:.2g}")
-
-
-def write_corner(axes: Any, text: str) -> None:
-    """Write a number into the lower right corner of a panel."""
-    label = {"boxstyle": "square,pad=0.15", "facecolor": "#000000b0", "linewidth": 0}
-    corner = {"ha": "right", "va": "bottom", "transform": axes.transAxes}
-    axes.text(0.985, 0.02, text, fontsize=5.5, color="white", bbox=label, **corner)
-
-
-def color_bar(figure: Figure, label: str, *, signed: bool = False, **place: Any) -> None:
-    """Draw the scale of weights over the largest one; `place` is as of matplotlib's `colorbar`."""
-    low, colors = (-1, SIGNED) if signed else (0, HEAT)
-    bar = figure.colorbar(ScalarMappable(Normalize(low, 1), colors), **place)
-    bar.set_label(label, color=INK["light"], fontsize=7)
-    bar.set_ticks([low, 0, 1] if low else [0, 0.5, 1])
-    bar.ax.tick_params(colors=INK["light"], labelsize=7, length=2)
-    bar.outline.set_visible(False)

@@ -38,12 +38,13 @@ from ..report.ink import (
     SIGNED,
     Array,
     Theme,
-    draw_heat,
+    draw_picture,
     new_figure,
     new_plots,
+    write_corner,
 )
 from ..report.rendering import Figure, data_url, render_page
-from .map_figures import LayerLook, Look, Numbers, Query, layer_name, token_name, write_corner
+from .map_figures import LayerLook, Look, Numbers, Query, layer_name, token_name
 
 # Charts by layer: entropy and distance of every head, and how far a student is from its teacher.
 
@@ -182,7 +183,7 @@ def merge_name(merge: MergePlaces) -> str:
 
 
 def _draw_all(axes: Any, picture: Array, merge: MergePlaces) -> None:
-    draw_heat(axes, picture, merge.merged, None)
+    draw_picture(axes, picture, merge.merged, None)
     spacing = INCHES * 72 / max(merge.grid)
     _draw_places(axes, picture, merge.in_image().flatten(0, 2), min(3.0, 0.4 * spacing))
     write_corner(axes, f"{merge.shift().mean():.2g} px")
@@ -193,7 +194,7 @@ def _draw_token(
 ) -> None:
     """Draw the places of a token, and the frame of an ordinary merge; nothing where there is no token."""
     tall, wide = merge.token
-    draw_heat(axes, picture, (1 / (2 * tall), 1 / (2 * wide)), token)
+    draw_picture(axes, picture, (1 / (2 * tall), 1 / (2 * wide)), token)
     if places is not None:
         _draw_places(axes, picture, places, 3.0)
 

@@ -10,8 +10,9 @@ import torch
 from graftvit.checkpoints.pretrained import load_pretrained
 from graftvit.models.conversion import convert
 from graftvit.transfer.analysis.compare.comparison_plots import draw_maps, map_figure
-from graftvit.transfer.analysis.compare.student_cell import CellMap, CellMaps, keep_maps, load_maps
+from graftvit.transfer.analysis.compare.student_cell import CellMaps, keep_maps, load_maps
 from graftvit.transfer.analysis.layer_maps import layer_maps, preprocessed, spread_images
+from graftvit.transfer.analysis.report.ink import Panel
 from graftvit.transfer.config import DataConfig
 from support.models.pyramids import images
 from support.models.pyramids import tiny as pyramid
@@ -78,8 +79,8 @@ def test_maps_lie_side_by_side_on_the_same_images() -> None:
     for number, column in enumerate(columns):
         heat = np.zeros((4, 6), np.float32)
         heat[number, 5 - number] = 1
-        heats[column] = CellMap(heat, (1.0, 1.0), (4, 6), (1, 1))
-    without = {**heats, (1, 3): CellMap(np.zeros((0, 0), np.float32), (1.0, 1.0), (4, 6), (1, 1))}
+        heats[column] = Panel(heat, (1.0, 1.0), (4, 6), (1, 1))
+    without = {**heats, (1, 3): Panel(np.zeros((0, 0), np.float32), (1.0, 1.0), (4, 6), (1, 1))}
     shown = CellMaps("7", pictures, heats)
     figure = draw_maps({"one": shown, "gap": CellMaps("7", pictures, without), "old": None}, shown, "light")
     figure.canvas.draw()
@@ -108,7 +109,7 @@ def test_the_maps_of_a_column_share_a_scale_and_a_color_bar() -> None:
     def kept(weights: float) -> CellMaps:
         heat = np.full((2, 2), weights)
         heat[0, 0] /= 2
-        return CellMaps("the class token", pictures, {(0, 3): CellMap(heat, (1.0, 1.0), (2, 2), None)})
+        return CellMaps("the class token", pictures, {(0, 3): Panel(heat, (1.0, 1.0), (2, 2), None)})
 
     cells = {"strong": kept(0.4), "weak": kept(0.1)}
     figure = draw_maps(cells, cells["strong"], "light")

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from graftvit.launch.cli import main
-from graftvit.transfer.analysis.compare.student_cell import CellMap, CellMaps
+from graftvit.transfer.analysis.compare.student_cell import CellMaps
 from graftvit.transfer.analysis.demo import demo_report
 from graftvit.transfer.analysis.demo.demo_cells import TeacherName, demo_cells, recipe
 from graftvit.transfer.analysis.demo.demo_report import (
@@ -24,7 +24,7 @@ from graftvit.transfer.analysis.demo.demo_report import (
     make_report,
     write_report,
 )
-from graftvit.transfer.analysis.report.ink import to_png
+from graftvit.transfer.analysis.report.ink import Panel, to_png
 
 Key = tuple[str, TeacherName | None]
 TEMPLATE = Path(demo_report.__file__).with_name("demo.txt").read_text()
@@ -56,7 +56,7 @@ def results(top1: dict[Key, tuple[float, ...]] | None = None, **changes: object)
         name: {method: [(0.1, 0.2)] * seeds for method, of in numbers if of in (name, None)}
         for name in ("supervised", "mae")
     }
-    maps = {(0, layer): CellMap(np.full((2, 2), 0.25), (1.0, 1.0), (2, 2), (0, 1)) for layer in (1, 3)}
+    maps = {(0, layer): Panel(np.full((2, 2), 0.25), (1.0, 1.0), (2, 2), (0, 1)) for layer in (1, 3)}
     found = DemoResults(
         methods=methods, divergences=divergences,
         maps={name: CellMaps("the brightest patch", [np.eye(4)], maps) for name in MODELS.values()},
