@@ -14,20 +14,19 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from ....checkpoints.pretrained import load_pretrained
-from ....models.errors import TransferError
-from ....models.families import check_supported, is_pyramid, sites
+from ....models.families import is_pyramid, sites
 from ...config import DataConfig
 from ...data.augment import with_settings
-from ..layer_maps import KeyPlaces, LayerMap, key_count, layer_maps, preprocessed, spread_images
+from ..layer_maps import KeyPlaces, LayerMap, layer_maps, preprocessed, spread_images
 from ..report.ink import Array, write_arrays
 from . import map_figures as measures
 from .map_figures import LayerLook, Look, Numbers
 from .map_page import Shown, View, check_page_size, embed, layer_names, map_page, to_pixels
 from .visualize import (
     chosen_layers,
+    count_weights,
     draw_query,
-    load_beside,
+    load_models,
     page_title,
     read_queries,
     token_layouts,
@@ -38,7 +37,6 @@ from .visualize import (
 #
 # Shape suffixes: B batch, H heads, N queries, M keys.
 
-MAX_SUM_BYTES = 4 * 2**30
 MAX_BATCH_BYTES = 2**28
 WEIGHT_BYTES, SUM_BYTES = 4, 8
 """Of a weight in float32, as maps are computed and written, and in float64, as they are added."""
@@ -96,33 +94,13 @@ def average_maps(model: nn.Module, batches: Iterable[Tensor], layers: Sequence[i
     return sums.means()
 
 
-def map_weights(model: nn.Module, layers: Sequence[int]) -> int:
-    """Return the number of weights in the maps of these layers on one image.
-
-    Raises TransferError: their sums would not fit in 4 GB.
-    """
-    places = [sites(model)[layer] for layer in layers]
-    numbers = [
-        site.num_heads * site.shape.geometry.num_tokens * key_count(model, site) if site.num_heads else 0
-        for site in places
-    ]
-    size = SUM_BYTES * sum(numbers)
-    if size > MAX_SUM_BYTES:
-        most = max(range(len(numbers)), key=numbers.__getitem__)
-        raise TransferError(
-            f"the sums of the maps of {len(layers)} layers take {size / 2**30:.1f} GB, and at most "
-            f"{MAX_SUM_BYTES / 2**30:.0f} are taken (layer {layers[most]} has most); give fewer layers by --layers, or "
-            "a smaller --img_size"
-        )
-    return sum(numbers)
-
-
 def batch_that_fits(weights: int, wanted: int) -> int:
     """Return the number of images in a batch: `wanted`, or less so that their maps take at most 256 MB."""
     return max(1, min(wanted, MAX_BATCH_BYTES // (WEIGHT_BYTES * max(1, weights))))
 
 
 NAME = "average"
+FEWER = "fewer layers by --layers, or a smaller --img_size"
 EVERY = 5.0
 """Seconds between two lines of progress."""
 
@@ -156,16 +134,14 @@ def visualize_average(
 
     Raises GraftError as `visualize`, and where the data set cannot be read.
     """
-    loaded = {"student": load_pretrained(source, **how)}
-    student = loaded["student"].model
-    check_supported(student, copied=True, pyramids=True)
-    if teacher is not None:
-        loaded["teacher"] = load_beside(teacher, loaded["student"])
-    chosen, asked = chosen_layers(student, layers), read_queries(queries, loaded["student"])
-    for each in loaded.values():
-        chosen_layers(each.model, layers)
+    loaded = load_models(source, teacher, how)
+    chosen, *_ = [chosen_layers(each.model, layers) for each in loaded.values()]
+    asked = read_queries(queries, loaded["student"])
     check_page_size([each.model for each in loaded.values()], 1, chosen, rollouts=False)
-    weights = {name: map_weights(each.model, chosen) for name, each in loaded.items()}
+    weights = {
+        name: count_weights(each.model, chosen, SUM_BYTES, "sums of the maps", FEWER)
+        for name, each in loaded.items()
+    }
     images = spread_images(data, loaded["student"].preprocessing.input_size[0], count)
     for name, found in weights.items():
         size = f"{WEIGHT_BYTES * found / 1e6:.1f} MB in {out / _file(name)}"

@@ -73,7 +73,7 @@ def look(model: nn.Module, image: Tensor) -> Look:
         UnsupportedModelError: a model of another kind.
     """
     check_supported(model, copied=True, pyramids=True)
-    _check_memory(model)
+    count_weights(model, range(len(sites(model))), 4, "maps", "a smaller --img_size")
     with evaluating(model), _tokens(model) as tokens, collect_merges(model, image) as merges:
         model(image)
     found, places = layer_maps(model, image, range(len(tokens))), sites(model)
@@ -90,18 +90,22 @@ def look(model: nn.Module, image: Tensor) -> Look:
     return Look(layers, merges)
 
 
-def _check_memory(model: nn.Module) -> None:
-    found = sites(model)
-    numbers = [site.num_heads * site.shape.geometry.num_tokens * key_count(model, site) for site in found]
-    size = 4 * sum(numbers)
-    if size > MAX_MAP_BYTES:
+def count_weights(model: nn.Module, layers: Sequence[int], size: int, of: str, remedy: str) -> int:
+    """Return the number of weights in the maps of these layers on one image, each of `size` bytes.
+
+    Raises TransferError: they would not fit in 4 GB; `of` and `remedy` end its sentence.
+    """
+    places = [sites(model)[layer] for layer in layers]
+    numbers = [site.num_heads * site.shape.geometry.num_tokens * key_count(model, site) for site in places]
+    if size * sum(numbers) > MAX_MAP_BYTES:
         most = max(range(len(numbers)), key=numbers.__getitem__)
-        shape = found[most].shape
+        shape = places[most].shape
         raise TransferError(
-            f"the maps of {len(found)} layers take {size / 2**30:.1f} GB (layer {most}: {shape.num_heads} heads, "
-            f"{shape.geometry.num_tokens} tokens), and at most {MAX_MAP_BYTES / 2**30:.0f} are taken; give a smaller "
-            "--img_size"
+            f"the {of} of {len(layers)} layers take {size * sum(numbers) / 2**30:.1f} GB (layer {layers[most]}: "
+            f"{shape.num_heads} heads, {shape.geometry.num_tokens} tokens), and at most {MAX_MAP_BYTES / 2**30:.0f} "
+            f"are taken; give {remedy}"
         )
+    return sum(numbers)
 
 
 def token_layouts(model: nn.Module) -> list[TokenLayout]:
@@ -200,16 +204,13 @@ def visualize(
     Raises GraftError: a source or image that cannot be read, a layer or query that is not there, models that do
     not go together, or more maps than a page holds.
     """
-    loaded = {"student": load_pretrained(source, **how)}
-    student = loaded["student"].model
-    check_supported(student, copied=True, pyramids=True)
-    if teacher is not None:
-        loaded["teacher"] = load_beside(teacher, loaded["student"])
-        loaded[RANDOM] = replace(loaded["teacher"], model=build_untrained(loaded["teacher"]))
-    chosen = chosen_layers(student, layers)
+    loaded = load_models(source, teacher, how)
+    chosen = chosen_layers(loaded["student"].model, layers)
     asked = read_queries(queries, loaded["student"])
     shown = read_images(images, loaded["student"].preprocessing)
-    check_page_size([each.model for name, each in loaded.items() if name != RANDOM], len(shown), chosen)
+    check_page_size([each.model for each in loaded.values()], len(shown), chosen)
+    if teacher is not None:
+        loaded[RANDOM] = replace(loaded["teacher"], model=build_untrained(loaded["teacher"]))
     seen = Seen()
     embedded = []
     for image in shown:
@@ -308,15 +309,20 @@ def _lists(layers: Sequence[Array | None]) -> list[list[float] | None]:
     return [None if heads is None else heads.tolist() for heads in layers]
 
 
-def load_beside(source: str, student: Pretrained) -> Pretrained:
-    """Load the teacher at the student's image size."""
-    channels, height, width = student.preprocessing.input_size
-    teacher = load_pretrained(source, img_size=(height, width))
-    check_comparable(teacher.model, student.model)
-    theirs = teacher.preprocessing.input_size[0]
+def load_models(source: str, teacher: str | None, how: JsonDict) -> dict[str, Pretrained]:
+    """Load the student and, where there is one, the teacher at the student's image size."""
+    loaded = {"student": load_pretrained(source, **how)}
+    student = loaded["student"].model
+    check_supported(student, copied=True, pyramids=True)
+    if teacher is None:
+        return loaded
+    channels, height, width = loaded["student"].preprocessing.input_size
+    loaded["teacher"] = load_pretrained(teacher, img_size=(height, width))
+    check_comparable(loaded["teacher"].model, student)
+    theirs = loaded["teacher"].preprocessing.input_size[0]
     if theirs != channels:
         raise TransferError(f"the teacher takes {theirs} channels and the student {channels}")
-    return teacher
+    return loaded
 
 
 def _looks(image: Shown, loaded: dict[str, Pretrained]) -> dict[str, Look]:

@@ -16,10 +16,10 @@ from graftvit.models.errors import TransferError
 from graftvit.models.families import sites
 from graftvit.transfer.analysis.layer_maps import Cells, KeyPlaces, layer_maps, preprocessed, spread_images
 from graftvit.transfer.analysis.visualize import average
-from graftvit.transfer.analysis.visualize import average as average_maps
-from graftvit.transfer.analysis.visualize.average import batch_that_fits, map_weights, visualize_average
+from graftvit.transfer.analysis.visualize import visualize as looking
+from graftvit.transfer.analysis.visualize.average import batch_that_fits, visualize_average
 from graftvit.transfer.analysis.visualize.map_figures import LayerLook, Look, draw_grid, read_query
-from graftvit.transfer.analysis.visualize.visualize import look, token_layouts
+from graftvit.transfer.analysis.visualize.visualize import count_weights, look, token_layouts
 from graftvit.transfer.config import DataConfig
 from support.models.pyramids import TINY, arguments
 from support.models.pyramids import tiny as pyramid
@@ -46,7 +46,7 @@ def test_the_average_is_the_mean_of_the_maps_of_single_images(name: str) -> None
     layers = range(len(sites(model)))
     single = [layer_maps(model, image[None], layers) for image in images]
     looks = [look(model, image[None]) for image in images]
-    found = average_maps.average_maps(model, iter([images[:2], images[2:4], images[4:]]), layers)
+    found = average.average_maps(model, iter([images[:2], images[2:4], images[4:]]), layers)
     assert found.keys() == single[0].keys()
     assert len(found) < len(layers) or name != "lit"
     for layer, mean in found.items():
@@ -62,9 +62,9 @@ def test_sums_are_exact_where_float32_is_not() -> None:
     """Ten thousand weights of 1/3 added in float32 would be wrong in the fourth digit."""
     places = KeyPlaces(token_layouts(tiny())[0].geometry)
     weights = torch.full((100, 1, 27, 27), 1 / 3)
-    sums = average_maps.MapSums()
+    sums = average.MapSums()
     for _ in range(100):
-        sums.add({0: average_maps.LayerMap(weights, places)})
+        sums.add({0: average.LayerMap(weights, places)})
     assert sums.count == 10_000
     expected = torch.full((1, 27, 27), 1 / 3).double()
     torch.testing.assert_close(sums.means()[0].weights, expected, atol=1e-12, rtol=0)
@@ -80,18 +80,21 @@ def test_images_and_maps_of_earlier_batches_are_let_go() -> None:
             seen.append(weakref.ref(images))
             yield images
 
-    average_maps.average_maps(model, average.MeanPicture().watch(batches()), range(2))
+    average.average_maps(model, average.MeanPicture().watch(batches()), range(2))
     assert max(most) <= 2
     assert batch_that_fits(2**20, 64) == 64
     assert batch_that_fits(2**24, 64) == 4
     assert batch_that_fits(2**30, 64) == 1
-    assert map_weights(pyramid("swin", SIZE), [1]) == 10 * 6 * 9  # one head, windows of three by three
+    swin = pyramid("swin", SIZE)
+    assert count_weights(swin, [1], 4, "maps", "less") == 10 * 6 * 9  # one head, windows of three by three
 
 
-def test_sums_that_are_too_large_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(average_maps, "MAX_SUM_BYTES", 100)
-    with pytest.raises(TransferError, match=r"the sums of the maps of 2 layers take .* \(layer 0 has most\)"):
-        map_weights(tiny(), [0, 1])
+def test_sums_that_are_too_large_are_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(looking, "MAX_MAP_BYTES", 100)
+    model = save(tiny(), tmp_path / "model")
+    with pytest.raises(TransferError, match=r"the sums of the maps of 2 layers take .* by --layers"):
+        visualize_average(model, DataConfig(dataset="digits"), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("kind", ["tokens", "windows", "cells"])
@@ -206,14 +209,14 @@ def test_ctrl_c_leaves_what_was_there(swin: str, tmp_path: Path, monkeypatch: py
     out = tmp_path / "out"
     out.mkdir()
     (out / "average.npz").write_bytes(b"earlier")
-    add = average_maps.MapSums.add
+    add = average.MapSums.add
 
-    def interrupted(sums: average_maps.MapSums, maps: dict[int, average_maps.LayerMap]) -> None:
+    def interrupted(sums: average.MapSums, maps: dict[int, average.LayerMap]) -> None:
         if sums.count:
             raise KeyboardInterrupt
         add(sums, maps)
 
-    monkeypatch.setattr(average_maps.MapSums, "add", interrupted)
+    monkeypatch.setattr(average.MapSums, "add", interrupted)
     config = DataConfig(data_path=str(tmp_path / "images"), workers=0, batch_size=1)
     with pytest.raises(KeyboardInterrupt):
         visualize_average(swin, config, out)
