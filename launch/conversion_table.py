@@ -27,10 +27,11 @@ def conversion_table(
     If `calibration` describes calibration images, add the error of each layer before and after calibration.
     """
     from ..models.converted import choices_of, converted_layers
+    from ..models.cost import attention_macs
     from ..models.families import is_pyramid, sites
     from ..models.merges import new_merges
 
-    before, after = _attention_macs(teacher), _attention_macs(student)
+    before, after = attention_macs(teacher), attention_macs(student)
     layers, choices, earlier = converted_layers(student), choices_of(student), choices_of(teacher)
     staged = is_pyramid(student)
     merges, measured = new_merges(teacher, student) if staged else {}, calibration is not None
@@ -59,18 +60,6 @@ def conversion_table(
         + fit_notes(layers)
         + _format_totals(teacher, student, sum(before), sum(after))
     )
-
-
-def _attention_macs(model: nn.Module) -> list[int]:
-    """Return the multiply-adds of each layer's attention for one image."""
-    from ..models.conversion import layer_macs
-    from ..models.cost import attention_macs
-    from ..models.families import attention_blocks, is_pyramid
-
-    if is_pyramid(model):
-        return attention_macs(model)
-    softmax, own = layer_macs(model)
-    return [own.get(index, softmax) for index in range(len(attention_blocks(model)))]
 
 
 def _format_totals(teacher: nn.Module, student: nn.Module, before: int, after: int) -> str:

@@ -12,7 +12,6 @@ from typing import Any
 from timm.models import load_pretrained, register_model, split_model_name_tag
 from torch import Tensor, nn
 
-from .attention.base import LayerShape
 from .calibration import Finished
 from .converted import ConvertedAttention as ConvertedAttention
 from .converted import KeptWeights
@@ -22,7 +21,6 @@ from .converted import plan_of as plan_of
 from .converted import plan_size as plan_size
 from .errors import ConfigError, Json, JsonDict, UnsupportedModelError
 from .families import (
-    attention_shape,
     check_patches,
     constructor_arguments,
     create_timm_model,
@@ -30,9 +28,7 @@ from .families import (
     token_layout,
     vit,
 )
-from .layer_plan import Choice, create_operator
 from .plain_conversion import convert_plain
-from .plan_syntax import KEEP
 from .pyramid_conversion import convert_pyramid, pyramid_arguments, resize_pyramid
 
 ARCHITECTURE = "graftvit_converted"
@@ -119,14 +115,6 @@ def name_for_timm(
     name, arguments = described(model, name, arguments)
     model.pretrained_cfg = model.default_cfg = {**config, "architecture": name}  # type: ignore[assignment]
     model._model_args = {key: value for key, value in arguments.items() if value is not None}  # type: ignore[assignment]
-
-
-def layer_macs(model: nn.Module) -> tuple[int, dict[int, int]]:
-    """Return the multiply-adds of attention for one image: of a softmax layer, and of converted layers by number."""
-    geometry, layer = token_layout(model).geometry, attention_shape(model)
-    shape = LayerShape(layer.num_heads, layer.head_dim, geometry)
-    softmax = create_operator(Choice(KEEP), shape).macs(geometry)
-    return softmax, {index: each.operator.macs(geometry) for index, each in converted_layers(model).items()}
 
 
 def resize(model: nn.Module, img_size: int | tuple[int, int]) -> None:

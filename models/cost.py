@@ -31,7 +31,7 @@ from .grid_hosts import GridHost, native_host
 def dense_macs(model: nn.Module) -> int:
     """Return the multiply-adds of one image in the patch embedding, the blocks' linear layers and the classifier.
 
-    Together with the attention maps (`conversion.layer_macs`) this is the whole model except norms, activations and an
+    Together with the attention maps (`attention_macs`) this is the whole model except norms, activations and an
     attention pool. Projections that a copied layer takes from its teacher are not counted.
     """
     geometry = token_layout(model).geometry

@@ -22,11 +22,10 @@ from ....checkpoints.pretrained import load_pretrained
 from ....checkpoints.sources import TimmSource, parse_source
 from ....models.attention.base import Geometry, Heads, LayerShape
 from ....models.calibration import fit_at_random
-from ....models.conversion import convert, converted_layers, layer_macs, resize
-from ....models.cost import attention_macs as pyramid_attention
-from ....models.cost import other_macs
+from ....models.conversion import convert, converted_layers, resize
+from ....models.cost import attention_macs, other_macs
 from ....models.errors import ConfigError
-from ....models.families import attention_blocks, is_pyramid, patch_size
+from ....models.families import is_pyramid, patch_size
 from ....models.layer_plan import Choice, create_operator
 from ....models.plan_syntax import parse_plan
 from ...cells.pool import left_to_run, run_in_turn
@@ -359,17 +358,9 @@ def measure_model(case: Case, repeats: int) -> Row:
         case,
         steps,
         repeats,
-        macs=attention_macs(student),
+        macs=sum(attention_macs(student)),
         counted=counted - macs_beside(student, softmax, whole),
     )
-
-
-def attention_macs(model: nn.Module) -> int:
-    """Return the multiply-adds of all attention operators for one image, without projections."""
-    if is_pyramid(model):
-        return sum(pyramid_attention(model))
-    softmax, own = layer_macs(model)
-    return sum(own.values()) + (len(attention_blocks(model)) - len(own)) * softmax
 
 
 def macs_beside(student: nn.Module, unconverted: nn.Module, whole: int) -> int:
@@ -378,7 +369,7 @@ def macs_beside(student: nn.Module, unconverted: nn.Module, whole: int) -> int:
     `whole` is what torch's counter gives for the unconverted model, which has as much beside its attention; but a
     conversion drops parts of a pyramid.
     """
-    return other_macs(student) if is_pyramid(student) else whole - attention_macs(unconverted)
+    return other_macs(student) if is_pyramid(student) else whole - sum(attention_macs(unconverted))
 
 
 def _learning(model: nn.Module, images: torch.Tensor) -> Step:

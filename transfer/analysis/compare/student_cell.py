@@ -27,7 +27,7 @@ from ....checkpoints.student import FittedLayers
 from ....models.attention.base import AttentionOperator
 from ....models.calibration import fit_at_random
 from ....models.conversion import convert, converted_layers, new_parameters
-from ....models.cost import count_operations
+from ....models.cost import attention_macs, count_operations
 from ....models.errors import ConfigError, GraftError, JsonDict
 from ....models.families import image_channels, sites
 from ...cells.pool import save_record
@@ -39,7 +39,7 @@ from ...engine.stages import Stage, chain, train_stages
 from ...engine.students import input_size, plan_student
 from ...metrics.measure import evaluate
 from ...recovery.align import can_learn
-from ..benchmark.benchmark import attention_macs, macs_beside
+from ..benchmark.benchmark import macs_beside
 from ..benchmark.cases import counted_macs, load_average, machine, peak_bytes, step_of, time_steps
 from ..layer_maps import layer_maps, preprocessed, spread_images
 from ..report.ink import Array, Panel, write_arrays
@@ -361,7 +361,7 @@ def measure_speed(
         batch=batch,
         tokens=sites(student)[0].shape.geometry.num_tokens,
         peak_bytes=peak_bytes(step_of(partial(student, images)), device),
-        macs=macs_beside(student, softmax, whole) + attention_macs(student),
+        macs=macs_beside(student, softmax, whole) + sum(attention_macs(student)),
         counted_macs=counted,
         multiplications=operations.multiplications,
         additions=operations.additions,
