@@ -158,7 +158,7 @@ def test_a_second_ctrl_c_does_not_wait_for_the_cells(tmp_path: Path, monkeypatch
         raise KeyboardInterrupt
 
     at_each_look(monkeypatch, impatient)
-    with pytest.raises(GraftError, match="[0-2] of 8 cells") as stopped:
+    with pytest.raises(GraftError, match=r"[0-2] of 8 cells") as stopped:
         demo.run_demo(tmp_path, quick=True, processes=2, progress=False)
     assert stopped.value.exit_code == 130
     assert cell_processes() == []
