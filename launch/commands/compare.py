@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 EXAMPLES = (
     "graftvit compare digits_compare",
-    "graftvit compare digits_compare --only teacher uniform linear --output_dir runs/few",
+    "graftvit compare digits_compare --only teacher,uniform,linear --output_dir runs/few",
     "graftvit compare efficient_attention_cifar10 --data_path /data/cifar --download --dry_run",
     "graftvit submit mine.yaml && graftvit compare mine.yaml --report",
 )
