@@ -166,6 +166,17 @@ def test_a_start_without_an_attempt_is_told_by_its_log(tmp_path: Path) -> None:
     blamed = blame_start(submission)
     assert blamed.why == GONE.splitlines()[0]
     assert "Exited with exit code 1" in blamed.words
+    assert blame_start(submission, first=False).why == "", "other lines may be of an earlier start"
+
+
+def test_of_ranks_without_records_the_loudest_is_one_with_a_cause(tmp_path: Path) -> None:
+    files = submitted(tmp_path)
+    files.begin(job_id="12", restart=0, nodes=["gpu1"], world_size=2, log_start=0)
+    for moment, (rank, error) in enumerate(((0, LOST), (1, "ValueError: boom"))):
+        log = tmp_path / "logs" / f"12_{rank}_log.err"
+        log.write_text(f"Traceback\n{error}\n")
+        os.utime(log, (moment, moment))
+    assert found(files, files.attempts()[-1])[1] == 1
 
 
 @pytest.mark.parametrize(

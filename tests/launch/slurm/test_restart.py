@@ -141,6 +141,8 @@ def test_a_new_state_or_job_begins_the_count_anew(run: Run) -> None:
     assert run.wait() is None
     run.save()
     assert run.wait() == 30
+    run.attempt(LOST)
+    assert run.wait() == 30, "restarts before the state do not count"
     for _ in range(3):
         run.attempt(LOST, retried=True)
     name = run.files.begin(job_id="78", restart=0, nodes=["n1"], world_size=4, state="")

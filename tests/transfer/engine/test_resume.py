@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from graftvit.models.errors import CheckpointError, ConfigError
+from graftvit.models.errors import CheckpointError, ConfigError, DataError
 from graftvit.transfer.config import RunConfig
 from graftvit.transfer.engine.resume_check import (
     Position,
     check_agreement,
     check_length,
     check_same_run,
+    check_same_split,
     refuse_existing,
     settings,
 )
@@ -86,3 +87,9 @@ def test_processes_that_read_different_states_stop(tmp_path: Path) -> None:
     check_agreement([3, 3], tmp_path)
     with pytest.raises(CheckpointError, match="different states"):
         check_agreement([3, None], tmp_path)
+
+
+def test_processes_of_which_some_have_no_test_images_stop() -> None:
+    check_same_split([False, False])
+    with pytest.raises(DataError, match="could open the validation split"):
+        check_same_split([True, False])

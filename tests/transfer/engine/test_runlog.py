@@ -376,7 +376,9 @@ def test_a_slow_process_is_what_the_others_wait_for(run_scenario: RunScenario, t
     assert report["ends"] == [0, 0]
     steps = [record["step"] for record in report["log"] if "comm_wait" in record]
     assert steps == [2, 2, 4, 4, 6, 6], "an interval and an epoch end at each"
-    assert all(0 < record["comm_wait"] <= 1 for record in report["log"] if "comm_wait" in record)
+    shares = [record["comm_wait"] for record in report["log"] if "comm_wait" in record]
+    assert all(0 <= share <= 1 for share in shares)
+    assert any(shares)
 
 
 class Timed(nn.Module):
