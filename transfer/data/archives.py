@@ -62,13 +62,17 @@ class Member:
 
 
 def is_packed(config: DataConfig) -> bool:
-    """Return whether the data set is read only after staging has unpacked it: a .zip, or a .tar with folders for
-    splits.
+    """Return whether staging unpacks the data set, and it can be read only then."""
+    return config.stage is not None and must_be_unpacked(config)
 
-    Any other .tar is read as it is, staged or not. Raises DataError: the archive cannot be read.
+
+def must_be_unpacked(config: DataConfig) -> bool:
+    """Return whether the data set is a .zip, or a .tar with folders for splits; any other .tar is read as it is.
+
+    Raises DataError: the archive cannot be read.
     """
     path = Path(config.data_path or "")
-    if config.stage is None or config.dataset not in ("", "folder") or not path.is_file():
+    if config.dataset not in ("", "folder") or not path.is_file():
         return False
     return path.suffix == ".zip" or (path.suffix == ".tar" and _first_split(path, config) is not None)
 

@@ -13,7 +13,7 @@ from torch.utils.data import IterableDataset
 from ...models.errors import ConfigError, DataError, did_you_mean
 from ..config import DataConfig
 from ..first_checks import check_folder
-from .archives import create, is_packed
+from .archives import create, is_packed, must_be_unpacked
 from .digits import (
     EVAL_NAMES,
     MODEL,
@@ -165,12 +165,18 @@ def _check_unpacked(config: DataConfig) -> None:
 
 def _check_folder(config: DataConfig, split: str) -> None:
     root = Path(str(config.data_path))
-    if root.is_file() and (root.suffix == ".tar" or is_packed(config)):
+    if must_be_unpacked(config):
+        if config.stage is None:
+            raise DataError(
+                f"data.data_path={config.data_path} must be unpacked before its splits are read: set data.stage to a "
+                "folder of this machine, or unpack it yourself"
+            )
+        return
+    if root.is_file() and root.suffix == ".tar":
         return
     if not root.is_dir():
-        hint = ": data.stage unpacks a .zip file" if root.suffix == ".zip" else ""
         raise DataError(
-            f"data.data_path={config.data_path} is a file, not a folder or a .tar file of folders{hint}"
+            f"data.data_path={config.data_path} is a file, not a folder or a .tar file of folders"
         )
     wanted = synonyms(split)
     if any((root / name).exists() for name in wanted):
