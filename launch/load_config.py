@@ -264,13 +264,17 @@ def _stages(content: Any, label: str) -> list[tuple[str, list[Setting]]]:
         raise ConfigError(
             f"{label}: 'stages' must be a list of stages, such as '- {{name: align, mode: align}}'"
         )
-    stages = []
+    stages = list[tuple[str, list[Setting]]]()
     for number, entry in enumerate(content):
         settings = dict(entry)
         name = settings.pop("name", None)
         if not isinstance(name, str) or not re.fullmatch(r"[\w-]+", name):
             raise ConfigError(
                 f"{label}: stages[{number}] needs a name of letters, digits and dashes, not {name!r}"
+            )
+        if name in (earlier for earlier, _ in stages):
+            raise ConfigError(
+                f"{label}: stages[{number}] has the name {name!r} of an earlier stage: give it another"
             )
         own = _flatten(settings, "", f"{label}: stages.{name}")
         stages.append((name, [replace(setting, layer=name) for setting in own]))

@@ -252,6 +252,7 @@ def test_mistakes(teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[s
     for content, message in (
         ({"stages": {"a": 1}}, "'stages' must be a list"),
         ({"stages": [{"mode": "align"}]}, "stages[0] needs a name"),
+        ({"stages": [{"name": "a"}, {"name": "a"}]}, "stages[1] has the name 'a'"),
         ({"stages": [{"name": "a", "optim": {"epoch": 1}}]}, "did you mean 'optim.epochs'"),
         ({**nothing, "transfer": {"method": "copy", "task_weight": 0.0}}, "leaves nothing to learn"),
     ):
