@@ -22,15 +22,13 @@ from .copying.copying_operators import COPIES, Copy
 from .copying.grids import GridRule, match_tokens
 from .copying.tape import HeadMap, LayerPair, Link, Tape
 from .copying.teacher_view import LARGEST, Normalization, TeacherInput, view_attention
-from .errors import Json, JsonDict, UnsupportedModelError
+from .errors import WEIGHT_ARGUMENTS, Json, JsonDict, UnsupportedModelError
 from .families import attention_blocks, attention_shape, check_supported, patch_size, sites, token_layout, vit
 from .host import AttentionHost
 from .replay import replay_blocks
 
 ARCHITECTURE = "graftvit_copied"
 EQUAL = GridRule(copy=True)
-PLACES = frozenset({"checkpoint_path", "pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "cache_dir"})
-"""Arguments of timm's constructors that name weights to load; a description of a model has none."""
 
 
 @dataclass(frozen=True)
@@ -246,8 +244,8 @@ def _teacher(described: Json) -> CopiedTeacher:
         raise ValueError(
             f"copied says teacher.model_args={reprlib.repr(arguments)}, which is no table of settings"
         )
-    if PLACES & set(arguments):
-        raise ValueError(f"copied names weights of its own: {sorted(PLACES & set(arguments))}")
+    if WEIGHT_ARGUMENTS & set(arguments):
+        raise ValueError(f"copied names weights of its own: {sorted(WEIGHT_ARGUMENTS & set(arguments))}")
     if epsilon is not None and not (isinstance(epsilon, float) and 0 < epsilon < 1):
         raise ValueError(
             f"copied says teacher.norm_eps={reprlib.repr(epsilon)}, which is no number from 0 to 1"

@@ -109,3 +109,7 @@ Json: TypeAlias = Mapping[str, Any]
 """A mapping that is only read."""
 JsonDict: TypeAlias = dict[str, Any]
 """A mapping that is created or changed."""
+WEIGHT_ARGUMENTS = frozenset(
+    {"checkpoint_path", "pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "cache_dir"}
+)
+"""Arguments of timm's constructors that name weights to load, which neither a recipe nor a saved model may give."""

@@ -20,7 +20,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticCustomError
 
 from ..checkpoints.files import NOT_A_URL, is_url
-from ..models.errors import ConfigError, JsonDict
+from ..models.errors import WEIGHT_ARGUMENTS, ConfigError, JsonDict
 
 T = TypeVar("T")
 
@@ -189,11 +189,16 @@ def check_size_text(size: Any) -> Any:
 
 
 def check_arguments(arguments: JsonDict) -> JsonDict:
-    """Raise ValueError for a value that is no JSON, and for a name such as `depth:6`, which YAML reads as a name."""
+    """Raise ValueError for a value that is no JSON, for a name such as `depth:6`, which YAML reads as a name, and for
+    weights, which teacher.source and student.init name."""
     for name, value in arguments.items():
         if not name.isidentifier():
             raise ValueError(
                 f"{name!r} is not the name of an argument; write '{{depth: 6}}', with a space after the colon"
+            )
+        if name in WEIGHT_ARGUMENTS:
+            raise ValueError(
+                f"{name} names weights: leave it out, and give them as teacher.source or student.init"
             )
         try:
             json.dumps(value)

@@ -34,6 +34,7 @@ MISTAKES = {
         "--features.layers",
         "firts:2",
     ],
+    "checkpoint_path names weights": ["digits_scratch", "student.model_args.checkpoint_path=a"],
     "data.data_path=nowhere does not exist": ["--mode", "scratch", "--data_path", "nowhere"],
     "data.data_path is not set": ["--mode", "scratch"],
 }
