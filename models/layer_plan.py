@@ -45,14 +45,14 @@ claim. docs/efficiency.md has the measurements; a test measures the claims at 4,
 # The registry of attention operators for layer plans.
 
 
-def _find_operators() -> Iterator[tuple[str, Callable[..., AttentionOperator]]]:
+def find_operators() -> Iterator[tuple[str, Callable[..., AttentionOperator]]]:
     """Yield each name and constructor in the tables `OPERATORS` of the files in `attention/`."""
     for file in pkgutil.iter_modules(attention.__path__):
         module = import_module(f"{attention.__name__}.{file.name}")
         yield from getattr(module, "OPERATORS", {}).items()
 
 
-OPERATORS = dict(_find_operators())
+OPERATORS = dict(find_operators())
 """Constructors by name: the first argument is the `LayerShape`, the others are options."""
 
 BUILT_IN = frozenset(OPERATORS)

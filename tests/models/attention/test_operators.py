@@ -10,7 +10,7 @@ import pytest
 import torch
 from graftvit.models.attention.base import Geometry, LayerShape, LowRank, Sparse, Term, jacobian_rows
 from graftvit.models.errors import ConfigError, UnsupportedModelError
-from graftvit.models.layer_plan import OPERATORS, Choice, create_operator
+from graftvit.models.layer_plan import BUILT_IN, OPERATORS, Choice, create_operator, find_operators
 from graftvit.models.programs.program import FOUND
 from support.models.operator_cases import CASES, GRIDS, PREFIXES, Case, draw, identity_values
 from torch import Tensor
@@ -36,6 +36,11 @@ def close(found: Tensor, wanted: Tensor, tolerance: float) -> None:
 
 def test_every_operator_has_a_case() -> None:
     assert {case.operator for case in CASES} == set(OPERATORS)
+
+
+def test_no_two_files_have_an_operator_of_one_name() -> None:
+    names = [name for name, _ in find_operators()]
+    assert len(names) == len(set(names)) == len(BUILT_IN)
 
 
 def test_every_operator_has_a_row_in_the_documentation() -> None:
