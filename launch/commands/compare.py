@@ -16,7 +16,8 @@ EXAMPLES = (
     "graftvit compare digits_compare",
     "graftvit compare digits_compare --only teacher,uniform,linear --output_dir runs/few",
     "graftvit compare efficient_attention_cifar10 --data_path /data/cifar --download --dry_run",
-    "graftvit submit mine.yaml && graftvit compare mine.yaml --report",
+    "graftvit submit mine.yaml --output_dir runs/mine",
+    "graftvit compare runs/mine/jobs/config.yaml --report    # when these jobs have ended",
 )
 DESCRIPTION = (
     "Convert one teacher by each plan of the section 'compare', train every student through the same stages, and "
@@ -45,7 +46,7 @@ def run(argv: list[str]) -> int:
     if arguments.cell is not None and arguments.only is not None:
         raise ConfigError(f"--cell {arguments.cell} and --only both choose cells: give one of the two")
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch's profiler writes each start and stop to stderr
-    from ...transfer.analysis.compare.compare import check_plans, raise_failed, run_compare
+    from ...transfer.analysis.compare.compare import check_cells, raise_failed, run_compare
     from ...transfer.analysis.compare.comparison_cells import only_named
     from ...transfer.analysis.compare.comparison_report import write_report
     from ..comparison import load_comparison
@@ -63,7 +64,7 @@ def run(argv: list[str]) -> int:
     if arguments.report or arguments.speed is not None:
         say(f"report: {write_report(comparison)}\n")
         return 0
-    check_plans(comparison)
+    check_cells(comparison, cells)
     if arguments.dry_run:
         say(_listing(comparison, cells))
         return 0

@@ -129,12 +129,12 @@ def _holds(path: Path, text: str) -> bool:
 
 def _plan_comparison(recipe: str, settings: Sequence[Setting]) -> SubmissionPlan:
     """Return a request for each cell; every cell must be possible."""
-    from ...transfer.analysis.compare.compare import check_plans
+    from ...transfer.analysis.compare.compare import check_cells
     from ..comparison import load_comparison
 
     settings = [*settings, _absolute(load_comparison(recipe, settings).folder)]
     comparison = load_comparison(recipe, settings)
-    check_plans(comparison)
+    check_cells(comparison, comparison.cells())
     path = comparison.folder / "jobs" / "config.yaml"
     words = ["compare", str(path), *_taken(settings)]
     requests = [

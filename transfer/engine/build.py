@@ -136,7 +136,7 @@ def build(
     mode = mode_of(config)
     size = input_size(config.student, whole)[1:]
     loaded = replace(start, weights=None) if start is not None and config.starting_source == TEACHER else None
-    teachers = _teachers(mode, size, commits, loaded, weights=weights)
+    teachers = load_teachers(mode, size, commits, loaded, weights=weights)
     teacher = teachers.get(DEFAULT_TEACHER)
     spec = resolve_preprocessing(config, start or teacher, whole)
     with preserved():
@@ -293,11 +293,11 @@ def _eval_loader(
     return create_eval_loader(data, spec, rank=rank, world_size=world_size)
 
 
-def _teachers(
+def load_teachers(
     mode: Mode,
     size: tuple[int, int],
-    commits: Mapping[str, str | None],
-    loaded: Pretrained | None,
+    commits: Mapping[str, str | None] = NO_COMMITS,
+    loaded: Pretrained | None = None,
     *,
     weights: bool,
 ) -> dict[str, Pretrained]:

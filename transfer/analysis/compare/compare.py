@@ -8,6 +8,7 @@ import signal
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import cache, partial
 from pathlib import Path
 
 from ....models.converted import plan_of
@@ -27,7 +28,9 @@ from ...engine.train import train
 from ..benchmark.cases import load_average, machine
 from .comparison_cells import TEACHER, Cell, Comparison, Record, Speed
 from .student_cell import (
+    check_cell,
     count_parameters,
+    describe_teachers,
     fresh_model,
     is_linear,
     keep_maps,
@@ -41,11 +44,18 @@ from .student_cell import (
 logger = logging.getLogger(__name__)
 
 
-def check_plans(comparison: Comparison) -> None:
-    """Build every student once. Raises GraftError: a plan is not valid, or does not fit the model at a size."""
-    for cell in {(cell.name, cell.size): cell for cell in comparison.cells()}.values():
+def check_cells(comparison: Comparison, cells: Sequence[Cell]) -> None:
+    """Build what every cell trains once, without weights.
+
+    Raises ConfigError: a plan is not valid, does not fit the model at a size, or cannot learn from the losses of a
+    stage.
+    """
+    teachers = cache(partial(describe_teachers, comparison))
+    for cell in {(cell.name, cell.size): cell for cell in cells}.values():
         try:
             check_supported(fresh_model(comparison.config, cell.plan, cell.size), pyramids=True)
+            if cell.name != TEACHER:
+                check_cell(comparison, cell, teachers)
         except GraftError as error:
             raise ConfigError(f"compare.plans: {cell.name} at {cell.size} px: {error}") from error
 

@@ -20,7 +20,7 @@ from ....checkpoints.architecture import published_config
 from ....checkpoints.files import open_regular
 from ....checkpoints.json_lines import read_records
 from ....checkpoints.preprocessing import Preprocessing
-from ....checkpoints.pretrained import load_pretrained
+from ....checkpoints.pretrained import describe_model, load_pretrained
 from ....checkpoints.provenance import Pretrained
 from ....checkpoints.safety.archive import open_archive, read_arrays
 from ....checkpoints.student import FittedLayers
@@ -30,12 +30,14 @@ from ....models.conversion import convert, converted_layers, new_parameters
 from ....models.cost import attention_macs, count_operations
 from ....models.errors import ConfigError, GraftError, JsonDict
 from ....models.families import image_channels, sites
+from ....models.small import without_memory
 from ...cells.pool import save_record
 from ...config import DataConfig, RunConfig
 from ...data.loaders import create_eval_loader
-from ...engine.build import build
+from ...engine.build import build, find_start, load_teachers, settle
 from ...engine.fit_operators import fit_student
-from ...engine.stages import Stage, chain, train_stages
+from ...engine.modes import Models, mode_of
+from ...engine.stages import Stage, chain, check_stages, train_stages
 from ...engine.students import input_size, plan_student
 from ...metrics.measure import evaluate
 from ...recovery.align import can_learn
@@ -213,15 +215,58 @@ def cell_stages(stages: Sequence[Stage], cell: Cell, folder: Path) -> list[Stage
     return made
 
 
+def check_cell(
+    comparison: Comparison, cell: Cell, teachers: Callable[[str, int], Mapping[str, Pretrained]]
+) -> None:
+    """Build what each stage of a student trains, without weights or data; `teachers` are those of a stage at a size.
+
+    Raises GraftError: a stage refuses its settings or the student.
+    """
+    own = cell_stages(comparison.stages_of(cell), cell, comparison.cell_folder(cell))
+    check_stages(own)
+    student = own[0].config.student
+    images = Preprocessing.read(published_config(student.model), input_size(student))
+    for stage in own:
+        mode, found = mode_of(stage.config), teachers(stage.name, cell.size)
+        classes = next(
+            (int(getattr(each.model, "num_classes", 0)) for each in found.values() if each.has_head), None
+        )
+        with without_memory():
+            model = fresh_model(stage.config, cell.plan, cell.size, classes)
+        try:
+            mode.freeze(mode.task(Models(model, found, images, lambda: None)).trainable)
+        except GraftError as error:
+            raise ConfigError(f"stage {stage.name}: {error}") from error
+
+
+def describe_teachers(comparison: Comparison, stage: str, size: int) -> dict[str, Pretrained]:
+    """Return the teachers of a stage by name, without published weights; one that a recipe makes has none.
+
+    Raises GraftError: one cannot be loaded.
+    """
+    config = next(each.config for each in comparison.stages if each.name == stage)
+    made = None
+    if comparison.teacher is not None:
+        recipe = settle(comparison.teacher, find_start(mode_of(comparison.teacher)))
+        with without_memory():
+            made = describe_model(fresh_model(recipe, recipe.student.plan, config.teacher.image_size(size)))
+    return load_teachers(mode_of(config), (size, size), loaded=made, weights=False)
+
+
 def _can_align(stage: Stage, operators: Sequence[AttentionOperator]) -> bool:
     return any(can_learn(stage.config.align.match, operator) for operator in operators)
 
 
-def fresh_model(config: RunConfig, plan: str | None, size: int) -> nn.Module:
-    """Build the student with random weights, at any image size. Raises GraftError: it cannot be built."""
+def fresh_model(
+    config: RunConfig, plan: str | None, size: int | tuple[int, int] | None, classes: int | None = None
+) -> nn.Module:
+    """Build the student with random weights, at any image size. Raises GraftError: it cannot be built.
+
+    `classes` is the number of classes where the settings have none.
+    """
     student = config.student.model_copy(update={"plan": plan, "img_size": size})
     images = Preprocessing.read(published_config(student.model), input_size(student))
-    return plan_student(student, config.data.num_classes or 10, None, images).create()
+    return plan_student(student, config.data.num_classes or classes or 10, None, images).create()
 
 
 def is_linear(model: nn.Module) -> bool:

@@ -247,7 +247,24 @@ def test_linear_means_every_layer(tmp_path: Path) -> None:
 def test_a_plan_that_is_none_is_said_before_anything_runs(tmp_path: Path) -> None:
     comparison = load_comparison(write_config(tmp_path, {"odd": "*: lineal"}))
     with pytest.raises(GraftError, match=r"compare\.plans: odd at 8 px.*lineal"):
-        compare_run.check_plans(comparison)
+        compare_run.check_cells(comparison, comparison.cells())
+
+
+@pytest.mark.parametrize("made", [False, True])
+def test_a_plan_that_a_stage_cannot_train_is_said_before_anything_runs(made: bool, tmp_path: Path) -> None:
+    path = write_config(tmp_path, {"linear": "*: linear", "softmax": "*: softmax"})
+    config = yaml.safe_load(path.read_text())
+    config["stages"][1]["transfer"] = {"method": "distill"}
+    if made:
+        config["teacher"]["source"] = "local-dir:runs/nothing"
+        config["compare"]["teacher_recipe"] = str(tmp_path / "teacher.yaml")
+        recipe = {"mode": "scratch", "student": {**config["student"], "init": None}, "data": config["data"]}
+        (tmp_path / "teacher.yaml").write_text(yaml.safe_dump(recipe))
+    path.write_text(yaml.safe_dump(config))
+    comparison = load_comparison(path)
+    with pytest.raises(ConfigError, match=r"compare\.plans: linear at 8 px: stage task: layer 0"):
+        compare_run.check_cells(comparison, only_named(comparison.cells(), ["linear", "softmax"]))
+    compare_run.check_cells(comparison, only_named(comparison.cells(), ["teacher", "softmax"]))
 
 
 @pytest.mark.parametrize("match", ["output", "map", "probes", "rows"])
