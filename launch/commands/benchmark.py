@@ -82,7 +82,7 @@ def _parse_operators(argv: list[str]) -> argparse.Namespace:
     parser.flag("--heads", "heads of the layer", type=whole(1), default=6, metavar="H")
     parser.flag("--head_dim", "width of a head", type=whole(1), default=64, metavar="D")
     parser.flag("--prefix", "prefix tokens before the patches", type=whole(0), default=0, metavar="P")
-    _add_common(parser, [1, 8])
+    _add_common(parser, "operators", [1, 8])
     return parser.parse_args(argv)
 
 
@@ -120,7 +120,7 @@ def _parse_models(argv: list[str]) -> argparse.Namespace:
         help="parts of a pyramid's layers to give up where an operator does not take them: bias, the relative position "
         "bias (Swin)",
     )  # fmt: skip
-    _add_common(parser, [1, 16])
+    _add_common(parser, "models", [1, 16])
     return parser.parse_args(argv)
 
 
@@ -138,7 +138,7 @@ def _read_ways(arguments: argparse.Namespace) -> Ways:
     return Ways(arguments.batch, arguments.dtype, arguments.device, arguments.backward, arguments.compile)
 
 
-def _add_common(parser: Parser, batches: list[int]) -> None:
+def _add_common(parser: Parser, kind: Kind, batches: list[int]) -> None:
     parser.flag("--batch", "batch sizes", type=whole(1), nargs="+", default=batches, metavar="B")
     dtypes = ["float32", "bfloat16", "float16"]
     parser.flag("--dtype", "dtypes of weights and inputs", nargs="+", choices=dtypes, default=dtypes[:1])
@@ -146,7 +146,7 @@ def _add_common(parser: Parser, batches: list[int]) -> None:
     parser.switch("--compile", "also measure with torch.compile")
     parser.switch("--backward", "also measure forward with backward")
     parser.flag("--repeats", "rounds, at least two", type=whole(1), default=15, metavar="R")
-    parser.output_dir("folder for results.json, results.csv, table.md and latency.png", "benchmark")
+    parser.output_dir("folder for results.json, results.csv, table.md and latency.png", f"benchmark/{kind}")
     parser.switch("--force", "delete the results in DIR and measure again")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 from support.runs.engine_runs import make_teacher
 from support.runs.typed import Typed
 
@@ -18,6 +19,15 @@ def test_operators_are_measured_and_the_second_time_kept(tmp_path: Path, typed: 
         "latency.png", "results.csv", "results.json", "table.md",
     ]  # fmt: skip
     assert "8 of 8 cells are done" in typed(line, *words).err
+
+
+def test_operators_and_models_go_to_a_folder_each(
+    tmp_path: Path, typed: Typed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    typed("benchmark operators --operators linear --heads 1 --head_dim 8 --repeats 2 --tokens 16 --batch 1")
+    typed("benchmark models vit_tiny_patch16_224 --plan '*: linear' --img_size 32 --batch 1 --repeats 2")
+    assert sorted(path.name for path in (tmp_path / "benchmark").iterdir()) == ["models", "operators"]
 
 
 def test_models_are_measured(tmp_path: Path, typed: Typed) -> None:
