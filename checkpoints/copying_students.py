@@ -68,6 +68,15 @@ def refuse_as_start(weights: Weights) -> None:
         )
 
 
+def refuse_without_teacher(weights: Weights) -> None:
+    """CheckpointError for weights of a student that copies attention and that are without the teacher's part."""
+    if weights.architecture == ARCHITECTURE and not _of_teacher(weights):
+        raise CheckpointError(
+            f"{weights.origin} copies the attention of a teacher that it does not hold, and does not load without it: "
+            "write a folder with both by `graftvit checkpoint save SOURCE DIR`, or without the teacher by --bare"
+        )
+
+
 def described_architecture(weights: Weights) -> str:
     """Return the timm name that describes the model; for a copying student, the student's."""
     return str(

@@ -31,6 +31,7 @@ from ..models.families import (
 )
 from .architecture import build
 from .atomic import write_file
+from .copying_students import refuse_without_teacher
 from .fit import match
 from .formats import read_weights
 from .formats.containers import as_metadata, unwrap
@@ -217,8 +218,8 @@ def extract(source: FileSource, out: Path, *, overwrite: bool = False) -> Extrac
 
     Pretrained, optimizer, averages and settings stay behind. Tensors that share their numbers are written once each.
 
-    Raises CheckpointError: as `read_file` and `unwrap`; `out` exists, its suffix names no container, or its container
-    cannot hold the source's description of the model.
+    Raises CheckpointError: as `read_file`, `unwrap` and `refuse_without_teacher`; `out` exists, its suffix names no
+    container, or its container cannot hold the source's description of the model.
     """
     if out.suffix not in (*SAFE_SUFFIXES, *PICKLE_SUFFIXES):
         valid = ", ".join((*SAFE_SUFFIXES, *PICKLE_SUFFIXES))
@@ -230,6 +231,7 @@ def extract(source: FileSource, out: Path, *, overwrite: bool = False) -> Extrac
     content = read_file(source.path)
     is_graph = content.graph is not None
     weights = read_weights(content, source.part) if is_graph else unwrap(content, source.part)
+    refuse_without_teacher(weights)
     tensors = {name: tensor.detach().clone().contiguous() for name, tensor in weights.tensors.items()}
     nbytes = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
     tree, metadata = _contents(out, replace(weights, tensors=tensors), source)

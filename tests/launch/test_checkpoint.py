@@ -127,6 +127,20 @@ def test_a_runs_average_alone(tmp_path: Path, typed: Typed) -> None:
     assert "write .safetensors" in said
 
 
+@pytest.mark.parametrize("action", ["convert", "strip"])
+def test_a_copying_student_is_not_written_without_its_teacher(
+    tmp_path: Path, typed: Typed, action: str
+) -> None:
+    copying = {"optim": {"max_steps": 1}, "transfer": {"method": "copy"}}
+    train(config(tmp_path / "run", make_teacher(tmp_path / "teacher"), **copying))
+    state, out = tmp_path / "run" / "checkpoints" / "last.safetensors", tmp_path / "ema.safetensors"
+    said = typed("checkpoint", action, state, out, "--part", "ema", code=2).err
+    assert "--bare" in said
+    assert not out.exists()
+    say(typed, "save", f"{state}#ema", tmp_path / "bare", "--bare")
+    load_pretrained(f"local-dir:{tmp_path}/bare")
+
+
 def test_mistakes(training_file: Path, tmp_path: Path, typed: Typed) -> None:
     code = CORPUS["code_in_zip_system"](tmp_path, tmp_path / "canary")
     for line, said in (
