@@ -137,6 +137,20 @@ def test_shards_are_looked_into_as_far_as_asked(tmp_path: Path, typed: Typed) ->
     assert picture.stat().st_size > 1000
 
 
+def test_shards_that_are_all_missing_are_an_error(tmp_path: Path, typed: Typed) -> None:
+    pytest.importorskip("webdataset")
+    words = [
+        "wds/shards",
+        "--data_path",
+        tmp_path,
+        "--num_classes",
+        "2",
+        "--train_split",
+        "s-{0000..0001}.tar|8",
+    ]
+    assert "gave none of its 8 images" in typed("data", *words, code=2).err
+
+
 def test_a_hub_set_is_looked_into(tmp_path: Path, typed: Typed, monkeypatch: pytest.MonkeyPatch) -> None:
     datasets = pytest.importorskip("datasets")
     monkeypatch.setattr(datasets.config, "HF_DATASETS_OFFLINE", True)

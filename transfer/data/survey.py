@@ -255,8 +255,13 @@ def _open(config: DataConfig, split: str) -> Any:
 
 
 def check_readable(found: Survey) -> None:
-    """DataError where no image of a split can be read."""
+    """DataError where no image of a split can be read, or a stream gives none."""
     for split in found.splits:
+        if split.images and not split.looked_at:
+            raise DataError(
+                f"{split.name} gave none of its {split.images} images: its shards are missing or empty, or "
+                "data.image_column names a file that no sample has"
+            )
         if split.named and split.unreadable == split.looked_at:
             first = split.named[0].describe()
             raise DataError(
