@@ -11,6 +11,7 @@ from pydantic import BaseModel, ValidationError
 
 from ..checkpoints.files import is_file
 from ..models.errors import ConfigError, JsonDict
+from ..transfer.setting import explain
 from .load_config import Setting, load_config, load_stages, read_recipe
 
 if TYPE_CHECKING:
@@ -44,11 +45,7 @@ def _read_section(
     try:
         return kind.model_validate(values)
     except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join([name, *map(str, first["loc"])])
-        raise ConfigError(
-            f"{source}: {key} is {first['input']!r}: {first['msg']}; valid keys are {', '.join(kind.model_fields)}"
-        ) from error
+        raise ConfigError(f"{source}: {explain(error, kind, name)}") from error
 
 
 def load_rows(source: Path) -> list[Row]:

@@ -345,9 +345,11 @@ def _validate(settings: Sequence[Setting], stage: str = "") -> RunConfig:
         _put(values, setting, value)
     try:
         config = RunConfig.model_validate(values)
-    except ValidationError as error:
+    except ConfigError as error:
+        if not isinstance(error.__cause__, ValidationError):
+            raise
         given = {leaf_of(setting.key).key: _of_whole_list(setting) for setting in settings}
-        raise _explain(error, values, given) from error
+        raise _explain(error.__cause__, values, given) from error
     _check_finetune(settings, config.mode)
     _check_single_loss(settings, config)
     return config

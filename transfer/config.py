@@ -8,9 +8,16 @@ an effect, what may change when a run resumes, and so on. The section `transfer`
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, ClassVar, Final, Literal
+from typing import Annotated, Any, ClassVar, Final, Literal
 
-from pydantic import PositiveFloat, ValidationInfo, field_validator
+from pydantic import (
+    ModelWrapValidatorHandler,
+    PositiveFloat,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from ..models.errors import JsonDict
 from .loss_config import TransferConfig
@@ -24,6 +31,7 @@ from .setting import (
     check_local,
     check_size,
     check_size_text,
+    explain,
     in_mode,
     setting,
     value_of,
@@ -574,6 +582,15 @@ class RunConfig(Section):
     optim: OptimConfig = OptimConfig()
     engine: EngineConfig = EngineConfig()
     pretrain: PretrainConfig = PretrainConfig()
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _explain(cls, values: Any, check: ModelWrapValidatorHandler[RunConfig]) -> RunConfig:
+        """Check the values. Raises ConfigError, with pydantic's ValidationError as its cause."""
+        try:
+            return check(values)
+        except ValidationError as error:
+            raise explain(error, cls) from error
 
     @property
     def facts(self) -> ModeFacts:

@@ -15,12 +15,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeGuard, TypeVar, get_args
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+)
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticCustomError
 
 from ..checkpoints.files import NOT_A_URL, is_url
-from ..models.errors import WEIGHT_ARGUMENTS, ConfigError, JsonDict
+from ..models.errors import WEIGHT_ARGUMENTS, ConfigError, JsonDict, did_you_mean
 
 T = TypeVar("T")
 
@@ -160,6 +168,21 @@ def section_of_entries(annotation: Any) -> type[Section] | None:
     kinds = [annotation, *get_args(annotation)]
     inner = [kind for outer in kinds for kind in get_args(outer)]
     return next((kind for kind in inner if is_section(kind)), None)
+
+
+def explain(error: ValidationError, section: type[BaseModel], prefix: str = "") -> ConfigError:
+    """Return pydantic's first finding in a section as one sentence: the dotted key, its value, and what is valid."""
+    first = error.errors()[0]
+    path, message = first["loc"], first["msg"].removeprefix("Value error, ")
+    for name in path[:-1]:
+        field = section.model_fields.get(str(name))
+        if field is not None:
+            kind = field.annotation
+            section = kind if is_section(kind) else section_of_entries(kind) or section
+    key = ".".join(map(str, [prefix, *path] if prefix else path))
+    if first["type"] == "extra_forbidden":
+        return ConfigError(f"unknown key {key!r}; {did_you_mean(str(path[-1]), section.model_fields)}")
+    return ConfigError(f"{key} is {first['input']!r}: {message}" if key else message)
 
 
 def check_local(path: T) -> T:

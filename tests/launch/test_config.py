@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,6 @@ from graftvit.transfer.config import OptimConfig, RunConfig, StudentConfig
 from graftvit.transfer.loss_config import TransferConfig
 from hypothesis import given
 from hypothesis import strategies as st
-from pydantic import ValidationError
 
 
 def write(folder: Path, name: str, text: str) -> Path:
@@ -291,8 +291,26 @@ def test_a_recipe_keeps_its_list_where_one_entry_is_overridden() -> None:
     assert (changed[0], changed[2]) == (plain[0], plain[2])
 
 
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"optim": {"epoch": 3}}, "'optim.epoch'; did you mean 'epochs'"),
+        ({"optim": {"epochs": "many"}}, "optim.epochs is 'many'"),
+        (
+            {"transfer": {"losses": [{"method": "logits", "wait": 2.0}]}},
+            "'transfer.losses.0.wait'; did you mean 'weight'",
+        ),
+        ({"teachers": {"large": {"sauce": "x"}}}, "'teachers.large.sauce'; did you mean 'source'"),
+        ({"mod": "transfer"}, "'mod'; did you mean 'mode'"),
+    ],
+)
+def test_a_mistake_in_python_is_one_sentence(values: Any, said: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(said)):
+        RunConfig(**values)
+
+
 @pytest.mark.parametrize("section", ["teacher", "student"])
 def test_an_argument_that_no_file_can_hold_is_refused(section: str) -> None:
-    with pytest.raises(ValidationError, match=r"act_layer=<class .*ReLU'> cannot be written .*give its name"):
+    with pytest.raises(ConfigError, match=r"act_layer=<class .*ReLU'> cannot be written .*give its name"):
         RunConfig.model_validate({section: {"model_args": {"act_layer": torch.nn.ReLU}}})
     RunConfig.model_validate({section: {"model_args": {"act_layer": "relu", "img_size": (8, 8)}}})
