@@ -129,6 +129,22 @@ def check_plain(value: Any, depth: int = 50) -> None:
             check_plain(part, depth - 1)
 
 
+def check_switch(value: Any, annotation: Any) -> None:
+    """Raise an error of pydantic for true or false in place of a number, which Python takes for 1 or 0, and for
+    anything else in place of true or false."""
+    parts = (
+        value.values()
+        if isinstance(value, Mapping)
+        else value
+        if isinstance(value, list | tuple)
+        else (value,)
+    )
+    if annotation is bool and not isinstance(value, bool):
+        raise PydanticCustomError("switch", "Input should be true or false")
+    if annotation is not bool and any(isinstance(part, bool) for part in parts):
+        raise PydanticCustomError("switch", "Input should not be true or false")
+
+
 class Section(BaseModel):
     """A group of settings; an unknown key or a value of the wrong kind is refused."""
 
@@ -144,8 +160,11 @@ class Section(BaseModel):
     @field_validator("*", mode="before")
     @classmethod
     def _check_plain(cls, value: Any, info: ValidationInfo) -> Any:
-        if not is_section(cls.model_fields[str(info.field_name)].annotation):
-            check_plain(value)  # the fields of a section are checked separately
+        kind = cls.model_fields[str(info.field_name)].annotation
+        if not is_section(kind):  # the fields of a section are checked separately
+            check_plain(value)
+        if not is_section(kind) and kind != JsonDict:
+            check_switch(value, kind)
         return value
 
     @field_validator("*")
@@ -307,7 +326,16 @@ def find_unread(run: Section) -> dict[str, str]:
 
 def check_effect(run: Section) -> None:
     """Raise ConfigError for a setting that changes nothing in a run."""
-    for key, why, value in _walk_unread(run, run, ""):
+    _refuse_unread(_walk_unread(run, run, ""))
+
+
+def check_section(section: Section, name: str) -> None:
+    """Raise ConfigError for a setting that changes nothing because of others of its section, in whatever run."""
+    _refuse_unread(_walk_unread(None, section, f"{name}."))
+
+
+def _refuse_unread(found: Iterable[tuple[str, str, Any]]) -> None:
+    for key, why, value in found:
         written = str(value).lower() if value is None or isinstance(value, bool) else repr(value)
         raise ConfigError(f"{key}={written} changes nothing {why}")
 
@@ -318,8 +346,11 @@ def find_replacements(run: Section, keys: Iterable[str]) -> set[str]:
     return {need.instead for need in found if not need.met(run)}
 
 
-def _walk_unread(run: Section, section: Section, prefix: str) -> Iterator[tuple[str, str, Any]]:
-    """Give key, reason and value of each setting that changes nothing, of entries of lists first."""
+def _walk_unread(run: Section | None, section: Section, prefix: str) -> Iterator[tuple[str, str, Any]]:
+    """Give key, reason and value of each setting that changes nothing, of entries of lists first.
+
+    Without a run, only the conditions within a section count.
+    """
     for name, field in type(section).model_fields.items():
         value = getattr(section, name)
         if isinstance(value, Section):
@@ -332,6 +363,6 @@ def _walk_unread(run: Section, section: Section, prefix: str) -> Iterator[tuple[
             continue
         for need in section.needs_of(name):
             subject = run if need.of == "run" else section
-            if not need.met(subject):
+            if subject is not None and not need.met(subject):
                 yield f"{prefix}{name}", need.why.format(run=subject), value
                 break

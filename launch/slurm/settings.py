@@ -24,7 +24,7 @@ from pydantic import (
 )
 
 from ...models.errors import ConfigError
-from ...transfer.setting import check_plain
+from ...transfer.setting import check_plain, check_switch
 
 # Parse and compare GPUs by type and other generic resources, as sbatch takes them and sinfo prints them.
 
@@ -237,8 +237,10 @@ class ClusterConfig(BaseModel):
 
     @field_validator("*", mode="before")
     @classmethod
-    def _check_plain(cls, value: Any) -> Any:
+    def _check_plain(cls, value: Any, info: ValidationInfo) -> Any:
         check_plain(value)
+        if info.field_name != "sbatch":
+            check_switch(value, cls.model_fields[str(info.field_name)].annotation)
         return value
 
     @field_validator("*", mode="before")

@@ -10,6 +10,7 @@ from graftvit.launch.load_config import dump_config, load_config
 from graftvit.models.errors import ConfigError
 from graftvit.transfer.config import OptimConfig, RunConfig, StudentConfig
 from graftvit.transfer.loss_config import TransferConfig
+from graftvit.transfer.setting import value_of
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -144,6 +145,32 @@ def test_a_bad_override_ends_in_one_sentence(override: str, parts: list[str]) ->
     found = message(None, [override])
     for part in parts:
         assert part in found
+
+
+@pytest.mark.parametrize(
+    ("text", "name"),
+    [
+        ("optim: {epochs: true}", "epochs"), ("optim: {lr: true}", "lr"), ("optim: {betas: [true, 0.9]}", "betas"),
+        ("transfer: {layers: [true]}", "layers"), ("optim: {scales: {head: true}}", "scales"),
+        ("teacher: {img_size: true}", "img_size"), ("engine: {fsdp: 1}", "fsdp"), ("engine: {fsdp: 0}", "fsdp"),
+        ("transfer: {losses: [{weight: true}]}", "weight"), ("teachers: {one: {compile: 1}}", "compile"),
+    ],
+)  # fmt: skip
+def test_a_switch_is_no_number_and_a_number_no_switch(tmp_path: Path, text: str, name: str) -> None:
+    assert f"{name} is " in message(write(tmp_path, "m.yaml", text))
+
+
+@pytest.mark.parametrize(
+    ("word", "value"),
+    [
+        ("optim.epochs=1e3", 1000),
+        ("optim.lr=1", 1.0),
+        ("engine.fsdp=false", False),
+        ("optim.betas=0,1", (0, 1)),
+    ],
+)
+def test_a_whole_number_is_a_number_however_it_is_written(word: str, value: object) -> None:
+    assert value_of(load_config(None, [word]), word.partition("=")[0]) == value
 
 
 def test_every_wrong_value_is_told_at_once() -> None:

@@ -24,7 +24,7 @@ from ...models.families import check_supported, image_size, is_supported
 from ...models.parts import OutsideTeacher as OutsideTeacher
 from ...models.parts import check_takes, image_channels
 from ..loss_config import LossEntry, TransferConfig
-from ..setting import rule_of
+from ..setting import check_section, rule_of
 from .method import Finish, TransferMethod, TransferPlan
 from .pairs import resolve_plan
 from .registry import find_method
@@ -172,10 +172,14 @@ def resolve_terms(
 
 
 def refuse_name(role: str, model: object, loader: str) -> None:
-    """Raise UnsupportedModelError for the path or name of a model in place of it."""
+    """Raise UnsupportedModelError for the path or name of a model in place of it, or for another object."""
     if isinstance(model, str | PathLike):
         raise UnsupportedModelError(
             f"{role} is a path or name and no model: load it first by graftvit.{loader}({str(model)!r})"
+        )
+    if not isinstance(model, nn.Module):
+        raise UnsupportedModelError(
+            f"{role} is of type {type(model).__name__} and no model: give one as graftvit.{loader} returns it"
         )
 
 
@@ -193,6 +197,8 @@ def model_of(name: str, teacher: Teacher) -> nn.Module:
 
 def choose_teachers(config: TransferConfig, names: Sequence[str]) -> list[str]:
     """Return the name of the teacher of each loss. Raises ConfigError for a teacher that is not there."""
+    if not names:
+        raise ConfigError("teacher={} names no model: give one, or several by name")
     for name in [each.teacher for each in config.terms if each.teacher is not None]:
         if name not in names:
             raise ConfigError(
@@ -264,15 +270,17 @@ def check_teacher(teacher: nn.Module, method: TransferMethod) -> None:
 
 
 def read_settings(**options: Any) -> TransferConfig:
-    """Return the settings. Raises ConfigError: one sentence about the first that is not valid."""
+    """Return the settings. Raises ConfigError: one sentence about the first that is not valid or changes nothing."""
     unknown = [name for name in options if name not in OF_DUAL]
     if unknown:
         raise ConfigError(f"unknown setting {unknown[0]!r}; {did_you_mean(unknown[0], OF_DUAL)}")
     try:
-        return TransferConfig(**options)
+        settings = TransferConfig(**options)
     except ValidationError as error:
         first = error.errors()[0]
         if not first["loc"]:
             raise ConfigError(first["msg"].removeprefix("Value error, ")) from error
         name = ".".join(map(str, first["loc"]))
         raise ConfigError(f"transfer.{name} is {first['input']!r}, but: {first['msg']}") from error
+    check_section(settings, "transfer")
+    return settings

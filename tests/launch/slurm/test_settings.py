@@ -71,6 +71,7 @@ def test_an_empty_site_file_says_nothing() -> None:
         ("nodes: 1\nnodes: 2", "'nodes' is given twice"),
         ("nodes: 0", "nodes is 0"),
         ("nodes: many", "nodes is 'many'"),
+        ("nodes: true", "nodes is True"),
         ("gpus_per_node: -1", "gpus_per_node is -1"),
         ("tasks_per_node: 0", "tasks_per_node is 0"),
         ("cpus_per_task: 0", "cpus_per_task is 0"),

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
-from graftvit.transfer.methods.method_facts import facts_of
+from graftvit.transfer.methods.method_facts import facts_of, reads_setting
 from support.models.dense import Layer
 from torch import Tensor
 
@@ -58,6 +58,11 @@ class Sides(Protocol):
 
     def project(self, x: Tensor) -> Tensor:
         """The student's tensor at the teacher's width, by the map that is learned where they differ."""
+
+
+def only_read(method: str, **options: Any) -> dict[str, Any]:
+    """The options without those that a method does not read, which `DualViT` refuses."""
+    return {name: value for name, value in options.items() if reads_setting(method, name)}
 
 
 def compare_maps(sides: Sides) -> Tensor:

@@ -12,7 +12,7 @@ from graftvit.transfer.methods.method_facts import reads_setting
 from graftvit.transfer.methods.registry import find_method
 from hypothesis import strategies as st
 from support.models.dense import FAMILIES, tiny
-from support.models.method_cases import METHODS
+from support.models.method_cases import METHODS, only_read
 from support.models.pair_reference import Pair
 from torch import nn
 
@@ -64,8 +64,8 @@ def cases(draw: Draw) -> Case:
     if dynamic:
         teacher["dynamic_img_size"] = student["dynamic_img_size"] = True
         sizes += [(8 * height, 8 * width) for height, width in draw(st.permutations(GRIDS))[:2]]
-    options: dict[str, Any] = {"weight": draw(st.sampled_from([1.0, 3.0]))}
-    options["reduction"] = draw(st.sampled_from(["sum", "mean"]))
+    weight, reduction = draw(st.sampled_from([1.0, 3.0])), draw(st.sampled_from(["sum", "mean"]))
+    options = only_read(method, weight=weight, reduction=reduction)
     if differs:
         options["interpolate_grid"] = True
     options |= {name: draw(st.sampled_from(DRAWN[name])) for name in DRAWN if reads_setting(method, name)}

@@ -15,7 +15,7 @@ from graftvit.transfer.methods.dual import DualViT
 from graftvit.transfer.methods.method_facts import method_names
 from graftvit.transfer.methods.registry import find_method
 from support.models.dense import FAMILIES, gradient, images, relative_error, tiny
-from support.models.method_cases import COPIES, METHODS
+from support.models.method_cases import COPIES, METHODS, only_read
 from support.models.pair_reference import Pair, check_step
 from torch import Tensor, nn
 
@@ -41,9 +41,8 @@ def pair_of(
         groups = {} if find_method(method).joins_heads else EACH
     matched = layers or [(layer, layer) for layer in range(3)]
     options |= {"layers": layers} if layers else {}
-    return Pair(
-        method, tuple(matched) if find_method(method).uses_layers else (), groups, {"weight": 1.0, **options}
-    )
+    options = only_read(method, weight=1.0) | options
+    return Pair(method, tuple(matched) if find_method(method).uses_layers else (), groups, options)
 
 
 def compare(
@@ -125,7 +124,7 @@ def test_grids_are_interpolated_only_when_asked() -> None:
     with pytest.raises(TransferError, match="interpolate_grid"):
         DualViT(teacher, student)
     with pytest.raises(TransferError, match="8x4"):
-        DualViT(teacher, student, "copy", interpolate_grid=True)
+        DualViT(teacher, student, "copy")
 
 
 @pytest.mark.parametrize("family", ["vit", "dinov2_registers", "beit", "eva02"])
@@ -252,7 +251,7 @@ def vit() -> nn.Module:
 def test_what_comes_out_of_a_converted_layer_is_matched(method: Any) -> None:
     teacher = vit()
     student = convert(teacher, "1-2: linear")
-    dual = DualViT(teacher, student, method, weight=50.0, reduction="mean").train()
+    dual = DualViT(teacher, student, method, **only_read(method, weight=50.0, reduction="mean")).train()
     out = dual(IMAGES)
     out.transfer_loss.backward()
     assert float(out.transfer_loss.detach()) > 0

@@ -22,7 +22,7 @@ from graftvit.transfer.methods.dual import DualViT
 from graftvit.transfer.methods.registry import find_method
 from support.models.dense import gradient, relative_error
 from support.models.dense import tiny as tiny_plain
-from support.models.method_cases import CASES, Place
+from support.models.method_cases import CASES, Place, only_read
 from support.models.pyramids import images, tiny
 from support.models.stage_reference import block_outputs, dense_logits, expected, places, run
 from torch import Tensor, nn
@@ -106,7 +106,7 @@ def check(
     (logits.square().mean() + loss).backward()
     own = copy.deepcopy(student[0])
     options: dict[str, Any] = {"layers": pairs} if pairs else {}
-    options |= {} if find_method(method).copies else {"weight": 1.0}
+    options |= only_read(method, weight=1.0)
     options |= dict.fromkeys(("teacher_normalization", "student_normalization"), NORM)
     dual = DualViT(teacher[0], own, method, **options)
     out = dual(x)

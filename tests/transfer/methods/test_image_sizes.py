@@ -14,6 +14,7 @@ from graftvit.transfer.methods.dual import DualViT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.models.dense import gradient, images, relative_error, tiny
+from support.models.method_cases import only_read
 from support.models.pair_reference import Pair, check_step
 from torch import Tensor, nn
 
@@ -33,7 +34,7 @@ def agree(dual: DualViT, twin: nn.Module, x: Tensor) -> None:
 def pair(method: str, theirs: Any, ours: Any, **options: Any) -> tuple[DualViT, nn.Module]:
     teacher, student = tiny(seed=1, **theirs), tiny(seed=2, **ours)
     twin = copy.deepcopy(student)
-    return DualViT(teacher, student, method, weight=1.0, **SAME, **options), twin
+    return DualViT(teacher, student, method, **only_read(method, weight=1.0), **SAME, **options), twin
 
 
 DINOV3 = {"family": "dinov3", "img_size": (64, 96), "patch_size": 16}
@@ -133,7 +134,9 @@ def test_a_backward_pass_has_the_grids_of_its_own_forward_pass(method: str) -> N
     grads = []
     for x in batches:
         agree(
-            single := DualViT(dual.teacher, copy.deepcopy(twin), method, weight=1.0, **SAME, **options),
+            single := DualViT(
+                dual.teacher, copy.deepcopy(twin), method, **only_read(method, weight=1.0), **SAME, **options
+            ),
             twin,
             x,
         )

@@ -29,7 +29,7 @@ from graftvit.transfer.methods.method_facts import method_names, reads_setting
 from graftvit.transfer.methods.registry import describe_transfer, find_method, register_method
 from graftvit.transfer.setting import check_effect
 from support.models.dense import TINY, cross_entropy, gradient, images, relative_error, run, tiny
-from support.models.method_cases import LOSSES
+from support.models.method_cases import LOSSES, only_read
 from support.runs.engine_runs import config, make_teacher, records
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
@@ -112,6 +112,10 @@ SAME_TEACHER = [
 ]
 
 
+def entry(method: str) -> dict[str, Any]:
+    return {"method": method, **only_read(method, weight=1.0)}
+
+
 @pytest.mark.parametrize("methods", SAME_TEACHER, ids="+".join)
 def test_losses_of_one_teacher_sum_and_run_it_once(methods: list[str]) -> None:
     teacher, student = tiny(seed=1), tiny(seed=2)
@@ -120,12 +124,12 @@ def test_losses_of_one_teacher_sum_and_run_it_once(methods: list[str]) -> None:
     for method in methods:
         model = copy.deepcopy(student)
         entries = [{"method": copies}] if copies and method != copies else []
-        out = DualViT(teacher, model, losses=[*entries, {"method": method, "weight": 1.0}])(images())
+        out = DualViT(teacher, model, losses=[*entries, entry(method)])(images())
         alone.append(out.transfer_loss.detach())
         logits = out.logits.detach()
     calls: list[int] = []
     teacher.patch_embed.register_forward_hook(lambda *_: calls.append(1))
-    dual = DualViT(teacher, student, losses=[{"method": method, "weight": 1.0} for method in methods])
+    dual = DualViT(teacher, student, losses=[entry(method) for method in methods])
     out = dual(images())
     assert len(calls) == 1
     assert relative_error(out.transfer_loss, sum(alone)) < 1e-12
@@ -203,6 +207,10 @@ DISTILL: dict[str, Any] = {"method": "distill"}
         ({"losses": [{"method": "copy"}, DISTILL]}, "no attention of its own for transfer.losses"),
         ({"losses": [DISTILL, {"method": "copy", "layers": "0"}]}, "no attention of its own"),
         ({"weight": 2.0, "losses": [DISTILL]}, r"transfer.weight.*transfer.losses"),
+        ({"method": "copy", "weight": 2.0}, "transfer.weight=2.0 changes nothing .*reads heads, layers"),
+        ({"method": "feature", "layers": "last:1"}, "transfer.layers='last:1' changes nothing"),
+        ({"method": "feature", "standardize_images": 8}, "transfer.standardize_images=8 changes nothing"),
+        ({"losses": [DISTILL, {"method": "logits", "rows": 0.5}]}, r"transfer.losses\[1\].rows=0.5 changes"),
     ],
 )
 def test_losses_that_do_not_go_together_are_refused(options: dict[str, Any], message: str) -> None:
