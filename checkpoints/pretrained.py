@@ -18,7 +18,7 @@ from ..models.conversion import plan_size, resize, with_plan
 from ..models.converted import MARK, converted_layers, drop_other_operators, drop_parts, is_mark, read_mark
 from ..models.copied import ARCHITECTURE as COPIED
 from ..models.copied import copying_of
-from ..models.errors import CheckpointError, Json, JsonDict
+from ..models.errors import CheckpointError, Json, JsonDict, check_types
 from ..models.families import check_patches, image_size, is_pyramid, patch_size, sites, vit
 from ..models.plan_syntax import plan_text
 from .architecture import (
@@ -45,8 +45,9 @@ from .weight_files import Weights, as_pair
 logger = logging.getLogger(__name__)
 
 
+@check_types("source")
 def load_pretrained(
-    source: str | Opened,
+    source: str | Path | Opened,
     *,
     model: str | None = None,
     model_args: Json | None = None,
@@ -76,11 +77,11 @@ def load_pretrained(
         download: False for a model without weights, on the meta device, where they are published under a timm name.
         keep: also keep what was read from the source, for a student that starts from it.
 
-    Raises CheckpointError: one sentence that names what is missing, damaged, unsafe, or does not fit.
-    UnsupportedModelError: the model does not take images of this size.
+    Raises CheckpointError: one sentence that names what is missing, damaged, unsafe, or does not fit. ConfigError: an
+    argument is of another type. UnsupportedModelError: the model does not take images of this size.
     """
     asked = {key: value for key, value in (model_args or {}).items() if value is not None}
-    opened = source if isinstance(source, Opened) else open_source(source, revision)
+    opened = source if isinstance(source, Opened) else open_source(source_text(source), revision)
     weights = make_whole(read_source(opened, asked, download=download), load_pretrained, bare=bare)
     loaded = _load(weights, opened.text, asked, model, img_size, num_classes, position_embedding)
     digest = digest_weights(weights) if identified and not without_values(weights.tensors) else None
@@ -391,6 +392,7 @@ def _describe(model: nn.Module, source: str, plan: ModelPlan, report: LoadReport
 UNTRAINED_SEED = 20121  # one that nobody takes for a training
 
 
+@check_types("source")
 def load(source: str | Path, *, dtype: torch.dtype | None = None, **how: Any) -> nn.Module:
     """Return the model of any source, in eval mode and with gradients: a student (converted ones too) or a teacher.
 
@@ -403,7 +405,7 @@ def load(source: str | Path, *, dtype: torch.dtype | None = None, **how: Any) ->
 
     Raises CheckpointError: one sentence that names what is missing, damaged, unsafe, or does not fit.
     """
-    model = load_pretrained(source_text(source), **how).model.requires_grad_(True)
+    model = load_pretrained(source, **how).model.requires_grad_(True)
     if copying_of(model) is not None:
         vit(model).teacher.requires_grad_(False)
     if dtype is None:

@@ -21,7 +21,7 @@ from ..models.converted import marks_of
 from ..models.copied import ARCHITECTURE as COPIED
 from ..models.copied import copying_of, with_copying
 from ..models.cost import copied_macs, copied_parameters
-from ..models.errors import CheckpointError, ConfigError, Json, JsonDict
+from ..models.errors import CheckpointError, ConfigError, Json, JsonDict, check_types
 from ..models.families import is_pyramid, vit
 from .architecture import build, published_config
 from .atomic import write_file, write_folder
@@ -33,7 +33,6 @@ from .pretrained import load_pretrained
 from .provenance import COST, NORM_EPS, Pretrained, carried_license, of_weights
 from .provenance import KEY as PROVENANCE
 from .report import some
-from .sources import source_text
 from .weight_files import read_file
 
 # Keep the layers of a conversion that are fitted, each in a file of its own until the whole model is written.
@@ -94,6 +93,7 @@ KEPT = ("classifier", "first_conv", "fixed_input_size", "pool_size")
 """Fields of timm's description that are the architecture's and not of some published weights."""
 
 
+@check_types("source")
 def save_student(
     source: str | Path,
     folder: Path | str,
@@ -119,7 +119,7 @@ def save_student(
     """
     folder = Path(folder)
     refuse_existing(folder, overwrite=overwrite)
-    teacher = load_pretrained(source_text(source), **how)
+    teacher = load_pretrained(source, **how)
     write_student(
         teacher.model,
         folder,

@@ -19,7 +19,7 @@ from .converted import converted_layers as converted_layers
 from .converted import new_parameters as new_parameters
 from .converted import plan_of as plan_of
 from .converted import plan_size as plan_size
-from .errors import ConfigError, Json, JsonDict, UnsupportedModelError
+from .errors import ConfigError, Json, JsonDict, UnsupportedModelError, check_types
 from .families import (
     check_patches,
     constructor_arguments,
@@ -34,6 +34,7 @@ from .pyramid_conversion import convert_pyramid, pyramid_arguments, resize_pyram
 ARCHITECTURE = "graftvit_converted"
 
 
+@check_types()
 def convert(
     model: nn.Module,
     plan: str | Mapping[Any, str],

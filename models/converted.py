@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .attention.base import QKV, AttentionOperator, Fit, Geometry
-from .errors import CheckpointError, ConfigError, did_you_mean
+from .errors import CheckpointError, ConfigError
 from .families import NoAttention, Site, blocks_of, image_size, is_pyramid, sites, vit
 from .host import AttentionHost
 from .layer_plan import Choice, canonical, check_choice, resolved
@@ -339,20 +339,10 @@ def _cut(tensors: dict[str, Tensor], own: Mapping[str, Tensor], prefix: str, nam
 # The weights that a converted model starts from: all, all but attention, or none of the teacher's.
 
 KeptWeights = Literal["all", "mlp", "none"]
-WEIGHTS: dict[str, str] = {
-    "all": "every weight is the teacher's",
-    "mlp": "the attention of converted layers is fresh, all other weights are the teacher's",
-    "none": "every weight is fresh",
-}
 
 
 def initialize(model: nn.Module, layers: Collection[int], weights: str) -> None:
-    """Keep the weights of `model` selected by `weights`, initialize the rest; `layers` are the converted layers.
-
-    Raises ConfigError: `weights` is not one of WEIGHTS.
-    """
-    if weights not in WEIGHTS:
-        raise ConfigError(f"weights={weights!r}; {did_you_mean(str(weights), WEIGHTS)}")
+    """Keep the weights of `model` selected by `weights`, initialize the rest; `layers` are the converted layers."""
     if weights == "none":
         _initialize(model)
     elif weights == "mlp":

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Mapping
+import functools
+import inspect
+import re
+from collections.abc import Callable, Collection, Iterable, Mapping
 from itertools import takewhile
-from typing import Any, TypeAlias
+from numbers import Integral
+from types import NoneType, UnionType
+from typing import Any, Literal, ParamSpec, TypeAlias, TypeVar, Union, get_args, get_origin, get_type_hints
 
 LONGEST = 2_000
 """Maximum length of a sentence in characters."""
@@ -113,3 +118,54 @@ WEIGHT_ARGUMENTS = frozenset(
     {"checkpoint_path", "pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "cache_dir"}
 )
 """Arguments of timm's constructors that name weights to load, which neither a recipe nor a saved model may give."""
+
+
+# The arguments of public functions, which a user's Python may give any type.
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def check_types(*but: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Decorate a function: it raises ConfigError for an argument, except those in `but`, that is not of its type."""
+
+    def decorate(function: Callable[P, R]) -> Callable[P, R]:
+        names = list(inspect.signature(function).parameters)
+
+        @functools.wraps(function)
+        def checked(*arguments: P.args, **keywords: P.kwargs) -> R:
+            kinds = get_type_hints(function)
+            for name, value in {**dict(zip(names, arguments, strict=False)), **keywords}.items():
+                if name in kinds and name not in but and not _is_of(value, kinds[name]):
+                    shown = repr(value) if len(repr(value)) < ENDS else f"a {type(value).__name__}"
+                    raise ConfigError(f"{name}={shown}; {_describe_kind(value, kinds[name])}")
+            return function(*arguments, **keywords)
+
+        return checked
+
+    return decorate
+
+
+def _is_of(value: object, kind: Any) -> bool:
+    """Return whether a value is of an annotation; what is in a collection, and a protocol, are not looked at."""
+    plain, inner = get_origin(kind) or kind, get_args(kind)
+    if plain is Literal:
+        return value in inner
+    if plain in (Union, UnionType):
+        return any(_is_of(value, each) for each in inner)
+    if plain is tuple:
+        return isinstance(value, list | tuple) and len(value) == len(inner) and all(map(_is_of, value, inner))
+    if plain is Any or not isinstance(plain, type) or getattr(plain, "_is_protocol", False):
+        return True
+    if isinstance(value, bool) or (isinstance(value, str) and plain is Collection):
+        return plain is bool
+    return isinstance(value, Integral if plain is int else plain)
+
+
+def _describe_kind(value: object, kind: Any) -> str:
+    """Return what an argument takes: the nearest of its choices, or its types."""
+    if get_origin(kind) is Literal:
+        return did_you_mean(str(value), get_args(kind))
+    kinds = get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
+    words = ["None" if each is NoneType else re.sub(r"<class '|'>|\w+\.", "", str(each)) for each in kinds]
+    return f"give {' or '.join(words)}"

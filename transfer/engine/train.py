@@ -18,7 +18,7 @@ from ...checkpoints.atomic import write_text
 from ...checkpoints.state import StateFolder, TrainingState
 from ...checkpoints.student import write_student
 from ...models.copied import copy_attention
-from ...models.errors import GraftError, Json
+from ...models.errors import GraftError, Json, check_types
 from ...models.lora import merged
 from ...models.plain_yaml import write_yaml
 from ..config import RunConfig
@@ -128,6 +128,7 @@ class RunResult:
     signal: int | None
 
 
+@check_types()
 def train(config: RunConfig) -> RunResult:
     """Run `config` to its end; resume from the last state in its output_dir, if any.
 

@@ -25,7 +25,7 @@ from ...models.copied import CopiedTeacher, Copying, copy_attention, copying_of
 from ...models.copying.tape import Tape
 from ...models.copying.teacher_view import Normalization as Normalization
 from ...models.copying.teacher_view import ShownImages, Wanted, view_teacher
-from ...models.errors import JsonDict, TransferError
+from ...models.errors import JsonDict, TransferError, check_types
 from ...models.families import check_supported, evaluating, is_pyramid
 from ...models.grid_hosts import host_layers
 from ...models.lora import merged
@@ -150,6 +150,7 @@ class DualViT(nn.Module):
     _dismissed = False
     _compiled: frozenset[str] = frozenset()
 
+    @check_types("teacher", "student")
     def __init__(
         self,
         teacher: Teacher | Mapping[str, Teacher],
@@ -240,7 +241,7 @@ class DualViT(nn.Module):
 
         With `taught`, which `teach` gave for these images, no teacher runs.
         """
-        self._check_in_use()
+        self._check_step(images)
         try:
             self._run_teachers(images, taught)
             logits = self._run_student(images)
@@ -263,7 +264,7 @@ class DualViT(nn.Module):
 
     def teach(self, images: Tensor) -> dict[str, Tensor]:
         """Return the results of the whole teachers by name, such as `teacher.classes`: what `taught` takes."""
-        self._check_in_use()
+        self._check_step(images)
         try:
             self._run_teachers(images, convert=False)
             return collect(self._tapes)
@@ -476,7 +477,10 @@ class DualViT(nn.Module):
         check_shares(first.name, first.model)
         return share_drop_paths(self.student, self._views[first.name], self._tapes[first.name])
 
-    def _check_in_use(self) -> None:
+    def _check_step(self, images: Tensor) -> None:
+        if not isinstance(images, Tensor) or images.ndim != 4:
+            shape = tuple(images.shape) if isinstance(images, Tensor) else type(images).__name__
+            raise TransferError(f"images is {shape}: give a tensor (B, C, H, W), normalized for the student")
         if not self._in_use:
             raise TransferError(
                 "this DualViT was released and teaches nobody: call its student, or make another DualViT"
