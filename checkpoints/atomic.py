@@ -77,27 +77,35 @@ def write_shared(path: Path, data: bytes, *, replace: bool) -> None:
                 own.replace(path)
 
 
-def write_folder(path: Path, write: Callable[[Path], None], *, size: int) -> None:
+def write_folder(
+    path: Path, write: Callable[[Path], None], *, size: int, check: Callable[[], object] | None = None
+) -> None:
     """Call `write(temporary)` to fill a new folder, and put it at `path`.
 
     A folder cannot be renamed over another one: the old one is set aside for the moment between two renames,
     and is brought back by `recover_folder` if the process died there.
+    `check` is of a folder that several processes may write at once: called right before the renames, it raises where
+    another one was first. Its unfinished files are left to it.
 
-    Raises WriteFailedError as `write_file`.
+    Raises WriteFailedError as `write_file`; what `check` raises.
     """
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.tmp")
     aside = path.with_name(f".{path.name}.old")
     with _explained(path, size), _removed(temporary):
         path.parent.mkdir(parents=True, exist_ok=True)
         recover_folder(path)
-        remove_leftovers(path)
+        if check is None:
+            remove_leftovers(path)
         temporary.mkdir()
         write(temporary)
         follow_umask(temporary)
         for file in sorted(temporary.rglob("*")):
             sync(file)
         sync(temporary)
-        if os.path.lexists(path):
+        there = os.path.lexists(path)  # before the check: what is put there after it is not set aside
+        if check is not None:
+            check()
+        if there:
             path.rename(aside)
         temporary.rename(path)
         sync(path.parent)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -123,6 +124,7 @@ def save_student(
     write_student(
         teacher.model,
         folder,
+        check=partial(refuse_existing, folder, overwrite=overwrite),
         architecture=teacher.architecture,
         model_args=teacher.model_args,
         preprocessing=teacher.preprocessing,
@@ -149,6 +151,12 @@ def refuse_existing(folder: Path, *, overwrite: bool) -> None:
         raise CheckpointError(f"{folder} is there and holds no model: give a new folder")
 
 
+def refuse_to_convert(folder: Path, *, overwrite: bool) -> None:
+    """CheckpointError as `refuse_existing`, except for what a conversion left that was killed."""
+    if not only_fitted(folder):
+        refuse_existing(folder, overwrite=overwrite)
+
+
 def write_student(
     model: nn.Module,
     folder: Path,
@@ -161,6 +169,7 @@ def write_student(
     label_names: Sequence[str] | None = None,
     dtype: torch.dtype | None = None,
     max_shard_size: int | str = SHARD_SIZE,
+    check: Callable[[], object] | None = None,
 ) -> None:
     """Write weights and `config.json` of `model` to `folder`, whole or not at all; an older folder is replaced.
 
@@ -170,6 +179,7 @@ def write_student(
         preprocessing: how its images are made, as it was trained and measured.
         provenance: what the model learned from and how (`provenance.py`); JSON.
         label_names: the classes of its head in their order, where they are known.
+        check: as of `write_folder`.
 
     Raises CheckpointError: these arguments do not build a model with these weights, or one is not JSON;
     with exit code 1 if the disk is full, and the old folder is then intact.
@@ -193,7 +203,7 @@ def write_student(
         (temporary / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
     size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
-    write_folder(folder, write, size=size)
+    write_folder(folder, write, size=size, check=check)
 
 
 def _whole(model: nn.Module, architecture: str, arguments: Json) -> tuple[str, JsonDict]:
@@ -271,13 +281,20 @@ def _config(
 
 
 def write_converted(
-    student: nn.Module, folder: Path, teacher: Pretrained, *, weights: str, calibration: str | None = None
+    student: nn.Module,
+    folder: Path,
+    teacher: Pretrained,
+    *,
+    weights: str,
+    calibration: str | None = None,
+    overwrite: bool = False,
 ) -> None:
     """Write `student`, a conversion of `teacher`'s model, to `folder`.
 
     Args:
         weights: which of the teacher's weights it has (`models/converted.py`).
         calibration: the images that its operators were calibrated on, in words.
+        overwrite: replace a model folder that is there.
 
     Raises:
         ConfigError: no layer of it is converted.
@@ -307,6 +324,7 @@ def write_converted(
         license=carried_license(made),
         provenance=made,
         label_names=teacher.label_names if student.num_classes == teacher.model.num_classes else None,
+        check=partial(refuse_to_convert, folder, overwrite=overwrite),
     )
 
 

@@ -88,10 +88,10 @@ def _parse(argv: list[str]) -> tuple[argparse.Namespace, RunConfig]:
     arguments, settings = parse_command(parser, argv, only=(*SOURCE_SETTINGS, *IMAGE_SETTINGS))
     config = load_config(None, settings)
     _check_flags(arguments.output_dir, arguments.dry_run, arguments.calibrate, config)
-    from ...checkpoints.student import only_fitted, refuse_existing
+    from ...checkpoints.student import refuse_to_convert
 
-    if arguments.output_dir is not None and not arguments.dry_run and not only_fitted(arguments.output_dir):
-        refuse_existing(arguments.output_dir, overwrite=arguments.force)
+    if arguments.output_dir is not None and not arguments.dry_run:
+        refuse_to_convert(arguments.output_dir, overwrite=arguments.force)
     return arguments, config
 
 
@@ -117,7 +117,7 @@ def _write(
         return 0
     from ...checkpoints.student import write_converted
 
-    write_converted(student, out, teacher, weights=weights, calibration=seen)
+    write_converted(student, out, teacher, weights=weights, calibration=seen, overwrite=arguments.force)
     recovers = not plan_of(teacher.model)
     say(
         f"{out / 'model.safetensors'}  {sum(file.stat().st_size for file in out.iterdir()):,} bytes with config.json\n"

@@ -13,12 +13,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from graftvit.checkpoints.atomic import recover_folder, write_file, write_folder, write_shared, write_text
 from graftvit.checkpoints.state import StateFolder, TrainingState, read_meta, read_state, write_state
+from graftvit.checkpoints.student import refuse_existing
 from graftvit.models.errors import CheckpointError, GraftError
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -396,6 +398,30 @@ def test_a_folder_replaces_the_old_one_whole(tmp_path: Path) -> None:
     write_folder(target, fill("new"), size=3)
     assert listed(target) == ["a"]
     assert listed(target.parent) == ["student[1]"]
+
+
+@pytest.mark.parametrize("when", ["while it is written", "after the check"])
+def test_of_two_writers_of_a_new_folder_the_second_is_refused(tmp_path: Path, when: str) -> None:
+    target = tmp_path / "student"
+
+    def write_first() -> None:
+        write_folder(target, fill("first"), size=3, check=partial(refuse_existing, target, overwrite=False))
+        (target / "config.json").touch()
+
+    def write(folder: Path) -> None:
+        fill("second")(folder)
+        if when == "while it is written":
+            write_first()
+
+    def check() -> None:
+        refuse_existing(target, overwrite=False)
+        if when == "after the check":
+            write_first()
+
+    with pytest.raises(CheckpointError, match=r"already holds a model|cannot be written"):
+        write_folder(target, write, size=3, check=check)
+    assert (target / "a").read_text() == "first"
+    assert listed(tmp_path) == ["student"]
 
 
 def test_a_failure_while_filling_keeps_the_old_folder(tmp_path: Path) -> None:

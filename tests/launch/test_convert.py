@@ -42,6 +42,21 @@ def logits(model: nn.Module, size: tuple[int, int] = (16, 16)) -> torch.Tensor:
         return model.eval()(images(size))  # type: ignore[no-any-return]
 
 
+def test_of_two_conversions_into_one_folder_the_second_is_refused(
+    teacher: Path, tmp_path: Path, typed: Typed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, words = tmp_path / "out", ("convert", teacher, "--output_dir", tmp_path / "out", "--plan")
+
+    def convert_after_another(*arguments: object, **keywords: object) -> object:
+        monkeypatch.undo()
+        typed(*words, "*: linear")
+        return convert(*arguments, **keywords)  # type: ignore[arg-type]
+
+    monkeypatch.setattr("graftvit.models.conversion.convert", convert_after_another)
+    assert f"{out} already holds a model" in typed(*words, "*: uniform", code=2).err
+    assert plan_of(graftvit.load(str(out))) == "*: linear"
+
+
 def test_a_folder_of_the_converted_model(teacher: Path, tmp_path: Path, typed: Typed) -> None:
     out = tmp_path / "the student"
     said = typed("convert", teacher, "--plan", PLAN, "--output_dir", out).out

@@ -359,6 +359,7 @@ class DualViT(nn.Module):
         write_student(
             model,
             folder,
+            check=functools.partial(refuse_existing, folder, overwrite=overwrite),
             architecture=known.architecture,
             model_args=known.model_args,
             preprocessing=known.preprocessing,
