@@ -18,6 +18,7 @@ from types import FrameType
 from typing import TYPE_CHECKING
 
 from ..transfer.engine import early_signals
+from ..transfer.engine.deadline import heard
 
 if TYPE_CHECKING:
     from ..transfer.config import DataConfig
@@ -79,7 +80,7 @@ def ended_by_signals() -> Iterator[None]:
         if early_signals.listening():  # a forked loader process is ended by its parent
             raise Interrupted(number)
 
-    before = {number: signal.signal(number, end) for number in early_signals.EARLY_SIGNALS}
+    before = {number: signal.signal(number, end) for number in heard(early_signals.EARLY_SIGNALS)}
     try:
         if early_signals.received:
             raise Interrupted(early_signals.received[-1])

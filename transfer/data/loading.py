@@ -249,7 +249,7 @@ def start_worker(_: int) -> None:
     A forked process inherits the run's handlers, and Ctrl-C or a scheduler signals every process of the job.
     Only a SIGTERM from the run itself, which ends its loaders so, is obeyed.
     """
-    for name in ("SIGINT", "SIGUSR1", "SIGUSR2"):
+    for name in ("SIGINT", "SIGHUP", "SIGUSR1", "SIGUSR2"):
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_IGN)
     if not hasattr(signal, "sigwaitinfo"):  # macOS: a loader ends with the job

@@ -15,14 +15,16 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 GRACE = 300.0
 """Seconds without progress after a signal until the process ends; `engine.stop_grace`."""
 SECOND = 5.0
 """Seconds for a second Ctrl-C to end the process in Python's own way."""
-SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGUSR2", "SIGINT") if hasattr(signal, name))
+SIGNALS = tuple(
+    getattr(signal, name) for name in ("SIGTERM", "SIGUSR2", "SIGHUP", "SIGINT") if hasattr(signal, name)
+)  # Windows has no SIGUSR2 and no SIGHUP
 
 
 class Watch(threading.Thread):
@@ -160,6 +162,12 @@ def clear() -> None:
     watch = current()
     if watch is not None:
         watch.clear()
+
+
+def heard(numbers: Iterable[int]) -> list[int]:
+    """Return the signals that a run acts on: not SIGHUP where `nohup` has it ignored."""
+    hang_up = getattr(signal, "SIGHUP", None)
+    return [number for number in numbers if number != hang_up or signal.getsignal(number) != signal.SIG_IGN]
 
 
 def _forget_in_a_fork() -> None:

@@ -15,9 +15,8 @@ from types import FrameType
 
 from . import deadline
 
-EARLY_SIGNALS = tuple(
-    getattr(signal, name) for name in ("SIGTERM", "SIGUSR2") if hasattr(signal, name)
-)  # Windows has no SIGUSR2; Ctrl-C ends a run that has not started immediately
+EARLY_SIGNALS = tuple(number for number in deadline.SIGNALS if number != signal.SIGINT)
+"""Ctrl-C ends a run that has not started immediately."""
 received: list[int] = []
 """The stop signals that this process received so far, in order."""
 _owner: int | None = None  # the process that remembers
@@ -55,7 +54,7 @@ def remember_signals(least: float = 0.0) -> None:
     global _owner
     _owner = os.getpid()
     received.clear()
-    for number in EARLY_SIGNALS:
+    for number in deadline.heard(EARLY_SIGNALS):
         signal.signal(number, remember)
     deadline.start(least=least)
     if hasattr(signal, "pthread_sigmask"):

@@ -1,4 +1,4 @@
-"""Agree between all processes, at a step boundary, to stop (after SIGTERM, SIGUSR2 or Ctrl-C) or to save."""
+"""Agree between all processes, at a step boundary, to stop (after SIGTERM, SIGUSR2, SIGHUP or Ctrl-C) or to save."""
 
 from __future__ import annotations
 
@@ -16,10 +16,6 @@ import torch.distributed as dist
 from . import deadline, early_signals
 
 logger = logging.getLogger(__name__)
-
-STOP_SIGNALS = tuple(
-    getattr(signal, name) for name in ("SIGTERM", "SIGUSR2", "SIGINT") if hasattr(signal, name)
-)  # Windows has no SIGUSR2
 
 
 class Agreed(NamedTuple):
@@ -51,7 +47,7 @@ class StopSignals:
 
     def __enter__(self) -> StopSignals:
         if threading.current_thread() is threading.main_thread():  # elsewhere Python refuses handlers
-            for number in STOP_SIGNALS:
+            for number in deadline.heard(deadline.SIGNALS):
                 self._before[number] = signal.signal(number, self._handle)
         self._watched.__enter__()
         return self

@@ -13,8 +13,9 @@ from pathlib import Path
 import pytest
 from graftvit.checkpoints.json_lines import read_records
 from graftvit.transfer.engine import deadline, early_signals
+from graftvit.transfer.engine.deadline import SIGNALS as STOP_SIGNALS
 from graftvit.transfer.engine.early_signals import EARLY_SIGNALS, remembering
-from graftvit.transfer.engine.signals import STOP_SIGNALS, StopSignals
+from graftvit.transfer.engine.signals import StopSignals
 from graftvit.transfer.engine.train import train
 from support.runs.engine_runs import config, state
 from support.runs.patience import PATIENCE, until
@@ -53,6 +54,17 @@ def test_handlers_are_put_back_even_after_an_error() -> None:
         fail()
     assert all(new != old for new, old in zip(during, before, strict=True))
     assert [signal.getsignal(number) for number in STOP_SIGNALS] == before
+
+
+def test_a_hang_up_that_nohup_ignores_stays_ignored() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with remembering(), StopSignals() as signals:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert signals.received is None
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_a_forked_child_neither_stops_nor_dies_nor_remembers() -> None:
