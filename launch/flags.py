@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import os
 import re
+import shutil
 import sys
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
@@ -335,10 +335,7 @@ def _help(leaf: Leaf) -> str:
 
 
 def _help_width() -> int:
-    try:
-        return min(os.get_terminal_size().columns, 120)
-    except OSError:
-        return 110
+    return min(shutil.get_terminal_size((110, 0)).columns, 120)  # some terminals say that they have 0 columns
 
 
 # The settings for reading a source of weights, for the commands that take one.
