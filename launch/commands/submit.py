@@ -6,8 +6,10 @@ import argparse
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from ...checkpoints.files import is_there
+from ...models.errors import ConfigError
 from ..flags import command_parser, output_folder, parse_command, split_words
-from ..say import say
+from ..say import hint, say
 from ..submitted import SUBMITTED, command_name
 
 if TYPE_CHECKING:
@@ -40,6 +42,7 @@ def run(argv: list[str]) -> int:
     """Check the run, then show it or submit it."""
     if argv and argv[0] in SUBMITTED:
         return _submit_work(argv)
+    _refuse_command(argv)
     from ..slurm.lock import stoppable
     from ..slurm.setting_layers import add_cluster_flags, asked_by
 
@@ -58,6 +61,20 @@ def run(argv: list[str]) -> int:
     with stoppable():
         plan = plan_run(arguments.recipe, settings, arguments.sweep, _check_early(arguments, config))
         return _show_or_send(arguments, asked, plan, config)
+
+
+def _refuse_command(argv: list[str]) -> None:
+    """Raise ConfigError if the first word is a command that cannot be submitted, and no recipe or run of that name."""
+    from ..cli import COMMANDS
+
+    if not argv or argv[0] not in COMMANDS or is_there(argv[0]):
+        return
+    name = argv[0]
+    if name in ("train", "compare"):
+        raise ConfigError(
+            f"{name} is no recipe: leave the word out, `{hint('submit', *(argv[1:] or ['RECIPE_OR_YAML']))}`"
+        )
+    raise ConfigError(f"`graftvit {name}` cannot be submitted; a recipe can, and {', '.join(SUBMITTED)}")
 
 
 def _submit_work(argv: list[str]) -> int:
