@@ -329,7 +329,7 @@ def _resume(argv: list[str]) -> int:
     parser.switch(
         "--dry_run", "print the plan, the requested resources, the sbatch script and any error, and stop"
     )
-    add_cluster_flags(parser)
+    add_cluster_flags(parser, again=True)
     arguments = parser.parse_args(argv)
     with stoppable():
         if not arguments.dry_run:

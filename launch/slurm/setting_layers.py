@@ -230,9 +230,10 @@ def _check_keys(content: Mapping[Any, Any], where: str, valid: set[str]) -> None
 ONLY_IN_THE_SITE_FILE = ("shared_folders",)
 
 
-def add_cluster_flags(parser: Parser) -> None:
-    """Add a flag for each field of `ClusterConfig`, and `--site`."""
-    group = parser.add_argument_group("cluster", f"What the job asks for. Defaults come from {site_file()}.")
+def add_cluster_flags(parser: Parser, *, again: bool = False) -> None:
+    """Add a flag for each field of `ClusterConfig`, and `--site`. With `again`, a submission before has the values."""
+    usual = "By default the job asks for the same again" if again else f"Defaults come from {site_file()}"
+    group = parser.add_argument_group("cluster", f"What the job asks for. {usual}.")
     for name, info in ClusterConfig.model_fields.items():
         if name in ONLY_IN_THE_SITE_FILE:
             continue
@@ -243,7 +244,7 @@ def add_cluster_flags(parser: Parser) -> None:
             keywords = {"metavar": "LINE", "action": "append"}
         elif name == "sbatch":
             keywords = {"metavar": "OPTION[=VALUE]", "action": "append"}
-        default = "" if info.default in (None, (), {}) else f" (default: {info.default})"
+        default = "" if again or info.default in (None, (), {}) else f" (default: {info.default})"
         text = f"{info.description}{default}".replace("%", "%%")
         group.add_argument(f"--{name}", default=argparse.SUPPRESS, help=text, **keywords)
     group.add_argument(

@@ -150,7 +150,7 @@ class ClusterConfig(BaseModel):
     nodes: int = Field(1, gt=0, description="machines")
     gpus_per_node: Annotated[str | None, Sbatch("SBATCH_GPUS_PER_NODE", as_it_is=False)] = Field(
         None,
-        description="GPUs of a node, with their type where it matters, as in a100:4; 0 for a run on CPUs (default: 1)",
+        description="GPUs of a node, with their type where it matters, as in a100:4; 0 for a run on CPUs; 1 by default",
     )
     gres: Annotated[str | None, Sbatch("SBATCH_GRES")] = Field(
         None,
