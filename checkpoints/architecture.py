@@ -178,8 +178,8 @@ def _at_patch(template: str, patch: int, usual: int) -> Named | None:
 
 def _question(weights: Weights, reason: str) -> str:
     return (
-        f"{weights.origin} does not say its architecture and {reason}: give its timm name as teacher.model "
-        "(and teacher.model_args where it was built with some)"
+        f"{weights.origin} does not say its architecture and {reason}: give its timm name as model, and "
+        "model_args where it was built with some (of a run: teacher.model, teacher.model_args)"
     )
 
 

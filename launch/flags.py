@@ -200,7 +200,7 @@ def parse_command(
         elif word.startswith("--"):
             settings.append(_flag_setting(word, words, parser, only))
         elif "=" in word and not is_there(word):
-            settings.append(_checked(parse_override(word), only))
+            settings.append(_checked(parse_override(word), parser, only))
         else:
             rest.append(word)
     return parser.parse_args(rest), settings
@@ -237,18 +237,18 @@ def _flag_setting(word: str, words: list[str], parser: Parser, only: Sequence[st
     if off and not equals and name.startswith(("no-", "no_")):
         stage, key = _staged_key(name[3:], only)
         if key is not None and leaf_of(key).is_switch:
-            return _checked(Setting(key, False, word, stage), only)
+            return _checked(Setting(key, False, word, stage), parser, only)
         raise _unknown_flag(name, parser, only)
     if key is None:
         raise _unknown_flag(name, parser, only)
     leaf = leaf_of(key)
     if not equals and leaf.is_switch and words[:1] not in (["true"], ["false"]):
-        return _checked(Setting(key, True, word, stage), only)
+        return _checked(Setting(key, True, word, stage), parser, only)
     if not equals:
         if not words or words[0].startswith("--"):
             raise ConfigError(f"--{name} needs a value: {leaf.valid()}")
         value = words.pop(0)
-    return _checked(replace(parse_setting(key, value, origin=f"--{name}"), stage=stage), only)
+    return _checked(replace(parse_setting(key, value, origin=f"--{name}"), stage=stage), parser, only)
 
 
 def _unknown_flag(name: str, parser: Parser, only: Sequence[str] | None) -> ConfigError:
@@ -272,10 +272,10 @@ def _only_key(name: str, only: Sequence[str] | None) -> str | None:
     return f"{named[0]}{dot}{inner}" if only is not None and len(named) == 1 else None
 
 
-def _checked(setting: Setting, only: Sequence[str] | None) -> Setting:
+def _checked(setting: Setting, parser: Parser, only: Sequence[str] | None) -> Setting:
     if not _takes(leaf_of(setting.key), only):
         raise ConfigError(
-            f"{setting.origin} has no effect on this command; valid are {', '.join(only or ())}"
+            f"{setting.origin} has no effect on this command; `{parser.prog} --help` lists the valid flags"
         )
     return setting
 
@@ -290,6 +290,10 @@ def _describe_settings(parser: Parser, only: Sequence[str] | None) -> None:
     titles = {"": ("run", "The run itself.")} | {
         name: (name, (section.__doc__ or "").strip()) for name, section in sections().items()
     }
+    texts = dict[str, str | None]()
+    if only is not None and "teacher" not in only:
+        titles["teacher"] = ("source", "How a source of weights is read.")
+        texts = {f"teacher.{name}": text for name, text in SOURCE_TEXTS.items()}
     for name, (title, description) in titles.items():
         members = [leaf for leaf in taken if leaf.section == name]
         group = parser.add_argument_group(title, description) if members else parser
@@ -300,7 +304,7 @@ def _describe_settings(parser: Parser, only: Sequence[str] | None) -> None:
                 default=argparse.SUPPRESS,
                 nargs="?",
                 metavar=_metavar(leaf),
-                help=_help(leaf),
+                help=_help(leaf, texts.get(leaf.key)),
             )
 
 
@@ -323,7 +327,7 @@ def _metavar(leaf: Leaf) -> str:
     return leaf.name.upper()
 
 
-def _help(leaf: Leaf) -> str:
+def _help(leaf: Leaf, text: str | None = None) -> str:
     default = leaf.field.default
     if isinstance(default, tuple):
         default = ",".join(str(part) for part in default)
@@ -331,7 +335,8 @@ def _help(leaf: Leaf) -> str:
         ending = "on by default; this flag turns it off" if default else "off by default"
     else:
         ending = f"default: {'none' if default is None else default if default != '' else repr('')}"
-    return f"{leaf.field.description or leaf.name.replace('_', ' ')} ({ending})".replace("%", "%%")
+    text = text or leaf.field.description or leaf.name.replace("_", " ")
+    return f"{text} ({ending})".replace("%", "%%")
 
 
 def _help_width() -> int:
@@ -340,8 +345,15 @@ def _help_width() -> int:
 
 # The settings for reading a source of weights, for the commands that take one.
 
-NAMES = ("model", "model_args", "revision", "img_size", "position_embedding")
-SOURCE_SETTINGS = tuple(f"teacher.{name}" for name in NAMES)
+SOURCE_TEXTS = {
+    "model": None,
+    "model_args": "keyword arguments of the model's timm constructor",
+    "revision": "branch, tag or commit on the hub",
+    "img_size": "image size of the model's input, to which it is resampled; its own by default",
+    "position_embedding": None,
+}
+"""By setting: its help, where that of a run's teacher says more than is true of any source."""
+SOURCE_SETTINGS = tuple(f"teacher.{name}" for name in SOURCE_TEXTS)
 SOURCE_HELP = "timm name, hf-hub:org/name[@revision], run or model folder, weights file; a path may end in #best, #last, #ema, #teacher or #student"  # noqa: E501
 
 
@@ -351,7 +363,7 @@ IMAGE_SETTINGS = ("data.dataset", "data.data_path", "data.train_split", "data.do
 
 def source_keywords(how: TeacherConfig) -> JsonDict:
     """Return the settings as keywords of `load_pretrained`."""
-    return {name: getattr(how, name) for name in NAMES}
+    return {name: getattr(how, name) for name in SOURCE_TEXTS}
 
 
 def keywords_of(settings: Sequence[Setting]) -> JsonDict:

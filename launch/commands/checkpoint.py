@@ -18,7 +18,7 @@ from ..say import say
 
 EXAMPLES = (
     "graftvit checkpoint info vit_large_patch16_224.mae",
-    "graftvit checkpoint info mae_finetuned_vit_base.pth --teacher.model vit_base_patch16_224",
+    "graftvit checkpoint info mae_finetuned_vit_base.pth --model vit_base_patch16_224",
     "graftvit checkpoint info hf-hub:facebook/dinov2-base",
     "graftvit checkpoint info runs/pretrain#ema",
     "graftvit checkpoint inspect dino_vitsmall16_pretrain_full_checkpoint.pth",
@@ -46,7 +46,7 @@ def _info(argv: list[str]) -> int:
         "checkpoint info",
         "Describe a source: format, architecture, input, license, the weights that load and those that do not.",
         EXAMPLES,
-        "SOURCE [--teacher.key value ...]",
+        "SOURCE [--flag value ...]",
     )
     parser.add_argument("source", metavar="SOURCE", help=SOURCE_HELP)
     arguments, settings = parse_command(parser, argv, only=SOURCE_SETTINGS)

@@ -153,7 +153,7 @@ def test_what_differs_from_it_is_an_argument(name: str, arguments: dict[str, Any
 def test_a_model_without_a_class_token_is_named_only_where_the_format_says_so() -> None:
     arguments = {"class_token": False, "global_pool": "avg"}
     tensors = shapes("vit_base_patch16_224", **arguments)
-    with pytest.raises(CheckpointError, match=r"as teacher\.model"):
+    with pytest.raises(CheckpointError, match=r"as model"):
         infer(tensors)
     assert infer(tensors, class_token=False) == ("vit_base_patch16_224", {})
 
@@ -170,18 +170,18 @@ def without(*names: str) -> Callable[[dict[str, Tensor]], None]:
     ("change", "said"),
     [
         (without("blocks.3.", "blocks.7."), r"not whole: of 12 blocks it lacks blocks\.3, blocks\.7$"),
-        (without("blocks.11."), "width 192 and depth 11 are of no published ViT.*as teacher.model"),
-        (without("blocks.0.mlp.fc1.bias"), "not those of a plain ViT.*as teacher.model"),
-        (without("patch_embed"), "not those of a plain ViT.*as teacher.model"),
-        (without("pos_embed"), "not those of a plain ViT.*as teacher.model"),
-        (without("cls_token"), "as teacher.model"),
+        (without("blocks.11."), "width 192 and depth 11 are of no published ViT.*as model"),
+        (without("blocks.0.mlp.fc1.bias"), "not those of a plain ViT.*as model"),
+        (without("patch_embed"), "not those of a plain ViT.*as model"),
+        (without("pos_embed"), "not those of a plain ViT.*as model"),
+        (without("cls_token"), "as model"),
         (without("blocks"), r"of no supported family: it holds cls_token, pos_embed.*MAE, DeiT"),
         (lambda t: t.update({"patch_embed.proj.weight": torch.zeros(192, 3)}), "not those of a plain ViT"),
         (lambda t: t.update({"patch_embed.proj.weight": torch.zeros(192, 3, 8, 16)}), "of no published ViT"),
         (lambda t: t.update({"patch_embed.proj.weight": torch.zeros(200, 3, 16, 16)}), "width 200"),
         (lambda t: t.update({"norm_pre.weight": torch.zeros(192)}), "not those of a plain ViT"),
         (lambda t: t.update({"reg_token": torch.zeros(1, 4, 192)}), "not those of a plain ViT"),
-        (lambda t: t.update({"blocks.0.ls1.gamma": torch.zeros(192)}), "as teacher.model"),
+        (lambda t: t.update({"blocks.0.ls1.gamma": torch.zeros(192)}), "as model"),
         (lambda t: t.update({"blocks.0.attn.q_norm.weight": torch.zeros(64)}), "not those of a plain ViT"),
     ],
 )  # fmt: skip

@@ -253,7 +253,7 @@ def test_info_of_weights_of_no_known_architecture(tmp_path: Path, typed: Typed) 
     out, err = typed("checkpoint", "info", tmp_path / "odd.pth", code=2)
     assert "tensors       32 with" in out
     assert "architecture  not known" in out
-    assert "give its timm name as teacher.model" in err
+    assert "give its timm name as model" in err
     (tmp_path / "odd.pth").write_bytes(b"no weights")
     out, err = typed("checkpoint", "info", tmp_path / "odd.pth", code=2)
     assert (out, err.count("\n")) == ("", 1)
@@ -264,4 +264,7 @@ def test_plain_names_mean_the_source_where_a_command_takes_one(typed: Typed) -> 
     assert "--model MODEL" in text
     assert "--teacher.model" not in text
     assert "--model MODEL" in typed("evaluate", "--help").out
+    for command in ("convert", "evaluate", "visualize", "export", "checkpoint info", "programs search"):
+        shown = typed(command, "--help").out.partition("--revision")[2].partition("data:")[0]
+        assert "teacher" not in shown.partition("examples:")[0]
     assert "--teacher.model" in typed("train", "--help").out

@@ -90,6 +90,10 @@ def test_the_help_of_submit_has_the_flags_of_the_cluster_alone(typed: Typed) -> 
     assert "--blr" not in shown
 
 
+def test_the_help_of_resume_states_no_default_that_is_not_used(typed: Typed) -> None:
+    assert "(default:" not in typed("jobs resume --help").out
+
+
 def test_the_version_is_the_installed_one(typed: Typed) -> None:
     assert typed("--version").out.startswith("graftvit 0.")
 
@@ -153,7 +157,9 @@ def test_switches_go_both_ways(line: str, on: bool, typed: Typed, tmp_path: Path
         (["list", "recipes", "nope"], ["'nope'", "cifar10_copy"]),
         (["checkpoint", "inf", "x"], ["inf", "info"]),
         (["checkpoint", "info"], ["SOURCE"]),
-        (["checkpoint", "info", "x", "--blr", "1"], ["--blr", "teacher"]),
+        (["checkpoint", "info", "x", "--blr", "1"], ["--blr", "`graftvit checkpoint info --help`"]),
+        (["submit", "compare", "digits_compare"], ["`graftvit submit digits_compare`"]),
+        (["submit", "visualize", "runs/x"], ["`graftvit visualize` cannot be submitted", "evaluate"]),
         (["demo", "--quik"], ["--quik"]),
     ],
 )

@@ -52,6 +52,7 @@ MISTAKES = [
     ("checkpoint save teacher x --max_shard_size 0GB", "write a number with KB, MB, GB or TB"),
     ("checkpoint save teacher x --max_shard_size GB", "write a number with KB, MB, GB or TB"),
     ("checkpoint save teacher x --blr 1", "--blr has no effect on this command"),
+    ("convert teacher --plan '*: linear' --num_workers 0", "`graftvit convert --help` lists the valid flags"),
     ("checkpoint inspect none.pth", "none.pth cannot be read: No such file"),
     (
         "layers student --teacher teacher --keep 9 --dataset digits",
