@@ -156,7 +156,7 @@ def _parse(text: str, depth: int) -> list[int] | list[tuple[int, int]]:
     return [(int(teacher), int(student)) for teacher, student in sides]
 
 
-ANOTHER = "give another --layers, such as all"
+ANOTHER = "give another --layers (in Python layers), such as all"
 
 
 def _counted(word: str, number: int, text: str, depth: int) -> list[int]:

@@ -58,7 +58,7 @@ def test_pairs_join_any_teacher_layer_to_any_student_layer() -> None:
     assert resolve_layers([(5, 1), (2, 0), (-1, -1)], [24], [12]) == expected
     assert resolve_layers("1>0,1>1", [2], [4]) == (LayerPair(1, 0), LayerPair(1, 1))
     for layers in (":-6", "first:6", [0, 6]):
-        with pytest.raises(TransferError, match="another --layers, such as all"):
+        with pytest.raises(TransferError, match=r"another --layers \(in Python layers\), such as all"):
             resolve_layers(layers, [24], [2])
 
 
