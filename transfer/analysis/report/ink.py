@@ -13,6 +13,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, MaxNLocator
 from numpy.typing import NDArray
 
 from ....checkpoints.atomic import write_file
@@ -119,6 +120,7 @@ def draw_lines(
         if log:
             axes.set(xscale="log", yscale="log")
             axes.minorticks_off()
+            _name_ticks(axes.yaxis)
         if ticks:
             places = sorted({x for line in lines for x in line.x})
             axes.set_xticks(places, [f"{place:,}" for place in places])
@@ -131,6 +133,16 @@ def draw_lines(
     if limits is not None:
         plots[0].set_ylim(*limits)
     return figure
+
+
+def _name_ticks(axis: Any) -> None:
+    """Put several named ticks on a logarithmic axis, also on one of less than a decade."""
+    low, high = axis.get_view_interval()
+    decades = np.log10(high / low)
+    axis.set_major_locator(
+        LogLocator(subs=(1,) if decades > 3 else (1, 2, 5)) if decades > 1 else MaxNLocator(5)
+    )
+    axis.set_major_formatter("{x:g}")
 
 
 def _draw_line(axes: Any, line: Line, log: bool) -> None:

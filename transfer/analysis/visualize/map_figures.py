@@ -338,7 +338,7 @@ def _draw(picture: Array, rows: Sequence[Row], columns: Sequence[str], title: st
                 draw_panel(each, picture, panel, row.beside(panel))
     figure.suptitle(title, color=INK["light"], fontsize=10)
     kinds = (
-        ", of maps and of rollouts apart" if any(p and p.rolled for row in rows for p in row.panels) else ""
+        ",\nof maps and of rollouts apart" if any(p and p.rolled for row in rows for p in row.panels) else ""
     )
     label = f"weight / the largest number of the row{kinds}"
     place: dict[str, Any] = {"ax": grid, "fraction": 0.025, "pad": 0.01, "aspect": 24, "shrink": 0.9}

@@ -49,6 +49,8 @@ from .map_figures import LayerLook, Look, Numbers, Query, layer_name, token_name
 # Charts by layer: entropy and distance of every head, and how far a student is from its teacher.
 
 STUDENT, TEACHER, BETWEEN = ORANGE, BLUE, GREEN
+APART = 0.01
+"""The part of the axis by which the dots of each of two models are beside their layer."""
 
 
 @dataclass(frozen=True)
@@ -71,8 +73,9 @@ def draw_layers(models: dict[str, Numbers], between: MapDistance | None, theme: 
     figure.set_layout_engine("constrained", h_pad=0.1, w_pad=0.1)
     entropy, distance = grid[:2]
     for name, numbers in models.items():
-        _heads(entropy, numbers.entropy, name)
-        _heads(distance, numbers.distance, name)
+        right = 0 if len(models) == 1 else -APART if name == "teacher" else APART
+        _heads(entropy, numbers.entropy, name, right)
+        _heads(distance, numbers.distance, name, right)
     _axes(entropy, "entropy of a row, nats", theme)
     _axes(distance, "mean distance, patches", theme)
     _ceiling(entropy, list(models.values()), theme)
@@ -88,21 +91,26 @@ def draw_layers(models: dict[str, Numbers], between: MapDistance | None, theme: 
         grid[3].set_ylim(min(least * 1.1, 0), 1.04)
         grid[3].legend(frameon=False, fontsize=8, labelcolor=INK[theme], loc="lower left")
     for axes in grid:
+        axes.set_xlim(-0.5, len(models["student"].stages) - 0.5)
         _stages(axes, models["student"].stages, theme)
     if len(models) > 1:
         entropy.legend(frameon=False, fontsize=8, labelcolor=INK[theme], loc="lower right")
     return figure
 
 
-def _heads(axes: Any, values: Sequence[Array | None], name: str) -> None:
+def _heads(axes: Any, values: Sequence[Array | None], name: str, right: float) -> None:
+    """Draw the heads of a model to the `right` of the layers' ticks, in parts of the axis."""
     color = TEACHER if name == "teacher" else STUDENT
-    nudge = {"teacher": -0.09, "student": 0.09}.get(name, 0.0)
+    places = np.arange(len(values)) + right * len(values)
     dots = [
-        (layer + nudge, head) for layer, heads in enumerate(values) if heads is not None for head in heads
+        (place, head)
+        for place, heads in zip(places, values, strict=True)
+        if heads is not None
+        for head in heads
     ]
     axes.plot(*zip(*dots, strict=True), "o", color=color, markersize=4, alpha=0.45, markeredgewidth=0)
     means = [np.nan if heads is None else heads.mean() for heads in values]
-    axes.plot(np.arange(len(values)) + nudge, means, color=color, linewidth=2, label=name)
+    axes.plot(places, means, color=color, linewidth=2, label=name)
 
 
 def _line(axes: Any, values: Sequence[float | None]) -> Any:

@@ -166,6 +166,16 @@ def test_lines_are_drawn_with_band_and_ring_on_one_scale() -> None:
     assert stacked.axes[0].get_ylim() == (0, 7)
 
 
+@pytest.mark.parametrize("most", [1.3, 9.0, 50.0, 3e5])
+def test_a_logarithmic_axis_has_named_ticks(most: float) -> None:
+    line = Line("up", [1, 2], [0.55, 0.55 * most], "red")
+    (axes,) = draw_lines({"": [line]}, "light", ("x", "y"), log=True).axes
+    low, high = axes.get_ylim()
+    shown = [tick for tick in axes.get_yticks() if low <= tick <= high]
+    assert 2 <= len(shown) <= 20
+    assert all(f"{tick:g}" == axes.yaxis.get_major_formatter()(tick) for tick in shown)
+
+
 @pytest.mark.parametrize("theme", ["light", "dark"])
 def test_the_ground_is_transparent_and_the_ink_is_that_of_the_theme(theme: Theme) -> None:
     figure = draw_lines({"": [Line("up", [0, 1], [0, 1], "red")]}, theme, ("x", "y"))

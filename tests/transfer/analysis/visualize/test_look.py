@@ -18,7 +18,7 @@ from graftvit.transfer.analysis.visualize.map_figures import (
     shares,
     token_name,
 )
-from graftvit.transfer.analysis.visualize.map_page import Shown, View, embed, quantize
+from graftvit.transfer.analysis.visualize.map_page import Shown, View, draw_layers, embed, quantize
 from graftvit.transfer.analysis.visualize.visualize import (
     check_comparable,
     cka,
@@ -149,6 +149,20 @@ def test_quantized_rows_are_near() -> None:
     assert parts.min() < 0
 
 
+def test_the_dots_of_one_model_are_on_the_ticks_of_their_layers() -> None:
+    numbers = look(tiny(), image()).numbers()
+    for axes, heads in zip(
+        draw_layers({"student": numbers}, None, "light").axes,
+        [numbers.entropy, numbers.distance],
+        strict=True,
+    ):
+        dots, means = axes.lines[:2]
+        assert dots.get_xdata().tolist() == np.repeat([0, 1], len(heads[0])).tolist()
+        assert means.get_xdata().tolist() == [0, 1]
+        assert axes.get_xlim() == (-0.5, 1.5)
+        assert axes.get_ylim()[1] >= max(map(max, heads))
+
+
 def test_panels_that_are_compared_share_a_scale_and_a_color_bar() -> None:
     teacher, student = look(tiny(), image()), look(tiny(num_heads=4, seed=3), image())
     pixels, query = np.zeros((16, 24, 3), np.uint8), read_query("5", token_layouts(tiny()), (16, 24))
@@ -163,4 +177,8 @@ def test_panels_that_are_compared_share_a_scale_and_a_color_bar() -> None:
             largest = max(float(np.abs(heat.get_array()).max()) for heat in maps)
             assert all(heat.get_clim() == (0, pytest.approx(largest)) for heat in maps)
         labels = [axes.get_ylabel() for axes in figure.axes]
-        assert "weight / the largest number of the row, of maps and of rollouts apart" in labels
+        assert "weight / the largest number of the row,\nof maps and of rollouts apart" in labels
+        figure.draw_without_rendering()
+        for axes in figure.axes:
+            drawn = axes.yaxis.label.get_window_extent()
+            assert figure.bbox.y0 <= drawn.y0 <= drawn.y1 <= figure.bbox.y1
