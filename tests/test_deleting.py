@@ -22,6 +22,7 @@ ALLOWED = {
     "launch/slurm/pitfalls.py unlink": "a result of submitit, by the number of this job",
     "launch/slurm/stopping.py unlink": "a request to stop; the number of its job is a safe_name",
     "launch/slurm/submit.py unlink": "a request to stop",
+    "transfer/analysis/visualize/visualize.py unlink": "pictures beside the numbers.json that names them",
     "transfer/attnbench/bench_run.py rmtree": "the run of a trial, whose folder has a safe_name and no link",
     "transfer/cache/target_shards.py unlink": OWN_NAME,
     "transfer/engine/cached_targets.py unlink": OWN_NAME,

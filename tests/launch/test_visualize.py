@@ -52,6 +52,7 @@ def test_a_folder_of_images(student: str, teacher: str, tmp_path: Path, typed: T
         with Image.open(tmp_path / "out" / png) as opened:
             assert min(opened.size) > 200
     found = json.loads((tmp_path / "out" / "numbers.json").read_text())
+    assert {*found.pop("pictures")} == asked
     loaded = load_pretrained(student)
     spec = loaded.preprocessing
     looks = [look(loaded.model, to_tensor(each.original, spec)) for each in read_images([str(folder)], spec)]
@@ -136,6 +137,23 @@ def test_a_page_that_is_too_large_is_refused(
         "fewer layers by --layers"
         in typed(f"visualize {student} digits:0 --output_dir {tmp_path}/out", code=2).err
     )
+
+
+def test_a_new_page_replaces_the_pictures_of_the_one_before(
+    student: str, tmp_path: Path, typed: Typed
+) -> None:
+    mine, out = tmp_path / "mine.png", tmp_path / "out"
+    out.mkdir()
+    for kept in (mine, out / "mine.png"):
+        picture(kept)
+    for name in ("one", "two"):
+        shown = picture(tmp_path / f"{name}.png")
+        typed("visualize", student, shown, "--query", "cls", "--output_dir", out)
+        assert {path.name for path in out.glob("*.png")} == {f"{name}_cls.png", "layers.png", "mine.png"}
+        numbers = json.loads((out / "numbers.json").read_text())
+        numbers["pictures"] += ["../mine.png"]
+        (out / "numbers.json").write_text(json.dumps(numbers))
+    assert mine.exists()
 
 
 @pytest.fixture(scope="module")

@@ -157,14 +157,14 @@ def visualize_average(
     looks = {name: shown_means(each.model, means[name]) for name, each in loaded.items()}
     pixels = to_pixels(picture.mean()[None], loaded["student"].preprocessing)
     view = View(Shown(NAME, Image.fromarray(pixels), pixels), looks)
-    of_images = f"mean of {picture.count:,} images"
+    of_images, pictures = f"mean of {picture.count:,} images", list[str]()
     for query in asked:
         words = query.title(looks["student"].layouts)
-        draw_query(view, query, chosen, out, f"{of_images}: what {words} attends to")
+        pictures += draw_query(view, query, chosen, out, f"{of_images}: what {words} attends to")
     numbers = {name: _numbers(looks[name], found) for name, found in means.items()}
     names, title = layer_names(looks["student"], chosen), f"{page_title(source, teacher)}, {of_images}"
     return write_page(
-        partial(map_page, [embed(view, chosen)], names, asked[0], title=title), numbers, None, out
+        partial(map_page, [embed(view, chosen)], names, asked[0], title=title), numbers, None, out, pictures
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
@@ -13,9 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from ....checkpoints.atomic import write_bytes, write_text
+from ....checkpoints.files import read_if_there
 from ....checkpoints.pretrained import build_untrained, load_pretrained
 from ....checkpoints.provenance import Pretrained
-from ....models.errors import ConfigError, JsonDict, TransferError
+from ....models.errors import CheckpointError, ConfigError, JsonDict, TransferError
 from ....models.families import (
     TokenLayout,
     blocks_of,
@@ -212,7 +214,7 @@ def visualize(
     if teacher is not None:
         loaded[RANDOM] = replace(loaded["teacher"], model=build_untrained(loaded["teacher"]))
     seen = Seen()
-    embedded = []
+    embedded, pictures = [], list[str]()
     for image in shown:
         looks = _looks(image, loaded)
         seen.add(looks)
@@ -221,22 +223,41 @@ def visualize(
         embedded.append(embed(view, chosen))
         for query in asked:
             title = f"{image.name}: what {query.title(looks['student'].layouts)} attends to"
-            draw_query(view, query, chosen, out, title)
+            pictures += draw_query(view, query, chosen, out, title)
     names = layer_names(view.looks["student"], chosen)
     numbers, comparison = seen.numbers(), seen.comparison()
     page = partial(map_page, embedded, names, asked[0], title=page_title(source, teacher))
-    return write_page(page, numbers, comparison, out)
+    return write_page(page, numbers, comparison, out, pictures)
 
 
 def write_page(
-    page: Callable[[Figure], str], numbers: dict[str, Numbers], comparison: MapDistance | None, out: Path
+    page: Callable[[Figure], str],
+    numbers: dict[str, Numbers],
+    comparison: MapDistance | None,
+    out: Path,
+    pictures: Sequence[str],
 ) -> Path:
-    """Write the chart of the numbers, the numbers and the page with the chart; return the path of the page."""
+    """Write the chart of the numbers, the numbers and the page with the chart; return the path of the page.
+
+    The `pictures` are named in numbers.json, and those of an earlier page in `out` that are not among them are removed.
+    """
+    older = _name_pictures(out / "numbers.json")
     chart = Figure("layers", "By layer", "", CHART, partial(draw_layers, numbers, comparison))
     write_png(chart, out / "layers.png")
-    write_text(out / "numbers.json", to_json(_plain(numbers, comparison)))
+    write_text(out / "numbers.json", to_json({**_plain(numbers, comparison), "pictures": list(pictures)}))
     write_text(out / "index.html", page(chart))
+    for name in older.difference(pictures):
+        (out / name).unlink(missing_ok=True)
     return out / "index.html"
+
+
+def _name_pictures(path: Path) -> set[str]:
+    """Return the pictures that an earlier page wrote beside its numbers; none without such a file."""
+    try:
+        names = json.loads(read_if_there(path) or "{}")["pictures"]
+        return {name for name in names if Path(name).name == name and name.endswith(".png")}
+    except (CheckpointError, ValueError, TypeError, LookupError, AttributeError, RecursionError):
+        return set()
 
 
 def chosen_layers(student: nn.Module, words: str) -> list[int]:
@@ -332,19 +353,22 @@ def _looks(image: Shown, loaded: dict[str, Pretrained]) -> dict[str, Look]:
     }
 
 
-def draw_query(view: View, query: Query, layers: Sequence[int], out: Path, title: str) -> None:
-    """Write the pictures of one query: the student's layers and heads, its merges, and the teacher beside it."""
-    own, name = view.looks["student"], view.shown.name
-    grid = draw_grid(view.shown.pixels, own, query, layers, title)
-    write_bytes(out / f"{name}_{query.word}.png", to_png(grid, ground="white"))
+def draw_query(view: View, query: Query, layers: Sequence[int], out: Path, title: str) -> list[str]:
+    """Write the pictures of one query: the student's layers and heads, its merges, and the teacher beside it.
+
+    Returns the names of the files.
+    """
+    own, name, pixels = view.looks["student"], f"{view.shown.name}_{query.word}", view.shown.pixels
+    drawn = {f"{name}.png": draw_grid(pixels, own, query, layers, title)}
     if own.merges:
-        merges = draw_merges(view.shown.pixels, own.merges, query, f"{name}: what deformable merges read")
-        write_bytes(out / f"{name}_{query.word}_merges.png", to_png(merges, ground="white"))
+        words = f"{view.shown.name}: what deformable merges read"
+        drawn[f"{name}_merges.png"] = draw_merges(pixels, own.merges, query, words)
     theirs = view.looks.get("teacher")
-    if theirs is None or all(query.token(layout) is None for layout in theirs.layouts):
-        return
-    beside = draw_beside(view.shown.pixels, [theirs, own], query, layers, title)
-    write_bytes(out / f"{name}_{query.word}_teacher.png", to_png(beside, ground="white"))
+    if theirs is not None and any(query.token(layout) is not None for layout in theirs.layouts):
+        drawn[f"{name}_teacher.png"] = draw_beside(pixels, [theirs, own], query, layers, title)
+    for file, figure in drawn.items():
+        write_bytes(out / file, to_png(figure, ground="white"))
+    return list(drawn)
 
 
 def page_title(source: str, teacher: str | None) -> str:
