@@ -73,7 +73,7 @@ GOLDEN = {
         "mode=transfer needs a teacher: set teacher.source to a timm name, a hub name or a path",
     "train cifar10_copy --dry_run --layers first:99":
         "transfer.layers='first:99' needs a number from 1 to 12, the depth of the student; give another "
-        "--layers, such as all",
+        "--layers (in Python layers), such as all",
     "compare digits_scratch":
         "digits_scratch has no section 'compare'; add compare: {plans: {linear: '*: linear', ...}}, or take the "
         "recipe digits_compare",
