@@ -6,6 +6,7 @@ import ast
 import functools
 import os
 import pkgutil
+import pydoc
 import re
 import shutil
 import subprocess
@@ -13,6 +14,7 @@ import sys
 from importlib.metadata import version
 from pathlib import Path
 
+import graftvit
 import pytest
 from graftvit.launch.fields import find_key, find_stage_key, leaves, sections
 from graftvit.transfer.engine.modes import MODES
@@ -140,6 +142,12 @@ def test_the_version_stands_in_one_place() -> None:
     ]
     assert places == ["pyproject.toml"]
     assert f"## {number}\n" in (ROOT / "CHANGELOG.md").read_text()
+
+
+def test_the_help_of_the_package_is_short_and_names_what_is_public() -> None:
+    text = pydoc.plain(pydoc.render_doc(graftvit))
+    assert len(text.splitlines()) < 150
+    assert all(re.search(rf"\b{name}\b", text) for name in dir(graftvit) if not name.startswith("_"))
 
 
 IMPORT_ALL = """
