@@ -80,7 +80,9 @@ def _check_images(average: str | None, images: list[str], settings: list[Setting
         )
     given = next((each for each in settings if each.key.startswith("data.")), None)
     if average is None and given is not None:
-        raise ConfigError(f"{given.key} has an effect with --average only: add it, or leave the setting out")
+        raise ConfigError(
+            f"{given.origin} has an effect with --average only: add it, or leave the setting out"
+        )
     if average is None and not images:
         raise ConfigError("no IMAGE is given: name files, folders of images, or digits:0, or give --average")
 

@@ -114,7 +114,7 @@ def test_another_image_size(student: str, tmp_path: Path) -> None:
         (["--average", "0"], "--average '0': valid are a number of images from 1, and 'all'"),
         (["--average", "3", "--layers", "2"], "--layers: there is no layer 2"),
         (["--average", "3"], "data.data_path is not set"),
-        (["digits:0", "--val_split", "train"], "data.val_split has an effect with --average only"),
+        (["digits:0", "--val_split", "train"], "--val_split has an effect with --average only"),
     ],
 )
 def test_mistakes(student: str, tmp_path: Path, words: list[str], said: str, typed: Typed) -> None:
