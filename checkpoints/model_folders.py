@@ -246,7 +246,7 @@ def _read_timm_folder(folder: ModelFolder) -> Weights:
         )
     weights = _read_weights(folder, (named,) if named else (), {})
     known = known_fields(described)
-    if PROVENANCE not in config and _repeats_timm(known, architecture):
+    if PROVENANCE not in config and isinstance(architecture, str) and _repeats_timm(known, architecture):
         known["license"] = None
     epsilon = provenance.pop(NORM_EPS, None)
     if epsilon is not None and not (isinstance(epsilon, float) and 0 < epsilon < 1):

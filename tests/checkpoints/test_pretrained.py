@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -483,3 +484,12 @@ def test_a_grid_is_declared_or_square(
     patches: int, declared: tuple[int, int] | None, grid: tuple[int, int] | None
 ) -> None:
     assert find_grid(patches, declared) == grid
+
+
+def test_an_architecture_that_is_no_text_is_refused_in_a_folder_of_another_program(tmp_path: Path) -> None:
+    folder = make_teacher(tmp_path / "teacher")
+    described = json.loads((folder / "config.json").read_text())
+    del described["graftvit"]
+    (folder / "config.json").write_text(json.dumps({**described, "architecture": 3}))
+    with pytest.raises(CheckpointError, match="architecture=3, which is no name"):
+        load_pretrained(str(folder))

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from timm.models import get_pretrained_cfg, is_model, list_models, split_model_name_tag
 from torch import nn
 
-from ...checkpoints.architecture import published_config
+from ...checkpoints.architecture import check_name, published_config
 from ...checkpoints.class_names import KEY as LABEL_NAMES
 from ...checkpoints.model_folders import open_source
 from ...checkpoints.preprocessing import Preprocessing
@@ -123,13 +123,14 @@ def find_whole(config: StudentConfig) -> Pretrained | None:
 def input_size(config: StudentConfig, whole: Pretrained | None = None) -> tuple[int, int, int]:
     """Return (channels, height, width) of the student's images, or those of `whole`, without building the model.
 
-    Raises ConfigError: timm does not know the architecture.
+    Raises ConfigError: timm does not know the architecture. CheckpointError: it does not know the tag.
     """
     if whole is not None:
         return whole.preprocessing.input_size
     base, _ = split_model_name_tag(config.model)
     if not is_model(base):
         raise ConfigError(f"student.model={config.model!r} is not a timm model: {_suggest(base)}")
+    check_name(config.model)
     pretrained = get_pretrained_cfg(config.model)
     channels, height, width = pretrained.input_size if pretrained else (3, 224, 224)
     size = config.img_size or config.model_args.get("img_size") or (height, width)
