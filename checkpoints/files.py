@@ -71,6 +71,8 @@ def near_path(path: str | Path, *, folders: bool = False) -> str:
     missing = Path(path)
     if is_there(missing):
         return ""
+    if missing.is_symlink():
+        return "it is a link that leads nowhere."
     while missing.name and not is_folder(missing.parent):
         missing = missing.parent
     try:

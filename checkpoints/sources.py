@@ -91,7 +91,7 @@ def parse_source(text: str) -> Source:
         return written
     from timm.models import is_model, split_model_name_tag
 
-    path, _ = _split_part(text)
+    path, _ = split_part(text)
     if is_model(split_model_name_tag(text)[0]):
         return TimmSource(text)
     if text and is_folder(path):
@@ -113,7 +113,7 @@ def _parse_written(text: str) -> Source | None:
         )
     if colon and prefix == "local-dir":
         return _folder(rest, text)
-    return _file(text) if _split_part(text)[0].suffix.lower() in SUFFIXES else None
+    return _file(text) if split_part(text)[0].suffix.lower() in SUFFIXES else None
 
 
 def _hub(name: str, text: str) -> HubSource:
@@ -131,7 +131,7 @@ def _hub(name: str, text: str) -> HubSource:
 
 
 def _folder(name: str, text: str) -> FolderSource:
-    path, part = _split_part(name)
+    path, part = split_part(name)
     if not name or not is_there(path):
         run = is_there(path.parent / "config.yaml") or is_there(path.parent / "jobs")
         unfinished = run and path.name in STUDENTS
@@ -145,7 +145,7 @@ def _folder(name: str, text: str) -> FolderSource:
 
 
 def _file(text: str) -> FileSource:
-    path, part = _split_part(text)
+    path, part = split_part(text)
     if not is_there(path):
         raise CheckpointError(f"the weights file {str(path)!r} is not there; {_near(path)}")
     if is_folder(path):
@@ -157,7 +157,8 @@ def _near(path: Path) -> str:
     return near_path(path) or "check the path"
 
 
-def _split_part(text: str) -> tuple[Path, Part | None]:
+def split_part(text: str) -> tuple[Path, Part | None]:
+    """Return the path of a source, which may have a # in its name, and the part behind its last #."""
     path, _, word = text.rpartition("#")
     for part in PARTS:
         if part == word and path:
@@ -174,7 +175,7 @@ def _suggest(text: str) -> str:
     from timm.models import list_models, list_pretrained, split_model_name_tag
 
     base, tag = split_model_name_tag(text)
-    near = near_path(_split_part(text)[0])
+    near = near_path(split_part(text)[0])
     if "/" in text or ":" in text:
         return f"there is no such file or folder; {f'{near} Else ' if near else ''}write {SYNTAX}"
     names = list_pretrained() if tag else list_models()

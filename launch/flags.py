@@ -143,8 +143,8 @@ def local_path(text: str) -> Path:
 def output_folder(text: str) -> Path:
     """Parse a folder to write. Raises argparse.ArgumentTypeError as `local_path`, or because it is a file."""
     path = local_path(text)
-    if path.exists() and not path.is_dir():
-        raise argparse.ArgumentTypeError(f"{text!r} is a file: give a folder")
+    if (path.exists() or path.is_symlink()) and not path.is_dir():
+        raise argparse.ArgumentTypeError(f"{text!r} is a file or a link that leads nowhere: give a folder")
     return path
 
 

@@ -284,7 +284,7 @@ def _stages(content: Any, label: str) -> list[tuple[str, list[Setting]]]:
 def _base_path(base: str, folder: Path | None) -> str | Path:
     """Return the file `base` beside the file that names it if it exists, else the recipe's name."""
     if folder is not None and is_there(folder / base):
-        return folder / base
+        return Path(os.path.normpath(folder / base))  # a circle comes back to the same name
     return base
 
 

@@ -19,6 +19,7 @@ from pydantic import (
     model_validator,
 )
 
+from ..checkpoints.sources import split_part
 from ..models.errors import JsonDict
 from .loss_config import TransferConfig
 from .methods.method_facts import facts_of
@@ -56,7 +57,7 @@ TAUGHT = Need(
 )
 PREPARES_TEACHER = Need(
     lambda run: run.facts.transfers,
-    "with mode={run.mode}, which neither compiles nor shards it: leave it out, or set mode=transfer",
+    "with mode={run.mode}, which takes a teacher as it is: leave it out, or set mode=transfer",
 )
 READS_WEIGHTS = Need(
     lambda run: (run.reads_teacher and run.teacher.source is not None) or run.starting_source is not None,
@@ -96,7 +97,7 @@ class TeacherConfig(Section):
     )
 
     dtype: Literal["fp32", "bf16", "fp16"] = setting(
-        "fp32", "type of the teacher's weights: half of the memory with bf16 or fp16", TAUGHT
+        "fp32", "type of the teacher's weights: half of the memory with bf16 or fp16", PREPARES_TEACHER
     )
     compile: bool = setting(
         False, "compilation of the teacher's forward pass by torch.compile", PREPARES_TEACHER, resume="free"
@@ -216,7 +217,7 @@ class StudentConfig(Section):
     def whole_name(self) -> str | None:
         """The source of a whole model that `model` is; None for a timm architecture."""
         text = self.model
-        if text == AUTO or not (":" in text or "/" in text or Path(text.partition("#")[0]).exists()):
+        if text == AUTO or not (":" in text or "/" in text or split_part(text)[0].exists()):
             return None
         base = text.partition(".")[0]
         return None if base and not {*base} & {*":/"} and _is_architecture(base) else text
@@ -266,6 +267,7 @@ EVALUATES = (
         "with mode={run.mode} and engine.metric=auto, which evaluate nothing: leave it out, or set engine.metric",
     ),
 )
+LARGEST_BATCH = 2**20
 NO_VIEWS = "with data.views=0, which shows images without augmentation: leave it out"
 AUGMENTED = Need(lambda run: run.data.views != 0, NO_VIEWS)
 CROPPED = Need(
@@ -335,9 +337,14 @@ class DataConfig(Section):
         None, "number of training samples to use, balanced over classes; all by default", gt=0
     )
     label_seed: int = setting(0, "seed that chooses the train_samples", SUBSET)
-    batch_size: int = setting(32, "images per device and step", gt=0)
+    batch_size: int = setting(32, "images per device and step", gt=0, le=LARGEST_BATCH)
     eval_batch_size: int | None = setting(
-        None, "images per device in evaluation; batch_size by default", *EVALUATES, gt=0, resume="free"
+        None,
+        "images per device in evaluation; batch_size by default",
+        *EVALUATES,
+        gt=0,
+        le=LARGEST_BATCH,
+        resume="free",
     )
     workers: int = setting(4, "loader processes per device", ge=0, outside=True, also=("num_workers",))
     views: int | None = setting(

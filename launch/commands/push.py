@@ -85,7 +85,9 @@ def run(argv: list[str]) -> int:
 @contextmanager
 def _student_folder(source: str) -> Iterator[Path]:
     """Yield a student folder unchanged; for a run, yield the folder that `graftvit checkpoint save` writes."""
-    run = Path(source.partition("#")[0]).expanduser()
+    from ...checkpoints.sources import split_part
+
+    run, _ = split_part(source)
     if (run / "config.json").is_file() or not ((run / "checkpoints").is_dir() or (run / "student").is_dir()):
         yield Path(source).expanduser()
         return

@@ -94,6 +94,19 @@ def test_a_run_has_a_student_at_its_end(tmp_path: Path) -> None:
         parse_source(f"local-dir:{tmp_path / 'studnet'}")
 
 
+def test_a_link_that_leads_in_a_circle_is_named(tmp_path: Path) -> None:
+    (tmp_path / "one").symlink_to(tmp_path / "two")
+    (tmp_path / "two").symlink_to(tmp_path / "one")
+    with pytest.raises(CheckpointError, match="it is a link that leads nowhere"):
+        parse_source(str(tmp_path / "one"))
+
+
+def test_a_hash_in_the_name_of_a_folder_is_part_of_it(tmp_path: Path) -> None:
+    (tmp_path / "run#1").mkdir()
+    assert parse_source(f"{tmp_path}/run#1") == FolderSource(tmp_path / "run#1")
+    assert parse_source(f"{tmp_path}/run#1#best") == FolderSource(tmp_path / "run#1", "best")
+
+
 def test_a_file_is_no_folder_and_a_folder_no_file(tmp_path: Path) -> None:
     (tmp_path / "d.pth").mkdir()
     (tmp_path / "f").write_bytes(b"")

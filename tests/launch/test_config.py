@@ -72,6 +72,9 @@ def test_a_circle_of_bases_is_named(tmp_path: Path) -> None:
     a = write(tmp_path, "a.yaml", "base: b.yaml\n")
     write(tmp_path, "b.yaml", "base: a.yaml\n")
     assert "circle" in message(a)
+    there = write(tmp_path, "there.yaml", f"base: ../{tmp_path.name}/back.yaml\n")
+    write(tmp_path, "back.yaml", f"base: ../{tmp_path.name}/there.yaml\n")
+    assert "circle" in message(there)
 
 
 def test_a_run_folder_is_its_config(tmp_path: Path) -> None:

@@ -108,7 +108,7 @@ def test_another_image_size(student: str, tmp_path: Path) -> None:
         (["digits:0", "--layers", "2"], "--layers: there is no layer 2; the model has layers 0 to 1"),
         (["digits:0", "--layers", "a"], "--layers: 'a' is not a layer"),
         (["digits:0", "--query", "99"], "--query '99': valid are patches 0 to 23, cls, reg0, reg1"),
-        (["digits:0", "--output_dir", "{broken}"], "is a file: give a folder"),
+        (["digits:0", "--output_dir", "{broken}"], "leads nowhere: give a folder"),
         ([], "no IMAGE is given"),
         (["digits:0", "--average", "3"], "--average shows a data set, and the image 'digits:0' is given"),
         (["--average", "0"], "--average '0': valid are a number of images from 1, and 'all'"),

@@ -53,6 +53,10 @@ def search_layers(
     Raises TransferError: nothing is converted, fewer layers are than are to be kept, or the two do not fit.
     """
     layers = converted_layers(student)
+    if not layers:
+        raise TransferError(
+            "no layer of the student is converted, so none can be given back: give a converted student"
+        )
     if not 1 <= keep <= len(layers):
         raise TransferError(
             f"keep={keep}: the student has {len(layers)} converted layers; keep 1 to {len(layers)}"
