@@ -57,7 +57,7 @@ TAUGHT = Need(
 )
 PREPARES_TEACHER = Need(
     lambda run: run.facts.transfers,
-    "with mode={run.mode}, which takes a teacher as it is: leave it out, or set mode=transfer",
+    "with mode={run.mode}, which neither compiles nor shards it: leave it out, or set mode=transfer",
 )
 READS_WEIGHTS = Need(
     lambda run: (run.reads_teacher and run.teacher.source is not None) or run.starting_source is not None,
@@ -97,7 +97,7 @@ class TeacherConfig(Section):
     )
 
     dtype: Literal["fp32", "bf16", "fp16"] = setting(
-        "fp32", "type of the teacher's weights: half of the memory with bf16 or fp16", PREPARES_TEACHER
+        "fp32", "type of the teacher's weights: half of the memory with bf16 or fp16", TAUGHT
     )
     compile: bool = setting(
         False, "compilation of the teacher's forward pass by torch.compile", PREPARES_TEACHER, resume="free"
@@ -201,6 +201,10 @@ class StudentConfig(Section):
         False,
         "a student with the teacher's native parts (LayerScale, registers, ...), freshly initialized",
         BUILT_HERE,
+        Need(
+            lambda run: run.starting_source != TEACHER or run.student.model != AUTO,
+            "with a student that is its teacher's model and has its parts: leave it out",
+        ),
     )
     grad_checkpointing: bool = setting(
         False, "recomputation of block activations in the backward pass", RUNS_BLOCKS, resume="free"
@@ -212,6 +216,16 @@ class StudentConfig(Section):
     _check_size = field_validator("img_size")(check_size)
     _check_size_text = field_validator("img_size", mode="before")(check_size_text)
     _check_arguments = field_validator("model_args")(check_arguments)
+
+    @field_validator("model_args")
+    @classmethod
+    def _check_own(cls, arguments: JsonDict) -> JsonDict:
+        """Refuse arguments in whose place other settings work."""
+        for key in ("data.num_classes", "student.global_pool"):
+            name = key.partition(".")[2]
+            if name in arguments:
+                raise ValueError(f"{name} changes nothing here: leave it out, or set {key}")
+        return arguments
 
     @property
     def whole_name(self) -> str | None:

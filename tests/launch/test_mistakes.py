@@ -64,7 +64,7 @@ MISTAKES = [
     ("train --mode scratch --dataset digits --batch_size 9223372036854775807 --dry_run", "--batch_size is"),
     (
         "train --mode align --teacher teacher --plan '*: linear' --teacher.dtype bf16 --dataset digits --dry_run",
-        "teacher.dtype='bf16' changes nothing with mode=align",
+        "teacher.dtype=bf16 does not go with mode=align",
     ),
     ("push 'a#b' me/x --dry_run", "'a#b'"),
     ("data /nowhere", "/nowhere does not exist"),

@@ -35,9 +35,18 @@ MISTAKES = {
         "firts:2",
     ],
     "checkpoint_path names weights": ["digits_scratch", "student.model_args.checkpoint_path=a"],
+    "num_classes changes nothing here: leave it out, or set data.num_classes": [
+        "digits_scratch", "student.model_args.num_classes=5",
+    ],
+    "global_pool changes nothing here: leave it out, or set student.global_pool": [
+        "digits_scratch", "student.model_args.global_pool=avg",
+    ],
+    "student.mirror_teacher=true changes nothing with a student that is its teacher's model": [
+        "--mode", "finetune", "--teacher", "vit_tiny_patch16_224", "--mirror_teacher", "--dataset", "digits",
+    ],
     "data.data_path=nowhere does not exist": ["--mode", "scratch", "--data_path", "nowhere"],
     "data.data_path is not set": ["--mode", "scratch"],
-}
+}  # fmt: skip
 """By the beginning of its sentence, the words after `graftvit train`."""
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -204,6 +205,7 @@ def train_transform(config: DataConfig, spec: Preprocessing) -> Transform:
     if policy == "affine":
         return _affine(config, spec)
     try:
+        _check_words(policy or "")
         transform = create_transform(
             input_size=spec.input_size,
             is_training=True,
@@ -224,6 +226,15 @@ def train_transform(config: DataConfig, spec: Preprocessing) -> Transform:
         ) from error
     keep_no_bits(transform.transforms)
     return Steps(transform.transforms, "training", training_settings(config))
+
+
+def _check_words(policy: str) -> None:
+    """Raise ValueError for a word of an auto-augment policy that timm passes over, as it does one without a number."""
+    kind, *words = policy.split("-")
+    sets = ("tweights", "t3a", "t3aw") if kind == "rand" else ()
+    for word in words:
+        if word not in sets and (word.startswith("t") or not re.search(r"\d", word)):
+            raise ValueError(word)
 
 
 def _affine(config: DataConfig, spec: Preprocessing) -> Transform:

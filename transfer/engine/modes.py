@@ -414,6 +414,13 @@ class Transfer(Mode):
 class Align(Mode):
     """Each converted layer learns on its teacher's inputs, without labels."""
 
+    def check(self) -> None:
+        if self.config.teacher.dtype != "fp32":
+            raise ConfigError(
+                f"teacher.dtype={self.config.teacher.dtype} does not go with mode=align, whose layers learn from the "
+                "teacher's in float32: set it to fp32"
+            )
+
     def task(self, models: Models) -> Task:
         teacher, student = models.taught_by(), models.student
         norms = Normalization(teacher.mean, teacher.std), models.normalization

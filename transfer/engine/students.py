@@ -76,9 +76,8 @@ def settings_of(start: Pretrained) -> StudentConfig:
     """Return the settings that build the model of weights to start from; `FRESH` where timm cannot build it alone."""
     if not is_model(start.architecture) or copying_of(start.model) is not None:
         return FRESH
-    arguments = {
-        name: value for name, value in start.model_args.items() if name not in ("img_size", "num_classes")
-    }
+    apart = ("img_size", "num_classes", "global_pool")  # which have settings of their own
+    arguments = {name: value for name, value in start.model_args.items() if name not in apart}
     own = {
         "model": start.architecture,
         "model_args": arguments,

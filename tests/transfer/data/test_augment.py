@@ -75,8 +75,17 @@ def test_pixels_are_normalised_as_the_model_wants() -> None:
 
 
 def test_an_unknown_policy_is_named() -> None:
-    with pytest.raises(ConfigError, match=r"data\.aa='rnad-m9'"):
-        train_transform(DataConfig(aa="rnad-m9"), RGB)
+    for aa in (
+        "rnad-m9",
+        "rand-m9-strong",
+        "rand-m9-tfoo",
+        "rand-m9-inc",
+        "augmix-m5-tweights",
+        "original-std",
+    ):
+        with pytest.raises(ConfigError, match=rf"data\.aa='{aa}'"):
+            train_transform(DataConfig(aa=aa), RGB)
+    assert train_transform(DataConfig(aa="rand-m9-n3-tweights-p0.5"), RGB)
 
 
 def test_settings_stand_above_what_the_weights_say() -> None:
