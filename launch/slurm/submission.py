@@ -326,8 +326,7 @@ def _changed_settings(stage: Path, plan: SubmissionPlan) -> dict[str, tuple[obje
         before = load_config(stage)
     except GraftError:  # of another version
         return {}
-    origins = {"teacher": {"revision": before.teacher.revision}}
-    return changes({"config": settings(before), "origins": origins}, run)
+    return changes({"config": settings(before), "origins": {}}, run)
 
 
 def _by_stage(frozen: str) -> dict[str, object]:

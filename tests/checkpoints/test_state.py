@@ -73,10 +73,20 @@ def test_the_newest_states_are_kept(tmp_path: Path, links: bool, monkeypatch: py
     assert listed(tmp_path) == [
         "last.safetensors", "previous.safetensors", "step-00000015.safetensors", "step-00000020.safetensors",
     ]  # fmt: skip
+    assert (tmp_path / "step-00000020.safetensors").samefile(folder.last) == links  # one copy on the disk
     assert [step_of(read_state(tmp_path / f"step-000000{step}.safetensors")) for step in (15, 20)] == [15, 20]
     folder.save(at(25))  # without the setting, kept states stay
     assert step_of(read_state(tmp_path / "step-00000020.safetensors")) == 20
     assert step_of(folder.load()) == 25
+
+
+@pytest.mark.parametrize(("first", "second"), [("a", "b"), ("b", "a")])
+def test_of_states_without_a_name_the_newest_is_read(tmp_path: Path, first: str, second: str) -> None:
+    for age, (step, writer) in enumerate([(1, first), (2, second)]):
+        path = tmp_path / f"incoming.{writer}.safetensors"
+        write_state(path, at(step))
+        os.utime(path, (1000 + age, 1000 + age))
+    assert step_of(StateFolder(tmp_path).load()) == 2
 
 
 @pytest.mark.parametrize("how", ["flip", "empty", "truncate", "remove"])

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -182,6 +183,18 @@ def test_what_the_plan_warns_of_is_said(
     assert capsys.readouterr().err.splitlines()[1:] == ["graftvit: warning: it ends in its warm-up"]
 
 
+def test_data_that_the_run_downloads_are_not_looked_for(user: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("graftvit.launch.plan_text.describe_plan", lambda *_, **__: "")
+    looked: list[bool] = []
+    monkeypatch.setattr(
+        "graftvit.transfer.data.datasets.check_dataset", lambda data: looked.append(data.download)
+    )
+    for download in ("true", "false"):
+        words = ["data.dataset=torch/cifar10", "data.data_path=none", f"data.download={download}"]
+        check_runs(plan_run("run.yaml", list(map(parse_override, words)), []), ClusterConfig())
+    assert looked == [False]
+
+
 BEFORE = """
 from graftvit.launch.slurm import submission
 submission.check_commands = lambda: (sys.stderr.write('here\\n'), sys.stderr.flush(), __import__('time').sleep(60))
@@ -351,6 +364,14 @@ def test_what_can_no_longer_finish_is_refused(outcome: str | None, tmp_path: Pat
     why = f"--after {run}: {run} has neither finished nor a job that could: .*graftvit jobs resume '{run}'"
     with pytest.raises(ConfigError, match=why):
         dependency_on([run])
+
+
+def test_a_job_of_this_machine_is_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = submitted(tmp_path, cluster="local", job_id="4321").submission()
+    judged = SimpleNamespace(active=True, words="running", submission=made)
+    monkeypatch.setattr(submission, "judge_jobs", lambda *_, **__: {tmp_path: [judged]})
+    with pytest.raises(ConfigError, match="which Slurm cannot wait for"):
+        dependency_on([tmp_path])
 
 
 def test_what_was_never_submitted_is_not_waited_for(tmp_path: Path) -> None:
