@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from graftvit.transfer.analysis.benchmark.cases import keep_freed_memory, peak_bytes, time_steps
+from graftvit.transfer.analysis.benchmark_cases import keep_freed_memory, peak_bytes, time_steps
 from graftvit.transfer.analysis.report.tables import tabulate
 
 from .steps import DENSE, MODELS, OURS, SIDES, Case, build_steps, floor, format_ratio

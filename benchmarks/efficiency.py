@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from graftvit.models.layer_plan import FASTER_FROM
-from graftvit.transfer.analysis.benchmark.benchmark import crossover_table, size_table
-from graftvit.transfer.analysis.benchmark.cases import Results, read_results
+from graftvit.transfer.analysis.benchmark import crossover_table, size_table
+from graftvit.transfer.analysis.benchmark_cases import Results, read_results
 from graftvit.transfer.analysis.report.tables import Table
 
 from . import peers

@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 import torch
-from graftvit.transfer.analysis.benchmark.cases import Step, peak_bytes, time_steps
+from graftvit.transfer.analysis.benchmark_cases import Step, peak_bytes, time_steps
 from graftvit.transfer.analysis.report.tables import Table
 
 from .__main__ import machine

@@ -16,7 +16,7 @@ from typing import Any
 import graftvit.models.lit  # noqa: F401 - registers the models
 import timm
 import torch
-from graftvit.transfer.analysis.benchmark.cases import Step, Timing, keep_freed_memory, time_steps
+from graftvit.transfer.analysis.benchmark_cases import Step, Timing, keep_freed_memory, time_steps
 from graftvit.transfer.analysis.report.tables import Table
 from torch import nn
 

@@ -14,19 +14,8 @@ from pathlib import Path
 
 import torch
 from graftvit.models.layer_plan import OPERATORS, create_operator
-from graftvit.transfer.analysis.benchmark.benchmark import (
-    Layer,
-    choice_of,
-    draw_heads,
-    operator_step,
-)
-from graftvit.transfer.analysis.benchmark.cases import (
-    SOFTMAX,
-    Step,
-    keep_freed_memory,
-    machine,
-    time_steps,
-)
+from graftvit.transfer.analysis.benchmark import Layer, choice_of, draw_heads, operator_step
+from graftvit.transfer.analysis.benchmark_cases import SOFTMAX, Step, keep_freed_memory, machine, time_steps
 from graftvit.transfer.analysis.report.tables import Table, milliseconds
 
 from .forms import public_form, straight_form

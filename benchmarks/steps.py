@@ -10,7 +10,7 @@ from typing import Any
 import timm
 import torch
 import torch.nn.functional as F
-from graftvit.transfer.analysis.benchmark.cases import Step
+from graftvit.transfer.analysis.benchmark_cases import Step
 from graftvit.transfer.methods.dual import DualViT
 from torch import Tensor, nn
 

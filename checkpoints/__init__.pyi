@@ -8,8 +8,6 @@ from .pretrained import load as load
 from .pretrained import load_pretrained as load_pretrained
 from .pretrained import load_weights as load_weights
 from .provenance import Pretrained as Pretrained
-from .publish.upload import plan_upload as plan_upload
-from .publish.upload import push_student as push_student
 from .report import LoadReport as LoadReport
 from .state import StateFolder as StateFolder
 from .state import TrainingState as TrainingState
@@ -17,3 +15,5 @@ from .state import read_state as read_state
 from .state import write_state as write_state
 from .student import save_student as save_student
 from .student import write_student as write_student
+from .upload import plan_upload as plan_upload
+from .upload import push_student as push_student

@@ -40,7 +40,7 @@ from .model_folders import open_source
 from .pretrained import load_pretrained, plan_model, read_source
 from .provenance import Pretrained
 from .report import grouped, printable
-from .safety.archive import children, tensors_of
+from .safety import children, tensors_of
 from .sources import PICKLE_SUFFIXES, SAFE_SUFFIXES, FileSource
 from .weight_files import Weights, outline, read_file
 

@@ -21,8 +21,8 @@ from ..models.copied import ARCHITECTURE as COPIED
 from ..models.copied import copying_of, resize
 from ..models.errors import CheckpointError, Json
 from ..models.families import Site, patch_size, sites, vit
+from .architecture import INNER
 from .report import BIAS_TABLE, KeyRules, LoadReport, Role, some, sort_keys
-from .safety.description import INNER
 from .weight_files import Weights, as_pair
 
 # Resample position embeddings to another resolution.

@@ -23,8 +23,11 @@ from ..models.families import check_patches, image_size, is_pyramid, patch_size,
 from ..models.plan_syntax import plan_text
 from .architecture import (
     build,
+    check_description,
     check_name,
     check_published,
+    check_settings,
+    check_windows,
     converted,
     infer_architecture,
     known_fields,
@@ -38,7 +41,6 @@ from .model_folders import Opened, open_source, read_folder, read_weights_file
 from .preprocessing import Preprocessing, input_size
 from .provenance import Pretrained, digest_weights
 from .report import LoadReport, some
-from .safety.description import check_description, check_settings, check_windows
 from .sources import FileSource, TimmSource, source_text
 from .weight_files import Weights, as_pair
 

@@ -25,16 +25,18 @@ from torch import Tensor
 from ..models.errors import CheckpointError, Json, JsonDict
 from .files import check_regular, open_regular, read_regular
 from .report import printable, shortened, some
-from .safety.archive import (
+from .safety import (
     MAX_PART,
+    Graph,
     RefusedError,
+    is_onnx,
     open_archive,
     read_arrays,
+    read_onnx,
     read_pickle,
     rebuild,
     tensors_of,
 )
-from .safety.onnx_file import Graph, is_onnx, read_onnx
 
 _NUMBERS = [np.dtype(kind) for kind in "?bBhHiIlLqQefd"]
 _SCALAR = np.float64(0).__reduce__()[0]

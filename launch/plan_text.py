@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from ..checkpoints.publish.card import MATCHES
+from ..checkpoints.card import MATCHES
 from ..models.conversion import ARCHITECTURE as CONVERTED
 from ..models.errors import counted
 from ..models.families import pooling_of

@@ -20,14 +20,7 @@ from .converted import new_parameters as new_parameters
 from .converted import plan_of as plan_of
 from .converted import plan_size as plan_size
 from .errors import ConfigError, Json, JsonDict, UnsupportedModelError, check_types
-from .families import (
-    check_patches,
-    constructor_arguments,
-    create_timm_model,
-    is_pyramid,
-    token_layout,
-    vit,
-)
+from .families import check_patches, constructor_arguments, create_timm_model, is_pyramid, token_layout, vit
 from .plain_conversion import convert_plain
 from .pyramid_conversion import convert_pyramid, pyramid_arguments, resize_pyramid
 

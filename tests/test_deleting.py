@@ -23,13 +23,13 @@ ALLOWED = {
     "launch/slurm/stopping.py unlink": "a request to stop; the number of its job is a safe_name",
     "launch/slurm/submit.py unlink": "a request to stop",
     "transfer/analysis/visualize/visualize.py unlink": "pictures beside the numbers.json that names them",
-    "transfer/attnbench/bench_run.py rmtree": "the run of a trial, whose folder has a safe_name and no link",
-    "transfer/cache/target_shards.py unlink": OWN_NAME,
+    "transfer/bench_run.py rmtree": "the run of a trial, whose folder has a safe_name and no link",
+    "transfer/target_shards.py unlink": OWN_NAME,
     "transfer/engine/cached_targets.py unlink": OWN_NAME,
     "transfer/engine/fence.py rmdir": "a run folder that is empty",
     "transfer/engine/fence.py unlink": OWN_NAME,
-    "transfer/staging/stage.py unlink": "a file of the copy that is being made",
-    "transfer/staging/stage.py rmtree": "a copy in graftvit-data-<user>, which is this user's alone and no link",
+    "transfer/staging.py unlink": "a file of the copy that is being made",
+    "transfer/staging.py rmtree": "a copy in graftvit-data-<user>, which is this user's alone and no link",
 }
 
 

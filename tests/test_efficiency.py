@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from graftvit.models.attention.base import Geometry, LayerShape
 from graftvit.models.layer_plan import FASTER_FROM, OPERATORS
-from graftvit.transfer.analysis.benchmark.benchmark import crossover_table, size_table
-from graftvit.transfer.analysis.benchmark.cases import SOFTMAX, Results, Row, read_results
+from graftvit.transfer.analysis.benchmark import crossover_table, size_table
+from graftvit.transfer.analysis.benchmark_cases import SOFTMAX, Results, Row, read_results
 
 ROOT = Path(__file__).resolve().parent.parent
 TOKENS = 4096

@@ -12,8 +12,8 @@ from graftvit.models.attention.base import Geometry, LayerShape
 from graftvit.models.errors import ConfigError
 from graftvit.models.layer_plan import FASTER_FROM, OPERATORS, Choice, create_operator
 from graftvit.models.programs.program import FOUND
-from graftvit.transfer.analysis.benchmark.benchmark import Layer
-from graftvit.transfer.analysis.benchmark.cases import SOFTMAX
+from graftvit.transfer.analysis.benchmark import Layer
+from graftvit.transfer.analysis.benchmark_cases import SOFTMAX
 from support.models.operator_cases import HEADS, WIDTH, Case, draw
 
 ROOT = Path(__file__).resolve().parent.parent

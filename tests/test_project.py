@@ -287,7 +287,7 @@ def test_documents_name_no_setting_that_is_gone() -> None:
 
 OTHER_NAMES = {
     "checkpoints/formats/containers.py": {"copy"},  # a mode of the official code, in its checkpoints
-    "transfer/analysis/demo/demo_report.py": {"copy", "scratch"},  # rows of the demo
+    "transfer/analysis/demo.py": {"copy", "scratch"},  # rows of the demo
     "transfer/engine/runlog.py": {"transfer"},  # a loss
 }
 """By file: such names that are those of something else there."""

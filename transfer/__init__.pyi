@@ -1,4 +1,4 @@
-from .analysis.demo.demo import run_demo as run_demo
+from .analysis.demo import run_demo as run_demo
 from .analysis.layer_maps import attention_maps as attention_maps
 from .analysis.layer_maps import divergence_by_layer as divergence_by_layer
 from .analysis.layer_maps import js_divergence as js_divergence

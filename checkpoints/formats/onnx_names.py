@@ -19,7 +19,7 @@ from ...models.copied import ARCHITECTURE as COPIED
 from ...models.errors import CheckpointError
 from ..architecture import build
 from ..report import some
-from ..safety.onnx_file import Graph, Node
+from ..safety import Graph, Node
 from ..weight_files import Weights
 
 TOKENS = ("cls_token", "dist_token", "reg_token", "pos_embed", "mask_token")

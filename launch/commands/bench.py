@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     import argparse
     from collections.abc import Sequence
 
-    from ...transfer.attnbench.bench_rows import Row
+    from ...transfer.bench_rows import Row
     from ..load_config import Setting
 
 EXAMPLES = (
@@ -82,8 +82,8 @@ def _train(parser: Parser, argv: list[str], *, extends: bool) -> int:
     )
     _add_choices(parser)
     arguments, settings = parse_command(parser, argv, only=DATA)
-    from ...transfer.attnbench.bench_rows import merge_rows, write_rows
-    from ..comparison import load_rows
+    from ...transfer.bench_rows import merge_rows, write_rows
+    from ..load_config import load_rows
 
     known = load_rows(arguments.rows) if extends else []
     rows = merge_rows([known, _run_new(arguments, settings, known)])
@@ -94,8 +94,8 @@ def _train(parser: Parser, argv: list[str], *, extends: bool) -> int:
 
 def _run_new(arguments: argparse.Namespace, settings: list[Setting], known: Sequence[Row]) -> list[Row]:
     """Run the trials that have no known row."""
-    from ...transfer.attnbench.bench_run import list_programs, run_bench
-    from ..comparison import load_bench
+    from ...transfer.bench_run import list_programs, run_bench
+    from ..load_config import load_bench
 
     bench = load_bench(arguments.config, settings)
     trials = bench.trials(
@@ -122,8 +122,8 @@ def _merge(argv: list[str]) -> int:
     parser.add_argument("rows", metavar="ROWS", type=Path, nargs="+", help=ROWS_HELP)
     parser.flag("--out", "file to write: .jsonl or .parquet", type=Path, required=True, metavar="FILE")
     arguments = parser.parse_args(argv)
-    from ...transfer.attnbench.bench_rows import merge_rows, write_rows
-    from ..comparison import load_rows
+    from ...transfer.bench_rows import merge_rows, write_rows
+    from ..load_config import load_rows
 
     rows = merge_rows(load_rows(path) for path in arguments.rows)
     write_rows(rows, arguments.out)
@@ -139,7 +139,7 @@ def _query(argv: list[str]) -> int:
     parser.flag("--top", "rows to print; 0 for all", type=whole(0), default=20, metavar="N")
     parser.switch("--json", "print JSON Lines in place of a table")
     arguments = parser.parse_args(argv)
-    from ...transfer.attnbench.bench_rows import best_first, row_text
+    from ...transfer.bench_rows import best_first, row_text
 
     rows = best_first([row for row in _choose_rows(arguments) if arguments.status in (None, row.status)])
     shown = rows[: arguments.top or len(rows)]
@@ -152,7 +152,7 @@ def _query(argv: list[str]) -> int:
 
 def _choose_rows(arguments: argparse.Namespace) -> list[Row]:
     """Return the rows of a file that the flags choose. Raises ConfigError: there are none."""
-    from ..comparison import load_rows
+    from ..load_config import load_rows
 
     rows = [row for row in load_rows(arguments.rows) if _is_chosen(row, arguments)]
     if not rows:
@@ -180,9 +180,8 @@ def _verify(argv: list[str]) -> int:
     text = "the file that the rows were made with (default: their recipe, if it comes with the package)"
     parser.flag("--config", text, metavar="CONFIG")
     arguments, settings = parse_command(parser, argv, only=DATA)
-    from ...transfer.attnbench.bench_run import pick_sample, verify_rows
-    from ..comparison import load_bench
-    from ..load_config import recipe_names
+    from ...transfer.bench_run import pick_sample, verify_rows
+    from ..load_config import load_bench, recipe_names
 
     differ, sample = [], pick_sample(_choose_rows(arguments), arguments.sample, arguments.sample_seed)
     for recipe in dict.fromkeys(row.recipe for row in sample):
@@ -207,7 +206,7 @@ def _add_source(parser: Parser) -> None:
 def _format_table(rows: Sequence[Row], count: int) -> str:
     """Return the best rows as a table."""
     from ...transfer.analysis.report.tables import aligned
-    from ...transfer.attnbench.bench_rows import best_first
+    from ...transfer.bench_rows import best_first
 
     table = [
         ["top-1", "model", "data", "seed", "convolution", "parameters", "multiply-adds", "ms", "program"]

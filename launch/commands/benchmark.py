@@ -14,7 +14,7 @@ from ..say import say, tell
 from ..submitted import Work
 
 if TYPE_CHECKING:
-    from ...transfer.analysis.benchmark.cases import Case, Kind, Row, Ways
+    from ...transfer.analysis.benchmark_cases import Case, Kind, Row, Ways
 
     Measure = Callable[[Case], Row]
 
@@ -88,8 +88,8 @@ def _parse_operators(argv: list[str]) -> argparse.Namespace:
 
 def _list_operators(arguments: argparse.Namespace) -> tuple[list[Case], Measure]:
     from ...models.layer_plan import OPERATORS
-    from ...transfer.analysis.benchmark.benchmark import Layer, measure_operator, operator_cases
-    from ...transfer.analysis.benchmark.cases import SOFTMAX
+    from ...transfer.analysis.benchmark import Layer, measure_operator, operator_cases
+    from ...transfer.analysis.benchmark_cases import SOFTMAX
 
     layer = Layer(arguments.heads, arguments.head_dim, arguments.prefix)
     names = arguments.operators or [name for name in OPERATORS if name != SOFTMAX]
@@ -125,7 +125,7 @@ def _parse_models(argv: list[str]) -> argparse.Namespace:
 
 
 def _list_models(arguments: argparse.Namespace) -> tuple[list[Case], Measure]:
-    from ...transfer.analysis.benchmark.benchmark import measure_model, model_cases
+    from ...transfer.analysis.benchmark import measure_model, model_cases
 
     ways = replace(_read_ways(arguments), without=tuple(arguments.without))
     cases = model_cases(arguments.sources, arguments.plan, arguments.img_size, ways)
@@ -133,7 +133,7 @@ def _list_models(arguments: argparse.Namespace) -> tuple[list[Case], Measure]:
 
 
 def _read_ways(arguments: argparse.Namespace) -> Ways:
-    from ...transfer.analysis.benchmark.cases import Ways
+    from ...transfer.analysis.benchmark_cases import Ways
 
     return Ways(arguments.batch, arguments.dtype, arguments.device, arguments.backward, arguments.compile)
 
@@ -151,7 +151,7 @@ def _add_common(parser: Parser, kind: Kind, batches: list[int]) -> None:
 
 
 def _measure(kind: Kind, cases: list[Case], measure: Measure, arguments: argparse.Namespace) -> int:
-    from ...transfer.analysis.benchmark.benchmark import check_device, make_report, run_cases
+    from ...transfer.analysis.benchmark import check_device, make_report, run_cases
 
     check_device(arguments.device)
     results = run_cases(kind, cases, measure, arguments.output_dir, force=arguments.force, tell=tell)
@@ -163,7 +163,7 @@ def _measure(kind: Kind, cases: list[Case], measure: Measure, arguments: argpars
 def _count_energy(argv: list[str]) -> int:
     """Print the table."""
     arguments = _parse_energy(argv)
-    from ...transfer.analysis.benchmark.cases import Prices, energy_rows, energy_table
+    from ...transfer.analysis.benchmark_cases import Prices, energy_rows, energy_table
 
     prices = Prices(
         arguments.multiplication_pj,

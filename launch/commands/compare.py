@@ -49,7 +49,7 @@ def run(argv: list[str]) -> int:
     from ...transfer.analysis.compare.compare import check_cells, raise_failed, run_compare
     from ...transfer.analysis.compare.comparison_cells import only_named
     from ...transfer.analysis.compare.comparison_report import write_report
-    from ..comparison import load_comparison
+    from ..load_config import load_comparison
 
     comparison = load_comparison(arguments.config, settings)
     if arguments.cell is not None:

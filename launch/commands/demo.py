@@ -23,7 +23,7 @@ def run(argv: list[str]) -> int:
     parser.flag("--processes", text, type=int, metavar="N")
     parser.flag("--threads", "threads of a cell; changes the rounding", type=int, default=1, metavar="N")
     arguments = parser.parse_args(argv)
-    from ...transfer.analysis.demo.demo import run_demo
+    from ...transfer.analysis.demo import run_demo
 
     report = run_demo(
         arguments.output_dir,

@@ -349,7 +349,7 @@ def _resume(argv: list[str]) -> int:
 
 def _forget(argv: list[str]) -> int:
     """Remove runs from the list."""
-    from ..slurm.forgetting import forget_ended, forget_run
+    from ..slurm.jobs import forget_ended, forget_run
 
     parser = command_parser(
         "jobs forget",

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from ...transfer.config import RunConfig
-    from ...transfer.recovery.layer_search import LayerSearch
+    from ...transfer.layer_search import LayerSearch
 
 EXAMPLES = (
     "graftvit layers runs/linear/1-align/student --teacher vit_base_patch16_224.mae --data_path /data/imagenet",
@@ -27,9 +27,9 @@ EXAMPLES = (
 def run(argv: list[str]) -> int:
     """Search, and print each choice with its layer plan."""
     arguments, config = _parse(argv)
+    from ...transfer.align import calibration_batches
     from ...transfer.engine.fit_operators import stage_together
-    from ...transfer.recovery.align import calibration_batches
-    from ...transfer.recovery.layer_search import search_layers
+    from ...transfer.layer_search import search_layers
 
     config = config.model_copy(update={"data": stage_together(config.data, None)})
     teacher, student, batches = calibration_batches(config, arguments.student, arguments.batches)

@@ -13,7 +13,7 @@ from ..flags import command_parser, parse_command
 from ..say import say, say_aside
 
 if TYPE_CHECKING:
-    from ...checkpoints.publish.upload import Pushed, Remote, Upload
+    from ...checkpoints.upload import Pushed, Remote, Upload
 
 EXAMPLES = (
     "graftvit push runs/distill me/vit-b-cifar --dry_run",
@@ -58,7 +58,7 @@ def run(argv: list[str]) -> int:
             raise ConfigError(f"--{flag} is empty: give it a value or leave it out")
     if arguments.private and arguments.public:
         raise ConfigError("--private and --public contradict each other: leave one out")
-    from ...checkpoints.publish.upload import plan_upload, push_student
+    from ...checkpoints.upload import plan_upload, push_student
     from ...transfer.methods.registry import describe_transfer
 
     with _student_folder(str(arguments.folder)) as folder:
@@ -104,7 +104,7 @@ def _report_left_out(upload: Upload) -> None:
 
 
 def _describe_pushed(upload: Upload, pushed: Pushed) -> str:
-    from ...checkpoints.publish.card import load_lines
+    from ...checkpoints.card import load_lines
 
     lines = [pushed.url]
     if not pushed.changed:
@@ -137,7 +137,7 @@ def _describe_license(upload: Upload) -> str:
 
 def _describe_hub(upload: Upload, *, private: bool, public: bool) -> list[str]:
     """Describe what the commit would change on the hub, if the hub can be reached."""
-    from ...checkpoints.publish.upload import (
+    from ...checkpoints.upload import (
         UploadFailedError,
         ask_remote,
         check_visibility,

@@ -46,7 +46,7 @@ def run(argv: list[str]) -> int:
     if argv and argv[0] in ACTIONS:
         return ACTIONS[argv[0]].run(argv[1:])
     arguments, config = _parse(argv)
-    from ...transfer.cells.pool import StoppedError, usable_cores
+    from ...transfer.cells import StoppedError, usable_cores
     from ...transfer.search.program_search import parse_share, run_search
 
     share = parse_share(arguments.share)
@@ -81,7 +81,7 @@ def _report(argv: list[str]) -> int:
     arguments = parser.parse_args(argv)
     if arguments.short and not arguments.rows:
         raise ConfigError("--short needs --rows, the rows of the longer trainings")
-    from ...transfer.analysis.search.search_report import write_report
+    from ...transfer.analysis.search_report import write_report
 
     rankings = _rank_proxies(arguments) if arguments.rows else []
     say(f"report: {write_report(arguments.folder, rankings)}\n")
@@ -90,10 +90,10 @@ def _report(argv: list[str]) -> int:
 
 def _rank_proxies(arguments: argparse.Namespace) -> list[list[str]]:
     """Compare the proxies with the accuracies of a file of rows; print the table and return it, its head first."""
-    from ...transfer.attnbench.bench_rows import HEAD, rank_proxies
-    from ...transfer.cells.pool import torch_threads
+    from ...transfer.bench_rows import HEAD, rank_proxies
+    from ...transfer.cells import torch_threads
     from ...transfer.search.program_search import open_search
-    from ..comparison import load_rows
+    from ..load_config import load_rows
 
     with torch_threads(1):
         short = [row for path in arguments.short for row in load_rows(path)]
@@ -152,7 +152,7 @@ def _open_search(arguments: argparse.Namespace, config: RunConfig) -> Search:
     """Load the teacher and record its layers."""
     from ...checkpoints.pretrained import load_pretrained
     from ...checkpoints.provenance import identify
-    from ...transfer.cells.pool import digest, torch_threads
+    from ...transfer.cells import digest, torch_threads
     from ...transfer.data.survey import sample_images
     from ...transfer.search.matching import record_layers
     from ...transfer.search.program_search import Search, SearchSettings

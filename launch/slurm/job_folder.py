@@ -27,8 +27,15 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ...checkpoints.atomic import write_text
-from ...checkpoints.files import UnreadableError, read_json, read_regular, safe_name
-from ...checkpoints.json_lines import append_line, open_lines, read_records
+from ...checkpoints.files import (
+    UnreadableError,
+    append_line,
+    open_lines,
+    read_json,
+    read_records,
+    read_regular,
+    safe_name,
+)
 from ...models.errors import CheckpointError
 from ..say import hint
 from .failures import Failure, read_failure

@@ -11,13 +11,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ...checkpoints.files import is_folder, near_path
-from ...checkpoints.json_lines import read_records
+from ...checkpoints.files import is_folder, near_path, read_records
 from ...models.errors import ConfigError, GraftError
 from ..load_config import load_config
 from ..say import hint
 from ..submitted import SUBMITTED
-from .job_folder import Attempt, JobFolder, Submission, is_copied, listed, read_order
+from .job_folder import Attempt, JobFolder, Submission, forget, is_copied, known, listed, plain, read_order
 from .judging import (
     ACTIVE,
     AT_WORK,
@@ -424,3 +423,38 @@ def _reasons(files: JobFolder, attempts: Sequence[Attempt], jobs: Sequence[Judge
         for attempt in attempts[:-1]
         if attempt.job_id in submissions and (attempt.outcome in (None, "failed") or attempt.retried)
     }
+
+
+# Remove runs from the list of `graftvit jobs`; their folders stay as they are.
+
+
+def forget_run(folder: Path) -> None:
+    """Take a run out of the list.
+
+    Raises ConfigError: the run is not in the list, or has a job; GraftError: Slurm does not answer.
+    """
+    folder = plain(folder)
+    if folder not in listed():
+        raise ConfigError(f"{folder} is not in the list of runs: `graftvit jobs` shows it")
+    active = _active(folder)
+    if active:
+        raise ConfigError(
+            f"{folder} is {active[0].words}, and stays in the list: `{hint('jobs', 'stop', folder)}` ends it"
+        )
+    forget(folder)
+
+
+def forget_ended() -> list[Path]:
+    """Forget all runs that are there and have no job, and return them. Raises GraftError: Slurm does not answer."""
+    ended = [folder for folder in known() if not _active(folder)]
+    for folder in ended:
+        forget(folder)
+    return ended
+
+
+def _active(folder: Path) -> list[JudgedJob]:
+    try:
+        runs = run_folders(folder)
+    except ConfigError:  # removed or replaced by now; its job may still run
+        runs = [folder]
+    return [one for jobs in judge_jobs(runs, strict=True).values() for one in jobs if one.active]

@@ -130,7 +130,7 @@ def _holds(path: Path, text: str) -> bool:
 def _plan_comparison(recipe: str, settings: Sequence[Setting]) -> SubmissionPlan:
     """Return a request for each cell; every cell must be possible."""
     from ...transfer.analysis.compare.compare import check_cells
-    from ..comparison import load_comparison
+    from ..load_config import load_comparison
 
     settings = [*settings, _absolute(load_comparison(recipe, settings).folder)]
     comparison = load_comparison(recipe, settings)
@@ -150,7 +150,7 @@ def _plan_comparison(recipe: str, settings: Sequence[Setting]) -> SubmissionPlan
 
 def _taken(settings: Iterable[Setting]) -> list[str]:
     """Return the words that the run of the teacher takes over, too."""
-    from ..comparison import FOR_THE_TEACHER
+    from ..load_config import FOR_THE_TEACHER
     from .sweep import as_text
 
     return [f"--{setting.key}={as_text(setting)}" for setting in settings if setting.key in FOR_THE_TEACHER]

@@ -16,7 +16,7 @@ from typing import Any, Literal
 from matplotlib.figure import Figure
 
 from ...checkpoints.atomic import write_bytes
-from ...checkpoints.json_lines import read_records
+from ...checkpoints.files import read_records
 from ...checkpoints.markdown import plain
 from ...models.errors import ConfigError, GraftError, counted
 from ...transfer.analysis.report.ink import legend_beside, new_plots, to_png

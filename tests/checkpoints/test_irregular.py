@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 import torch
 from graftvit.checkpoints.pretrained import load_pretrained
-from graftvit.checkpoints.publish.upload import plan_upload
 from graftvit.checkpoints.state import (
     StateFolder,
     TrainingState,
@@ -18,6 +17,7 @@ from graftvit.checkpoints.state import (
     read_state,
     write_state,
 )
+from graftvit.checkpoints.upload import plan_upload
 from graftvit.models.errors import GraftError
 from support.files.hostile_configs import write_model
 from support.files.irregular_files import KINDS, irregular, never_waiting

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from graftvit.checkpoints.json_lines import read_records
+from graftvit.checkpoints.files import read_records
 from graftvit.models.attention.base import Geometry, Heads
 from graftvit.models.attention.fused import apply_map, attention_with_lse, map_logsumexp
 from graftvit.transfer.engine.train import train

@@ -18,29 +18,28 @@ import onnx
 import safetensors.torch
 import torch
 import yaml
-from graftvit.checkpoints.json_lines import read_records
+from graftvit.checkpoints.files import read_records
 from graftvit.checkpoints.pretrained import load_pretrained
 from graftvit.checkpoints.provenance import Pretrained
 from graftvit.checkpoints.state import TrainingState, read_state, write_state
-from graftvit.launch.comparison import load_rows
-from graftvit.launch.load_config import dump_config, load_config
+from graftvit.launch.load_config import dump_config, load_config, load_rows
 from graftvit.models.errors import GraftError
-from graftvit.transfer.analysis.benchmark.cases import Results, read_results
+from graftvit.transfer.analysis.benchmark_cases import Results, read_results
 from graftvit.transfer.analysis.compare.comparison_cells import Record, Score, Speed, mean_over_seeds
 from graftvit.transfer.analysis.compare.comparison_plots import figures_of, map_figure
 from graftvit.transfer.analysis.compare.comparison_report import make_report, records_json, records_table
 from graftvit.transfer.analysis.compare.student_cell import load_maps
 from graftvit.transfer.analysis.report.ink import write_arrays
-from graftvit.transfer.analysis.search.search_report import write_report
-from graftvit.transfer.attnbench.bench_rows import best_first, merge_rows, read_rows, row_text, write_rows
-from graftvit.transfer.cache.target_shards import PIXELS, Shard, TargetRows, TargetShards
-from graftvit.transfer.cells.pool import load_record, save_record
+from graftvit.transfer.analysis.search_report import write_report
+from graftvit.transfer.bench_rows import best_first, merge_rows, read_rows, row_text, write_rows
+from graftvit.transfer.cells import load_record, save_record
 from graftvit.transfer.config import DataConfig
 from graftvit.transfer.data.archives import count_images, unpack
 from graftvit.transfer.data.datasets import open_dataset
 from graftvit.transfer.data.loading import EvalBatches
 from graftvit.transfer.data.sampler import BatchRequest
 from graftvit.transfer.search.program_search import open_search, recorded_generations, run_search
+from graftvit.transfer.target_shards import PIXELS, Shard, TargetRows, TargetShards
 from onnx import helper, numpy_helper
 from PIL import Image
 from safetensors.torch import save_file

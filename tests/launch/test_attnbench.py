@@ -12,21 +12,14 @@ from typing import Any
 
 import pytest
 import torch
-from graftvit.launch.comparison import load_bench, load_rows
+from graftvit.launch.load_config import load_bench, load_rows
 from graftvit.models.errors import ConfigError
 from graftvit.models.programs.program import FOUND, parse_program
-from graftvit.transfer.attnbench import bench_run as bench_settings
-from graftvit.transfer.attnbench import bench_run as bench_verify
-from graftvit.transfer.attnbench import bench_run as trial_run
-from graftvit.transfer.attnbench.bench_rows import Row, merge_rows, read_rows, row_text, write_rows
-from graftvit.transfer.attnbench.bench_run import (
-    CONTROLS,
-    Bench,
-    Trial,
-    list_cells,
-    list_programs,
-    verify_rows,
-)
+from graftvit.transfer import bench_run as bench_settings
+from graftvit.transfer import bench_run as bench_verify
+from graftvit.transfer import bench_run as trial_run
+from graftvit.transfer.bench_rows import Row, merge_rows, read_rows, row_text, write_rows
+from graftvit.transfer.bench_run import CONTROLS, Bench, Trial, list_cells, list_programs, verify_rows
 from graftvit.transfer.config import OptimConfig, RunConfig
 from graftvit.transfer.engine.train import RunResult
 from support.files.irregular_files import irregular, never_waiting

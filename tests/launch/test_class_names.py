@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import timm
 from graftvit.checkpoints.pretrained import load_pretrained
-from graftvit.checkpoints.publish.upload import plan_upload
 from graftvit.checkpoints.student import save_student
+from graftvit.checkpoints.upload import plan_upload
 from graftvit.launch.cli import main
 from graftvit.launch.load_config import load_config
 from graftvit.transfer.engine.train import train

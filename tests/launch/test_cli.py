@@ -254,9 +254,7 @@ def test_demo_hands_on_what_it_was_told(
         seen.append((output_dir, quick, more))
         return output_dir / "report.html"
 
-    monkeypatch.setitem(
-        sys.modules, "graftvit.transfer.analysis.demo.demo", SimpleNamespace(run_demo=run_demo)
-    )
+    monkeypatch.setitem(sys.modules, "graftvit.transfer.analysis.demo", SimpleNamespace(run_demo=run_demo))
     said = typed("demo", "--quick", "--output-dir", tmp_path)
     typed("demo --seeds 7 9 --processes 3 --threads 2")
     assert seen == [

@@ -10,8 +10,7 @@ from typing import Any
 
 import pytest
 import yaml
-from graftvit.launch.comparison import load_comparison
-from graftvit.launch.load_config import load_stages
+from graftvit.launch.load_config import load_comparison, load_stages
 from graftvit.models.errors import ConfigError
 from graftvit.transfer.analysis.compare.student_cell import train_cell
 from support.runs.compare_runs import cell, write_config

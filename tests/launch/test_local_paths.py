@@ -74,7 +74,7 @@ def test_a_stream_is_read_from_a_url(dataset: str) -> None:
 
 
 def test_a_variable_of_a_node_may_not_hide_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    from graftvit.transfer.staging.stage import stage_folder
+    from graftvit.transfer.staging import stage_folder
 
     monkeypatch.setenv("DISK", "s3://bucket")
     with pytest.raises(ConfigError, match=r"data\.stage=\$DISK is 's3://bucket' on .*not a URL"):

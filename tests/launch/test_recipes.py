@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 from graftvit.launch.cli import main
-from graftvit.launch.comparison import load_comparison
 from graftvit.launch.load_config import (
+    load_comparison,
     load_config,
     load_stages,
     read_recipe,

@@ -30,7 +30,6 @@ from ...models.families import pooling_of, vit
 from ...models.lora import add_lora
 from ...models.pyramid_conversion import nothing_given_up
 from ...models.small import without_memory
-from ..cache.target_shards import TargetShards, check_metric, find_shards
 from ..config import DataConfig, RunConfig, TeacherConfig
 from ..data.archives import is_packed
 from ..data.datasets import check_dataset
@@ -49,6 +48,7 @@ from ..first_checks import check_first
 from ..methods.loss_terms import DEFAULT_TEACHER
 from ..metrics.measure import PROBES
 from ..mode_facts import TEACHER
+from ..target_shards import TargetShards, check_metric, find_shards
 from .best import Criterion, choose, classifies
 from .modes import Mode, Models, Task, TransferTask, mode_of
 from .optim import check_adapters, check_optimizer

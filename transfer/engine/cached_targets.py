@@ -21,7 +21,10 @@ from ...checkpoints.atomic import WriteFailedError, write_shared
 from ...checkpoints.files import read_json
 from ...checkpoints.provenance import digest_tensors
 from ...models.errors import ConfigError, GraftError, counted
-from ..cache.target_shards import (
+from ..config import RunConfig
+from ..data.sampler import preserved
+from ..methods.dual import DualViT
+from ..target_shards import (
     Shard,
     TargetRows,
     TargetShards,
@@ -32,9 +35,6 @@ from ..cache.target_shards import (
     has_weights,
     write_once,
 )
-from ..config import RunConfig
-from ..data.sampler import preserved
-from ..methods.dual import DualViT
 from . import deadline
 from .build import Parts
 from .ema import WeightAverage

@@ -10,7 +10,7 @@ from ...checkpoints.state import StateFolder
 from ...models.errors import GraftError, Json
 from ..config import RunConfig
 from ..data.loaders import AbsentTrainLoader
-from ..staging.stage import check_stage
+from ..staging import check_stage
 from .build import Parts, build
 from .cached_targets import CacheSize, Footprint, plan_targets, rehearse
 from .elastic import GlobalBatch, settle

@@ -27,13 +27,13 @@ from ...models.converted import is_mark
 from ...models.errors import GraftError
 from ...models.families import family_of, sites
 from ...models.pyramid_conversion import sharing_copy
-from ..cache.target_shards import TargetRows
 from ..config import DataConfig, RunConfig
 from ..data.loaders import create_train_loader
 from ..data.sampler import preserved
 from ..data.survey import sample_images
 from ..methods.standardize import Batch, Standardizer
-from ..staging.stage import StagingStoppedError, stage
+from ..staging import StagingStoppedError, stage
+from ..target_shards import TargetRows
 from . import deadline
 from .build import Parts
 from .parallel import gather, raise_together

@@ -20,10 +20,9 @@ from .modes import check_learns
 from .optim import Schedule, set_learning_rate
 from .resume_check import Position
 from .run_state import RunState, SaveClock
-from .runlog import LossHealth, Recorder, describe, peak_memory, stacked, weights_finite
+from .runlog import CommunicationTimer, LossHealth, Recorder, describe, peak_memory, stacked, weights_finite
 from .scoring import best_value, score
 from .signals import StopSignals
-from .waiting import CommunicationTimer
 
 logger = logging.getLogger(__name__)
 

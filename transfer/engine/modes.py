@@ -22,14 +22,14 @@ from ...models.copying.teacher_view import Normalization, ShownImages
 from ...models.errors import ConfigError, TransferError
 from ...models.families import SUPPORTED, blocks_of, classifier_of, family_named, find_family, vit
 from ...models.mae import MaskedAutoencoder
-from ..cache.target_shards import check_cache
+from ..align import Alignment, shown_to
 from ..config import Metric, RunConfig
 from ..first_checks import check_teacher_given
 from ..methods.dual import DualViT, build_dual
 from ..methods.loss_terms import DEFAULT_TEACHER, term_methods
 from ..methods.method import TransferMethod
 from ..methods.standardize import Batch, mark_ready
-from ..recovery.align import Alignment, shown_to
+from ..target_shards import check_cache
 from .optim import freeze, freeze_head
 from .students import (
     StudentPlan,

@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
@@ -25,11 +26,67 @@ from rich.text import Text
 from torch import Tensor, nn
 
 from ...checkpoints.atomic import write_bytes
-from ...checkpoints.json_lines import append_line, open_lines, parse_record, read_lines
+from ...checkpoints.files import append_line, open_lines, parse_record, read_lines
 from ...models.errors import ConfigError, Json, JsonDict, RunFailedError, one_sentence
 from ..metrics.measure import LAYER as LAYER_METRIC
 from .parallel import local
-from .waiting import Clock
+
+# Measure how long a process waits: the clock of a record, and the exposed gradient communication of DDP.
+
+NANOSECONDS = 1e-9
+
+
+@dataclass
+class Clock:
+    """Times and counts since the last record of a kind, by the clock of this process."""
+
+    start: float = field(default_factory=lambda: time.perf_counter())
+    images: int = 0
+    steps: int = 0
+    waited: float = 0.0
+    """Seconds without a batch from the loader."""
+    exposed: list[float] = field(default_factory=list)
+    """Seconds of communication after the backward pass, in the steps that were timed."""
+
+    def readings(self) -> dict[str, float]:
+        """Return the seconds, and unless no step was timed, images per second and the shares of time spent waiting."""
+        seconds = max(time.perf_counter() - self.start, 1e-9)
+        readings = {"seconds": round(seconds, 3)}
+        if self.steps:
+            readings["images_per_second"] = round(self.images / seconds, 1)
+            readings["data_wait"] = round(min(1.0, self.waited / seconds), 3)
+        if self.exposed and self.steps:
+            share = sum(self.exposed) / len(self.exposed) * self.steps / seconds
+            readings["comm_wait"] = round(min(1.0, share), 3)
+        return readings
+
+
+class CommunicationTimer:
+    """DDP's own timing of a step: how long its gradient exchange continued after the backward pass.
+
+    DDP times its first ten steps and then one in `every`. It reads the times from the device at the start of the next
+    step; if `every` is the interval of the log, the log has waited for the device there anyway. FSDP and a single
+    process have no such times.
+    """
+
+    def __init__(self, model: nn.Module, every: int) -> None:
+        self._model = model
+        self._seen = 0
+        choose = getattr(model, "_set_ddp_runtime_logging_sample_rate", None)
+        if choose is not None:
+            choose(every)
+
+    def seconds(self) -> float | None:
+        """Return the seconds of the last timed step; None if no step was timed since the last call."""
+        read = getattr(self._model, "_get_ddp_logging_data", None)
+        timed: JsonDict = {} if read is None else read()
+        total, hidden = timed.get("backward_comm_time"), timed.get("backward_compute_comm_overlap_time")
+        step = timed.get("iteration", 0)
+        if total is None or hidden is None or step == self._seen:
+            return None
+        self._seen = step
+        return float(max(0, total - hidden)) * NANOSECONDS
+
 
 # Mean losses and a check for non-finite losses, without waiting for the device.
 

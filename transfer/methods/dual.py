@@ -32,7 +32,6 @@ from ...models.lora import merged
 from ...models.replay import replay_blocks, restore_blocks
 from ..loss_config import TransferConfig
 from .drop_path import SharedDropPath, check_shares, share_drop_paths
-from .lessons import Changes, begin_lesson, check_free, end_lesson
 from .loss_terms import (
     DEFAULT_TEACHER,
     OF_DUAL,
@@ -52,7 +51,7 @@ from .loss_terms import (
 )
 from .method import Pairing, TransferPlan
 from .standardize import Batch, Measured, fit, mark_ready
-from .taught_layer import freeze_unused
+from .taught_layer import Changes, begin_lesson, check_free, end_lesson, freeze_unused
 
 # One pass of a frozen teacher in a step, or its results from an earlier one.
 

@@ -18,9 +18,9 @@ from ...models.errors import Json, TransferError
 from ...models.families import family_of, is_pyramid, vit
 from ...models.parts import feature_width, patch_width
 from ..loss_config import LossConfig
-from .lessons import Changes
 from .method import Installed, Pairing, TransferMethod, TransferPlan
 from .standardize import Measured, Standardizer
+from .taught_layer import Changes
 
 # Patches of a student and of any teacher on one grid, so that their features can be compared.
 

@@ -24,11 +24,10 @@ from ...models.families import evaluating, vit
 from ...models.host import AttentionHost
 from ..loss_config import LossConfig
 from .heads import map_distance, match_heads
-from .lessons import Changes
 from .map_loss import LayerMaps
 from .method_facts import facts_of
 from .standardize import Measured
-from .taught_layer import Observer, attach
+from .taught_layer import Changes, Observer, attach
 
 Finish = Callable[[Tensor], dict[str, Tensor]]
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from importlib import import_module
 
+from ...checkpoints.card import Rows, number
 from ...checkpoints.markdown import code
-from ...checkpoints.publish.card import Rows, number
 from ...models.errors import ConfigError, Json, did_you_mean
 from .method import TransferMethod
 from .method_facts import METHODS, MethodFacts, method_names

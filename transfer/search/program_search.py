@@ -21,7 +21,7 @@ from ...models.errors import ConfigError, JsonDict
 from ...models.programs.drawing import cross, draw_program, mutate
 from ...models.programs.program import FOUND, LINEAR, Program, ProgramError, parse_program
 from ...models.programs.program_checks import CHECKS, check
-from ..cells.pool import (
+from ..cells import (
     Ending,
     State,
     StoppedError,

@@ -13,9 +13,8 @@ import pytest
 import yaml
 from graftvit.launch import cli
 from graftvit.launch.cli import COMMANDS
-from graftvit.launch.comparison import load_comparison
 from graftvit.launch.flags import command_parser, split_words
-from graftvit.launch.load_config import load_config, load_stages, parse_override
+from graftvit.launch.load_config import load_comparison, load_config, load_stages, parse_override
 from graftvit.launch.slurm import submission
 from graftvit.launch.slurm.job_folder import JobFolder, read_order
 from graftvit.launch.slurm.jobs import describe_run

@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from graftvit.checkpoints.json_lines import read_records
+from graftvit.checkpoints.files import read_records
 from graftvit.launch.fields import leaves
 from graftvit.launch.load_config import Setting, dump_config, load_config, load_stages, parse_override
 from graftvit.launch.slurm.summary import (

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 from graftvit.models.attention import kernels
-from graftvit.models.attention.fold import fold_lse_gradient
 from graftvit.models.attention.fused import apply_map, attention_with_lse, map_logsumexp
+from graftvit.models.attention.kernels import fold_lse_gradient
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor

@@ -17,8 +17,8 @@ from graftvit.models.converted import start_fresh
 from graftvit.models.errors import ConfigError, TransferError, UnsupportedModelError
 from graftvit.models.layer_plan import Choice, create_operator
 from graftvit.models.programs.program import FOUND, LINEAR, parse_program
-from graftvit.transfer.analysis.benchmark.cases import counted_macs
-from graftvit.transfer.recovery.align import LayerTarget, check_layer_loss, map_error, probe_error
+from graftvit.transfer.align import LayerTarget, check_layer_loss, map_error, probe_error
+from graftvit.transfer.analysis.benchmark_cases import counted_macs
 from support.models.dense import TINY, tiny
 from support.models.operator_cases import Case, draw, identity_values
 from torch import Tensor

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from graftvit.transfer.analysis.benchmark.cases import Case, Kind, Row
+from graftvit.transfer.analysis.benchmark_cases import Case, Kind, Row
 
 
 def case(

@@ -10,7 +10,7 @@ import signal
 from pathlib import Path
 from typing import Any
 
-from graftvit.transfer.cache import target_shards
+from graftvit.transfer import target_shards
 from graftvit.transfer.config import RunConfig
 from graftvit.transfer.methods.dual import DualViT
 from support.runs.engine_killer import Spoil, start, wait

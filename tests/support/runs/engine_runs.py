@@ -8,7 +8,7 @@ from typing import Any
 
 import timm
 import torch
-from graftvit.checkpoints.json_lines import read_records
+from graftvit.checkpoints.files import read_records
 from graftvit.checkpoints.preprocessing import Preprocessing
 from graftvit.checkpoints.state import read_state
 from graftvit.checkpoints.student import write_student

@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from graftvit.checkpoints.json_lines import read_records
+from graftvit.checkpoints.files import read_records
 from graftvit.transfer.engine.loop import Loop
 from support.runs.engine_killer import start, wait
 from support.runs.engine_runs import config

@@ -12,7 +12,7 @@ import graftvit
 import pytest
 import timm
 import torch
-from graftvit.checkpoints.json_lines import read_records
+from graftvit.checkpoints.files import read_records
 from graftvit.checkpoints.pretrained import load_pretrained, load_weights
 from graftvit.launch.cli import main
 from graftvit.launch.plan_text import describe_plan

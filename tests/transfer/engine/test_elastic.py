@@ -12,13 +12,7 @@ import torch
 from graftvit.models.errors import ConfigError
 from graftvit.transfer.config import RunConfig
 from graftvit.transfer.data.loaders import TrainLoader
-from graftvit.transfer.engine.elastic import (
-    GlobalBatch,
-    as_started,
-    check_spread,
-    describe,
-    first_batch,
-)
+from graftvit.transfer.engine.elastic import GlobalBatch, as_started, check_spread, describe, first_batch
 from graftvit.transfer.engine.resume_check import Position, settings
 from graftvit.transfer.engine.run_state import restore_meters
 from graftvit.transfer.engine.runlog import Meters

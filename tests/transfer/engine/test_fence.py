@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 from graftvit.checkpoints import state as state_file
-from graftvit.checkpoints.json_lines import read_records
+from graftvit.checkpoints.files import read_records
 from graftvit.checkpoints.state import StateFolder, TrainingState
 from graftvit.models.errors import CheckpointError, ConfigError, RunFailedError
 from graftvit.transfer.engine import fence as fence_module

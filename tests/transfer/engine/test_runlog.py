@@ -13,7 +13,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.tracking import GeneralTracker
-from graftvit.checkpoints.json_lines import read_records
+from graftvit.checkpoints.files import read_records
 from graftvit.models.errors import ConfigError, RunFailedError
 from graftvit.transfer.config import RunConfig
 from graftvit.transfer.data.loaders import EvalLoader
@@ -22,6 +22,7 @@ from graftvit.transfer.engine import runlog as trackers
 from graftvit.transfer.engine.loop import Loop
 from graftvit.transfer.engine.resume_check import settings
 from graftvit.transfer.engine.runlog import (
+    CommunicationTimer,
     LossHealth,
     Meters,
     ProgressBar,
@@ -36,7 +37,6 @@ from graftvit.transfer.engine.runlog import (
     weights_finite,
 )
 from graftvit.transfer.engine.train import train
-from graftvit.transfer.engine.waiting import CommunicationTimer
 from support.runs.engine_runs import config
 from support.runs.scenarios import RunScenario
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from graftvit.checkpoints.json_lines import read_records
+from graftvit.checkpoints.files import read_records
 from graftvit.transfer.engine import deadline, early_signals
 from graftvit.transfer.engine.deadline import SIGNALS as STOP_SIGNALS
 from graftvit.transfer.engine.early_signals import EARLY_SIGNALS, remembering

@@ -12,7 +12,7 @@ import graftvit
 import pytest
 import torch
 import yaml
-from graftvit.checkpoints.json_lines import read_records
+from graftvit.checkpoints.files import read_records
 from graftvit.launch.cli import main
 from graftvit.models.conversion import plan_of
 from graftvit.models.errors import ConfigError

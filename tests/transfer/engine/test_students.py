@@ -15,7 +15,7 @@ import pytest
 import timm
 import torch
 from graftvit.checkpoints.describe import describe_source
-from graftvit.checkpoints.json_lines import read_records
+from graftvit.checkpoints.files import read_records
 from graftvit.checkpoints.preprocessing import Preprocessing
 from graftvit.checkpoints.pretrained import load_pretrained, load_weights
 from graftvit.checkpoints.provenance import Pretrained

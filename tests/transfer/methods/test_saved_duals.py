@@ -11,7 +11,7 @@ import pytest
 import timm
 import torch
 from graftvit.checkpoints.pretrained import load_pretrained
-from graftvit.checkpoints.publish.upload import plan_upload
+from graftvit.checkpoints.upload import plan_upload
 from graftvit.models.conversion import convert
 from graftvit.models.copied import copying_of
 from graftvit.models.copying.teacher_view import Normalization

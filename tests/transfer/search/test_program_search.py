@@ -11,7 +11,7 @@ import pytest
 import torch
 from graftvit.models.errors import ConfigError
 from graftvit.models.programs.program import parse_program
-from graftvit.transfer.cells.pool import save_first
+from graftvit.transfer.cells import save_first
 from graftvit.transfer.search import program_search
 from graftvit.transfer.search.program_search import (
     ARCHIVE,

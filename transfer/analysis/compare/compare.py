@@ -14,18 +14,10 @@ from pathlib import Path
 from ....models.converted import plan_of
 from ....models.errors import ConfigError, GraftError, JsonDict, RunFailedError, one_sentence
 from ....models.families import check_supported
-from ...cells.pool import (
-    StoppedError,
-    digest,
-    left_to_run,
-    load_record,
-    refuse_links,
-    run_in_turn,
-    save_record,
-)
+from ...cells import StoppedError, digest, left_to_run, load_record, refuse_links, run_in_turn, save_record
 from ...engine.build import identify_teachers
 from ...engine.train import train
-from ..benchmark.cases import load_average, machine
+from ..benchmark_cases import load_average, machine
 from .comparison_cells import TEACHER, Cell, Comparison, Record, Speed
 from .student_cell import (
     check_cell,
@@ -214,7 +206,7 @@ def raise_failed(failed: Sequence[str], folder: Path) -> None:
 @contextmanager
 def _quiet_log() -> Iterator[None]:
     """Keep the runs' own records to their log.jsonl."""
-    logs = [logging.getLogger(name) for name in ("graftvit.transfer.engine", "graftvit.transfer.recovery")]
+    logs = [logging.getLogger(name) for name in ("graftvit.transfer.engine", "graftvit.transfer.align")]
     levels = [log.level for log in logs]
     for log in logs:
         log.setLevel(logging.ERROR)

@@ -19,7 +19,7 @@ from ....models.families import sites, vit
 from ....models.grid_hosts import Call, watch_layer
 from ....models.host import AttentionHost
 from ....models.pyramid_conversion import sharing_copy
-from ...cells.pool import State, cell_state, digest, load_record, pick_named
+from ...cells import State, cell_state, digest, load_record, pick_named
 from ...config import RunConfig
 from ...engine.stages import Stage
 from ...engine.students import input_size

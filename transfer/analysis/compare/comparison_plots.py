@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure as Drawing
 
-from ..benchmark.benchmark import Crossover, crossover
+from ..benchmark import Crossover, crossover
 from ..report.ink import (
     FAINT,
     GRAY,

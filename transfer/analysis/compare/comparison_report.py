@@ -12,7 +12,7 @@ from pathlib import Path
 from ....checkpoints.atomic import write_text
 from ....models.attention.base import Operations
 from ...metrics.intervals import Interval, Z, accuracy_interval, standard_error
-from ..benchmark.cases import Prices
+from ..benchmark_cases import Prices
 from ..report.rendering import Figure, Report, compose
 from ..report.tables import Table, milliseconds, tabulate, to_json
 from .comparison_cells import TEACHER, UNIFORM, Comparison, Record, Score, Speed, mean_over_seeds

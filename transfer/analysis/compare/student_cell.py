@@ -17,12 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from ....checkpoints.architecture import published_config
-from ....checkpoints.files import open_regular
-from ....checkpoints.json_lines import read_records
+from ....checkpoints.files import open_regular, read_records
 from ....checkpoints.preprocessing import Preprocessing
 from ....checkpoints.pretrained import describe_model, load_pretrained
 from ....checkpoints.provenance import Pretrained
-from ....checkpoints.safety.archive import open_archive, read_arrays
+from ....checkpoints.safety import open_archive, read_arrays
 from ....checkpoints.student import FittedLayers
 from ....models.attention.base import AttentionOperator
 from ....models.calibration import fit_at_random
@@ -31,7 +30,8 @@ from ....models.cost import attention_macs, count_operations
 from ....models.errors import ConfigError, GraftError, JsonDict
 from ....models.families import image_channels, sites
 from ....models.small import without_memory
-from ...cells.pool import save_record
+from ...align import can_learn
+from ...cells import save_record
 from ...config import DataConfig, RunConfig
 from ...data.loaders import create_eval_loader
 from ...engine.build import build, find_start, load_teachers, settle
@@ -40,9 +40,8 @@ from ...engine.modes import Models, mode_of
 from ...engine.stages import Stage, chain, check_stages, train_stages
 from ...engine.students import input_size, plan_student
 from ...metrics.measure import evaluate
-from ...recovery.align import can_learn
-from ..benchmark.benchmark import macs_beside
-from ..benchmark.cases import counted_macs, load_average, machine, peak_bytes, step_of, time_steps
+from ..benchmark import macs_beside
+from ..benchmark_cases import counted_macs, load_average, machine, peak_bytes, step_of, time_steps
 from ..layer_maps import layer_maps, preprocessed, spread_images
 from ..report.ink import Array, Panel, write_arrays
 from ..visualize.map_figures import Query, default_query

@@ -100,7 +100,7 @@ class Report:
 
 
 def compose(template: str, **values: object) -> Report:
-    """Return the report of a template, by its path in `transfer/analysis`, such as `demo/demo.txt`."""
+    """Return the report of a template, by its path in `transfer/analysis`, such as `demo.txt`."""
     put: list[Block] = []
 
     def show(value: object) -> str:

@@ -9,15 +9,14 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
-from graftvit.launch.comparison import load_comparison
-from graftvit.launch.load_config import Setting
+from graftvit.launch.load_config import Setting, load_comparison
 from graftvit.models.errors import ConfigError, GraftError
 from graftvit.transfer.analysis.compare import compare as compare_run
 from graftvit.transfer.analysis.compare.compare import run_compare
 from graftvit.transfer.analysis.compare.comparison_cells import SET_BY_CELLS, Comparison, only_named
 from graftvit.transfer.analysis.compare.comparison_report import write_report
 from graftvit.transfer.analysis.compare.student_cell import cell_stages, fresh_model, is_linear, load_maps
-from graftvit.transfer.cells.pool import StoppedError
+from graftvit.transfer.cells import StoppedError
 from graftvit.transfer.config import RunConfig
 from safetensors.torch import load_file, save_file
 from support.runs.compare_runs import cell, write_config

@@ -22,7 +22,7 @@ from graftvit.transfer.analysis.compare.comparison_report import (
     reference,
 )
 from graftvit.transfer.analysis.report.ink import to_png
-from graftvit.transfer.cells.pool import load_record, save_record
+from graftvit.transfer.cells import load_record, save_record
 from scipy.stats import binomtest
 
 

@@ -1,1 +1,0 @@
-"""Publish to the Hugging Face hub: a student's folder, its model card, its license."""

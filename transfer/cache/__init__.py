@@ -1,1 +1,0 @@
-"""Teacher targets that are computed once: `transfer.cache`."""

@@ -1,1 +1,0 @@
-"""A copy of the data set on a node's own disk, made once a node."""
