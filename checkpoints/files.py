@@ -74,7 +74,7 @@ def near_path(path: str | Path, *, folders: bool = False) -> str:
     missing = Path(path)
     if is_there(missing):
         return ""
-    if os.path.islink(missing):
+    if os.path.islink(missing):  # noqa: PTH114
         return "it is a link that leads nowhere."
     while missing.name and not is_folder(missing.parent):
         missing = missing.parent
