@@ -12,13 +12,12 @@ help(graftvit.DualViT) and help(graftvit.RunConfig) explain the two classes; `gr
 import lazy_loader
 
 _lazy = lazy_loader.attach_stub(__name__, __file__)
-__all__ = [name for name in _lazy[2] if name.islower()]
-"""The functions: help(graftvit) would show of a class also the hundreds of names that it inherits."""
+__all__ = _lazy[2]
 
 
 def __dir__() -> list[str]:
     """Return the public names."""
-    return [*_lazy[2], "__version__"]
+    return [*__all__, "__version__"]
 
 
 def __getattr__(name: str) -> object:
