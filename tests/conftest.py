@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import logging
+import signal
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
@@ -13,6 +14,7 @@ from hypothesis import settings
 
 settings.register_profile("graftvit", deadline=None)  # a busy machine is no failure
 settings.load_profile("graftvit")
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # also under nohup, which ignores it
 gc.disable()  # while the tests are imported, which makes millions of objects and no garbage
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..attention.base import Heads
 from ..families import Site
@@ -138,6 +138,18 @@ class Tape(threading.local):
 
     def __reduce__(self) -> tuple[Any, ...]:
         return (Tape, ())
+
+
+@dataclass(eq=False)
+class KeepOutput:
+    """A forward hook of a module of the student: its output is kept among the features of the step, by `name`."""
+
+    tape: Tape
+    name: str
+
+    def __call__(self, module: nn.Module, inputs: object, out: Tensor) -> None:
+        if self.tape.active:
+            self.tape.features[self.name] = out
 
 
 def take(heads: Heads, head_index: list[int] | None, tokens: Tokens) -> Heads:

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...models.attention.kernels import precise
-from ...models.copying.tape import Tape
+from ...models.copying.tape import KeepOutput, Tape
 from ...models.copying.teacher_view import Wanted
 from ...models.errors import Json, TransferError
 from ...models.families import family_of, is_pyramid, vit
@@ -164,7 +164,7 @@ class Patches(FeaturePart):
 
     def record(self, changes: Changes) -> None:
         last = family_of(self.student).last_tokens(self.student)
-        changes.hooks.append(last.register_forward_hook(_KeepOutput(self.tape, "tokens")))
+        changes.hooks.append(last.register_forward_hook(KeepOutput(self.tape, "tokens")))
 
     def of_student(self) -> Tensor:
         tokens, images = self.tape.features.get("tokens"), self.tape.features.get("images")
@@ -226,18 +226,6 @@ class _KeepInput:
     def __call__(self, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         if self.tape.active:
             self.tape.features[self.name] = inputs[0]
-
-
-@dataclass(eq=False)
-class _KeepOutput:
-    """A hook of a module of the student: its output is kept."""
-
-    tape: Tape
-    name: str
-
-    def __call__(self, module: nn.Module, inputs: object, out: Tensor) -> None:
-        if self.tape.active:
-            self.tape.features[self.name] = out
 
 
 def _not_seen(part: str) -> TransferError:

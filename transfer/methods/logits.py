@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...models.attention.kernels import precise
-from ...models.copying.tape import Tape
+from ...models.copying.tape import KeepOutput, Tape
 from ...models.copying.teacher_view import Wanted
 from ...models.errors import TransferError
 from ..loss_config import LossConfig
@@ -45,7 +45,9 @@ class Logits(TransferMethod):
                     "deit_base_distilled_patch16_224; use all"
                 )
         for name, head in heads.items():
-            pairing.changes.hooks.append(head.register_forward_hook(_KeepOutput(pairing.tape, name)))
+            pairing.changes.hooks.append(
+                head.register_forward_hook(KeepOutput(pairing.tape, f"logits of {name}"))
+            )
         hard, temperature = config.logits_loss == "hard", config.temperature
         loss = _LogitsLoss(pairing.tape, temperature, hard, own_head=bool(heads))
         return Installed(finish=loss, labelled=loss.labelled if heads else None)
@@ -53,18 +55,6 @@ class Logits(TransferMethod):
 
 HEADS = ("head", "head_dist")
 """The heads of a student with a distillation token: for labels, and for the teacher's classes."""
-
-
-@dataclass(eq=False)
-class _KeepOutput:
-    """A hook of one head: its logits are kept."""
-
-    tape: Tape
-    name: str
-
-    def __call__(self, module: nn.Module, inputs: object, out: Tensor) -> None:
-        if self.tape.active:
-            self.tape.features[f"logits of {self.name}"] = out
 
 
 @dataclass(eq=False)

@@ -178,8 +178,10 @@ def refuse_name(role: str, model: object, loader: str) -> None:
             f"{role} is a path or name and no model: load it first by graftvit.{loader}({str(model)!r})"
         )
     if not isinstance(model, nn.Module):
+        wrapped = ", or a function as an OutsideTeacher" if callable(model) else ""
         raise UnsupportedModelError(
-            f"{role} is of type {type(model).__name__} and no model: give one as graftvit.{loader} returns it"
+            f"{role} is of type {type(model).__name__} and no model: give one as graftvit.{loader} returns "
+            f"it{wrapped}"
         )
 
 

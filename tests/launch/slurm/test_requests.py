@@ -282,7 +282,7 @@ def test_wrong_words_are_refused_before_anything_is_written(folder: Path, words:
         ("evaluate teacher --dataset digits --workers 0", None, 1),
         ("convert teacher --plan *:linear --output_dir new --calibrate 4 --dataset digits", "new", 1),
         ("export teacher out.pt2", "out.pt2", 1),
-        ("benchmark operators --operators linear --tokens 16", "benchmark", 1),
+        ("benchmark operators --operators linear --tokens 16", "benchmark/operators", 1),
         ("layers teacher --teacher teacher --dataset digits --workers 1", None, 2),
         ("data images --out look.png", "look.png", 1),
     ],
