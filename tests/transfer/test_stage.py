@@ -342,7 +342,7 @@ SHARE = """
 import sys
 from pathlib import Path
 from graftvit.transfer.config import DataConfig
-from graftvit.transfer.staging import stage as staging
+from graftvit.transfer import staging
 real = staging.copy
 def noted(*arguments):
     with Path(sys.argv[3]).open("a") as file:
