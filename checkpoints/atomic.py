@@ -8,6 +8,7 @@ import glob
 import os
 import re
 import shutil
+import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -19,6 +20,7 @@ from ..models.errors import CheckpointError, RunFailedError
 from .files import NOT_A_URL, is_url, kind_of
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+DAY = 86_400
 
 
 class WriteFailedError(CheckpointError, RunFailedError):
@@ -85,7 +87,7 @@ def write_folder(
     A folder cannot be renamed over another one: the old one is set aside for the moment between two renames,
     and is brought back by `recover_folder` if the process died there.
     `check` is of a folder that several processes may write at once: called right before the renames, it raises where
-    another one was first. Its unfinished files are left to it.
+    another one was first. Others may be writing theirs, so what is unfinished is removed a day after it was touched.
 
     Raises WriteFailedError as `write_file`; what `check` raises.
     """
@@ -94,8 +96,7 @@ def write_folder(
     with _explained(path, size), _removed(temporary):
         path.parent.mkdir(parents=True, exist_ok=True)
         recover_folder(path)
-        if check is None:
-            remove_leftovers(path)
+        remove_leftovers(path, older=0 if check is None else DAY)
         temporary.mkdir()
         write(temporary)
         follow_umask(temporary)
@@ -123,10 +124,12 @@ def recover_folder(path: Path) -> None:
         aside.rename(path)
 
 
-def remove_leftovers(path: Path) -> None:
-    """Remove the temporary files of `path` that dead attempts left."""
+def remove_leftovers(path: Path, *, older: float = 0) -> None:
+    """Remove the temporary files of `path` that dead attempts left, if they were not touched for `older` seconds."""
     for leftover in path.parent.glob(f".{glob.escape(path.name)}.{'[0-9a-f]' * 12}.tmp"):
-        remove(leftover)
+        with contextlib.suppress(FileNotFoundError):  # another process removes them, too
+            if time.time() - leftover.lstat().st_mtime >= older:
+                remove(leftover)
 
 
 def follow_umask(folder: Path) -> None:

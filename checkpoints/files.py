@@ -67,6 +67,8 @@ def nearest_folder(path: Path) -> Path:
 def near_path(path: str | Path, *, folders: bool = False) -> str:
     """`did you mean 'runs/teacher'?` for `runs/techer`, which is not there; nothing where no name beside it is like it.
 
+    Of a link that leads nowhere, say so.
+
     Args:
         path: As somebody typed it; the first part of it that is not there is what was mistyped.
         folders: Leave out files.

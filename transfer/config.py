@@ -282,6 +282,7 @@ EVALUATES = (
     ),
 )
 LARGEST_BATCH = 2**20
+"""Images; the last batch of an evaluation is padded to its size, in memory."""
 NO_VIEWS = "with data.views=0, which shows images without augmentation: leave it out"
 AUGMENTED = Need(lambda run: run.data.views != 0, NO_VIEWS)
 CROPPED = Need(

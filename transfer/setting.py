@@ -130,18 +130,16 @@ def check_plain(value: Any, depth: int = 50) -> None:
 
 
 def check_switch(value: Any, annotation: Any) -> None:
-    """Raise an error of pydantic for true or false in place of a number, which Python takes for 1 or 0, and for
-    anything else in place of true or false."""
-    parts = (
-        value.values()
-        if isinstance(value, Mapping)
-        else value
-        if isinstance(value, list | tuple)
-        else (value,)
-    )
-    if annotation is bool and not isinstance(value, bool):
-        raise PydanticCustomError("switch", "Input should be true or false")
-    if annotation is not bool and any(isinstance(part, bool) for part in parts):
+    """Raise an error of pydantic for a switch that is not true or false, and for another setting that is or holds one.
+
+    Python takes true for 1, and pydantic takes 1 for true.
+    """
+    if annotation is bool:
+        if not isinstance(value, bool):
+            raise PydanticCustomError("switch", "Input should be true or false")
+        return
+    inner = value.values() if isinstance(value, Mapping) else value if isinstance(value, list | tuple) else ()
+    if any(isinstance(part, bool) for part in (value, *inner)):
         raise PydanticCustomError("switch", "Input should not be true or false")
 
 
@@ -163,8 +161,8 @@ class Section(BaseModel):
         kind = cls.model_fields[str(info.field_name)].annotation
         if not is_section(kind):  # the fields of a section are checked separately
             check_plain(value)
-        if not is_section(kind) and kind != JsonDict:
-            check_switch(value, kind)
+            if kind != JsonDict:
+                check_switch(value, kind)
         return value
 
     @field_validator("*")

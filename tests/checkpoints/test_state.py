@@ -510,3 +510,11 @@ def test_leftovers_are_links_and_files_of_its_own_name_only(tmp_path: Path) -> N
     write_file(tmp_path / "x.json", lambda path: path.write_text(""), size=0)
     assert listed(tmp_path) == [".x.json.draft.tmp", "theirs", "x.json"]
     assert listed(tmp_path / "theirs") == ["kept"]
+
+
+def test_of_a_folder_with_several_writers_only_old_leftovers_are_removed(tmp_path: Path) -> None:
+    for name, age in (("0" * 12, 0), ("1" * 12, 2 * 86_400)):
+        (tmp_path / f".x.{name}.tmp").mkdir()
+        os.utime(tmp_path / f".x.{name}.tmp", (time.time() - age,) * 2)
+    write_folder(tmp_path / "x", lambda path: (path / "a").touch(), size=0, check=lambda: None)
+    assert listed(tmp_path) == [f".x.{'0' * 12}.tmp", "x"]

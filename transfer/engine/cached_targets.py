@@ -37,9 +37,8 @@ from ..target_shards import (
 )
 from . import deadline
 from .build import Parts
-from .ema import WeightAverage
 from .modes import Task, TransferTask, check_learns
-from .optim import Schedule, create_optimizer
+from .optim import Schedule, WeightAverage, create_optimizer
 from .parallel import gather, raise_together
 from .resume_check import Position
 from .runlog import ProgressBar

@@ -19,8 +19,8 @@ from ...models.converted import is_mark
 from ...models.errors import CheckpointError, GraftError, Json, JsonDict
 from ..config import RunConfig
 from .elastic import GlobalBatch
-from .ema import WeightAverage
 from .modes import Task
+from .optim import WeightAverage
 from .parallel import gather, gathered, placed_like, raise_together
 from .resume_check import Position, settings
 from .runlog import Meters, RunLog

@@ -8,7 +8,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from ...checkpoints.class_names import Head, places
+from ...checkpoints.provenance import Head, places
 from ...models.errors import DataError
 from ..data.loaders import EvalLoader
 from ..data.sampler import preserved, seed_batch
@@ -17,8 +17,8 @@ from ..metrics.measure import PROBES, Against, Family, evaluate, measure
 from . import deadline
 from .best import Criterion, classifies
 from .build import Parts
-from .ema import WeightAverage
 from .modes import Task, TransferTask
+from .optim import WeightAverage
 
 Predictor = Callable[[Tensor], Tensor]
 

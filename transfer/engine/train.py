@@ -26,12 +26,11 @@ from ..data.sampler import preserved
 from .build import Parts, build
 from .cached_targets import prepare_targets
 from .elastic import GlobalBatch, describe, settle
-from .ema import WeightAverage
 from .fence import Fence
 from .fit_operators import fit_operators, leave_to_us, measure_features, stage_together
 from .loop import Loop
 from .modes import PretrainTask
-from .optim import Schedule, create_optimizer, describe_batch
+from .optim import Schedule, WeightAverage, create_optimizer, describe_batch
 from .parallel import create_accelerator, gather, gathered, host_group, raise_together, shard
 from .resume_check import (
     Position,

@@ -19,8 +19,8 @@ from graftvit.models.lora import add_lora
 from graftvit.models.mae import MaskedAutoencoder
 from graftvit.transfer.config import OptimConfig
 from graftvit.transfer.engine.dry_run import dry_run
-from graftvit.transfer.engine.ema import WeightAverage
 from graftvit.transfer.engine.optim import (
+    WeightAverage,
     check_adapters,
     create_optimizer,
     describe_batch,
