@@ -34,7 +34,7 @@ from .licenses import (
     recorded_mode,
 )
 from .markdown import code, fenced, plain
-from .provenance import BARE, COST, PICKED, PROVENANCE, licenses
+from .provenance import BARE, COST, KEY, PICKED, licenses
 
 # Describe a run in the words and tables of a model card.
 
@@ -202,7 +202,7 @@ def _sources(config: Json) -> tuple[str | None, ...]:
 
     The license of the weights themselves answers for an origin that is unknown, for the writer knew it.
     """
-    origins = [normalize(license) for license in licenses(section(config, PROVENANCE))]
+    origins = [normalize(license) for license in licenses(section(config, KEY))]
     own = normalize(section(config, "pretrained_cfg").get("license"))
     return tuple(origins) if own is None else (own, *(license for license in origins if license))
 
@@ -268,13 +268,13 @@ def measured(config: Json) -> dict[str, float]:
     """Return the recorded results that are numbers."""
     return {
         key: float(value)
-        for key, value in section(section(config, PROVENANCE), "results").items()
+        for key, value in section(section(config, KEY), "results").items()
         if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
     }
 
 
 def _recipe(config: Json) -> Json:
-    return section(section(config, PROVENANCE), "recipe")
+    return section(section(config, KEY), "recipe")
 
 
 def _loading_rows(config: Json) -> Rows:
@@ -314,7 +314,7 @@ def _outside_operators(config: Json) -> list[str]:
 def _cost_rows(config: Json) -> list[tuple[str, str]]:
     """Return what a copying student and the part of its teacher cost; nothing for the others."""
     cost, names = (
-        section(section(config, PROVENANCE), COST),
+        section(section(config, KEY), COST),
         {"student": "the student itself", "teacher": "the part of its teacher"},
     )
     known = [(name, section(cost, key)) for key, name in names.items()]
@@ -327,7 +327,7 @@ def _cost_rows(config: Json) -> list[tuple[str, str]]:
 
 def _making_rows(config: Json, describe: DescribeTransfer) -> Rows:
     """Return where the weights came from and how they were trained; empty if nothing is recorded."""
-    made, recipe = section(config, PROVENANCE), _recipe(config)
+    made, recipe = section(config, KEY), _recipe(config)
     if not made:
         return []
     rows = _origin("teacher", made, recipe)
@@ -369,7 +369,7 @@ def _license_name(license: str | None) -> str:
 
 def _results(config: Json, facts: CardFacts) -> dict[str, str]:
     """Return a row of results by its heads; empty without an accuracy or a loss."""
-    recorded, found = section(section(config, PROVENANCE), "results"), measured(config)
+    recorded, found = section(section(config, KEY), "results"), measured(config)
     names = {"top1": "top-1 (%)", "top5": "top-5 (%)", "loss": "loss", "epoch": "epoch"}
     shown = [key for key in names if key in found]
     if not set(shown) & {"top1", "top5", "loss"}:
@@ -391,7 +391,7 @@ def student_card(config: Json, facts: CardFacts) -> str:
     What is not recorded is left out, or called unknown.
     """
     config = public(config)
-    made, arguments = section(config, PROVENANCE), section(config, "model_args")
+    made, arguments = section(config, KEY), section(config, "model_args")
     architecture = config.get("architecture")
     copies = architecture == COPIED
     architecture = arguments.get("student") if copies else architecture
@@ -450,7 +450,7 @@ def hub_name(source: str) -> str | None:
 
 
 def _metadata(config: Json, facts: CardFacts) -> ModelCardData:
-    made = section(config, PROVENANCE)
+    made = section(config, KEY)
     dataset = str(section(section(made, "recipe"), "data").get("dataset") or "")
     results = _eval_results(config, facts)
     transfer = ["attention-transfer"] if made.get("teacher") else []
@@ -481,7 +481,7 @@ def _bases(made: Json) -> JsonDict:
 
 def _eval_results(config: Json, facts: CardFacts) -> list[EvalResult]:
     """Measured accuracies."""
-    made = section(config, PROVENANCE)
+    made = section(config, KEY)
     recipe = section(made, "recipe")
     dataset = str(section(made, "results").get("dataset") or "")
     name, split = facts.dataset_name or dataset.rpartition("/")[2], section(recipe, "data").get("val_split")

@@ -17,7 +17,8 @@ from .files import read_json, read_regular
 from .formats import read_weights
 from .hub import commit_of, download, try_download
 from .preprocessing import Preprocessing
-from .provenance import NORM_EPS, PROVENANCE
+from .provenance import KEY as PROVENANCE
+from .provenance import NORM_EPS
 from .report import shortened
 from .sources import FileSource, FolderSource, HubSource, TimmSource, parse_source
 from .state import BEST, read_meta

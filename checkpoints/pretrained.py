@@ -34,11 +34,12 @@ from .architecture import (
     published_config,
     read_timm,
 )
+from .class_names import read_names
 from .copying_students import described_architecture, make_whole, refuse_as_start
 from .fit import Method, fit, late_size, refuse_not_finite, resize_loaded, source_grid, without_values
 from .model_folders import Opened, open_source, read_folder, read_weights_file
 from .preprocessing import Preprocessing, input_size
-from .provenance import Pretrained, digest_weights, read_names
+from .provenance import Pretrained, digest_weights
 from .report import LoadReport, some
 from .sources import FileSource, TimmSource, source_text
 from .weight_files import Weights, as_pair

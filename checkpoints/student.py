@@ -26,11 +26,13 @@ from ..models.errors import CheckpointError, ConfigError, Json, JsonDict, check_
 from ..models.families import is_pyramid, vit
 from .architecture import build, published_config
 from .atomic import write_file, write_folder
+from .class_names import KEY as LABEL_NAMES
 from .fit import own_norm_eps, refuse_not_finite
 from .model_folders import CONFIG
 from .preprocessing import Preprocessing
 from .pretrained import load_pretrained
-from .provenance import COST, LABEL_NAMES, NORM_EPS, PROVENANCE, Pretrained, carried_license, of_weights
+from .provenance import COST, NORM_EPS, Pretrained, carried_license, of_weights
+from .provenance import KEY as PROVENANCE
 from .report import some
 from .weight_files import read_file
 

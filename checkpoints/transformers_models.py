@@ -12,11 +12,13 @@ from torch import Tensor, nn
 
 from ..models.errors import CheckpointError, Json, JsonDict
 from ..models.parts import OutsideTeacher
+from .class_names import KEY as LABEL_NAMES
+from .class_names import read_names
 from .formats.hf_families import MODEL_TYPES
 from .formats.keymap import IMAGENET
 from .model_folders import CONFIG, ModelFolder, Opened
 from .preprocessing import Preprocessing
-from .provenance import LABEL_NAMES, Pretrained, digest_tensors, read_names
+from .provenance import Pretrained, digest_tensors
 from .report import LoadReport, some
 from .weight_files import INDEX_SUFFIX, as_pair
 

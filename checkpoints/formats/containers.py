@@ -15,8 +15,9 @@ from torch import Tensor
 from ...models.errors import CheckpointError, Json
 from ...models.lora import merged
 from ..architecture import check_description
+from ..class_names import KEY as LABEL_NAMES
 from ..preprocessing import Preprocessing
-from ..provenance import LABEL_NAMES, PICKED, carried_license, of_state
+from ..provenance import PICKED, carried_license, of_state
 from ..report import shortened, some
 from ..sources import Part
 from ..state import BEST

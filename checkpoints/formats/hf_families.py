@@ -13,7 +13,7 @@ from timm.data import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 from timm.models import is_model
 
 from ...models.errors import CheckpointError, Json, JsonDict
-from ..provenance import LABEL_NAMES
+from ..class_names import KEY as LABEL_NAMES
 from ..report import some
 from ..weight_files import Weights
 from .keymap import IMAGENET, INCEPTION, Describe, normalized

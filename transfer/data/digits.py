@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from ...checkpoints.provenance import comparable
+from ...checkpoints.class_names import comparable
 from ...checkpoints.report import some
 from ...models.errors import DataError, did_you_mean
 from .image_folder import Header, ImageSource, SourceView

@@ -14,8 +14,8 @@ from pydantic import Field, TypeAdapter, ValidationError
 from timm.utils.misc import natural_key
 from torch import Tensor
 
+from ...checkpoints.class_names import comparable, difference
 from ...checkpoints.files import read_regular
-from ...checkpoints.provenance import comparable, difference
 from ...models.errors import ConfigError, DataError, did_you_mean
 from ..config import DataConfig
 from .image_folder import ImageSource, SourceView

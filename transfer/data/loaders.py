@@ -12,8 +12,9 @@ import numpy as np
 from torch import Tensor
 from torch.utils.data import IterableDataset
 
+from ...checkpoints.class_names import KEY as LABEL_NAMES
+from ...checkpoints.class_names import Head, read_names
 from ...checkpoints.preprocessing import Preprocessing
-from ...checkpoints.provenance import LABEL_NAMES, Head, read_names
 from ...models.errors import ConfigError, DataError
 from ..config import DataConfig
 from .augment import create_mixing, epoch_repeats, eval_transform, train_transform

@@ -7,7 +7,7 @@ from typing import Literal
 
 from torch import nn
 
-from ...checkpoints.provenance import Head, same_classes
+from ...checkpoints.class_names import Head, same_classes
 from ...models.errors import ConfigError
 from ...models.families import vit
 from ..config import Metric

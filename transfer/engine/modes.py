@@ -14,8 +14,9 @@ import torch.nn.functional as F
 from timm.layers.weight_init import trunc_normal_
 from torch import Tensor, nn
 
+from ...checkpoints.class_names import Head, comparable, difference
 from ...checkpoints.preprocessing import Preprocessing
-from ...checkpoints.provenance import Head, Pretrained, comparable, difference
+from ...checkpoints.provenance import Pretrained
 from ...models.conversion import converted_layers
 from ...models.copying.teacher_view import Normalization, ShownImages
 from ...models.errors import ConfigError, TransferError

@@ -9,7 +9,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ...checkpoints.provenance import LABEL_NAMES, difference
+from ...checkpoints.class_names import KEY as LABEL_NAMES
+from ...checkpoints.class_names import difference
 from ...models.errors import CheckpointError, ConfigError, DataError, Json, JsonDict, counted
 from ..config import RunConfig
 from ..setting import is_free

@@ -8,7 +8,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from ...checkpoints.provenance import Head, places
+from ...checkpoints.class_names import Head, places
 from ...models.errors import DataError
 from ..data.loaders import EvalLoader
 from ..data.sampler import preserved, seed_batch

@@ -9,10 +9,11 @@ from timm.models import get_pretrained_cfg, is_model, list_models, split_model_n
 from torch import nn
 
 from ...checkpoints.architecture import check_name, published_config
+from ...checkpoints.class_names import KEY as LABEL_NAMES
 from ...checkpoints.model_folders import open_source
 from ...checkpoints.preprocessing import Preprocessing
 from ...checkpoints.pretrained import load_pretrained
-from ...checkpoints.provenance import LABEL_NAMES, Pretrained
+from ...checkpoints.provenance import Pretrained
 from ...checkpoints.sources import HubSource, parse_source
 from ...checkpoints.transformers_models import load_transformers
 from ...models.conversion import with_plan, without_plan
