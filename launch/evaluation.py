@@ -10,10 +10,11 @@ from accelerate import Accelerator
 from timm.utils.misc import natural_key
 from torch import Tensor, nn
 
+from ..checkpoints.class_names import comparable, places, same_classes
 from ..checkpoints.model_folders import last_stage
 from ..checkpoints.preprocessing import Preprocessing
 from ..checkpoints.pretrained import build_untrained, load_pretrained
-from ..checkpoints.provenance import Pretrained, comparable, places, same_classes
+from ..checkpoints.provenance import Pretrained
 from ..checkpoints.report import some
 from ..checkpoints.sources import FolderSource, parse_source
 from ..models.copying.teacher_view import Normalization, Renormalized

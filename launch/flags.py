@@ -32,9 +32,9 @@ class Parser(argparse.ArgumentParser):
     def parse_args(  # type: ignore[override]
         self, args: Sequence[str] | None = None, namespace: None = None
     ) -> argparse.Namespace:
-        """Parse as argparse does, with dashes inside long flags replaced by underscores."""
+        """Parse as argparse does; flags may stand between arguments, and dashes in them are read as underscores."""
         words = sys.argv[1:] if args is None else args
-        return super().parse_args([_underscored(word) for word in words], namespace)
+        return super().parse_intermixed_args([_underscored(word) for word in words], namespace)
 
     def flag(self, name: str, text: str, **more: Any) -> None:
         """Add a flag with a value; its help ends with its default, if it has one."""
@@ -288,7 +288,8 @@ def _describe_settings(parser: Parser, only: Sequence[str] | None) -> None:
     """Add the settings to the help with their defaults, one group for each section."""
     taken = [leaf for leaf in leaves().values() if _takes(leaf, only)]
     titles = {"": ("run", "The run itself.")} | {
-        name: (name, (section.__doc__ or "").strip()) for name, section in sections().items()
+        name: (name, textwrap.fill(" ".join((section.__doc__ or "").split()), _help_width() - 2))
+        for name, section in sections().items()
     }
     texts = dict[str, str | None]()
     if only is not None and "teacher" not in only:

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 from graftvit.launch import cli, commands
 from graftvit.launch.cli import GROUPS, main
-from graftvit.launch.fields import leaves
+from graftvit.launch.fields import leaves, sections
 from graftvit.launch.flags import command_parser, parse_command
 from graftvit.launch.load_config import at_home, load_config
 from graftvit.launch.say import PlainFormatter, hint, say, say_aside
@@ -64,6 +64,12 @@ def test_help_imports_no_torch_and_has_examples() -> None:
     _, *examples = done.stdout.split("examples:")
     assert len(examples) == len(lines)
     assert all(f"graftvit {command}" in text for command, text in zip(lines, examples, strict=True))
+
+
+def test_the_description_of_a_section_is_one_block(typed: Typed) -> None:
+    blocks = re.findall(r"^\w+:\n((?:.+\n)+?)\n  --", typed("train", "--help").out, re.M)
+    assert len(blocks) == len(sections()) + 1
+    assert all(re.fullmatch(r"  \S.*", line) for block in blocks for line in block.splitlines())
 
 
 def test_every_setting_is_in_the_help(typed: Typed) -> None:

@@ -221,3 +221,10 @@ def test_mistakes_with_a_pyramid(
     )
     assert said in typed(line, code=2).err
     assert not (tmp_path / "out").exists()
+
+
+def test_images_may_follow_flags(typed: Typed, tmp_path: Path) -> None:
+    first, second = picture(tmp_path / "a.png"), picture(tmp_path / "b.png", seed=1)
+    out = tmp_path / "out"
+    typed("visualize", save(tiny(), tmp_path / "model"), first, "--query", "cls", second, "--output_dir", out)
+    assert json.loads((out / "numbers.json").read_text())["pictures"] == ["a_cls.png", "b_cls.png"]
