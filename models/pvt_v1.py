@@ -167,7 +167,7 @@ class PVT(nn.Module):
                 f"sr_ratios={tuple(sr_ratios)}: the last stage has a class token, which a reduction has no place for; "
                 "give 1, or global_pool=avg"
             )
-        _check_stages(
+        check_stages(
             depths=depths,
             embed_dims=embed_dims,
             num_heads=num_heads,
@@ -328,7 +328,7 @@ class PVT(nn.Module):
         return cast("list[PVTStage]", list(self.stages))
 
 
-def _check_stages(**settings: Sequence[float]) -> None:
+def check_stages(**settings: Sequence[float]) -> None:
     """Raise ConfigError unless each of `settings` has one value for each stage."""
     (first, *_), lengths = settings, {name: len(values) for name, values in settings.items()}
     for name, length in lengths.items():

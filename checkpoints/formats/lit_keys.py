@@ -1,9 +1,10 @@
-"""Files of PVT, LIT, LITv2 and AttnZero's PVT and Swin under their own names, and the way back of the first three.
+"""Files of PVT, LIT, LITv2, CSwin and AttnZero under their own names, and the way back of the first three.
 
-There are two schemes: PVT's, which LIT-Ti has too (`block1.0`, `pos_embed1`), and Swin's, of LIT-S, M and B and LITv2
-(`layers.0.blocks.0`), in which a merge ends a stage and does not begin the next. AttnZero has both, and in each layer
-with its formula a depthwise convolution of the values (`attn.dwc`). `to_reference` and `from_reference` convert a state
-dict either way; `relative_position_index` is left out, because it is computed.
+CSwin has the parts of a layer in its block. The others have two schemes: PVT's, which LIT-Ti has too (`block1.0`,
+`pos_embed1`), and Swin's, of LIT-S, M and B and LITv2 (`layers.0.blocks.0`), in which a merge ends a stage and does not
+begin the next. AttnZero has both, and in each layer with its formula a depthwise convolution of the values
+(`attn.dwc`). `to_reference` and `from_reference` convert a state dict either way; `relative_position_index` is left
+out, because it is computed.
 """
 
 from __future__ import annotations
@@ -186,6 +187,12 @@ PVT_DEPTHS: dict[tuple[int, ...], str] = {
 }
 SWIN_SIZES = {(96, 6): "s", (96, 18): "m", (128, 18): "b"}
 """By the width of stage 1 and the depth of stage 3."""
+CSWIN_SIZES = {
+    (64, 21): "cswin_tiny",
+    (64, 32): "cswin_small",
+    (96, 32): "cswin_base",
+    (144, 32): "cswin_large",
+}
 ATTNZERO_SWIN_SIZES = {(96, 6): "t", (96, 18): "s", (128, 18): "b"}
 
 
@@ -356,8 +363,15 @@ def _describe_attnzero_swin(weights: Weights, config: Json) -> Weights:
     return replace(described, model_args={**arguments, **described.model_args})
 
 
+def _describe_cswin(weights: Weights, config: Json) -> Weights:
+    """Find the architecture by width and depth; nothing in a file says the size of the images."""
+    first = weights.tensors["stage1_conv_embed.0.weight"]
+    size = (len(first) if first.ndim else 0, _count(weights.tensors, "stage3."))
+    return _described(weights, CSWIN_SIZES.get(size), 0)
+
+
 def _described(weights: Weights, name: str | None, side: int) -> Weights:
-    weights = normalized(weights, IMAGENET, "ImageNet's, as PVT, LIT and AttnZero train")
+    weights = normalized(weights, IMAGENET, "ImageNet's, as PVT, LIT, CSwin and AttnZero train")
     size = {"img_size": (side, side)} if side else {}
     return replace(
         weights,
@@ -414,5 +428,11 @@ LIT_MAPS = (
         names=_SWIN_NAMES,
         left_out=(INDEX,),
         describe=_describe_attnzero_swin,
+    ),
+    KeyMap(
+        "CSwin",
+        marks=(r"stage1_conv_embed\.0\.weight", r"stage1\.0\.qkv\.weight"),
+        names=((r"(stage[1-4]\.\d+)\.(qkv|proj|attns)\.(.+)", r"\1.attn.\2.\3"),),
+        describe=_describe_cswin,
     ),
 )

@@ -15,8 +15,10 @@ from graftvit.models.attention.hilo import HiLoAttention
 from graftvit.models.attention.hybrid import HybridAttention
 from graftvit.models.attention.monarch import MonarchAttention
 from graftvit.models.attention.softmax import SoftmaxAttention, softmax_rows
+from graftvit.models.attention.stripes import StripeAttention
 from graftvit.models.attention.tiles import blocks
 from graftvit.models.attention.window import NeighborhoodAttention, WindowAttention
+from graftvit.models.errors import ConfigError
 from support.models.operator_cases import (
     Case,
     check_against_map,
@@ -386,3 +388,45 @@ def test_a_block_that_does_not_divide_the_grid_sees_no_padding() -> None:
 def test_the_cost_grows_with_the_square_root_of_n_a_token() -> None:
     costs = [monarch_build(g).macs(g) / g.num_tokens for g in (Geometry(0, (16, 16)), Geometry(0, (64, 64)))]
     assert costs[1] == 4 * costs[0]
+
+
+# Stripes: what is added to them, and their cost. Their map is that of `dense_stripes`.
+
+
+@pytest.mark.parametrize("num_heads", [1, 2, 3])
+def test_a_stripe_is_convolved_by_itself(num_heads: int) -> None:
+    geometry = Geometry(1, (5, 6))
+    operator = Case("stripes", {"width": 2}).build(geometry, heads=num_heads)
+    heads, found = draw(geometry, heads=num_heads), torch.zeros(2, num_heads, 31, 8, dtype=torch.float64)
+    image = heads.values()[:, :, 1:].transpose(2, 3).reshape(2, num_heads * 8, 5, 6)
+    columns, rows = [range(0, 2), range(2, 4), range(4, 6)], [range(0, 2), range(2, 4), range(4, 5)]
+    first = -(-num_heads // 2) * 8
+    out = torch.zeros_like(image)
+    for conv, part, axis, spans in zip(  # type: ignore[call-overload]
+        operator.lepe, (image[:, :first], image[:, first:]), (3, 2), (columns, rows), strict=False
+    ):
+        done = [
+            F.conv2d(
+                part.index_select(axis, torch.tensor(span)),
+                conv.weight,
+                conv.bias,
+                padding=1,
+                groups=len(conv.bias),
+            )
+            for span in spans
+        ]
+        out[:, :first] = torch.cat(done, axis) if axis == 3 else out[:, :first]
+        out[:, first:] = torch.cat(done, axis) if axis == 2 else out[:, first:]
+    found[:, :, 1:] = out.reshape(2, num_heads, 8, 30).transpose(2, 3)
+    torch.testing.assert_close(operator.local(heads), found)
+
+
+def test_cost_of_stripes_is_that_of_the_equation() -> None:
+    operator = StripeAttention(LayerShape(4, 8, Geometry(0, (14, 14))))
+    assert operator.macs(Geometry(0, (14, 14))) == 2 * 196 * (14 * 7) * 32 + 9 * 196 * 32
+
+
+@pytest.mark.parametrize("options", [{"width": 0}, {"width": True}, {"local_size": 2}])
+def test_options_of_stripes_are_checked(options: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError):
+        StripeAttention(LayerShape(2, 8, Geometry(0, (4, 4))), **options)

@@ -180,7 +180,7 @@ def test_compiles_in_one_graph(case: Case) -> None:
 
 @cases
 def test_cost_is_linear_where_it_is_said_to_be(case: Case) -> None:
-    small, large = Geometry(1, (16, 16)), Geometry(1, (72, 72))
+    small, large = Geometry(1, (16, 16)), Geometry(1, (112, 112))
     costs = [case.build(geometry).macs(geometry) / geometry.num_tokens for geometry in (small, large)]
     assert costs[0] > 0
     assert case.build(small).traits.linear_cost == (costs[1] < 4 * costs[0])

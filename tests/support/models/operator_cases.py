@@ -178,7 +178,32 @@ def dense_hilo(_: Any, heads: Heads, alpha: float = 0.9, window: int = 2) -> Ten
     return out
 
 
+def dense_stripes(_: Any, heads: Heads, width: int = 7, local_size: int = 3) -> Tensor:
+    """Return the output one query at a time; padded keys of a stripe count with weight exp(0), and add nothing."""
+    (q, k, v), geometry = heads.qkv(), heads.tokens()
+    prefix, grid, num_heads = geometry.num_prefix, geometry.grid, v.shape[1]
+    out, columns_first = torch.zeros_like(v), -(-num_heads // 2)
+    places = [(y, x) for y in range(grid[0]) for x in range(grid[1])]
+    for head in range(num_heads):
+        axis = 1 if head < columns_first else 0  # along which stripes lie side by side
+        size = min(width, grid[axis])
+        before = (-grid[axis] % size) // 2
+        stripe = [(place[axis] + before) // size for place in places]
+        padded = size * grid[1 - axis]
+        for query in range(geometry.num_tokens):
+            seen, more = list(range(geometry.num_tokens)), 0
+            if query >= prefix:
+                near = [prefix + i for i, each in enumerate(stripe) if each == stripe[query - prefix]]
+                seen, more = [*range(prefix), *near], padded - len(near)
+            logits = heads.scale * (k[:, head, seen] @ q[:, head, query, :, None])[..., 0]
+            weights = logits.exp() / (logits.exp().sum(1, keepdim=True) + more)
+            out[:, head, query] = (weights[:, None] @ v[:, head, seen])[:, 0]
+    return out
+
+
 CASES = [
+    Case("stripes", dense=dense_stripes), Case("stripes", {"width": 2, "local_size": 0}, dense=dense_stripes),
+    Case("stripes", {"width": 4, "local_size": 5}, dense=dense_stripes),
     Case("hilo", dense=dense_hilo), Case("hilo", {"alpha": 0.5, "window": 3}, dense=dense_hilo),
     Case("hilo", {"alpha": 0.0, "window": 4}, dense=dense_hilo), Case("hilo", {"alpha": 1.0}, dense=dense_hilo),
     Case("hilo", {"window": 1}, dense=dense_hilo), Case("softmax", dense=dense_softmax), Case("linear"),

@@ -1,0 +1,365 @@
+"""CSwin, the pyramid of Dong et al. 2022 with cross-shaped windows (arXiv:2107.00652), which timm does not have.
+
+Half of the heads of a layer attend within columns of the grid, the others within rows; the last stage sees the whole
+map. Values are convolved within each stripe (LePE). Names are the published ones, with `attn.` before the parts of a
+layer. No tensor depends on the size of the images: 384 x 384 has `split_size=(1, 2, 12, 12)` and the same weights.
+
+| name        | depths       | width | parameters  | multiply-adds  | 384 x 384       |
+| ----------- | ------------ | ----- | ----------- | -------------- | --------------- |
+| cswin_tiny  | 1, 2, 21, 1  | 64    | 22,320,552  | 4,324,203,008  | 13,991,948,288  |
+| cswin_small | 2, 4, 32, 2  | 64    | 34,643,304  | 6,800,714,752  | 22,012,968,960  |
+| cswin_base  | 2, 4, 32, 2  | 96    | 77,382,184  | 14,955,348,480 | 46,963,660,800  |
+| cswin_large | 2, 4, 32, 2  | 144   | 173,262,664 | 33,130,144,512 | 101,881,930,752 |
+
+Counted with 1,000 classes. Importing this file registers the models with timm.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, cast
+
+from timm.layers import DropPath, Mlp, calculate_drop_path_rates, to_2tuple, trunc_normal_
+from timm.models import build_model_with_cfg, checkpoint, generate_default_cfgs, register_model
+from timm.models._features import feature_take_indices
+from torch import Tensor, nn
+
+from .attention.base import Geometry, Heads
+from .attention.stripes import LePE, Stripes, cross, stripe_positions, stripe_softmax
+from .errors import ConfigError, JsonDict
+from .map_structure import Size
+from .pvt_models import described
+from .pvt_v1 import check_stages
+
+# The parts of CSwin. Shape suffixes: B batch, C channels, H and W the grid, N tokens, D head width.
+
+
+class CSwinAttention(nn.Module):
+    """Softmax attention within stripes, with LePE; `split` is the width of a stripe, None for the whole map."""
+
+    def __init__(
+        self,
+        width: int,
+        num_heads: int,
+        split: int | None,
+        qkv_bias: bool = True,
+        attn_drop: float = 0.0,
+        proj_drop: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.num_heads, self.split, self.scale = num_heads, split, (width // num_heads) ** -0.5
+        self.qkv = nn.Linear(width, 3 * width, bias=qkv_bias)
+        self.attn_drop = nn.Dropout(attn_drop)
+        branches = 1 if split is None else 2
+        self.attns = nn.ModuleList(LePE(width // branches) for _ in range(branches))
+        self.proj = nn.Linear(width, width)
+        self.proj_drop = nn.Dropout(proj_drop)
+
+    def stripes(self, grid: Size) -> list[Stripes]:
+        """Return the stripes of each equal part of the heads."""
+        return [Stripes(grid, grid)] if self.split is None else cross(grid, self.split)
+
+    def forward(self, x_BNC: Tensor, grid: Size) -> Tensor:
+        q, k, v = self.qkv(x_BNC).unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        dropout = self.attn_drop.p if self.training else 0.0
+        heads, stripes = Heads(q, k, v, None, self.scale, dropout, Geometry(0, grid)), self.stripes(grid)
+        convolutions = cast("list[LePE]", list(self.attns))
+        out_BHND = stripe_softmax(heads, stripes) + stripe_positions(convolutions, v, stripes)
+        out: Tensor = self.proj_drop(self.proj(out_BHND.transpose(1, 2).flatten(2)))
+        return out
+
+
+class CSwinBlock(nn.Module):
+    """Attention within stripes, then an MLP; both after a norm and beside a residual path."""
+
+    def __init__(
+        self,
+        width: int,
+        num_heads: int,
+        split: int | None,
+        mlp_ratio: float,
+        drop_path: float,
+        **more: Any,
+    ) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(width)
+        self.attn = CSwinAttention(width, num_heads, split, **more)
+        self.drop_path1 = DropPath(drop_path) if drop_path > 0 else nn.Identity()
+        self.norm2 = nn.LayerNorm(width)
+        self.mlp = Mlp(width, int(width * mlp_ratio), drop=more.get("proj_drop", 0.0))
+        self.drop_path2 = DropPath(drop_path) if drop_path > 0 else nn.Identity()
+
+    def forward(self, x_BNC: Tensor, grid: Size) -> Tensor:
+        x_BNC = x_BNC + self.drop_path1(self.attn(self.norm1(x_BNC), grid))
+        out: Tensor = x_BNC + self.drop_path2(self.mlp(self.norm2(x_BNC)))
+        return out
+
+
+class Embedding(nn.Module):
+    """A convolution with overlap, then a norm: (B, C, H, W) to tokens (B, N, C') and their grid.
+
+    `names` are those of the two parts: the stem is published as a sequence, a merge with names.
+    """
+
+    def __init__(self, proj: nn.Conv2d, names: tuple[str, str] = ("conv", "norm")) -> None:
+        super().__init__()
+        self.names = names
+        self.add_module(names[0], proj)
+        self.add_module(names[1], nn.LayerNorm(proj.out_channels))
+
+    @property
+    def proj(self) -> nn.Conv2d:
+        """Return the convolution."""
+        return cast(nn.Conv2d, self._modules[self.names[0]])
+
+    def forward(self, x_BCHW: Tensor) -> tuple[Tensor, Size]:
+        x_BCHW = self.proj(x_BCHW)
+        norm = cast(nn.LayerNorm, self._modules[self.names[1]])
+        return norm(x_BCHW.flatten(2).transpose(1, 2)), (x_BCHW.shape[2], x_BCHW.shape[3])
+
+
+class Stem(Embedding):
+    """The first embedding: patches of 7 x 7 pixels, four apart."""
+
+    patch_size = (4, 4)
+    strict_img_size = False
+
+    def __init__(self, in_chans: int, width: int, img_size: Size) -> None:
+        super().__init__(nn.Conv2d(in_chans, width, 7, 4, 2), ("0", "2"))
+        self.img_size = img_size
+
+
+class CSwin(nn.Module):
+    """The CSwin Transformer, with the interface of timm's models; images may have any size.
+
+    `split_size` are the widths of the stripes by stage. The last stage sees the whole map, as does a stage whose
+    stripes are as wide as its grid at `img_size`: it has one branch over all heads, also for images of another size.
+
+    Raises ConfigError: settings for different numbers of stages, heads that do not divide a width in two halves, or a
+    `global_pool` other than "avg".
+    """
+
+    def __init__(
+        self,
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        img_size: int | Size = 224,
+        embed_dim: int = 64,
+        depths: Sequence[int] = (1, 2, 21, 1),
+        num_heads: Sequence[int] = (2, 4, 8, 16),
+        split_size: Sequence[int] = (1, 2, 7, 7),
+        mlp_ratio: float = 4.0,
+        qkv_bias: bool = True,
+        global_pool: str = "avg",
+        drop_rate: float = 0.0,
+        proj_drop_rate: float = 0.0,
+        attn_drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+    ) -> None:
+        super().__init__()
+        _check_pool(global_pool)
+        check_stages(depths=depths, num_heads=num_heads, split_size=split_size)
+        self.num_classes, self.global_pool = num_classes, global_pool
+        self.depth = len(depths)
+        self.num_features = self.head_hidden_size = embed_dim << (self.depth - 1)
+        self.grad_checkpointing = False
+        size = to_2tuple(img_size)
+        self.stage1_conv_embed = Stem(in_chans, embed_dim, (int(size[0]), int(size[1])))
+        rates: Any = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
+        more = {"qkv_bias": qkv_bias, "attn_drop": attn_drop_rate, "proj_drop": proj_drop_rate}
+        grid = stem_grid(size)
+        self.feature_info = []
+        for i, depth in enumerate(depths):
+            width = embed_dim << i
+            if i:
+                self.add_module(f"merge{i}", Embedding(nn.Conv2d(width // 2, width, 3, 2, 1)))
+                grid = (-(-grid[0] // 2), -(-grid[1] // 2))
+            whole = i == self.depth - 1 or grid == (split_size[i], split_size[i])
+            _check_heads(i, width, num_heads[i], 1 if whole else 2)
+            split = None if whole else split_size[i]
+            blocks = [
+                CSwinBlock(width, num_heads[i], split, mlp_ratio, rates[i][j], **more) for j in range(depth)
+            ]
+            self.add_module(f"stage{i + 1}", nn.ModuleList(blocks))
+            self.feature_info.append({"num_chs": width, "reduction": 4 << i, "module": f"stage{i + 1}"})
+        self.norm: nn.Module = nn.LayerNorm(self.num_features)
+        self.head_drop = nn.Dropout(drop_rate)
+        self.head: nn.Module = nn.Linear(self.num_features, num_classes) if num_classes > 0 else nn.Identity()
+        self.init_weights()
+
+    @property
+    def patch_embed(self) -> Stem:
+        """Return the stem, by timm's name."""
+        return self.stage1_conv_embed
+
+    def init_weights(self) -> None:
+        """Initialize as published: truncated normal of 0.02 for linear layers, torch's own start for convolutions."""
+        for module in self.modules():
+            reset: Any = getattr(module, "reset_parameters", None)
+            if reset is not None:
+                reset()
+            if isinstance(module, nn.Linear):
+                trunc_normal_(module.weight, std=0.02)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+
+    def set_input_size(self, img_size: int | Size) -> None:
+        """Expect images of another size; stripes keep their width, and no tensor changes."""
+        size = to_2tuple(img_size)
+        self.stage1_conv_embed.img_size = (int(size[0]), int(size[1]))
+
+    def no_weight_decay(self) -> set[str]:
+        """Return the parameters without weight decay: none beside biases and norms."""
+        return set()
+
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """Return the patterns of timm's layer groups: stages, or blocks."""
+        if coarse:
+            return {"stem": r"^stage1_conv_embed", "blocks": r"^(?:stage|merge)(\d+)\."}
+        blocks = [
+            (r"^stage(\d+)\.(\d+)\.", None),
+            (r"^merge(\d+)\.", (99_999,)),
+            (r"^norm", (99_999,)),
+        ]
+        return {"stem": r"^stage1_conv_embed", "blocks": blocks}
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Compute each block again in the backward pass instead of keeping its activations."""
+        self.grad_checkpointing = enable
+
+    def get_classifier(self) -> nn.Module:
+        """Return the classifier layer."""
+        return self.head
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """Replace the classifier. `global_pool` is "avg"."""
+        _check_pool(global_pool or "avg")
+        self.num_classes = num_classes
+        self.head = nn.Linear(self.num_features, num_classes) if num_classes > 0 else nn.Identity()
+
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | list[int] | None = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
+        """Return the tokens after the last norm, and the maps (B, C, H, W) of the stages `indices`, as timm does.
+
+        Raises ConfigError: an `output_fmt` other than "NCHW".
+        """
+        if output_fmt != "NCHW":
+            raise ConfigError(f"output_fmt={output_fmt!r}; valid is NCHW")
+        wanted, last = feature_take_indices(self.depth, indices)
+        maps, tokens = [], x
+        for i in range(last + 1 if stop_early else self.depth):
+            tokens, grid = self._run_stage(i, x)
+            x = tokens.transpose(1, 2).unflatten(2, grid)
+            if i in wanted:
+                normed = norm and i == self.depth - 1
+                maps.append(self.norm(tokens).transpose(1, 2).unflatten(2, grid) if normed else x)
+        return maps if intermediates_only else (self.norm(tokens), maps)
+
+    def prune_intermediate_layers(
+        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """Drop the stages after the last of `indices`, and the parts that are not needed, as timm does."""
+        wanted, last = feature_take_indices(self.depth, indices)
+        ends = last < self.depth - 1
+        for i in range(last + 1, self.depth):
+            del self._modules[f"stage{i + 1}"], self._modules[f"merge{i}"]
+        self.depth = last + 1
+        if prune_norm or ends:
+            self.norm = nn.Identity()
+        if prune_head or ends:
+            self.reset_classifier(0)
+        return wanted
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """Return the tokens (B, N, C) of the last stage after the last norm."""
+        tokens, grid = self._run_stage(0, x)
+        for i in range(1, self.depth):
+            tokens, grid = self._run_stage(i, tokens.transpose(1, 2).unflatten(2, grid))
+        out: Tensor = self.norm(tokens)
+        return out
+
+    def forward_head(self, x_BNC: Tensor, pre_logits: bool = False) -> Tensor:
+        """Return the logits (B, classes), or the pooled features (B, C)."""
+        pooled = self.head_drop(x_BNC.mean(1))
+        out: Tensor = pooled if pre_logits else self.head(pooled)
+        return out
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the logits (B, classes) of images (B, 3, H, W)."""
+        return self.forward_head(self.forward_features(x))
+
+    def _run_stage(self, i: int, x_BCHW: Tensor) -> tuple[Tensor, Size]:
+        """Return the tokens of stage `i` and their grid, from the images or the map of the stage before."""
+        embedding = self._modules[f"merge{i}" if i else "stage1_conv_embed"]
+        x_BNC, grid = cast(Embedding, embedding)(x_BCHW)
+        for block in cast(nn.ModuleList, self._modules[f"stage{i + 1}"]):
+            x_BNC = checkpoint(block, x_BNC, grid) if self.grad_checkpointing else block(x_BNC, grid)
+        return x_BNC, grid
+
+
+def stem_grid(size: Size) -> Size:
+    """Return the rows and columns of tokens after the stem."""
+    return (size[0] - 3) // 4 + 1, (size[1] - 3) // 4 + 1
+
+
+def _check_pool(global_pool: str) -> None:
+    if global_pool != "avg":
+        raise ConfigError(f"global_pool={global_pool!r}; valid is avg: CSwin has no class token")
+
+
+def _check_heads(stage: int, width: int, heads: int, branches: int) -> None:
+    """Raise ConfigError unless the heads divide the width, and each branch has as many of them."""
+    if width % heads or heads % branches:
+        words = "an even number of them" if branches == 2 else "a divisor"
+        raise ConfigError(
+            f"num_heads={heads} of stage {stage + 1} does not fit its width {width}: give {words}"
+        )
+
+
+# The registered sizes.
+
+LARGE: JsonDict = {"depths": (2, 4, 32, 2)}
+NAMES = ("cswin_tiny", "cswin_small", "cswin_base", "cswin_large")
+SHOWN: JsonDict = {"first_conv": "stage1_conv_embed.0", "crop_pct": 0.9}
+default_cfgs = generate_default_cfgs({name: described(**SHOWN) for name in NAMES})
+
+
+@register_model
+def cswin_tiny(pretrained: bool = False, **arguments: Any) -> nn.Module:
+    """CSwin-T."""
+    return _create("cswin_tiny", pretrained, {}, arguments)
+
+
+@register_model
+def cswin_small(pretrained: bool = False, **arguments: Any) -> nn.Module:
+    """CSwin-S."""
+    return _create("cswin_small", pretrained, LARGE, arguments)
+
+
+@register_model
+def cswin_base(pretrained: bool = False, **arguments: Any) -> nn.Module:
+    """CSwin-B."""
+    shape = {**LARGE, "embed_dim": 96, "num_heads": (4, 8, 16, 32)}
+    return _create("cswin_base", pretrained, shape, arguments)
+
+
+@register_model
+def cswin_large(pretrained: bool = False, **arguments: Any) -> nn.Module:
+    """CSwin-L: heads of the last stage are twice as wide."""
+    shape = {**LARGE, "embed_dim": 144, "num_heads": (6, 12, 24, 24)}
+    return _create("cswin_large", pretrained, shape, arguments)
+
+
+def _create(name: str, pretrained: bool, shape: JsonDict, given: JsonDict) -> nn.Module:
+    features = {"out_indices": (0, 1, 2, 3), "feature_cls": "getter"}
+    built: nn.Module = build_model_with_cfg(
+        CSwin, name, pretrained, feature_cfg=features, **{**shape, **given}
+    )
+    return built
