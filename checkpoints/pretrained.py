@@ -20,6 +20,7 @@ from ..models.copied import ARCHITECTURE as COPIED
 from ..models.copied import copying_of
 from ..models.errors import CheckpointError, Json, JsonDict, check_types
 from ..models.families import check_patches, image_size, is_pyramid, patch_size, sites, vit
+from ..models.families.towers import PLAN
 from ..models.plan_syntax import plan_text
 from .architecture import (
     build,
@@ -37,11 +38,12 @@ from .architecture import (
 from .class_names import read_names
 from .copying_students import described_architecture, make_whole, refuse_as_start
 from .fit import Method, fit, late_size, refuse_not_finite, resize_loaded, source_grid, without_values
-from .model_folders import Opened, open_source, read_folder, read_weights_file
+from .model_folders import ModelFolder, Opened, open_source, read_folder, read_weights_file
 from .preprocessing import Preprocessing, input_size
 from .provenance import Pretrained, digest_weights
 from .report import LoadReport, some
 from .sources import FileSource, TimmSource, source_text
+from .transformers_models import load_tower
 from .weight_files import Weights, as_pair
 
 logger = logging.getLogger(__name__)
@@ -251,6 +253,11 @@ def read_source(source: str | Opened, arguments: Json, *, download: bool = True)
     found = (source if isinstance(source, Opened) else open_source(source)).found
     if isinstance(found, TimmSource):
         return check_description(read_timm(found, arguments, download=download))
+    if isinstance(found, ModelFolder) and PLAN in found.config:
+        raise CheckpointError(
+            f"{found.origin} is a converted tower of transformers, which graftvit.load opens in Python: here give the "
+            "model that it was converted from"
+        )
     weights = read_weights_file(found) if isinstance(found, FileSource) else read_folder(found)
     return check_windows(check_description(weights))
 
@@ -407,7 +414,9 @@ def load(source: str | Path, *, dtype: torch.dtype | None = None, **how: Any) ->
 
     Raises CheckpointError: one sentence that names what is missing, damaged, unsafe, or does not fit.
     """
-    model = load_pretrained(source, **how).model.requires_grad_(True)
+    opened = open_source(source_text(source), how.pop("revision", None))
+    tower = load_tower(opened, how)
+    model = load_pretrained(opened, **how).model.requires_grad_(True) if tower is None else tower
     if copying_of(model) is not None:
         vit(model).teacher.requires_grad_(False)
     if dtype is None:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from importlib import import_module
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..models.errors import CheckpointError, Json, JsonDict
+from ..models.errors import CheckpointError, ConfigError, Json, JsonDict, UnsupportedModelError
+from ..models.families.towers import PLAN, convert_tower, with_operators
 from ..models.parts import OutsideTeacher
 from .class_names import KEY as LABEL_NAMES
 from .class_names import read_names
@@ -19,7 +21,7 @@ from .formats.keymap import IMAGENET
 from .model_folders import CONFIG, ModelFolder, Opened
 from .preprocessing import Preprocessing
 from .provenance import Pretrained, digest_tensors
-from .report import LoadReport, some
+from .report import LoadReport, shortened, some
 from .weight_files import INDEX_SUFFIX, as_pair
 
 NAMES = ("model.safetensors", f"model.safetensors{INDEX_SUFFIX}")
@@ -53,11 +55,7 @@ def load_transformers(
     folder = source.found
     if not isinstance(folder, ModelFolder) or not _is_foreign(folder):
         return None
-    for name, value in (timm_settings or {}).items():
-        if value:
-            raise CheckpointError(
-                f"{name}={value!r} is of a model of timm, and {folder.origin} is one of transformers: leave it out"
-            )
+    _refuse(folder, timm_settings or {})
     model, loaded = _load(folder)
     spec = _preprocessing(folder, img_size)
     images = _Images(model)
@@ -89,6 +87,14 @@ def load_transformers(
         config=_without(model.config.to_dict(), (*DROPPED, *NO_NUMBER)),
         digest=digest_tensors(model.state_dict()),
     )
+
+
+def _refuse(folder: ModelFolder, timm_settings: Json) -> None:
+    for name, value in timm_settings.items():
+        if value:
+            raise CheckpointError(
+                f"{name}={value!r} is of a model of timm, and {folder.origin} is one of transformers: leave it out"
+            )
 
 
 def _is_foreign(folder: ModelFolder) -> bool:
@@ -139,15 +145,61 @@ class _Images(nn.Module):
         return patches
 
 
+def load_tower(source: Opened, timm_settings: Json) -> nn.Module | None:
+    """Return the converted tower of transformers in a folder or on the hub; None if the source is anything else.
+
+    Raises CheckpointError: transformers is not installed or does not have the model, the folder is damaged, or
+    `timm_settings`, by name, has a setting of timm's constructor.
+    """
+    folder = source.found
+    plan = folder.config.get(PLAN) if isinstance(folder, ModelFolder) else None
+    if not isinstance(folder, ModelFolder) or plan is None:
+        return None
+    _refuse(folder, timm_settings)
+    config = _config(folder)
+    [name, *_] = config.architectures or [""]
+    kind: Any = vars(import_module(type(config).__module__.replace("configuration", "modeling"))).get(name)
+    if not isinstance(kind, type) or not issubclass(kind, nn.Module) or not isinstance(plan, str):
+        raise CheckpointError(
+            f"{folder.origin}: config.json says architectures={shortened([name])} and {PLAN}={shortened(plan)}, which "
+            "are no model of transformers and its layer plan"
+        )
+    try:
+        read, _ = _fill(folder, with_operators(kind, plan), config)
+        model = convert_tower(
+            kind(config), plan
+        )  # transformers computes no buffers that are not in the weights
+    except (ConfigError, UnsupportedModelError) as error:
+        raise CheckpointError(f"{folder.origin}: {error}") from error
+    model.load_state_dict(read.state_dict())
+    return model.eval()
+
+
 def _load(folder: ModelFolder) -> tuple[Any, int]:
     """Return the model with its weights, and the number of tensors."""
-    config, kind = folder.config, str(folder.config["model_type"])
+    config, built = folder.config, _config(folder)
+    from transformers import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING, MODEL_MAPPING
+
+    names = config.get("architectures") or []
+    classifies = any(str(name).endswith("ForImageClassification") for name in names)
+    table = MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING if classifies else MODEL_MAPPING
+    if type(built) not in table:
+        raise _no_images(folder)
+    kinds = table[type(built)]
+    model_class = kinds[0] if isinstance(kinds, tuple) else kinds
+    if getattr(model_class, "main_input_name", None) != "pixel_values":
+        raise _no_images(folder)
+    return _fill(folder, model_class, built)
+
+
+def _config(folder: ModelFolder) -> Any:
+    """Return the configuration of a folder of transformers.
+
+    Raises CheckpointError: transformers is not installed, or does not have the model.
+    """
+    config, kind = folder.config, str(folder.config.get("model_type"))
     try:
-        from transformers import (
-            CONFIG_MAPPING,
-            MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING,
-            MODEL_MAPPING,
-        )
+        from transformers import CONFIG_MAPPING
     except ImportError as error:
         raise CheckpointError(
             f"{folder.origin} is a transformers model of type {kind!r}, and transformers is not installed: {EXTRA}"
@@ -162,19 +214,9 @@ def _load(folder: ModelFolder) -> tuple[Any, int]:
             f"{folder.origin} is quantized, which is not supported: give the original weights"
         )
     try:
-        built = CONFIG_MAPPING[kind].from_dict(_without(config, DROPPED))
+        return CONFIG_MAPPING[kind].from_dict(_without(config, DROPPED))
     except Exception as error:  # each type checks its settings in its own way
         raise CheckpointError(f"{folder.origin}: transformers refuses its config.json: {error}") from error
-    names = config.get("architectures") or []
-    classifies = any(str(name).endswith("ForImageClassification") for name in names)
-    table = MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING if classifies else MODEL_MAPPING
-    if type(built) not in table:
-        raise _no_images(folder)
-    kinds = table[type(built)]
-    model_class = kinds[0] if isinstance(kinds, tuple) else kinds
-    if getattr(model_class, "main_input_name", None) != "pixel_values":
-        raise _no_images(folder)
-    return _fill(folder, model_class, built)
 
 
 def _fill(folder: ModelFolder, model_class: Any, config: Any) -> tuple[Any, int]:

@@ -21,6 +21,7 @@ from .converted import plan_of as plan_of
 from .converted import plan_size as plan_size
 from .errors import ConfigError, Json, JsonDict, UnsupportedModelError, check_types
 from .families import check_patches, constructor_arguments, create_timm_model, is_pyramid, token_layout, vit
+from .families.towers import convert_tower, is_transformers
 from .plain_conversion import convert_plain
 from .pyramid_conversion import convert_pyramid, pyramid_arguments, resize_pyramid
 
@@ -58,6 +59,13 @@ def convert(
         UnsupportedModelError: the model is not supported, or an operator cannot replace a layer.
         ConfigError: the plan is invalid, or names a layer or operator that does not exist.
     """
+    if is_transformers(model):
+        if without or calibration is not None:
+            word = "without" if without else "calibration"
+            raise UnsupportedModelError(
+                f"{word} is for models of timm, and {type(model).__name__} is one of transformers: leave it out"
+            )
+        return convert_tower(model, plan, weights=weights)
     if is_pyramid(model):
         return _marked(
             convert_pyramid(
