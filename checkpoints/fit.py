@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from timm.layers.pos_embed import resample_abs_pos_embed
 from timm.layers.pos_embed_rel import resize_rel_pos_bias_table
 from torch import Tensor, nn
@@ -21,35 +20,44 @@ from ..models.copied import ARCHITECTURE as COPIED
 from ..models.copied import copying_of, resize
 from ..models.errors import CheckpointError, Json
 from ..models.families import Site, patch_size, sites, vit
+from ..models.pvt_v1 import PVT, resample_plainly
 from .architecture import INNER
 from .report import BIAS_TABLE, KeyRules, LoadReport, Role, some, sort_keys
 from .weight_files import Weights, as_pair
 
-# Resample position embeddings to another resolution.
+# Resample position embeddings and tables of relative positions to another resolution.
 #
-# `timm`: bicubic with antialiasing, `timm.layers.resample_abs_pos_embed`. `mae`: plain bicubic with
-# `align_corners=False`, as MAE's fine-tuning code does for square grids. The two differ slightly where a
-# grid shrinks.
+# `timm`: bicubic with antialiasing, `timm.layers.resample_abs_pos_embed`, and timm's way for tables.
+# `mae`: plain bicubic with `align_corners=False`, as MAE's fine-tuning code does for square grids; tables are refused.
+# `published`: as the code of the model does: plain bilinear in the stages of PVT (`models/pvt_v1.py`), plain bicubic in
+# all others and for tables.
+# They differ slightly, most where a grid shrinks.
 
 Grid = tuple[int, int]
-Method = Literal["timm", "mae"]
+Method = Literal["timm", "mae", "published"]
 
 
 def resample_position(position_1ND: Tensor, old: Grid, new: Grid, num_prefix: int, method: Method) -> Tensor:
     """Return embeddings (1, num_prefix + H W, D) of the grid `old` on the grid `new`; prefix tokens stay.
 
-    Computed in float32 and returned in the dtype given.
+    Computed in float32 or better, and returned in the dtype given.
     """
     if old == new:
         return position_1ND
     if method == "timm":
         resampled: Tensor = resample_abs_pos_embed(position_1ND, list(new), list(old), num_prefix)
         return resampled
-    prefix_1PD, patches_1ND = position_1ND[:, :num_prefix], position_1ND[:, num_prefix:]
-    grid_1DHW = patches_1ND.float().reshape(1, *old, -1).permute(0, 3, 1, 2)
-    resized_1DHW = F.interpolate(grid_1DHW, size=new, mode="bicubic", align_corners=False)
-    resized_1ND = resized_1DHW.flatten(2).transpose(1, 2).to(position_1ND.dtype)
-    return torch.cat([prefix_1PD, resized_1ND], dim=1)
+    return resample_plainly(position_1ND, new, old, num_prefix, "bicubic")
+
+
+def resample_table(table_RH: Tensor, old: Grid, new: Grid) -> Tensor:
+    """Return a table of relative positions, one row for each of the `offsets` of a window, for other offsets."""
+    return resample_plainly(table_RH[None], new, old, 0, "bicubic")[0]
+
+
+def offsets(window: Grid) -> Grid:
+    """Return the rows and columns of a table of relative positions: 2 h - 1 and 2 w - 1."""
+    return 2 * window[0] - 1, 2 * window[1] - 1
 
 
 def find_grid(num_patches: int, declared: Grid | None) -> Grid | None:
@@ -108,6 +116,22 @@ def match_prefix(model: nn.Module, weights: Weights) -> Weights:
         note = f"positions of {some(fresh)}: zero, the weights have none" if fresh else ""
     tensors["pos_embed"] = torch.cat([first, position[:, rows:]], dim=1)
     return replace(weights, tensors=tensors, notes=(*weights.notes, note) if note else weights.notes)
+
+
+def drop_class_token(model: nn.Module, weights: Weights) -> Weights:
+    """`weights` of a PVT without the class token of a stage, and its position, if the model has none (avg pooling)."""
+    if not isinstance(model, PVT):
+        return weights
+    tensors, left_out = dict(weights.tensors), dict(weights.left_out)
+    for name, stage in model.stages.named_children():
+        token, position = f"stages.{name}.cls_token", tensors.get(f"stages.{name}.pos_embed")
+        if token in tensors and position is not None and not stage.num_prefix:
+            del tensors[token]
+            tensors[f"stages.{name}.pos_embed"] = position[:, 1:]
+            left_out[token] = (
+                "with its position: the model takes the mean of the patches and has no class token"
+            )
+    return replace(weights, tensors=tensors, left_out=left_out)
 
 
 def _check_shapes(weights: Weights, rows: Mapping[str, Tensor]) -> None:
@@ -183,7 +207,7 @@ def fit(
     Raises CheckpointError naming the first keys without a reason, with another shape, or with values
     that are not finite.
     """
-    weights = match_prefix(model, weights)
+    weights = drop_class_token(model, match_prefix(model, weights))
     found = match(model, weights, role=role, method=method, classifiers=classifiers)
     if found.problems:
         words = "; ".join(
@@ -224,7 +248,7 @@ def match(
 
     Raises CheckpointError: unknown grid, or a layer has another operator than in the weights.
     """
-    weights = match_prefix(model, weights)
+    weights = drop_class_token(model, match_prefix(model, weights))
     refuse_other_operators(model, weights.tensors, weights.origin, starts=role == "init")
     target = {key: tensor for key, tensor in model.state_dict().items() if not is_mark(key)}
     tensors, resampled = _resample(model, weights, target, method)
@@ -347,15 +371,19 @@ def _relative(
     model: nn.Module, weights: Weights, key: str, target: Tensor, method: Method
 ) -> tuple[Tensor, str]:
     table = weights.tensors[key]
-    if method != "timm":
-        raise CheckpointError(
-            f"{weights.origin}: {key} is resampled by timm's way only; position_embedding=timm does it"
-        )
     if table.shape[1:] != target.shape[1:]:
         return table, ""  # other heads: refused by its shape
+    words = f"from {table.shape[0]} to {target.shape[0]} offsets"
     window: Any = model.get_submodule(key.rpartition(".")[0]).window_size
-    resized = resize_rel_pos_bias_table(table, new_window_size=window, new_bias_shape=tuple(target.shape))
-    return resized, f"from {table.shape[0]} to {target.shape[0]} offsets (timm's way)"
+    old, new = find_grid(len(table), None), offsets(window)
+    if method == "timm":
+        resized = resize_rel_pos_bias_table(table, new_window_size=window, new_bias_shape=tuple(target.shape))
+        return resized, f"{words} (timm's way)"
+    if method == "mae" or old is None or math.prod(new) != len(target):
+        raise CheckpointError(
+            f"{weights.origin}: {key} is not resampled by {method}'s way; position_embedding=timm does it"
+        )
+    return resample_table(table, old, new), f"{words} (published bicubic)"
 
 
 # Another image size for a converted model, whose operators have shapes of their own making, and for one that copies
@@ -390,6 +418,7 @@ def resize_loaded(model: nn.Module, size: tuple[int, int], method: Method, repor
     parts = {"": model} if copying_of(model) is None else {"": model, "teacher.": vit(model).teacher.model}
     positions = {prefix: getattr(part, "pos_embed", None) for prefix, part in parts.items()}
     before = sites(model)
+    tables = _whole_tables(model, before)
     resize(model, size)
     after, layers = sites(model), converted_layers(model)
     changes = {site.index: _change(site, now) for site, now in zip(before, after, strict=True)}
@@ -410,7 +439,34 @@ def resize_loaded(model: nn.Module, size: tuple[int, int], method: Method, repor
                 resample_position(position, old, new, num_prefix_rows(part), method)
             )
         done[f"{prefix}pos_embed"] = f"{change} ({method}'s bicubic)"
+    if method == "published":
+        done |= _publish_tables(model, tables, after)
     return replace(report, resampled={**report.resampled, **done})
+
+
+def _whole_tables(model: nn.Module, found: Sequence[Site]) -> dict[int, tuple[Grid, Tensor]]:
+    """Return by layer the grid, and the table of relative positions that a converted layer has of all of it."""
+    tables = {}
+    for index, layer in converted_layers(model).items():
+        table, grid = layer._parameters.get(BIAS_TABLE), found[index].shape.geometry.grid
+        if table is not None and len(table) == math.prod(offsets(grid)):
+            tables[index] = (grid, table.detach())
+    return tables
+
+
+def _publish_tables(
+    model: nn.Module, tables: Mapping[int, tuple[Grid, Tensor]], found: Sequence[Site]
+) -> dict[str, str]:
+    """Resample tables of the whole grid, which timm has resized, as published; return what was resampled."""
+    done = {}
+    for index, (old, table) in tables.items():
+        key, new = f"{found[index].path}.attn.{BIAS_TABLE}", found[index].shape.geometry.grid
+        if old == new:
+            continue
+        with torch.no_grad():
+            model.get_parameter(key).copy_(resample_table(table, offsets(old), offsets(new)))
+        done[key] = f"from grid {old[0]}x{old[1]} to {new[0]}x{new[1]} (published bicubic)"
+    return done
 
 
 def _change(old: Site, new: Site) -> str:

@@ -22,6 +22,7 @@ from ..models.errors import CheckpointError, Json, JsonDict, check_types
 from ..models.families import check_patches, image_size, is_pyramid, patch_size, sites, vit
 from ..models.families.towers import PLAN
 from ..models.plan_syntax import plan_text
+from ..models.pvt_v1 import PVT
 from .architecture import (
     build,
     check_description,
@@ -73,7 +74,8 @@ def load_pretrained(
         model_args: further keyword arguments of timm's constructor.
         img_size: resolution to resample the position embeddings to; that of the weights by default.
         num_classes: 0 drops the head; by default the model has the head that the weights have, or none.
-        position_embedding: how they are resampled, timm's way or MAE's.
+        position_embedding: how they are resampled, timm's way, MAE's, or that of the model's published code, which a
+            PVT then keeps for images of any size (its argument `resampling`).
         revision: branch, tag or commit on the hub, whatever `source` says.
         bare: of a student that copies its teacher's attention, its own weights alone, as a plain model whose
             attention was never trained.
@@ -104,6 +106,9 @@ def _load(
     tensors = plan.weights.tensors
     built = build(plan.architecture, plan.arguments, within=tensors, on_meta=without_values(tensors))
     check_patches(built)
+    if position_embedding == "published" and isinstance(built, PVT):
+        built.set_resampling("bilinear")
+        plan.arguments["resampling"] = "bilinear"
     report = fit(built, plan.weights, role="teacher", method=position_embedding, classifiers=plan.classifiers)
     if later is not None:
         report = resize_loaded(built, later, position_embedding, report)

@@ -8,11 +8,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .attention.base import AttentionOperator, LayerShape, Projections, Traits
+from .attention.base import AttentionOperator, Projections, Traits
 from .calibration import Finished, calibrate_layers
 from .converted import ConvertedAttention, TokenGrid, converted_layers, initialize
 from .errors import ConfigError, UnsupportedModelError
-from .families import attention_blocks, attention_shape, check_supported, image_size, token_layout, vit
+from .families import attention_blocks, check_supported, image_size, sites, token_layout, vit
 from .layer_plan import Choice, check_choice, create_operator
 from .plan_syntax import KEEP, NONE, parse_plan
 from .pyramid_conversion import sharing_copy
@@ -30,9 +30,9 @@ def convert_plain(
     """Return a copy of a plain vision transformer with the operators of `plan`, as `conversion.convert` describes."""
     student = _softmax_only(copy.deepcopy(model))
     check_supported(student, pyramids=True)
-    blocks, layer = attention_blocks(student), attention_shape(student)
+    blocks = attention_blocks(student)
     tokens = TokenGrid(student, token_layout(student).geometry, image_size(student))
-    shape = LayerShape(layer.num_heads, layer.head_dim, tokens.geometry)
+    shapes = [site.shape for site in sites(student)]
     choices = parse_plan(plan, len(blocks))
     for choice in choices:
         if choice.operator == NONE:
@@ -43,14 +43,15 @@ def convert_plain(
         check_choice(choice)
     converted = {index: choice for index, choice in enumerate(choices) if choice.operator != KEEP}
     initialize(student, converted, weights)
-    first: dict[str, AttentionOperator] = {}
+    first: dict[tuple[str, int], AttentionOperator] = {}
     for index, choice in converted.items():
         original = blocks[index].attn
-        operator = create_operator(choice, shape)
+        operator = create_operator(choice, shapes[index])
         if weights == "none":
             operator.start_fresh()
-        if first.setdefault(str(choice), operator) is not operator:
-            operator.share(first[str(choice)])
+        shared = first.setdefault((str(choice), shapes[index].num_heads), operator)
+        if shared is not operator:
+            operator.share(shared)
         _check_layer(student, original, operator.traits, choice, index)
         operator.adopt(Projections(original))
         like = next(original.parameters())

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import Any, Literal, cast
 
 import torch
+import torch.nn.functional as F
 from timm.layers import (
     DropPath,
     Mlp,
@@ -23,6 +24,7 @@ from timm.models._features import feature_take_indices
 from timm.models.pvt_v2 import Attention
 from torch import Tensor, nn
 
+from .attention.kernels import precise
 from .errors import ConfigError
 
 # The parts of PVT (Wang et al. 2021, arXiv:2102.12122): patch embeddings, blocks and stages.
@@ -30,8 +32,24 @@ from .errors import ConfigError
 # Attention layers are those of timm's PVTv2. Shape suffixes: B batch, C channels, H and W the grid, N tokens.
 
 Size = tuple[int, int]
+Resampling = Literal["timm", "bilinear"]
+"""How learned positions are resampled: timm's antialiased bicubic, or plain bilinear as published."""
 EPSILON = 1e-6
 """Of the norms in and after the blocks; those of patch embeddings have torch's own, 1e-5."""
+
+
+def resample_plainly(
+    position_1ND: Tensor, new: Size, old: Size, num_prefix: int, mode: Literal["bicubic", "bilinear"]
+) -> Tensor:
+    """Return embeddings (1, num_prefix + H W, D) of the grid `old` on the grid `new`, without antialiasing.
+
+    Prefix tokens stay. Computed in float32 or better, and returned in the dtype given.
+    """
+    prefix_1PD, patches_1ND = position_1ND[:, :num_prefix], position_1ND[:, num_prefix:]
+    grid_1DHW = precise(patches_1ND).transpose(1, 2).unflatten(2, old)
+    resized_1DHW = F.interpolate(grid_1DHW, size=new, mode=mode, align_corners=False)
+    resized_1ND = resized_1DHW.flatten(2).transpose(1, 2).to(position_1ND.dtype)
+    return torch.cat([prefix_1PD, resized_1ND], dim=1)
 
 
 class PatchEmbedding(nn.Module):
@@ -76,6 +94,7 @@ class PVTStage(nn.Module):
     """A patch embedding (none in the first stage), learned positions, and blocks."""
 
     grad_checkpointing = False
+    resampling: Resampling = "timm"
 
     def __init__(
         self,
@@ -102,6 +121,8 @@ class PVTStage(nn.Module):
         """Return the learned positions (1, N, C), resampled for another grid than the stage's own."""
         if grid == self.grid:
             return self.pos_embed
+        if self.resampling == "bilinear":
+            return resample_plainly(self.pos_embed, grid, self.grid, self.num_prefix, "bilinear")
         found: Tensor = resample_abs_pos_embed(
             self.pos_embed, list(grid), list(self.grid), num_prefix_tokens=self.num_prefix
         )
@@ -135,9 +156,10 @@ class PVT(nn.Module):
     """The Pyramid Vision Transformer, with the interface of timm's models.
 
     `global_pool` is "token" (the class token of the last stage) or "avg" (no class token, the mean of the grid).
+    `resampling` is how learned positions are resampled for images of another size.
 
-    Raises ConfigError: an unknown `global_pool`, reduced keys in a stage with a class token, or settings for
-    different numbers of stages.
+    Raises ConfigError: an unknown `global_pool` or `resampling`, reduced keys in a stage with a class token, or
+    settings for different numbers of stages.
     """
 
     def __init__(
@@ -158,10 +180,13 @@ class PVT(nn.Module):
         proj_drop_rate: float = 0.0,
         attn_drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
+        resampling: Resampling = "timm",
     ) -> None:
         super().__init__()
         if global_pool not in ("token", "avg"):
             raise ConfigError(f"global_pool={global_pool!r}; valid are token and avg")
+        if resampling not in ("timm", "bilinear"):
+            raise ConfigError(f"resampling={resampling!r}; valid are timm and bilinear")
         if global_pool == "token" and sr_ratios[-1] != 1:
             raise ConfigError(
                 f"sr_ratios={tuple(sr_ratios)}: the last stage has a class token, which a reduction has no place for; "
@@ -192,6 +217,7 @@ class PVT(nn.Module):
             stages.append(PVTStage(embedding, blocks, grid, width, last and global_pool == "token"))
             stages[-1].pos_drop.p = pos_drop_rate
         self.stages = nn.ModuleList(stages)
+        self.set_resampling(resampling)
         self.feature_info = [
             {"num_chs": width, "reduction": patch_size * 2**i, "module": f"stages.{i}"}
             for i, width in enumerate(embed_dims)
@@ -220,6 +246,11 @@ class PVT(nn.Module):
             trunc_normal_(stage.pos_embed, std=0.02)
             if stage.cls_token is not None:
                 trunc_normal_(stage.cls_token, std=0.02)
+
+    def set_resampling(self, resampling: Resampling) -> None:
+        """Choose how positions are resampled, in a call and for good."""
+        for stage in self._stages():
+            stage.resampling = resampling
 
     def set_input_size(self, img_size: int | Size) -> None:
         """Resample the learned positions for images of another size."""

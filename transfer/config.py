@@ -90,9 +90,10 @@ class TeacherConfig(Section):
     img_size: int | tuple[int, int] | None = setting(
         None, "image size of the teacher's input, to which it is resampled; the student's by default", TAUGHT
     )
-    position_embedding: Literal["timm", "mae"] = setting(
+    position_embedding: Literal["timm", "mae", "published"] = setting(
         "timm",
-        "method to resample position embeddings: timm's antialiased bicubic, or MAE's plain bicubic",
+        "method to resample position embeddings: timm's antialiased bicubic, MAE's plain bicubic, or as the published "
+        "code of the model does",
         READS_WEIGHTS,
     )
 

@@ -2,9 +2,10 @@
 
 CSwin has the parts of a layer in its block. The others have two schemes: PVT's, which LIT-Ti has too (`block1.0`,
 `pos_embed1`), and Swin's, of LIT-S, M and B and LITv2 (`layers.0.blocks.0`), in which a merge ends a stage and does not
-begin the next. AttnZero has both, and in each layer with its formula a depthwise convolution of the values
-(`attn.dwc`). `to_reference` and `from_reference` convert a state dict either way; `relative_position_index` is left
-out, because it is computed.
+begin the next. AttnZero has both, timm's own scheme for DeiT, and another for AutoFormer. Each layer with its formula
+has a depthwise convolution of the values (`attn.dwc`), and in the bias variants a table of positions (`attn.na_bias`,
+...). `to_reference` and `from_reference` convert a state dict either way; `relative_position_index` is left out,
+because it is computed.
 """
 
 from __future__ import annotations
@@ -194,6 +195,8 @@ CSWIN_SIZES = {
     (144, 32): "cswin_large",
 }
 ATTNZERO_SWIN_SIZES = {(96, 6): "t", (96, 18): "s", (128, 18): "b"}
+ATTNZERO_DEIT_SIZES = {192: "t", 384: "s", 768: "b"}
+AUTOFORMER_WIDTH = 192
 
 
 def from_reference(published: Json) -> dict[str, Tensor]:
@@ -332,7 +335,7 @@ def _describe_pvt(weights: Weights, config: Json) -> Weights:
     if name == "pvt_small" and "stages.1.downsample.dconv.weight" in weights.tensors:
         name = "lit_ti"
     elif name is not None and "stages.0.blocks.0.attn.operator.conv.weight" in weights.tensors:
-        name = f"attnzero_pvt_{name.removeprefix('pvt_')[0]}"
+        name = f"attnzero_pvt_{name.removeprefix('pvt_')[0]}{_variant(weights.tensors)}"
     elif name == "pvt_small" and "stages.0.blocks.0.attn.sr.weight" not in weights.tensors:
         name = "pvt_small_full"
     position = weights.tensors["stages.0.pos_embed"]
@@ -358,7 +361,8 @@ def _describe_attnzero_swin(weights: Weights, config: Json) -> Weights:
     )
     rows = {len(t) for key, t in weights.tensors.items() if key.endswith("bias_table") and t.ndim}
     window = (math.isqrt(max(rows, default=0)) + 1) // 2  # of stage 4, whose grid it covers
-    described = _described(weights, None if size is None else f"attnzero_swin_{size}", 32 * window)
+    name = None if size is None else f"attnzero_swin_{size}{_variant(weights.tensors)}"
+    described = _described(weights, name, 32 * window)
     arguments = {"window_size": window} if window else {}
     return replace(described, model_args={**arguments, **described.model_args})
 
@@ -368,6 +372,22 @@ def _describe_cswin(weights: Weights, config: Json) -> Weights:
     first = weights.tensors["stage1_conv_embed.0.weight"]
     size = (len(first) if first.ndim else 0, _count(weights.tensors, "stage3."))
     return _described(weights, CSWIN_SIZES.get(size), 0)
+
+
+def _describe_plain(weights: Weights, config: Json) -> Weights:
+    """Describe AttnZero's DeiT or AutoFormer by its width."""
+    position = weights.tensors["pos_embed"]
+    tokens, width = position.shape[1:] if position.ndim == 3 else (1, 0)
+    size = ATTNZERO_DEIT_SIZES.get(width)
+    name = None if size is None else f"attnzero_deit_{size}{_variant(weights.tensors)}"
+    if "blocks.0.attn.qkv.bias" not in weights.tensors:
+        name = "attnzero_autoformer_t" if width == AUTOFORMER_WIDTH else None
+    return _described(weights, name, 16 * math.isqrt(tokens - 1))
+
+
+def _variant(tensors: Mapping[str, Tensor]) -> str:
+    """Return the end of the name of a model with a table of positions in its layers."""
+    return "_bias" if any(key.endswith(".attn.operator.positions.na_bias") for key in tensors) else ""
 
 
 def _described(weights: Weights, name: str | None, side: int) -> Weights:
@@ -388,8 +408,9 @@ def _count(tensors: Mapping[str, Tensor], prefix: str) -> int:
 
 _PVT_NAMES = (
     *(
-        (rf"block{i}\.(\d+)\.attn\.dwc\.(.+)", rf"stages.{i - 1}.blocks.\1.attn.operator.conv.\2")
+        (rf"block{i}\.(\d+)\.attn\.{part}", rf"stages.{i - 1}.blocks.\1.attn.operator.{place}.\2")
         for i in (1, 2, 3, 4)
+        for part, place in ((r"dwc\.(.+)", "conv"), ("([nhw]a_bias)", "positions"))
     ),
     (r"patch_embed1\.(.+)", r"patch_embed.\1"),
     (r"cls_token", "stages.3.cls_token"),
@@ -404,6 +425,14 @@ _SWIN_NAMES = (
     (r"(.+)\.attn\.l_proj\.(.+)", r"\1.attn.proj.low.\2"),
     (r"(.+)\.mlp\.dwconv\.dwconv\.(.+)", r"\1.mlp.dwconv.\2"),
     (r"(.+)\.attn\.dwc\.(.+)", r"\1.attn.operator.conv.\2"),
+    (r"(.+)\.attn\.([nhw]a_bias)", r"\1.attn.operator.positions.\2"),
+)
+_PLAIN_NAMES = (
+    (r"(.+)\.attn\.dwc\.(.+)", r"\1.attn.operator.conv.\2"),
+    (r"(.+)\.attn\.([nhwa][ac]_bias)", r"\1.attn.operator.positions.\2"),
+    (r"(.+)\.attn_layer_norm\.(.+)", r"\1.norm1.\2"),
+    (r"(.+)\.ffn_layer_norm\.(.+)", r"\1.norm2.\2"),
+    (r"(blocks\.\d+)\.(fc[12]\..+)", r"\1.mlp.\2"),
 )
 LIT_MAPS = (
     KeyMap(
@@ -434,5 +463,11 @@ LIT_MAPS = (
         marks=(r"stage1_conv_embed\.0\.weight", r"stage1\.0\.qkv\.weight"),
         names=((r"(stage[1-4]\.\d+)\.(qkv|proj|attns)\.(.+)", r"\1.attn.\2.\3"),),
         describe=_describe_cswin,
+    ),
+    KeyMap(
+        "AttnZero's DeiT and AutoFormer",
+        marks=(r"blocks\.0\.attn\.dwc\.weight", "pos_embed", r"patch_embed\.proj\.weight"),
+        names=_PLAIN_NAMES,
+        describe=_describe_plain,
     ),
 )

@@ -187,14 +187,25 @@ class Program:
         """Return the highest power of N in time or memory: 1 for linear attention, 2 for softmax attention."""
         return max(self.products.order, self.entries.order)
 
-    def __call__(self, **inputs: Tensor | None) -> Tensor:
-        """Return the output (B, H, N, D) for `q`, `k` and `v` of that shape; unused inputs may be None."""
+    @property
+    def last_product(self) -> str:
+        """Return the text of the last matrix product with a row for each token; empty without one."""
+        products = [node.text for node in self.nodes if node.primitive in PRODUCTS and node.shape == TOKENS]
+        return products[-1] if products else ""
+
+    def __call__(self, bias: Tensor | None = None, **inputs: Tensor | None) -> Tensor:
+        """Return the output (B, H, N, D) for `q`, `k` and `v` of that shape; unused inputs may be None.
+
+        A `bias` (1, H, N, D) is added to `last_product`.
+        """
         values: dict[str, Tensor] = {name: x for name, x in inputs.items() if x is not None}
-        like = values[self.inputs[0]]
+        like, last = values[self.inputs[0]], self.last_product
         for node in self.nodes:
             if node.primitive:
                 operands = [values[each.text] for each in node.operands] or [like]
                 values[node.text] = PRIMITIVES[node.primitive].run(*operands)
+                if bias is not None and node.text == last:
+                    values[node.text] = values[node.text] + bias
         return values[self.text]
 
 

@@ -28,6 +28,7 @@ DEEP = {**SMALL, "depth": 8}
 SWIN = {"embed_dim": 12, "depths": [2, 2, 2, 2], "num_heads": [1, 2, 2, 4], "window_size": 4}
 PVT = {"embed_dims": [8, 16, 24, 32], "depths": [1, 1, 2, 1], "num_heads": [1, 2, 3, 4]}
 LIT = {"embed_dim": 12, "depths": [1, 1, 2, 1], "num_heads": [1, 2, 2, 4]}
+AUTOFORMER = {"embed_dim": 24, "num_heads": [3, 4], "mlp_ratio": [3, 3.5]}
 COLOR = {**SWIN, "depths": [1, 1, 2, 1], "num_heads": [1, 2, 4, 6], "patch_size": 2, "in_chans": 3}
 STAGES = {"epochs": 2, "warmup_epochs": 0.1}
 DIGITS = Cut({}, None, None, {"max_steps": 6, "warmup_epochs": 2})
@@ -46,8 +47,12 @@ CUTS = {
     "attention_distill_vit_large": Cut(DEEP),
     "attention_distill_vit_large_bf16": Cut(DEEP),
     "attnzero_deit": Cut(alone=False, more=FEW_IMAGES),
+    "attnzero_deit_bias": Cut(alone=False, more=FEW_IMAGES),
+    "attnzero_autoformer": Cut(AUTOFORMER, alone=False, more=FEW_IMAGES),
     "attnzero_pvt": Cut(PVT, alone=False),
+    "attnzero_pvt_bias": Cut(PVT, alone=False),
     "attnzero_swin": Cut(SWIN, alone=False),
+    "attnzero_swin_bias": Cut(SWIN, alone=False),
     "attnzero_swin_384": Cut(SWIN, alone=False, init="attnzero_swin_b"),
     "cached_teacher_vit_small": Cut(workers=2),
     "cifar100_copy": Cut(alone=False),

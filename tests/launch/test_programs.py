@@ -81,7 +81,7 @@ def test_an_operator_is_explained_as_a_plan_writes_it(name: str, typed: Typed) -
 def test_a_found_program_is_shown_with_its_formula(typed: Typed) -> None:
     said = typed("list", "operators", "attnzero_105").out
     assert "code: mul(l2(mm(l2(q) zscore(tn(minmax(v) elu1(k))))) q)" in said
-    assert "'*: attnzero_105(local_size=3)'" in said
+    assert "'*: attnzero_105(local_size=3, prefix=softmax, bias=0)'" in said
 
 
 @pytest.fixture

@@ -309,8 +309,12 @@ def test_transfer_and_fine_tuning_of_lit_on_digits_have_equal_budgets() -> None:
 # AttnZero's code: model, epochs of warm-up, drop path, largest gradient, images a GPU, rates at both ends.
 ATTNZERO = {
     "attnzero_deit": ("attnzero_deit_t", 20, 0.0, 5.0, 512, 4e-3, 4e-5),
+    "attnzero_deit_bias": ("attnzero_deit_t_bias", 20, 0.0, 5.0, 512, 4e-3, 4e-5),
+    "attnzero_autoformer": ("attnzero_autoformer_t", 20, 0.0, 5.0, 512, 4e-3, 4e-5),
     "attnzero_pvt": ("attnzero_pvt_t", 5, 0.1, None, 128, 1e-3, 2e-5),
+    "attnzero_pvt_bias": ("attnzero_pvt_t_bias", 5, 0.1, None, 128, 1e-3, 2e-5),
     "attnzero_swin": ("attnzero_swin_t", 20, 0.2, 5.0, 128, 1e-3, 1e-5),
+    "attnzero_swin_bias": ("attnzero_swin_t_bias", 20, 0.2, 5.0, 128, 1e-3, 1e-5),
     "attnzero_swin_384": ("attnzero_swin_b", 5, 0.5, 5.0, 32, 1e-5, 1e-7),
 }
 
@@ -326,7 +330,8 @@ def test_attnzero_has_the_published_values(name: str) -> None:
             "mode": "finetune" if tuned else "scratch", "student.model": model, "student.drop_path": drop_path,
             "student.img_size": 384 if tuned else None,
             "student.model_args": {"window_size": 12} if tuned else {},
-            "student.global_pool": "token" if "deit" in name else AUTO,
+            "student.global_pool": {"deit": "token", "autoformer": "avg"}.get(name.split("_")[1], AUTO),
+            "teacher.position_embedding": "published" if tuned else "timm",
             "data.batch_size": batch, "data.crop_pct": 1.0 if tuned else 0.875,
             "optim.opt": "adamw", "optim.epochs": 30 if tuned else 300, "optim.warmup_epochs": warmup,
             "optim.min_lr": last, "optim.weight_decay": 1e-8 if tuned else 0.05, "optim.clip_grad": clip,

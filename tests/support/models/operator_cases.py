@@ -237,6 +237,8 @@ CASES = [
     Case("uniform", dense=dense_uniform),
     Case("program"), Case("program", {"code": "mm(softmax(nt(scale(q) k)) v)", "local_size": 0}),
     Case("program", {"code": "sub(mul(v dist(q k)) mm(l2(q) tn(minmax(k) scale(v))))"}),
+    Case("program", {"prefix": "program"}), Case("program", {"bias": 2}),
     *(Case(name) for name in FOUND),
+    Case("attnzero_105", {"prefix": "program", "bias": 7}),
     Case("hash"), Case("hash", {"bits": 5, "anchors": 7, "mode": "reference"}),
 ]  # fmt: skip
