@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 import torch
 from graftvit.models.attention.base import QKV, Heads
-from graftvit.models.host import host_attention
+from graftvit.models.hosting import host_attention
 from torch import Tensor, nn
 
 
@@ -76,9 +76,9 @@ class DenseDual(nn.Module):
     def __init__(self, teacher: nn.Module, student: nn.Module, method: str) -> None:
         super().__init__()
         self.maps = Maps()
-        for host in host_attention(teacher):
+        for host in host_attention(teacher).values():
             host.operator = DenseTeacher(self.maps)
-        for layer, host in enumerate(host_attention(student)):
+        for layer, host in host_attention(student).items():
             host.operator = (DenseDistill if method == "distill" else DenseCopy)(self.maps, layer)
         self.teacher, self.student = teacher, student
 

@@ -30,7 +30,7 @@ from ..models.conversion import ARCHITECTURE as CONVERTED
 from ..models.copied import ARCHITECTURE as COPIED
 from ..models.copied import Copying
 from ..models.errors import CheckpointError, GraftError, Json, JsonDict
-from ..models.families import create_timm_model, image_size, is_pyramid, vit
+from ..models.families import create_timm_model, find_family, image_size, vit
 from ..models.small import without_memory
 from .hub import commit_of, download, try_download
 from .preprocessing import Preprocessing
@@ -387,11 +387,12 @@ def _create_pretrained(name: str, keywords: Json) -> nn.Module:
 
 def converted(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """`tensors` under the model's names: as they are, else by the converter that timm has for the family."""
-    heads = ("head.",) if is_pyramid(model) else ()
+    family = find_family(model)
+    told_by = "blocks.0." if family is None else family.told_by
     core = {
         key
         for key in model.state_dict()
-        if ".operator." not in key and (key.startswith("blocks.0.") or (heads and not key.startswith(heads)))
+        if ".operator." not in key and key.startswith(told_by) and not key.startswith("head.")
     }
     convert = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
     if convert is None or core <= tensors.keys():

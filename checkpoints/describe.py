@@ -24,7 +24,7 @@ from ..models.families import (
     attention_shape,
     check_supported,
     depths,
-    is_pyramid,
+    family_of,
     pooling_of,
     sites,
     token_layout,
@@ -140,10 +140,10 @@ def _copied(model: nn.Module) -> dict[str, str]:
 
 def _shape(teacher: Pretrained) -> dict[str, str]:
     try:
-        check_supported(teacher.model, copied=True, pyramids=True)
+        check_supported(teacher.model, copied=True)
     except UnsupportedModelError as error:
         return {"attention": str(error)}
-    if is_pyramid(teacher.model):
+    if family_of(teacher.model).native_parts(teacher.model) is None:
         return _stages(teacher)
     shape, layout = attention_shape(teacher.model), token_layout(teacher.model)
     return {

@@ -20,7 +20,7 @@ from ..models.copied import ARCHITECTURE as COPIED
 from ..models.copied import copying_of, resize
 from ..models.errors import CheckpointError, Json
 from ..models.families import Site, patch_size, sites, vit
-from ..models.pvt_v1 import PVT, resample_plainly
+from ..models.families.pvt_v1 import PVT, resample_plainly
 from .architecture import INNER
 from .report import BIAS_TABLE, KeyRules, LoadReport, Role, some, sort_keys
 from .weight_files import Weights, as_pair
@@ -425,7 +425,7 @@ def resize_loaded(model: nn.Module, size: tuple[int, int], method: Method, repor
     if not any(changes.values()):
         return report
     done = {
-        f"{site.path}.attn.operator": changes[site.index]
+        f"{site.layer_path(model)}.operator": changes[site.index]
         for site in after
         if site.index in layers and layers[site.index].operator.traits.resolution == "resampled"
     }

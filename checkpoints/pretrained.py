@@ -19,10 +19,10 @@ from ..models.converted import MARK, converted_layers, drop_other_operators, dro
 from ..models.copied import ARCHITECTURE as COPIED
 from ..models.copied import copying_of
 from ..models.errors import CheckpointError, Json, JsonDict, check_types
-from ..models.families import check_patches, image_size, is_pyramid, patch_size, sites, vit
+from ..models.families import check_patches, family_of, find_family, image_size, patch_size, sites, vit
+from ..models.families.pvt_v1 import PVT
 from ..models.families.towers import PLAN
 from ..models.plan_syntax import plan_text
-from ..models.pvt_v1 import PVT
 from .architecture import (
     build,
     check_description,
@@ -121,7 +121,8 @@ def _load(
         channels = loaded.preprocessing.input_size[0]
         shown = replace(loaded.preprocessing, input_size=(channels, *as_pair(img_size)))
         loaded = replace(loaded, preprocessing=shown)
-    if is_pyramid(built) and image_size(built) is None:
+    family = find_family(built)
+    if family is not None and not family.sized_when_built and image_size(built) is None:
         resize(built, loaded.preprocessing.input_size[1:])
     if not without_values(tensors):
         logger.info("%s", report)
@@ -273,7 +274,7 @@ def _with_architecture(weights: Weights, model: str | None) -> Weights:
     if model is not None:
         check_name(model)
     if own is None and model is None:
-        own_parts = {key: tensor for key, tensor in weights.tensors.items() if ".attn.operator." not in key}
+        own_parts = {key: tensor for key, tensor in weights.tensors.items() if ".operator." not in key}
         architecture, arguments = infer_architecture(replace(weights, tensors=own_parts))
         note = f"architecture: {architecture}, from the shapes"
         return replace(
@@ -301,9 +302,9 @@ def _with_marked_plan(weights: Weights, asked: Json) -> Weights:
     plain = build(name, {**weights.model_args, **asked}, on_meta=True, within=weights.tensors)
     if converted_layers(plain):  # an architecture with a plan of its own
         return weights
-    paths = [f"{site.path}.attn" for site in sites(plain)]
+    paths = [site.layer_path(plain) for site in sites(plain)]
     choices = tuple(read_mark(path, marks.get(f"{path}.{MARK}")) for path in paths)
-    plan, without = plan_text(choices), ("bias",) if is_pyramid(plain) else ()
+    plan, without = plan_text(choices), family_of(plain).gives_up
     architecture, arguments = with_plan(name, weights.model_args, plan, without)
     return replace(
         weights,

@@ -23,7 +23,7 @@ from ..models.copied import ARCHITECTURE as COPIED
 from ..models.copied import copying_of, with_copying
 from ..models.cost import copied_macs, copied_parameters
 from ..models.errors import CheckpointError, ConfigError, Json, JsonDict, check_types
-from ..models.families import is_pyramid, vit
+from ..models.families import family_of, vit
 from .architecture import build, published_config
 from .atomic import write_file, write_folder
 from .class_names import KEY as LABEL_NAMES
@@ -332,6 +332,6 @@ def other_operator(model: nn.Module) -> str:
     """Return what to name in a plan that changes nothing."""
     return (
         "name an operator or merge: deformable"
-        if is_pyramid(model)
+        if family_of(model).merges(model)
         else "name an operator other than softmax"
     )

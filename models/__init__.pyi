@@ -24,8 +24,8 @@ from .families import attention_shape as attention_shape
 from .families import check_supported as check_supported
 from .families import token_layout as token_layout
 from .host import AttentionHost as AttentionHost
-from .host import host_attention as host_attention
-from .host import release_attention as release_attention
+from .hosting import host_attention as host_attention
+from .hosting import release_attention as release_attention
 from .layer_plan import register_operator as register_operator
 from .mae import MaskedAutoencoder as MaskedAutoencoder
 from .mirror import mirror_arguments as mirror_arguments

@@ -34,16 +34,15 @@ from functools import partial
 from typing import Any
 
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
-from timm.models.vision_transformer import Block
 from torch import nn
 
 from . import pvt_models
+from .conversion import convert_layers
 from .converted import start_fresh
 from .errors import ConfigError, JsonDict
-from .families import create_timm_model, is_pyramid
-from .plain_conversion import convert_plain
-from .pvt_v1 import PVT
-from .pyramid_conversion import convert_pyramid
+from .families import create_timm_model
+from .families.plain import plain_block
+from .families.pvt_v1 import PVT
 
 PROGRAM = "attnzero_105"
 WHOLE = f"{PROGRAM}(prefix=program)"
@@ -193,18 +192,15 @@ def _layer_by_layer(num_heads: Sequence[int], mlp_ratio: Sequence[float], **argu
 
     def block(**given: Any) -> nn.Module:
         heads, ratio = next(layers)
-        return Block(**{**given, "num_heads": heads, "mlp_ratio": ratio})
+        return plain_block(**{**given, "num_heads": heads, "mlp_ratio": ratio})
 
     return {"fc_norm": False, **arguments, "depth": len(num_heads), "block_fn": block}
 
 
 def _with_program(model: nn.Module, plan: str) -> nn.Module:
     """Return the model with the operators of the plan, which start as those of a fresh model."""
-    if is_pyramid(model):
-        if isinstance(model, PVT):
-            model.norm = nn.Identity()
-        model = convert_pyramid(model, plan, weights="all", calibration=None, without=("bias",))
-    else:
-        model = convert_plain(model, plan, weights="all", calibration=None)
+    if isinstance(model, PVT):
+        model.norm = nn.Identity()
+    model = convert_layers(model, plan, without=("bias",))
     start_fresh(model)
     return model

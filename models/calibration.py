@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from .attention.base import AttentionOperator, Fit, Heads
 from .errors import UnsupportedModelError
 from .families import evaluating, sites, vit
-from .grid_hosts import Call, watch_layer
 from .host import AttentionHost
+from .hosting import Call, watch_layer
 
 if TYPE_CHECKING:
     from .converted import ConvertedAttention

@@ -6,24 +6,51 @@ A converted model is the timm model `graftvit_converted` with the arguments `arc
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+import copy
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 from timm.models import load_pretrained, register_model, split_model_name_tag
 from torch import Tensor, nn
 
-from .calibration import Finished
+from .attention.base import QKV, AttentionOperator, Projections
+from .calibration import Finished, calibrate_layers
+from .converted import (
+    CONVERTED,
+    FUSED,
+    ConvertedGrid,
+    KeptWeights,
+    TokenGrid,
+    choices_of,
+    dropped_names,
+    initialize,
+    kept_rows,
+)
 from .converted import ConvertedAttention as ConvertedAttention
-from .converted import KeptWeights
 from .converted import converted_layers as converted_layers
 from .converted import new_parameters as new_parameters
 from .converted import plan_of as plan_of
 from .converted import plan_size as plan_size
-from .errors import ConfigError, Json, JsonDict, UnsupportedModelError, check_types
-from .families import check_patches, constructor_arguments, create_timm_model, is_pyramid, token_layout, vit
+from .errors import ConfigError, Json, JsonDict, UnsupportedModelError, check_types, did_you_mean
+from .families import (
+    Family,
+    Site,
+    check_patches,
+    check_supported,
+    constructor_arguments,
+    create_timm_model,
+    family_of,
+    find_family,
+    plan_depth,
+    sites,
+    vit,
+)
 from .families.towers import convert_tower, is_transformers
-from .plain_conversion import convert_plain
-from .pyramid_conversion import convert_pyramid, pyramid_arguments, resize_pyramid
+from .host import AttentionHost, has_bias
+from .hosting import put_attention, release_attention, remove_attention
+from .layer_plan import Choice, check_choice, create_operator
+from .merges import check_equal_stages, merge_deformably
+from .plan_syntax import AS_IT_IS, DEFORMABLE, KEEP, NONE, merge_of_plan, parse_plan
 
 ARCHITECTURE = "graftvit_converted"
 
@@ -66,26 +93,239 @@ def convert(
                 f"{word} is for models of timm, and {type(model).__name__} is one of transformers: leave it out"
             )
         return convert_tower(model, plan, weights=weights)
-    if is_pyramid(model):
-        return _marked(
-            convert_pyramid(
-                model,
-                plan,
-                weights=weights,
-                calibration=calibration,
-                without=without,
-                seed=seed,
-                finished=finished,
-            )
-        )
-    if without:
-        raise ConfigError(
-            f"without={','.join(without)} is for pyramids, and {type(model).__name__} is a plain vision transformer: "
-            "leave it out"
-        )
+    family = find_family(model)
+    if without and family is not None and "without" in family.cannot:
+        raise ConfigError(f"without={','.join(without)}: a {type(model).__name__} {family.cannot['without']}")
     return _marked(
-        convert_plain(model, plan, weights=weights, calibration=calibration, seed=seed, finished=finished)
+        convert_layers(
+            model,
+            plan,
+            weights=weights,
+            calibration=calibration,
+            without=without,
+            seed=seed,
+            finished=finished,
+        )
     )
+
+
+PARTS = ("bias",)
+"""What `without` can give up."""
+
+
+def convert_layers(
+    model: nn.Module,
+    plan: str | Mapping[Any, str],
+    *,
+    weights: KeptWeights = "all",
+    calibration: Tensor | None = None,
+    without: Collection[str] = (),
+    seed: int = 0,
+    finished: Finished | None = None,
+) -> nn.Module:
+    """Return a copy of a model with the operators of `plan`, as `convert` describes; it is not marked."""
+    student = release_attention(restored(copy.deepcopy(model)))
+    check_supported(student)
+    family = family_of(student)
+    for part in without:
+        if part not in PARTS:
+            raise ConfigError(f"without={part!r}; {did_you_mean(part, PARTS)}")
+    if merge_of_plan(plan, plan_depth(student)) == DEFORMABLE:
+        merge_deformably(student)
+    changes = _changes(student, plan, weights)
+    if calibration is not None:
+        check_equal_stages(
+            model, student, {site.stage for site, choice in changes.items() if choice.operator != NONE}
+        )
+    size = family.image_size(student)
+    if not family.sized_when_built:
+        student.img_size = size  # type: ignore[assignment]
+    initialize(student, [site.index for site in changes], weights)
+    tokens = {site.stage: TokenGrid(student, site.shape.geometry, size) for site in changes}
+    first: dict[tuple[str, int, int], AttentionOperator] = {}
+    for site, choice in changes.items():
+        if choice.operator == NONE:
+            remove_attention(student, site, size)
+            continue
+        native = family.host(site.block(student))
+        operator = create_operator(choice, site.shape)
+        if weights == "none":
+            operator.start_fresh()
+        key = (str(choice), site.stage, site.num_heads)  # one grid: that of the stage
+        shared = first.setdefault(key, operator)
+        if shared is not operator:
+            operator.share(shared)
+        _check_layer(student, site, native.original, operator, choice, without)
+        operator.adopt(Projections(native.original))
+        like = next(native.original.parameters())
+        layer = convert_layer(native, operator.to(like), choice, tokens[site.stage])
+        put_attention(student, site, layer)
+    if tokens and getattr(student, "dynamic_img_size", False):
+        vit(student).patch_embed.register_forward_hook(tokens[0])
+    if calibration is not None:
+        new = {site.index for site in changes}
+        layers = {index: layer for index, layer in converted_layers(student).items() if index in new}
+        calibrate_layers(restored(sharing_copy(model)), layers, calibration, seed=seed, finished=finished)
+    return student
+
+
+def restored(model: nn.Module) -> nn.Module:
+    """Put timm's layers back in place of converted ones, where the family keeps all of them; return the model."""
+    if not family_of(model).keeps_all:
+        return model
+    for site in sites(model):
+        layer = site.layer(model)
+        if isinstance(layer, ConvertedAttention):
+            put_attention(model, site, layer.original)
+    hooks: dict[int, Any] = getattr(getattr(model, "patch_embed", None), "_forward_hooks", {})
+    for key in [key for key, hook in hooks.items() if isinstance(hook, TokenGrid)]:
+        del hooks[key]
+    return model
+
+
+def _changes(student: nn.Module, plan: str | Mapping[Any, str], weights: str) -> dict[Site, Choice]:
+    """Return the sites that the plan changes.
+
+    Raises UnsupportedModelError: a layer that was converted before would get another operator.
+    """
+    choices, now = parse_plan(plan, plan_depth(student)), choices_of(student)
+    family, changes = family_of(student), dict[Site, Choice]()
+    for site, choice, own in zip(sites(student), choices, now, strict=True):
+        _check_choice(choice, family)
+        if choice.operator in (AS_IT_IS, family.kept) or choice == own:
+            continue
+        if own.operator not in (AS_IT_IS, KEEP) and choice.operator != NONE:  # softmax reads every projection
+            lost = "its attention" if own.operator == NONE else f"what {own} does not need"
+            raise UnsupportedModelError(
+                f"plan: layer {site.index} was converted to {own} and has lost {lost}, so it cannot become {choice}: "
+                f"convert the original model, or keep the layer ('{site.index}: keep')"
+            )
+        changes[site] = choice
+    if weights != "all" and any(choice.operator != family.kept for choice in now):
+        raise UnsupportedModelError(
+            f"weights={weights} needs a model that is not converted yet, and layers of this {type(student).__name__} "
+            "are: convert the original model"
+        )
+    return changes
+
+
+def _check_choice(choice: Choice, family: Family) -> None:
+    if choice.operator == NONE and NONE in family.cannot:
+        raise ConfigError(
+            f"plan: 'none' takes the attention out of a layer, and a model of {family.name} {family.cannot[NONE]}"
+        )
+    if choice.operator not in (AS_IT_IS, NONE):
+        check_choice(choice)
+    elif choice.options:
+        raise ConfigError(
+            f"plan: {choice.operator} has no option {next(iter(choice.options))!r}; it has none"
+        )
+
+
+def _check_layer(
+    model: nn.Module,
+    site: Site,
+    attention: Any,
+    operator: AttentionOperator,
+    choice: Choice,
+    without: Collection[str],
+) -> None:
+    """Raise UnsupportedModelError if a layer has a part that the operator does not support."""
+    family, traits = family_of(model), operator.traits
+    keep = f"keep it ('{site.index}: {family.kept}')"
+    if family.has_bias(model, site) and not traits.bias and not set(without) & set(family.gives_up):
+        give = "give it up by --without bias (in Python without=['bias']), or " if family.gives_up else ""
+        raise UnsupportedModelError(
+            f"plan: layer {site.index} has a relative position bias, which {choice.operator} does not support; "
+            f"{give}{keep}"
+        )
+    drop = getattr(attention.attn_drop, "p", 0)
+    if drop > 0 and not traits.dropout:
+        raise UnsupportedModelError(
+            f"plan: layer {site.index} has attn_drop {drop:g}, and {choice.operator} has no map to drop from; build "
+            f"the model with attn_drop_rate 0, or {keep}"
+        )
+    dropped = getattr(model, "patch_drop", None)
+    if traits.needs_grid and dropped is not None and not isinstance(dropped, nn.Identity):
+        raise UnsupportedModelError(
+            f"plan: {choice.operator} needs the whole token grid, and the model drops patches; build it with "
+            f"patch_drop_rate 0, or {keep}"
+        )
+
+
+# A converted layer: drop what an operator does not need, and give it all tokens of the stage.
+
+
+def convert_layer(
+    native: AttentionHost,
+    operator: AttentionOperator,
+    choice: Choice,
+    tokens: TokenGrid,
+) -> ConvertedAttention:
+    """Return the converted layer for timm's `attention`, which is not changed.
+
+    Unless its family keeps all, dropped are reductions, windows and shift, the rows of projections that the operator
+    does not need, and a relative position bias that it does not take.
+    """
+    attention, kind = native.original, CONVERTED[type(native)]
+    if not issubclass(kind, ConvertedGrid):
+        return kind(attention, operator, choice, tokens)
+    keep_bias = has_bias(attention) and operator.traits.bias
+    kept = tuple(part for part in QKV if part in operator.needs)
+    bare = _without_parts(attention, kept, keep_bias)
+    if keep_bias:
+        bare.set_window_size(tuple(tokens.geometry.grid))
+    layer = kind(bare, operator, choice, tokens, kept)
+    if has_bias(attention) and not keep_bias:
+        layer.gave_up = ("bias",)
+    return layer
+
+
+def _without_parts(attention: nn.Module, kept: Sequence[str], keep_bias: bool) -> Any:
+    """Return a copy of timm's layer that shares the parts it keeps and lacks the others."""
+    bare = copy.copy(attention)
+    for name in ("_modules", "_parameters", "_buffers", "_non_persistent_buffers_set"):
+        bare.__dict__[name] = copy.copy(attention.__dict__[name])
+    for name in dropped_names(kept, keep_bias):
+        for parts in (bare._modules, bare._parameters, bare._buffers):
+            parts.pop(name, None)
+    for name in FUSED:
+        fused = bare._modules.get(name)
+        if fused is not None:
+            bare._modules[name] = _rows(fused, name, kept)
+    return bare
+
+
+def _rows(fused: Any, parts: str, kept: Sequence[str]) -> nn.Module | None:
+    """Return a fused projection with the kept ones of its equal parts; None without any."""
+    if set(parts) <= set(kept):
+        return fused  # type: ignore[no-any-return]
+    if not set(parts) & set(kept):
+        return None
+    less = copy.copy(fused)
+    less._parameters = {name: _part(tensor, parts, kept) for name, tensor in fused._parameters.items()}
+    less.out_features = less.weight.shape[0]
+    return less  # type: ignore[no-any-return]
+
+
+def _part(tensor: nn.Parameter | None, parts: str, kept: Sequence[str]) -> nn.Parameter | None:
+    if tensor is None:
+        return None
+    return nn.Parameter(kept_rows(tensor.detach(), parts, kept), requires_grad=tensor.requires_grad)
+
+
+def nothing_given_up(model: nn.Module, without: Collection[str]) -> str:
+    """Say that a model has nothing of `without` to give up; empty where it has."""
+    if not without or family_of(model).gives_up:
+        return ""
+    name = type(model).__name__
+    return f"without=bias gives up nothing, because {name} has no relative position bias: leave it out"
+
+
+def sharing_copy(model: nn.Module) -> nn.Module:
+    """Copy the modules of `model`, but share its tensors."""
+    tensors = [*model.parameters(), *model.buffers()]
+    return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
 
 
 def _marked(model: nn.Module) -> nn.Module:
@@ -129,19 +369,31 @@ def resize(model: nn.Module, img_size: int | tuple[int, int]) -> None:
     """
     size = (img_size, img_size) if isinstance(img_size, int) else (int(img_size[0]), int(img_size[1]))
     check_patches(model, size)
-    if is_pyramid(model):
-        resize_pyramid(model, size)
-        _rename(model)
-        return
     try:
-        vit(model).set_input_size(img_size=size)
+        family_of(model).resize(model, size)
     except (AttributeError, AssertionError, RuntimeError, ValueError) as error:
         name = type(model).__name__
         raise UnsupportedModelError(f"{name} cannot be resized to {size[0]}x{size[1]}: {error}") from error
-    for layer in converted_layers(model).values():
-        layer.tokens.geometry = token_layout(model).geometry
-        layer.operator.resample(layer.tokens.geometry)
+    layers = converted_layers(model)
+    for site in sites(model) if layers else ():
+        if site.index in layers:
+            layers[site.index].tokens.geometry = site.shape.geometry
+            layers[site.index].operator.resample(site.shape.geometry)
     _rename(model)
+
+
+def size_arguments(model: nn.Module) -> JsonDict:
+    """Return the arguments that build a model beside those of its constructor and its plan."""
+    family = find_family(model)
+    if family is None or family.keeps_all:  # its own arguments say its size
+        return {}
+    own = family.size_arguments(model)
+    if plan_of(model) is None:
+        return own
+    given = {part for layer in converted_layers(model).values() for part in getattr(layer, "gave_up", ())}
+    without = [part for part in PARTS if part in given]
+    size = family.image_size(model)
+    return {**own, "img_size": size, **({"without": without} if without else {})}
 
 
 def with_own_plan(model: nn.Module, architecture: str, arguments: Json) -> tuple[str, JsonDict]:
@@ -152,8 +404,8 @@ def with_own_plan(model: nn.Module, architecture: str, arguments: Json) -> tuple
     name, own = without_plan(split_model_name_tag(architecture)[0], arguments)
     plan = plan_of(model)
     if plan is None:
-        return name, constructor_arguments(name, {**own, **pyramid_arguments(model)})
-    of_size = {**pyramid_arguments(model), "plan_size": plan_size(model)}
+        return name, constructor_arguments(name, {**own, **size_arguments(model)})
+    of_size = {**size_arguments(model), "plan_size": plan_size(model)}
     return ARCHITECTURE, {"architecture": name, "plan": plan, **own, **of_size}
 
 

@@ -13,9 +13,20 @@ from torch import Tensor, nn
 
 from .attention.base import QKV, AttentionOperator, Fit, Geometry
 from .errors import CheckpointError, ConfigError
-from .families import NoAttention, Site, blocks_of, image_size, is_pyramid, sites, vit
-from .host import AttentionHost
+from .families import (
+    FAMILIES,
+    NoAttention,
+    Site,
+    attention_of,
+    blocks_of,
+    find_family,
+    image_size,
+    sites,
+    vit,
+)
+from .host import AttentionHost, GridHost
 from .layer_plan import Choice, canonical, check_choice, resolved
+from .map_structure import MapStructure, Size
 from .merges import deformable_merges, merge_layers, merges_deformably
 from .plan_syntax import AS_IT_IS, DEFORMABLE, KEEP, NONE, parse_choice, plan_text
 from .replay import replay_blocks
@@ -83,6 +94,14 @@ class ConvertedAttention(AttentionHost):
     def geometry(self) -> Geometry:  # type: ignore[override]
         return self.tokens.geometry
 
+    def structure(self, grid: Size) -> MapStructure:
+        """Return that each query sees all keys, as operators do."""
+        return MapStructure()
+
+    def native_pairs(self, geometry: Geometry) -> tuple[int, int]:
+        """Return the numbers of all tokens: an operator that is softmax has no windows and no reduced keys."""
+        return geometry.num_tokens, geometry.num_tokens
+
     def mark(self) -> None:
         """Add the mark to the state dict."""
         self.operator.register_buffer("choice", self.own_mark())
@@ -109,6 +128,47 @@ class ConvertedAttention(AttentionHost):
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
 
+class ConvertedGrid(GridHost, ConvertedAttention):
+    """A converted layer whose block passes the grid; `original` is timm's layer without the parts that were dropped."""
+
+    def __init__(
+        self,
+        original: nn.Module,
+        operator: AttentionOperator,
+        choice: Choice,
+        tokens: TokenGrid,
+        kept: Sequence[str],
+    ) -> None:
+        ConvertedAttention.__init__(self, original, operator, choice, tokens)
+        self.is_native = False
+        self.kept = tuple(kept)
+        self.gave_up: tuple[str, ...] = ()
+        """The parts of the layer that the conversion was told to give up: of `without`."""
+
+    structure = ConvertedAttention.structure
+    native_pairs = ConvertedAttention.native_pairs
+
+
+def _kinds() -> dict[type[nn.Module], type[ConvertedAttention]]:
+    """Return the class of converted layers for each kind of host, which is such a host, too.
+
+    Each is an attribute of this file, so that a pickled model finds it.
+    """
+    found: dict[type[nn.Module], type[ConvertedAttention]] = {}
+    for host in dict.fromkeys(host for family in FAMILIES for host in family.hosts.values()):
+        base = ConvertedGrid if issubclass(host, GridHost) else ConvertedAttention
+        if issubclass(base, host):
+            found[host] = base
+            continue
+        name = f"Converted{host.__name__.removesuffix('Host')}"
+        found[host] = type(name, (base, host), {"__doc__": host.__doc__, "__module__": __name__})
+        globals()[name] = found[host]
+    return found
+
+
+CONVERTED = _kinds()
+
+
 def as_mark(choice: Choice, device: torch.device | None = None) -> Tensor:
     """Return an operator and its options as text in bytes."""
     return torch.tensor(list(str(canonical(choice)).encode()), dtype=torch.uint8, device=device)
@@ -116,7 +176,7 @@ def as_mark(choice: Choice, device: torch.device | None = None) -> Tensor:
 
 def is_mark(key: str) -> bool:
     """Return whether a key of a state dict is that of a mark."""
-    return key.endswith(f".attn.{MARK}")
+    return key.endswith(f".{MARK}")
 
 
 def marks_of(model: nn.Module) -> dict[str, Tensor]:
@@ -188,14 +248,20 @@ def refuse_other(origin: str, path: str, theirs: Choice, layer: ConvertedAttenti
 
 def converted_layers(model: nn.Module) -> dict[int, ConvertedAttention]:
     """Return the converted layers by number. A layer whose attention was removed has no operator and is not one."""
-    layers = enumerate(getattr(block, "attn", None) for block in blocks_of(model))
+    layers = enumerate(attention_of(block) for block in blocks_of(model))
     return {index: layer for index, layer in layers if isinstance(layer, ConvertedAttention)}
 
 
 def choices_of(model: nn.Module) -> list[Choice]:
     """Return the choice of each layer as a plan names it."""
-    kept = Choice(AS_IT_IS if is_pyramid(model) else KEEP)
-    return [_choice_of(getattr(block, "attn", None), kept) for block in blocks_of(model)]
+    kept = _kept(model)
+    return [_choice_of(attention_of(block), kept) for block in blocks_of(model)]
+
+
+def _kept(model: nn.Module) -> Choice:
+    """Return how a plan names a layer that is not converted."""
+    family = find_family(model)
+    return Choice(KEEP if family is None else family.kept)
 
 
 def _choice_of(layer: object, kept: Choice) -> Choice:
@@ -206,8 +272,8 @@ def _choice_of(layer: object, kept: Choice) -> Choice:
 
 def plan_of(model: nn.Module) -> str | None:
     """Return the layer plan of a converted model; None for other models."""
-    kept = AS_IT_IS if is_pyramid(model) else KEEP
-    changed = merges_deformably(model) or any(choice.operator != kept for choice in choices_of(model))
+    kept = _kept(model)
+    changed = merges_deformably(model) or any(choice != kept for choice in choices_of(model))
     return whole_plan(model) if changed else None
 
 
@@ -221,7 +287,7 @@ def drop_other_operators(
     found, reasons = dict(tensors), dict[str, str]()
     layers = converted_layers(model)
     for site, choice in zip(sites(model), choices_of(model), strict=True):
-        path, layer = f"{site.path}.attn", layers.get(site.index)
+        path, layer = site.layer_path(model), layers.get(site.index)
         new = canonical(choice) if layer is None else layer.resolved
         mark = found.get(f"{path}.{MARK}")
         old = None if mark is None else read_mark(path, mark)
@@ -233,7 +299,7 @@ def drop_other_operators(
 
 def whole_plan(model: nn.Module, keep: Collection[int] = ()) -> str:
     """Return the layer plan of any model, with these layers kept as they were before the conversion."""
-    kept = Choice(AS_IT_IS if is_pyramid(model) else KEEP)
+    kept = _kept(model)
     choices = (kept if index in keep else choice for index, choice in enumerate(choices_of(model)))
     return plan_text(tuple(choices), DEFORMABLE if merges_deformably(model) else AS_IT_IS)
 
@@ -241,8 +307,7 @@ def whole_plan(model: nn.Module, keep: Collection[int] = ()) -> str:
 def new_parameters(model: nn.Module) -> list[nn.Parameter]:
     """Return the parameters that the conversion added: those of the operators and of deformable merges."""
     added: list[nn.Module] = [layer.operator for layer in converted_layers(model).values()]
-    if is_pyramid(model):
-        added += merge_layers(model)
+    added += merge_layers(model)
     return [parameter for module in added for parameter in module.parameters()]
 
 
@@ -254,15 +319,13 @@ def start_fresh(model: nn.Module) -> None:
 
 def plan_size(model: nn.Module) -> tuple[int, int] | None:
     """Return the image size (height, width) that the operators were created for; None if it is the model's own."""
-    removed = (
-        block.attn for block in blocks_of(model) if isinstance(getattr(block, "attn", None), NoAttention)
-    )
+    removed = (layer for layer in map(attention_of, blocks_of(model)) if isinstance(layer, NoAttention))
     sizes = {layer.tokens.plan_size for layer in converted_layers(model).values()}
     sizes = (sizes | {layer.plan_size for layer in removed}) - {image_size(model)}
     return sizes.pop() if sizes else None
 
 
-# The parts of a pyramid that a conversion drops: in the layer, and in weights of the original model.
+# The parts that a conversion drops where a family does not keep all: in the layer, and in weights of the original.
 
 REDUCTION = ("sr", "norm", "pool", "act")
 BIAS = ("relative_position_bias_table", "relative_position_index", "cpb_mlp", "relative_coords_table")
@@ -284,12 +347,13 @@ def kept_rows(tensor: Tensor, name: str, kept: Collection[str]) -> Tensor:
 
 
 def drop_parts(model: nn.Module, tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Return weights of the original model without what a converted pyramid lacks, and the reason of each key left out.
+    """Return weights of the original model without what a converted one lacks, and the reason of each key left out.
 
-    Weights of a model that was converted by the same plan, and those for a plain vision transformer, stay as they are.
+    Weights of a model that was converted by the same plan, and those of a family that keeps all, stay as they are.
     """
     found, reasons = dict(tensors), dict[str, str]()
-    if not is_pyramid(model):
+    family = find_family(model)
+    if family is None or family.keeps_all:
         return found, reasons
     own = model.state_dict()
     for path in deformable_merges(model):
@@ -298,16 +362,15 @@ def drop_parts(model: nn.Module, tensors: Mapping[str, Tensor]) -> tuple[dict[st
                 reasons[key] = "deformable merging replaces it"
                 del found[key]
     for site in sites(model):
-        reason = _reason(site.block(model).attn)
+        layer, path = site.layer(model), site.layer_path(model)
+        reason = _reason(layer)
         if not reason:
             continue
-        for key in [
-            key for key in found if key not in own and _is_dropped(key, site, site.block(model).attn)
-        ]:
+        for key in [key for key in found if key not in own and _is_dropped(key, site, path, layer)]:
             reasons[key] = reason
             del found[key]
         for name in FUSED:
-            _cut(found, own, f"{site.path}.attn.{name}.", name, site.block(model).attn)
+            _cut(found, own, f"{path}.{name}.", name, layer)
     return found, reasons
 
 
@@ -318,11 +381,11 @@ def _reason(layer: Any) -> str:
     return "" if choice is None else f"{choice} does not need it"
 
 
-def _is_dropped(key: str, site: Site, layer: Any) -> bool:
+def _is_dropped(key: str, site: Site, path: str, layer: Any) -> bool:
     """Return whether a conversion drops this part of a block; a part that timm's layer has not is not one of them."""
     if isinstance(layer, NoAttention):
-        return key.startswith((f"{site.path}.attn.", f"{site.path}.norm1."))
-    prefix = f"{site.path}.attn."
+        return key.startswith((f"{path}.", f"{site.path}.norm1."))
+    prefix = f"{path}."
     name = key.removeprefix(prefix).partition(".")[0]
     return key.startswith(prefix) and name in (*dropped_names((), keeps_bias=False), *FUSED)
 
@@ -348,7 +411,7 @@ def initialize(model: nn.Module, layers: Collection[int], weights: str) -> None:
     elif weights == "mlp":
         fresh, blocks = blocks_of(_fresh(model)), blocks_of(model)
         for index in layers:
-            blocks[index].attn.load_state_dict(fresh[index].attn.state_dict())
+            attention_of(blocks[index]).load_state_dict(attention_of(fresh[index]).state_dict())
 
 
 def _fresh(model: nn.Module) -> nn.Module:

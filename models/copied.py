@@ -154,8 +154,8 @@ def copy_attention(student: nn.Module, teacher: nn.Module, copying: Copying) -> 
         UnsupportedModelError: no adapter covers a model, or a layer has no softmax attention to replace.
         ValueError: `copying` does not go with these models.
     """
-    check_supported(student)
-    check_supported(teacher)
+    check_supported(student, to="copying")
+    check_supported(teacher, to="copying")
     model, tape, links = vit(student), Tape(), copying.links(teacher, student)
     layers, kind = {pair.teacher for pair in copying.layers}, COPIES[copying.method]
     model.teacher = view_attention(teacher, layers, tape, kind.parts)

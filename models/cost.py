@@ -20,12 +20,12 @@ from .families import (
     attention_blocks,
     find_family,
     image_size,
-    is_pyramid,
+    native_host,
     sites,
     token_layout,
     vit,
 )
-from .grid_hosts import GridHost, native_host
+from .host import AttentionHost, GridHost
 
 
 def dense_macs(model: nn.Module) -> int:
@@ -155,18 +155,14 @@ def attention_operations(model: nn.Module, accounting: Accounting = "true") -> l
     """
     converted, found = converted_layers(model), []
     for site in sites(model):
-        attention = site.block(model).attn
+        attention = site.layer(model)
         if isinstance(attention, NoAttention):
             found.append(Operations())
             continue
         if site.index in converted:
             found.append(converted[site.index].operator.operations(site.shape.geometry, accounting))
             continue
-        tokens = site.shape.geometry.num_tokens
-        queries, keys = tokens, tokens
-        if is_pyramid(model):
-            host = attention if isinstance(attention, GridHost) else native_host(site.block(model))
-            queries, keys = host.native_pairs(site.shape.geometry)
+        queries, keys = native_host(site.block(model)).native_pairs(site.shape.geometry)
         found.append(softmax_operations(queries * keys, site.num_heads, site.head_dim, accounting))
     return found
 
@@ -231,7 +227,7 @@ def _uncalled(model: nn.Module, called: set[nn.Module], accounting: Accounting) 
     """
     found = []
     for site in sites(model):
-        attention: Any = site.block(model).attn
+        attention = site.layer(model)
         fused = attention._modules.get("qkv")
         if fused is None or fused in called:
             continue
@@ -239,7 +235,7 @@ def _uncalled(model: nn.Module, called: set[nn.Module], accounting: Accounting) 
         if isinstance(attention, ConvertedAttention) and not isinstance(attention, GridHost):
             rows = rows // 3 * len([part for part in QKV if part in attention.operator.needs])
         tokens = site.shape.geometry.num_tokens
-        if is_pyramid(model) and not isinstance(attention, GridHost):  # timm pads the grid before it projects
+        if not isinstance(attention, AttentionHost):  # timm pads the grid before it projects
             tokens, _ = native_host(site.block(model)).native_pairs(site.shape.geometry)
         has_bias = fused.bias is not None or getattr(attention, "q_bias", None) is not None
         if has_bias and accounting == "true":

@@ -27,9 +27,9 @@ from torch import Tensor, nn
 from .attention.base import Geometry, Heads
 from .attention.stripes import LePE, Stripes, cross, stripe_positions, stripe_softmax
 from .errors import ConfigError, JsonDict
+from .families.pvt_v1 import check_stages
 from .map_structure import Size
 from .pvt_models import described
-from .pvt_v1 import check_stages
 
 # The parts of CSwin. Shape suffixes: B batch, C channels, H and W the grid, N tokens, D head width.
 

@@ -1,39 +1,33 @@
-"""The module that replaces the attention of a timm block.
+"""Hosts: the modules that replace the attention of a block.
 
 A host shares the parameters, buffers and submodules of the timm attention that it replaces, under the same
 names, so state dicts do not change. It projects tokens to queries, keys and values (with the layer's own norms
 and rotary embedding), calls an *operator*, and projects its output. With the operator `softmax` it computes
 the same as timm, bit for bit.
+
+A native host of a layer with windows or reduced keys computes what timm's layer does: its operator is a softmax, and
+gets the projections of each window. A host that was created with an operator gives it the projections of all tokens.
+Hosts of one family alone are in the family's file (`families/`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from timm.layers import apply_rot_embed_cat
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from .attention.base import QKV, Geometry, Heads, Operator
 from .attention.softmax import Softmax
-from .errors import JsonDict, UnsupportedModelError
-from .families import attention_blocks, check_supported
-from .map_structure import MapStructure
+from .errors import UnsupportedModelError
+from .map_structure import MapStructure, Size, Windows
 
 Given = tuple[Tensor, Tensor | None, Tensor | None]
 """The input of an attention layer: tokens (B, N, C), rotary embedding, shared relative position bias."""
-
-
-def observe(layer: nn.Module, see: Callable[[Given], None]) -> RemovableHandle:
-    """Call `see` with the input of an attention layer (timm's or a host) before it runs."""
-
-    def hook(module: nn.Module, inputs: tuple[Any, ...], keywords: JsonDict) -> None:
-        see(_given(*inputs, **keywords))
-
-    return layer.register_forward_pre_hook(hook, with_kwargs=True)
 
 
 def _given(
@@ -46,17 +40,29 @@ def _given(
     return x, rope, shared_rel_pos_bias
 
 
+def has_bias(attention: nn.Module) -> bool:
+    """Return whether a layer adds a relative position bias of its own to its logits."""
+    return "relative_position_bias_table" in attention._parameters or "cpb_mlp" in attention._modules
+
+
 class AttentionHost(nn.Module):
-    """A timm attention layer with any operator; `original` is the layer that it replaces."""
+    """A timm attention layer with any operator; `original` is the layer that it replaces.
+
+    This class is the host of layers whose softmax is over all tokens, as in a plain vision transformer.
+    """
 
     permanent = False
     """Whether a saved model keeps the host instead of the original layer."""
     geometry: Geometry | None = None
     """The tokens of the sequence, for operators that need the grid."""
+    gets_grid = False
+    """Whether the block passes the grid together with the tokens."""
     after_heads: tuple[str, ...] = ("norm", "gate", "proj", "proj_drop")
     """The children through which the output of the heads goes."""
     has_cosine_logits = False
     """Whether queries and keys have unit length before the learned scale, as in Swin V2."""
+    _block: tuple[nn.Module, ...] = ()
+    """timm's block of a native host; in a tuple, so that it is not registered."""
 
     def __init__(self, original: nn.Module, operator: Operator | None = None) -> None:
         super().__init__()
@@ -74,6 +80,7 @@ class AttentionHost(nn.Module):
         self.rotate_half: bool = getattr(layer, "rotate_half", False)
         self.kv_groups: int = getattr(layer, "num_kv_groups", 1)
         self.separate_bias: bool = getattr(layer, "qkv_bias_separate", False)
+        self.has_bias = has_bias(original)
 
     @property
     def original(self) -> nn.Module:
@@ -105,6 +112,14 @@ class AttentionHost(nn.Module):
     def structure(self, grid: tuple[int, int]) -> MapStructure:
         """Return which keys each query of timm's layer sees on a grid."""
         return MapStructure()
+
+    def native_pairs(self, geometry: Geometry) -> tuple[int, int]:
+        """Return the numbers of queries and of keys of each query in timm's layer, for its cost."""
+        return geometry.num_tokens, geometry.num_tokens
+
+    def has_whole_map(self, geometry: Geometry) -> bool:
+        """Return whether `heads_of` has all of the map of timm's layer: of all pairs of tokens, with its bias."""
+        return True
 
     def heads_of(self, *inputs: Any, **keywords: Any) -> Heads:
         """Return the projections for the arguments with which timm's block calls the layer."""
@@ -202,21 +217,170 @@ class AttentionHost(nn.Module):
         return x if child is None else child(x)
 
 
-def host_attention(model: nn.Module) -> list[AttentionHost]:
-    """Replace every attention layer of `model` by a host; layers that have a host keep it."""
-    check_supported(release_attention(model))
-    hosts = []
-    for block in attention_blocks(model):
-        if not isinstance(block.attn, AttentionHost):  # a converted layer is one
-            block.attn = AttentionHost(block.attn)
-        hosts.append(block.attn)
-    return hosts
+class GridHost(AttentionHost, ABC):
+    """An attention layer of a pyramid; its input is (B, N, C) with the grid, or (B, height, width, C).
+
+    Tokens before those of the grid are prefix tokens.
+    """
+
+    gets_grid = True
+    after_heads = ("proj", "proj_drop")  # `norm` is that of reduced keys
+    kept: Sequence[str] = QKV
+    """The parts of q, k and v that the projections still compute: a conversion drops the others."""
+
+    def __init__(self, original: nn.Module, operator: Operator | None = None) -> None:
+        super().__init__(original, operator)
+        self.is_native = operator is None
+
+    def forward(self, x: Tensor, size: Size | None = None) -> Tensor:  # type: ignore[override]
+        """Attend over all tokens of the grid."""
+        return self.merge(self.attend(self.project(x, size)), x)
+
+    def attend(self, heads: Heads) -> Tensor:
+        if not self.is_native:
+            return self.operator(heads)
+        attended = self.attended(heads)
+        return attended.joined(self.operator(attended))
+
+    def has_whole_map(self, geometry: Geometry) -> bool:
+        tokens = geometry.num_tokens
+        return self.native_pairs(geometry) == (tokens, tokens) and not self.has_bias
+
+    def project(self, x: Tensor, size: Size | None = None) -> Heads:  # type: ignore[override]
+        """Compute the projections that the operator needs, and no others."""
+        grid = (x.shape[1], x.shape[2]) if size is None else (size[0], size[1])
+        x_BNC = x.flatten(1, 2) if size is None else x
+        parts = self.parts(x_BNC, grid)
+        heads = {part: self._by_head(tensor) for part, tensor in parts.items() if part in self.operator.needs}
+        dropout: Any = self.attn_drop
+        return Heads(
+            q=self.normed("q", heads.get("q")),
+            k=self.normed("k", heads.get("k")),
+            v=heads.get("v"),
+            bias=None if self.is_native else self.grid_bias(grid),
+            scale=self.scale,
+            dropout=dropout.p if self.training else 0.0,
+            geometry=Geometry(x_BNC.shape[1] - grid[0] * grid[1], grid),
+        )
+
+    def heads_of(self, *inputs: Any, **keywords: Any) -> Heads:
+        return self.project(*inputs, **keywords)
+
+    @abstractmethod
+    def parts(self, x_BNC: Tensor, grid: Size) -> dict[str, Tensor]:
+        """Return the parts `kept` of q, k and v, (B, N, H·D); native keys and values may have fewer tokens."""
+
+    def normed(self, part: str, x_BHND: Tensor | None) -> Tensor | None:
+        """Return queries or keys after the layer's own norm."""
+        return x_BHND
+
+    def grid_bias(self, grid: Size) -> Tensor | None:
+        """Return the relative position bias of all pairs of tokens, (1, H, N, N), for a converted layer that has it."""
+        return None
+
+    def merge(self, out_BHND: Tensor, x: Tensor) -> Tensor:
+        """Join the heads and project them back; return the shape of the input."""
+        out = self._child("proj_drop", self._child("proj", out_BHND.transpose(1, 2).flatten(2)))
+        return out.reshape(x.shape)
+
+    def set_input_size(
+        self, feat_size: Size, window_size: Size, always_partition: bool | None = None
+    ) -> None:
+        """Change the grid as timm does; called by timm on blocks of Swin, which a native host replaced."""
+        block: Any = self._block[0]
+        block.set_input_size(feat_size, window_size, always_partition)
+
+    def init_non_persistent_buffers(self) -> None:
+        """Compute the buffers that are not in the state dict; called by timm."""
+        layer: Any = self.original
+        if hasattr(layer, "init_non_persistent_buffers"):
+            layer.init_non_persistent_buffers()
+
+    def _by_head(self, x_BNC: Tensor) -> Tensor:
+        x_BNHD: Tensor = x_BNC.unflatten(2, (self.num_heads, -1))
+        return x_BNHD.transpose(1, 2)
 
 
-def release_attention(model: nn.Module) -> nn.Module:
-    """Replace the hosts by timm's attention layers, except in converted layers, and return the model."""
-    for block in attention_blocks(model):
-        host = getattr(block, "attn", None)
-        if isinstance(host, AttentionHost) and not host.permanent:
-            block.attn = host.original
-    return model
+class ReducedHost(GridHost):
+    """PVT, PVTv2 and the sub-sampled layers of Twins: natively, keys and values are of a smaller grid."""
+
+    def parts(self, x_BNC: Tensor, grid: Size) -> dict[str, Tensor]:
+        rest = [part for part in self.kept if part != "q"]
+        needs = self.operator.needs
+        found = {"q": self._child("q", x_BNC)} if "q" in self.kept and "q" in needs else {}
+        if any(part in needs for part in rest):
+            source = x_BNC if self._modules.get("sr") is None else self._reduced(x_BNC, grid)
+            found |= zip(rest, self._child("kv", source).chunk(len(rest), -1), strict=True)
+        return found
+
+    def structure(self, grid: Size) -> MapStructure:
+        pool, reduction = self._modules.get("pool"), self._modules.get("sr")
+        if isinstance(pool, nn.AdaptiveAvgPool2d):
+            side = int(pool.output_size)  # type: ignore[arg-type]
+            return MapStructure(reduction=("pool", (side, side)))
+        if isinstance(reduction, nn.Conv2d):
+            rows, columns = reduction.stride
+            return MapStructure(reduction=("stride", (int(rows), int(columns))))
+        return MapStructure()
+
+    def native_pairs(self, geometry: Geometry) -> tuple[int, int]:
+        height, width = geometry.grid
+        reduction = self.structure(geometry.grid).reduction
+        if reduction is None:
+            return geometry.num_tokens, geometry.num_tokens
+        kind, (rows, columns) = reduction
+        keys = rows * columns if kind == "pool" else (height // rows) * (width // columns)
+        return geometry.num_tokens, keys
+
+    def _reduced(self, x_BNC: Tensor, grid: Size) -> Tensor:
+        image = x_BNC.transpose(1, 2).unflatten(2, grid)
+        small = self._child("sr", self._child("pool", image)).flatten(2).transpose(1, 2)
+        return self._child("act", self._child("norm", small))
+
+
+class WindowHost(GridHost):
+    """The local layers of Twins: natively, softmax within windows."""
+
+    def windows(self, grid: Size) -> Windows:
+        """Return the native windows of a grid."""
+        layer: Any = self.original
+        return Windows(grid, (layer.ws, layer.ws))
+
+    def window_bias(self, windows: Windows, like: Tensor) -> Tensor | None:
+        """Return what is added to the native logits of each window, (1 or W, H, M, M)."""
+        return None
+
+    def parts(self, x_BNC: Tensor, grid: Size) -> dict[str, Tensor]:
+        return dict(zip(self.kept, self._project(x_BNC).chunk(len(self.kept), -1), strict=True))
+
+    def attended(self, heads: Heads) -> Heads:
+        windows = self.windows(heads.tokens().grid)
+        pads = self._zero() if windows.is_padded else heads  # not read without padding
+        q, k, v = (
+            None if x is None else windows.cut(x, pad)
+            for x, pad in ((heads.q, pads.q), (heads.k, pads.k), (heads.v, pads.v))
+        )
+        known = q if q is not None else k
+        bias = None if known is None else self.window_bias(windows, known)
+        if bias is not None and bias.shape[0] > 1:  # one for each window, the same for every image
+            bias = bias.expand(len(heads.known), *bias.shape).flatten(0, 1)
+        return Heads(q, k, v, bias, heads.scale, heads.dropout, heads.geometry, windows=windows)
+
+    def structure(self, grid: Size) -> MapStructure:
+        windows = self.windows(grid)
+        if windows.window == grid and not any(windows.shift):
+            return MapStructure()
+        return MapStructure(windows.window, windows.shift)
+
+    def native_pairs(self, geometry: Geometry) -> tuple[int, int]:
+        windows = self.windows(geometry.grid)
+        return windows.padded[0] * windows.padded[1], windows.window[0] * windows.window[1]
+
+    def _project(self, x_BNC: Tensor) -> Tensor:
+        return self._child("qkv", x_BNC)
+
+    def _zero(self) -> Heads:
+        """Return the projections of a token of zeros, with which timm pads the grid."""
+        fused: Any = self.qkv
+        weight: Tensor = fused.weight
+        return self.project(weight.new_zeros(1, 1, weight.shape[1]), (1, 1))

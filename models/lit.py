@@ -25,16 +25,16 @@ from typing import Any
 import torch
 from timm.layers import trunc_normal_
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
-from timm.models.pvt_v2 import MlpWithDepthwiseConv
 from torch import Tensor, nn
 
 from . import pvt_models
 from .attention.hilo import HiLoAttention
+from .conversion import convert_layers
 from .converted import converted_layers
 from .errors import JsonDict
-from .families import create_timm_model, sites
-from .map_structure import WholeGridBlock, as_kind
-from .pyramid_conversion import convert_pyramid
+from .families import as_kind, create_timm_model, sites
+from .families.pvt import MlpWithDepthwiseConv
+from .families.swin import WholeGridBlock
 
 # What LITv2 (arXiv:2205.13213) has beside HiLo: convolutions in its MLPs, and two output projections a layer.
 
@@ -160,7 +160,7 @@ def _create(name: str, pretrained: bool, host: str, drop_path: float, given: Jso
 
 def _first(model: nn.Module) -> nn.Module:
     """Return LIT, with fresh tables of relative positions: Swin's are of its windows."""
-    lit = convert_pyramid(model, PLAN, weights="all", calibration=None, without=())
+    lit = convert_layers(model, PLAN)
     for name, parameter in lit.named_parameters():
         if name.endswith("relative_position_bias_table"):
             trunc_normal_(parameter, std=0.02)
@@ -169,7 +169,7 @@ def _first(model: nn.Module) -> nn.Module:
 
 def _second(model: nn.Module) -> nn.Module:
     """Return LITv2."""
-    lit = convert_pyramid(model, PLAN_V2, weights="all", calibration=None, without=("bias",))
+    lit = convert_layers(model, PLAN_V2, without=("bias",))
     add_convolutions(lit)
     split_projections(lit)
     return lit

@@ -32,12 +32,12 @@ def add_lora(model: nn.Module, rank: int) -> None:
     except ImportError as error:
         raise ConfigError("optim.lora needs peft, not installed: pip install 'graftvit[lora]'") from error
     try:
-        check_supported(model, pyramids=True)
+        check_supported(model)
     except UnsupportedModelError as error:
         raise UnsupportedModelError(f"optim.lora: {error}") from error
     places = sites(model)
     for site in places:
-        layer = site.block(model).attn
+        layer = site.layer(model)
         if any(getattr(layer, f"{part}_bias", None) is not None for part in ("q", "v")):
             raise UnsupportedModelError(
                 f"optim.lora: layer {site.index} stores the biases of q and v apart from their weight (BEiT, EVA, "
@@ -46,8 +46,10 @@ def add_lora(model: nn.Module, rank: int) -> None:
             )
     added = {id(parameter) for parameter in new_parameters(model)}
     learned = [name for name, each in model.named_parameters() if id(each) in added or _is_head(model, name)]
-    paths, names = ("|".join(words) for words in ([re.escape(site.path) for site in places], PROJECTIONS))
-    config = LoraConfig(r=rank, lora_alpha=SCALE * rank, target_modules=rf"({paths})\.attn\.({names})")
+    paths, names = (
+        "|".join(words) for words in ([re.escape(site.layer_path(model)) for site in places], PROJECTIONS)
+    )
+    config = LoraConfig(r=rank, lora_alpha=SCALE * rank, target_modules=rf"({paths})\.({names})")
     inject_adapter_in_model(config, model)
     for name in learned:
         model.get_parameter(name).requires_grad_(True)

@@ -11,10 +11,10 @@ from typing import cast
 import torch
 from timm.layers.patch_embed import PatchEmbed
 from timm.models import checkpoint_seq
-from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
 from .errors import ConfigError, UnsupportedModelError
+from .families.plain import VisionTransformer, plain_block
 from .parts import grid_positions, normalize_patches, unfold_patches
 
 
@@ -57,7 +57,7 @@ class MaskedAutoencoder(nn.Module):
         self.decoder_embed = nn.Linear(self.encoder.embed_dim, decoder_dim)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, decoder_dim))
         self.decoder_blocks = nn.ModuleList(
-            Block(decoder_dim, decoder_heads, qkv_bias=True) for _ in range(decoder_depth)
+            plain_block(dim=decoder_dim, num_heads=decoder_heads, qkv_bias=True) for _ in range(decoder_depth)
         )
         self.decoder_norm = nn.LayerNorm(decoder_dim, eps=1e-6)
         self.decoder_head = nn.Linear(decoder_dim, self.patch_size[0] * self.patch_size[1] * channels)

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from timm.models.swin_transformer import SwinTransformerBlock
-from timm.models.swin_transformer_v2 import SwinTransformerV2Block
-from torch import Tensor, nn
+from torch import Tensor
 
 Size = tuple[int, int]
 
@@ -55,7 +52,7 @@ def _words(size: Size) -> str:
     return f"{size[0]}x{size[1]}"
 
 
-# Windows of a token grid, shifted cyclically, and timm's blocks with an attention over the whole grid.
+# Windows of a token grid, shifted cyclically.
 #
 # Shape suffixes: B batch, H heads, N tokens of the grid, W windows, M tokens of a window, D head width.
 
@@ -109,54 +106,3 @@ class Windows:
         if below:
             x = torch.cat([x, pad.expand(batch, heads, below, width + right, channels).to(x.dtype)], 2)
         return x
-
-
-class _WholeGrid:
-    """The two methods of timm's blocks of Swin that know of windows."""
-
-    attn: Any
-    input_resolution: Size
-
-    def _attn(self, x: Tensor) -> Any:
-        return self.attn(x)
-
-    def set_input_size(
-        self,
-        feat_size: Size,
-        window_size: Size,
-        always_partition: bool | None = None,
-    ) -> None:
-        """Change the grid; the layer decides what this means for its windows."""
-        self.input_resolution = feat_size
-        self.attn.set_input_size(feat_size, window_size, always_partition)
-
-
-class WholeGridBlock(_WholeGrid, SwinTransformerBlock):  # type: ignore[misc]
-    """timm's block of Swin whose attention gets the whole grid (B, height, width, C) instead of windows."""
-
-
-class WholeGridBlockV2(_WholeGrid, SwinTransformerV2Block):
-    """timm's block of Swin V2 whose attention gets the whole grid (B, height, width, C) instead of windows."""
-
-
-def whole_grid(block: nn.Module) -> nn.Module:
-    """Return a block with the same parts whose attention gets the whole grid; blocks that give it that are returned.
-
-    The parts are shared, but the block can get another attention.
-    """
-    kinds: dict[type[nn.Module], type[nn.Module]] = {
-        SwinTransformerBlock: WholeGridBlock,
-        SwinTransformerV2Block: WholeGridBlockV2,
-    }
-    kind = kinds.get(type(block))
-    if kind is None:
-        return block
-    return as_kind(block, kind)
-
-
-def as_kind(block: nn.Module, kind: type[nn.Module]) -> nn.Module:
-    """Return a module of another class with the same parts, which can get other parts."""
-    twin = kind.__new__(kind)
-    twin.__dict__.update(block.__dict__)
-    twin.__dict__["_modules"] = dict(block._modules)
-    return twin

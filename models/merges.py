@@ -8,7 +8,7 @@ from torch import nn
 
 from .attention.base import Geometry
 from .errors import UnsupportedModelError
-from .families import family_of, is_pyramid, sites
+from .families import family_of, find_family, sites
 from .families.site import submodule
 from .token_merging import TokenMerging
 
@@ -29,7 +29,7 @@ def merge_deformably(model: nn.Module) -> None:
 
 def merges_deformably(model: nn.Module) -> bool:
     """Return whether the merges of a model are deformable."""
-    return is_pyramid(model) and any(merge_layers(model))
+    return bool(merge_layers(model))
 
 
 def new_merges(before: nn.Module, after: nn.Module) -> dict[int, TokenMerging]:
@@ -82,5 +82,6 @@ def merge_layers(model: nn.Module) -> list[TokenMerging]:
 
 def deformable_merges(model: nn.Module) -> dict[str, TokenMerging]:
     """Return the deformable merges of a model by the names of the modules, in order."""
-    found = {path: submodule(model, path) for path in family_of(model).merges(model)}
+    family = find_family(model)
+    found = {path: submodule(model, path) for path in (family.merges(model) if family else ())}
     return {path: each for path, each in found.items() if isinstance(each, TokenMerging)}

@@ -8,18 +8,21 @@ from __future__ import annotations
 
 import inspect
 
-from timm.models.beit import Beit
-from timm.models.eva import Eva, EvaBlockPostNorm
-from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from .conversion import without_plan
 from .errors import Json, JsonDict, TransferError, UnsupportedModelError
 from .families import attention_blocks, attention_shape, check_supported, create_timm_model, patch_size, vit
-from .parts import ACTIVATIONS, has_norm, native_parts
+from .families.plain import (
+    ACTIVATIONS,
+    constructor_of,
+    has_norm,
+    hidden_ratio,
+    is_post_norm,
+    native_parts,
+    poolings_of,
+)
 from .small import without_memory
-
-BEIT_POOLING = ("", "avg", "token")
 
 
 def mirror_arguments(teacher: nn.Module, architecture: str, model_args: Json) -> tuple[str, JsonDict]:
@@ -35,10 +38,10 @@ def mirror_arguments(teacher: nn.Module, architecture: str, model_args: Json) ->
     student = _build_without_memory(architecture, model_args, "student.model")
     for model in (teacher, student):
         try:
-            check_supported(model)
+            check_supported(model, to="mirroring")
         except UnsupportedModelError as error:
             raise UnsupportedModelError(f"student.mirror_teacher=true: {error}") from error
-    family = next(kind for kind in (VisionTransformer, Beit, Eva) if isinstance(teacher, kind))
+    family = constructor_of(teacher)
     accepted = inspect.signature(family.__init__).parameters
     _refuse_foreign(model_args, accepted, student, family)
     named = {**model_args, **_native(teacher)}
@@ -86,9 +89,7 @@ def _mlp_ratio(teacher: nn.Module, student: nn.Module, width: int) -> float:
     """Return the ratio from which the teacher's constructor computes the exact hidden width."""
     same = native_parts(teacher).mlp == native_parts(student).mlp
     projection = attention_blocks(student if same else teacher)[0].mlp.fc2
-    hidden = projection.in_features * width // projection.out_features
-    if isinstance(teacher, VisionTransformer) and native_parts(teacher).mlp.startswith(("SwiGLU", "GLU")):
-        hidden *= 2  # there the ratio counts gate and value together
+    hidden = projection.in_features * width // projection.out_features * hidden_ratio(teacher)
     ratio = float(hidden / width)
     return ratio if int(width * ratio) == hidden else (hidden + 0.5) / width
 
@@ -106,10 +107,11 @@ def _pooling(teacher: nn.Module, student: nn.Module) -> str:
             "student.global_pool=token needs a class token, which the teacher of student.mirror_teacher=true "
             "does not have; use avg"
         )
-    if isinstance(teacher, Beit) and pooling not in BEIT_POOLING:
+    known = poolings_of(teacher)
+    if known is not None and pooling not in known:
         raise TransferError(
-            f"student.global_pool={pooling} is not a pooling of Beit, which student.mirror_teacher=true builds; "
-            f"valid: {', '.join(filter(None, BEIT_POOLING))}"
+            f"student.global_pool={pooling} is not a pooling of {type(teacher).__name__}, which "
+            f"student.mirror_teacher=true builds; valid: {', '.join(filter(None, known))}"
         )
     return pooling
 
@@ -130,7 +132,7 @@ def _native(teacher: nn.Module) -> JsonDict:
         "use_rot_pos_emb": "rotary" in parts.position,
         "pre_norm": parts.pre_norm,
         "use_pre_transformer_norm": parts.pre_norm,
-        "use_post_norm": isinstance(block, EvaBlockPostNorm),
+        "use_post_norm": is_post_norm(block),
         "qkv_bias": parts.qkv_bias,
         "qkv_fused": block.attn.qkv is not None,
         "qk_norm": parts.qk_norm,

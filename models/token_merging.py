@@ -15,7 +15,6 @@ from contextlib import nullcontext
 
 import torch
 import torch.nn.functional as F
-from timm.models.swin_transformer_v2 import PatchMerging
 from torch import Tensor, nn
 from torchvision.extension import _has_ops
 from torchvision.ops import deform_conv2d
@@ -92,21 +91,6 @@ class TokenMerging(nn.Module):
             )
         out: Tensor = self.act(self.norm_layer(merged_BCHW))
         return out.permute(0, 2, 3, 1)
-
-
-class SwinMerging(TokenMerging, PatchMerging):
-    """The same for Swin: (B, H, W, C) to (B, h, w, C'). timm resizes a stage of Swin V2 only with its own class."""
-
-    def forward(self, x_BHWC: Tensor) -> Tensor:
-        return super().forward(x_BHWC.permute(0, 3, 1, 2))
-
-
-class TwinsMerging(TokenMerging):
-    """The same for Twins: (B, C, H, W) to the tokens (B, h·w, C') and their grid (h, w)."""
-
-    def forward(self, x_BCHW: Tensor) -> tuple[Tensor, tuple[int, int]]:  # type: ignore[override]
-        out = super().forward(x_BCHW)
-        return out.flatten(1, 2), (out.shape[1], out.shape[2])
 
 
 def convolve_at(x_BCHW: Tensor, offsets_BThw: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

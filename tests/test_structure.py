@@ -1,4 +1,4 @@
-"""Rooms that are easy to find: no circle of imports, also of later ones, and a name of its own for each file."""
+"""Rooms that are easy to find: no circle of imports, own names of files, and timm's models in one place."""
 
 from __future__ import annotations
 
@@ -84,3 +84,34 @@ def test_each_file_has_a_name_of_its_own() -> None:
         if path.name != "__init__.py" and path.parent != Path("launch/commands"):
             places[path.name].append(str(path))
     assert [paths for paths in places.values() if len(paths) > 1] == []
+
+
+# Nobody but the families knows a class of timm's models, or asks what kind of model there is.
+
+
+def classes_of_timm(root: Path, path: Path) -> list[str]:
+    """Return the classes of timm's models that a file imports, and each question whether a model is a pyramid."""
+    found = []
+    for node in ast.walk(ast.parse((root / path).read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module is not None:
+            is_model = node.module.startswith("timm.models.") and not node.module.startswith("timm.models._")
+            found += [alias.name for alias in node.names if is_model]
+        elif isinstance(node, ast.Attribute) and node.attr == "is_pyramid":
+            found.append(node.attr)
+        elif isinstance(node, ast.Name) and node.id == "is_pyramid":
+            found.append(node.id)
+    return found
+
+
+def test_only_families_know_timms_models() -> None:
+    others = [path for path in python_files(ROOT) if path.parent != Path("models/families")]
+    assert {str(path): found for path in others if (found := classes_of_timm(ROOT, path))} == {}
+
+
+def test_the_check_of_timms_models_would_notice(tmp_path: Path) -> None:
+    (tmp_path / "a.py").write_text(
+        "from timm.models.beit import Beit\nfrom timm.models import register_model\n"
+    )
+    (tmp_path / "b.py").write_text("if family.is_pyramid or is_pyramid(model):\n    pass\n")
+    assert classes_of_timm(tmp_path, Path("a.py")) == ["Beit"]
+    assert len(classes_of_timm(tmp_path, Path("b.py"))) == 2

@@ -22,10 +22,8 @@ from ..models.attention.softmax import softmax_rows
 from ..models.conversion import ConvertedAttention, converted_layers
 from ..models.copying.teacher_view import (
     Normalization,
-    ShownImages,
     TeacherInput,
     TokensOnly,
-    WholeInput,
     shallow,
     truncated,
 )
@@ -33,22 +31,19 @@ from ..models.errors import TransferError, did_you_mean
 from ..models.families import (
     Site,
     TokenLayout,
-    attention_shape,
+    attention_place,
     blocks_of,
     check_supported,
     depths,
     family_of,
-    is_pyramid,
-    patch_grid,
+    layout_of,
+    native_host,
     sites,
-    token_layout,
     vit,
+    whole_grid,
 )
-from ..models.grid_hosts import native_host
 from ..models.host import AttentionHost
-from ..models.map_structure import whole_grid
 from ..models.merges import describe_unequal
-from ..models.pyramid_conversion import has_bias
 from .config import RunConfig
 from .data.loaders import create_train_loader
 from .data.sampler import preserved
@@ -58,54 +53,18 @@ from .data.sampler import preserved
 
 def check_alike(teacher: nn.Module, student: nn.Module, layers: Collection[int]) -> None:
     """Raise TransferError unless these `layers` have the same heads, widths and tokens in teacher and student."""
-    if is_pyramid(teacher) or is_pyramid(student):
-        _check_stages(teacher, student, layers)
-        return
-    shapes = attention_shape(teacher), attention_shape(student)
-    if shapes[0] != shapes[1]:
-        raise TransferError(
-            f"the teacher has {shapes[0]} and the student {shapes[1]}: give the model that the student was converted "
-            "from, because both need the same"
-        )
-    layouts = token_layout(teacher), token_layout(student)
-    if layouts[0] != layouts[1]:
-        raise TransferError(
-            f"the teacher's tokens are {_words(layouts[0])}, the student's {_words(layouts[1])}: both need the same; "
-            "leave teacher.img_size out, or set it so that the patch grids agree"
-        )
-
-
-def has_whole_map(teacher: nn.Module, site: Site) -> bool:
-    """Return whether a layer of the teacher has a map of all pairs of tokens and nothing else in its softmax."""
-    if not is_pyramid(teacher):
-        return True
-    layer, tokens = site.block(teacher).attn, site.shape.geometry.num_tokens
-    pairs = native_host(site.block(teacher)).native_pairs(site.shape.geometry)
-    return pairs == (tokens, tokens) and not has_bias(layer)
-
-
-def shown_to(
-    teacher: nn.Module, student: nn.Module, teacher_norm: Normalization, student_norm: Normalization
-) -> ShownImages:
-    """Return how the images of a student are shown to the teacher that it was converted from."""
-    if is_pyramid(teacher) or is_pyramid(student):
-        size = family_of(teacher).image_size(teacher)
-        return WholeInput(teacher, student, teacher_norm, student_norm, size)
-    return TeacherInput(teacher, student, teacher_norm, student_norm)
-
-
-def _check_stages(teacher: nn.Module, student: nn.Module, layers: Collection[int]) -> None:
-    """Raise TransferError for a pyramid that is no conversion of the teacher in these layers."""
     if family_of(teacher) is not family_of(student) or depths(teacher) != depths(student):
         words = [f"a {type(model).__name__} of {depths(model)} blocks" for model in (teacher, student)]
         raise TransferError(
             f"the teacher is {words[0]} and the student {words[1]}: give the model that the student was converted from"
         )
     for theirs, ours in zip(sites(teacher), sites(student), strict=True):
-        if ours.index in layers and (theirs.width, theirs.shape) != (ours.width, ours.shape):
+        layouts = layout_of(teacher, theirs), layout_of(student, ours)
+        sizes = (theirs.width, theirs.shape, layouts[0]), (ours.width, ours.shape, layouts[1])
+        if ours.index in layers and sizes[0] != sizes[1]:
             raise TransferError(
-                f"layer {ours.index} has {_sizes(theirs)} in the teacher and {_sizes(ours)} in the student: "
-                + _advice(teacher, student)
+                f"layer {ours.index} has {_sizes(theirs, layouts[0])} in the teacher and {_sizes(ours, layouts[1])} in "
+                f"the student: {_advice(teacher, student)}"
             )
 
 
@@ -118,13 +77,9 @@ def _advice(teacher: nn.Module, student: nn.Module) -> str:
     return "give the model that the student was converted from, and leave teacher.img_size out"
 
 
-def _sizes(site: Site) -> str:
-    rows, columns = site.shape.geometry.grid
-    return f"{site.num_heads} heads of {site.head_dim}, width {site.width} and {rows}x{columns} tokens"
-
-
-def _words(layout: TokenLayout) -> str:
-    return " + ".join((*layout.prefix, f"{layout.grid[0]}x{layout.grid[1]} patches"))
+def _sizes(site: Site, layout: TokenLayout) -> str:
+    tokens = " + ".join((*layout.prefix, f"{layout.grid[0]}x{layout.grid[1]}"))
+    return f"{site.num_heads} heads of {site.head_dim}, width {site.width} and {tokens} tokens"
 
 
 # ‖A_t − A_s‖²_F of a teacher's softmax map and a student's map in terms, without forming either.
@@ -358,14 +313,15 @@ class Alignment(nn.Module):
     def __init__(self, teacher: nn.Module, student: nn.Module, loss: str = "output") -> None:
         super().__init__()
         layers = converted_layers(student)
-        check_supported(teacher, pyramids=True)
+        check_supported(teacher)
         if converted_layers(teacher):
             raise TransferError("the teacher is converted itself: give the model that it was converted from")
         if not layers:
             raise TransferError("nothing to align: no layer of the student is converted; give it a plan")
         check_alike(teacher, student, layers)
         for index, layer in layers.items():
-            whole = has_whole_map(teacher, sites(teacher)[index])
+            site = sites(teacher)[index]
+            whole = native_host(site.block(teacher)).has_whole_map(site.shape.geometry)
             check_layer_loss(loss, index, str(layer.choice), layer.operator, whole_maps=whole)
         self._learning = [layer for layer in layers.values() if can_learn(loss, layer.operator)]
         if not self._learning:
@@ -390,17 +346,15 @@ class Alignment(nn.Module):
         for index, block in enumerate(blocks_of(teacher)[: max(layers) + 1]):
             twin = shallow(whole_grid(block) if index in layers else block)
             if index in layers:
-                native = native_host(block) if is_pyramid(teacher) else AttentionHost(block.attn)
-                self._hosts[index] = AlignedLayer(native, layers[index], loss)
-                twin._modules["attn"] = self._hosts[index]
+                self._hosts[index] = AlignedLayer(family_of(teacher).host(block), layers[index], loss)
+                twin._modules[attention_place(twin)] = self._hosts[index]
             blocks.append(twin)
         return truncated(teacher, blocks).eval()
 
     def forward(self, images: Tensor) -> dict[int, Tensor]:
         """Return the loss of each converted layer, a float32 scalar with a gradient for that layer alone."""
         (view,) = self._view
-        if not is_pyramid(self.student):  # whose layers are given their grid
-            self._take_grid(vit(view.model).patch_embed, (images.shape[-2], images.shape[-1]))
+        self._take_grid(view.model, (images.shape[-2], images.shape[-1]))
         with torch.no_grad():
             view(images)
         losses = {}
@@ -409,19 +363,22 @@ class Alignment(nn.Module):
             losses[index], host.last_loss = host.last_loss, None
         return losses
 
-    def _take_grid(self, embedding: nn.Module, images: tuple[int, int]) -> None:
-        """Let the student's operators have the teacher's grid of these images: their own model does not run.
+    def _take_grid(self, teacher: nn.Module, images: tuple[int, int]) -> None:
+        """Give the grid of these images to the student's operators that read it from their model, which does not run.
 
         TransferError where the student has one grid, and this is another.
         """
-        grid, student = patch_grid(embedding, images), vit(self.student)
-        own = token_layout(student).grid
-        if grid != own and student.patch_embed.strict_img_size:
+        layers = [layer for layer in converted_layers(self.student).values() if not layer.gets_grid]
+        if not layers:
+            return
+        (found,) = family_of(teacher).geometries(teacher, images)
+        grid, own = found.grid, sites(self.student)[0].shape.geometry.grid
+        if grid != own and vit(self.student).patch_embed.strict_img_size:
             raise TransferError(
                 f"images of {images[0]}x{images[1]} have the patch grid {grid[0]}x{grid[1]} in the teacher, and the "
                 f"student has {own[0]}x{own[1]} alone: align them on images of the student's size"
             )
-        for layer in converted_layers(student).values():
+        for layer in layers:
             layer.tokens.geometry = Geometry(layer.tokens.geometry.num_prefix, grid)
 
     def used_parameters(self) -> list[nn.Parameter]:
@@ -472,7 +429,7 @@ def calibration_batches(
         revision=how.revision,
     )
     norms = Normalization(theirs.mean, theirs.std), Normalization(ours.mean, ours.std)
-    teacher_input = shown_to(theirs.model, ours.model, *norms)
+    teacher_input = TeacherInput(theirs.model, ours.model, *norms)
     with preserved():
         loader = create_train_loader(config.data, ours.preprocessing, seed=config.seed, labels=False)
         images = [batch[0] for batch in itertools.islice(loader.epoch(0), count)]

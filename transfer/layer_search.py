@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..models.converted import converted_layers, whole_plan
 from ..models.copying.teacher_view import shallow
 from ..models.errors import TransferError
-from ..models.families import sites, vit
+from ..models.families import attention_of, attention_place, sites, vit
 from .align import check_alike
 
 
@@ -107,6 +107,6 @@ def _with_layer_of(theirs: nn.Module, own: nn.Module) -> nn.Module:
     The block is the teacher's, because one of Swin cuts its tokens into windows itself.
     """
     twin = shallow(theirs)
-    twin._modules = {**own._modules, "attn": theirs._modules["attn"]}
+    twin._modules = {**own._modules, attention_place(own): attention_of(theirs)}
     twin._parameters = own._parameters
     return twin

@@ -108,8 +108,7 @@ def _write(
     arguments: argparse.Namespace,
 ) -> int:
     """Print the table and, unless this is a dry run, write the folder."""
-    from ...models.conversion import plan_of
-    from ...models.pyramid_conversion import nothing_given_up
+    from ...models.conversion import nothing_given_up, plan_of
 
     out, weights, data = arguments.output_dir, arguments.weights, config.data.dataset or config.data.data_path
     seen = None if images is None else f"{len(images)} images of {data}"
@@ -171,10 +170,9 @@ def _check_fitted(student: nn.Module) -> None:
 def _format_recovery(out: Path, teacher: Pretrained, student: nn.Module) -> str:
     """Return the command that starts recovery. It has the word FOLDER where the user writes the folder of images."""
     from ...models.conversion import converted_layers
-    from ...models.families import is_pyramid
     from ...models.merges import new_merges
 
-    merged = is_pyramid(student) and bool(new_merges(teacher.model, student))
+    merged = bool(new_merges(teacher.model, student))
     mode = ["align"] if converted_layers(student) and not merged else ["transfer", "--method", "feature"]
     models = ["--student.model", f"local-dir:{out}", "--teacher.source", teacher.source]
     return (
@@ -204,27 +202,26 @@ def _load_source(source: str, config: RunConfig, *, fresh: bool) -> Pretrained:
 
 def _describe_source(teacher: Pretrained) -> str:
     from ...models.conversion import plan_of
-    from ...models.families import is_pyramid
+    from ...models.families import family_of
 
     older = plan_of(teacher.model)
     known = [f"commit {teacher.revision}"] if teacher.revision else []
     known += [f"license {teacher.license}" if teacher.license else "license unknown"]
     name = [] if teacher.architecture == teacher.source else [teacher.architecture]
-    again = (
-        "other layers converted" if is_pyramid(teacher.model) else "converted again from its softmax layers"
-    )
+    keeps_all = family_of(teacher.model).keeps_all
+    again = "converted again from its softmax layers" if keeps_all else "other layers converted"
     return f"{teacher.source}: {', '.join([*name, *known])}\n" + (
         f"already converted by {older}: {again}\n" if older else ""
     )
 
 
 def _describe_tokens(model: nn.Module, student: nn.Module) -> str:
-    """Return the size of the images and the tokens, of a pyramid stage by stage and of the student if it has others."""
-    from ...models.families import image_size, is_pyramid, token_layout
+    """Return the size of the images and the tokens, stage by stage, and of the student if it has others."""
+    from ...models.families import depths, image_size, token_layout
     from ...models.merges import describe_unequal
 
     height, width = image_size(model) or (0, 0)
-    if is_pyramid(model):
+    if len(depths(model)) > 1:
         head = f"images of {height}x{width}: stages of {_list_grids(model)} tokens\n"
         why = describe_unequal(model, student)
         if why:
@@ -258,13 +255,13 @@ def conversion_table(
     """
     from ...models.converted import choices_of, converted_layers
     from ...models.cost import attention_macs
-    from ...models.families import is_pyramid, sites
+    from ...models.families import depths, sites
     from ...models.merges import new_merges
 
     before, after = attention_macs(teacher), attention_macs(student)
     layers, choices, earlier = converted_layers(student), choices_of(student), choices_of(teacher)
-    staged = is_pyramid(student)
-    merges, measured = new_merges(teacher, student) if staged else {}, calibration is not None
+    staged = len(depths(student)) > 1
+    merges, measured = new_merges(teacher, student), calibration is not None
     stage, error = ["stage"] * staged, ["error"] * measured
     rows = [["layer", *stage, "operator", "new parameters", "map MACs", "", *error, "weights"]]
     for site in sites(student):
@@ -294,11 +291,9 @@ def conversion_table(
 
 def _format_totals(teacher: nn.Module, student: nn.Module, before: int, after: int) -> str:
     from ...models.converted import new_parameters
-    from ...models.cost import dense_macs, other_macs
-    from ...models.families import is_pyramid
+    from ...models.cost import other_macs
 
-    rest = other_macs if is_pyramid(student) else dense_macs
-    whole = before + rest(teacher), after + rest(student)
+    whole = before + other_macs(teacher), after + other_macs(student)
     new = sum(parameter.numel() for parameter in new_parameters(student))
     return "\n".join(
         [

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import TransferError, UnsupportedModelError
-from ..families import SUPPORTED, TokenLayout, family_of, fills, find_family, is_pyramid, patch_size
+from ..families import SUPPORTED, TokenLayout, family_of, fills, find_family
 
 Size = tuple[int, int]
 """Height and width."""
@@ -110,14 +110,14 @@ class ImageSizes:
 
         At the student's own size it is the teacher's own. At another size, a teacher that takes any size gets as many
         more patches as the student, so that equal grids stay equal; a teacher of a single size keeps its own. Where one
-        of the two is a pyramid, the teacher's images grow as the student's do.
+        of the two takes any number of pixels, as a pyramid does, the teacher's images grow as the student's do.
         """
         teacher, student = self._models
         own_t, own_s = self.own_sizes
         if images == own_s or _is_strict(teacher):
             return own_t
-        step = _whole_patch(teacher)
-        if is_pyramid(teacher) or is_pyramid(student):
+        step = family_of(teacher).image_step(teacher)
+        if (1, 1) in (step, family_of(student).image_step(student)):
             return _proportional(own_t, own_s, images, step)
         theirs, ours = _first_grid(teacher, own_t), _first_grid(student, own_s)
         height, width = _proportional(theirs, ours, _first_grid(student, images), (1, 1))
@@ -151,11 +151,6 @@ def _is_strict(model: nn.Module) -> bool:
     return bool(getattr(getattr(model, "patch_embed", None), "strict_img_size", False))
 
 
-def _whole_patch(model: nn.Module) -> Size:
-    """Return the height and width of which images are whole multiples; one pixel for a pyramid, which pads or cuts."""
-    return (1, 1) if is_pyramid(model) else patch_size(model)
-
-
 def _first_grid(model: nn.Module, images: Size) -> Size:
     return family_of(model).geometries(model, images)[0].grid
 
@@ -178,12 +173,12 @@ def _take(model: nn.Module, name: str, images: Size) -> tuple[Size, ...]:
             f"{name}.img_size, or build it with {name}.model_args.dynamic_img_size=true"
         )
     grids = tuple(stage.grid for stage in family_of(model).geometries(model, images))
-    if is_pyramid(model) and min(map(min, grids)) < 1:
+    patch = family_of(model).image_step(model)
+    if patch == (1, 1) and min(map(min, grids)) < 1:
         raise TransferError(
             f"images of {words(images)} leave no token in a stage of the {name}: set {name}.img_size to more"
         )
     if min(map(min, grids)) < 1 or not fills(embedding, images):
-        patch = patch_size(model)
         raise TransferError(
             f"images of {words(images)} are not whole patches of {words(patch)}, as the {name} needs them: "
             f"set {name}.img_size to whole patches, such as {words(_whole(images, patch))}"

@@ -11,19 +11,26 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from timm.models.eva import EvaBlockPostNorm
-from timm.models.swin_transformer_v2 import SwinTransformerV2Block
-from timm.models.vision_transformer import ResPostBlock
 from torch import Tensor, nn
 
 from .. import parts as any_timm
 from ..attention.base import Operator
 from ..errors import TransferError
-from ..families import Block, blocks_of, family_of, find_family, image_channels, vit
+from ..families import (
+    Block,
+    attention_input,
+    attention_of,
+    attention_place,
+    blocks_of,
+    family_of,
+    find_family,
+    image_channels,
+    native_host,
+    vit,
+    whole_grid,
+)
 from ..families import shallow as shallow
-from ..grid_hosts import HOSTS, GridHost, native_host
 from ..host import AttentionHost
-from ..map_structure import whole_grid
 from ..parts import patch_features
 from .copying_operators import KeepHeads
 from .grids import GridRule, Grids, ImageSizes
@@ -175,7 +182,6 @@ def _check_channels(teacher: int, student: int) -> None:
         )
 
 
-POST_NORM = (ResPostBlock, EvaBlockPostNorm, SwinTransformerV2Block)
 AFTER_BLOCKS = ("norm", "fc_norm", "attn_pool", "head_drop", "head", "head_dist")
 
 
@@ -184,9 +190,7 @@ class LastAttention(nn.Module):
 
     def __init__(self, block: nn.Module, host: AttentionHost, recorder: KeepHeads) -> None:
         super().__init__()
-        self.norm1: nn.Module = (
-            nn.Identity() if isinstance(block, POST_NORM) else block.get_submodule("norm1")
-        )
+        self.norm1 = attention_input(block)
         self.attn = host
         self.recorder = recorder
         _leave_out(host, host.after_heads)
@@ -314,7 +318,7 @@ def view_teacher(teacher: nn.Module, wanted: Wanted, tape: Tape) -> nn.Module:
         return WholeModel(twin, wanted.whole, tape)
     last = max(wanted.layers)
     if last not in wanted.blocks:
-        host: Any = blocks[last]._modules["attn"]
+        host = attention_of(blocks[last])
         if not host.operator.keep_output:
             host.operator.needs = wanted.parts[last]
         blocks[last] = LastAttention(own[last], host, host.operator)
@@ -333,17 +337,16 @@ def _view_block(block: Block, index: int, wanted: Wanted, tape: Tape) -> nn.Modu
     if index in wanted.parts or index in wanted.outputs:
         recorder = KeepHeads(index, tape, keep_output=index in wanted.outputs)
         host = recording_host(block, recorder)
-        if isinstance(host, GridHost):
-            twin = shallow(whole_grid(block))
-        twin._modules["attn"] = host
+        twin = shallow(whole_grid(block))
+        twin._modules[attention_place(twin)] = host
     return RecordedBlock(twin, index, tape) if index in wanted.blocks else twin
 
 
 def recording_host(block: Block, operator: Operator) -> AttentionHost:
     """Return a host of a block's attention with an operator that sees what timm's softmax sees."""
-    if not isinstance(block.attn, tuple(HOSTS)):
-        return AttentionHost(block.attn, operator)
     host = native_host(block)
+    if host is attention_of(block):  # the student's own, or a layer that was converted
+        return AttentionHost(host, operator)
     host.operator = operator
     return host
 

@@ -2,30 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 from timm.layers import Attention, AttentionRope
+from timm.layers.mlp import GluMlp, SwiGLU
 from timm.models.beit import Attention as BeitAttention
 from timm.models.beit import Beit
 from timm.models.beit import Block as BeitBlock
 from timm.models.eva import Eva, EvaAttention, EvaBlock, EvaBlockPostNorm
-from timm.models.pvt_v2 import PyramidVisionTransformerV2
-from timm.models.twins import Twins
 from timm.models.vision_transformer import Block as PlainBlock
-from timm.models.vision_transformer import ResPostBlock, VisionTransformer
+from timm.models.vision_transformer import ResPostBlock
+from timm.models.vision_transformer import VisionTransformer as VisionTransformer
 from torch import nn
 
 from ..attention.base import Geometry
 from ..errors import UnsupportedModelError
-from .site import Block, Family, listed, shallow, submodule, vit
+from ..host import AttentionHost
+from ..plan_syntax import KEEP
+from .site import Block, Family, Hosts, NativeParts, Site, listed, shallow, size_of, submodule, vit
 
 MODELS = (VisionTransformer, Beit, Eva)
 BLOCKS = (PlainBlock, ResPostBlock, BeitBlock, EvaBlock, EvaBlockPostNorm)
 ATTENTIONS = (Attention, AttentionRope, BeitAttention, EvaAttention)
-ANY_SIZE = (PyramidVisionTransformerV2, Twins)
-"""timm's models that take images of any size, and get the attribute `img_size` when they are resized."""
 SUPPORTED = (
     "timm's plain vision transformers: vision_transformer (ViT, DeiT III, MAE, DINO, DINOv2, CLIP, SigLIP), "
     "deit, beit (BEiT, BEiTv2) and eva (EVA, EVA-02, DINOv3)"
@@ -80,8 +80,6 @@ def refuse_copied(model: nn.Module, copied: bool) -> None:
 
 def attention_blocks(model: nn.Module) -> list[Block]:
     """Return the blocks of a plain transformer in order; an empty list for a model without such blocks."""
-    if isinstance(model, Twins):  # its `blocks` are lists of blocks, one for each stage
-        return []
     own = model._modules.get("blocks")  # not the callables of `replay.py`
     return list(getattr(model, "blocks", ()) if own is None else cast(Iterable[Block], own))
 
@@ -92,36 +90,10 @@ def classifier_of(model: nn.Module) -> nn.Module | None:
     return found if isinstance(found, nn.Module) else None
 
 
-def image_size(model: nn.Module) -> tuple[int, int] | None:
-    """Return the height and width of the images that a model was built for; None if unknown.
-
-    A pyramid that takes images of any size has a size once it was resized or converted.
-    """
-    size = getattr(getattr(model, "patch_embed", None), "img_size", None)
-    if size is None and isinstance(model, ANY_SIZE):
-        size = getattr(model, "img_size", None)
-    return None if size is None else (int(size[0]), int(size[1]))
-
-
-def patch_size(model: nn.Module) -> tuple[int, int]:
-    """Return the height and width of a patch; one pixel if unknown, or if patches overlap, which fill any image."""
-    if isinstance(model, PyramidVisionTransformerV2):
-        return 1, 1
-    size = getattr(getattr(model, "patch_embed", None), "patch_size", None) or (1, 1)
-    return int(size[0]), int(size[1])
-
-
 def pooling_of(model: nn.Module) -> str | None:
     """Return the pooling before a model's head in timm's word, "" for none; None for a model that does not say it."""
     pooling = getattr(model, "global_pool", None)
     return pooling if isinstance(pooling, str) else None
-
-
-def image_channels(model: nn.Module) -> int:
-    """Return the channels of the images that a model takes."""
-    several: Any = getattr(model, "patch_embeds", None)  # Twins has one for each stage
-    embedding = vit(model).patch_embed if several is None else several[0]
-    return int(embedding.proj.in_channels)
 
 
 def has_relative_bias(model: nn.Module) -> bool:
@@ -138,7 +110,7 @@ def token_layout(model: nn.Module) -> TokenLayout:
     The grid is that of the model's image size; with `dynamic_img_size`, other sizes have other grids.
     """
     _check_plain(model)
-    size = image_size(model)
+    size = size_of(getattr(model, "patch_embed", None))
     if size is None:
         raise UnsupportedModelError(
             f"this {type(model).__name__} was built without an image size, so its number of patches is unknown: "
@@ -198,20 +170,149 @@ def _check_plain(model: nn.Module) -> None:
         )
 
 
+DEFAULT_LAYER_SCALE = 1e-5  # timm's own, for releases whose LayerScale does not keep its initial value
+ACTIVATIONS = {
+    "GELU": "gelu",
+    "QuickGELU": "quick_gelu",
+    "GELUTanh": "gelu_tanh",
+    "SiLU": "silu",
+    "ReLU": "relu",
+}
+
+
+def native_parts(model: nn.Module) -> NativeParts:
+    """Read the parts from the embeddings and the first block (all blocks of a model are alike)."""
+    block = attention_blocks(model)[0]
+    attention = block.attn
+    registers = getattr(model, "reg_token", None)
+    return NativeParts(
+        layer_scale=layer_scale_init(block),
+        registers=0 if registers is None else int(registers.shape[1]),
+        pre_norm=has_norm(getattr(model, "norm_pre", None)),
+        activation=_activation(block.mlp),
+        mlp=_mlp(block.mlp),
+        position=_position(model, attention),
+        qk_norm=has_norm(getattr(attention, "q_norm", None)),
+        attention_norm=has_norm(getattr(attention, "norm", None)),
+        gate=getattr(attention, "gate", None) is not None,
+        qkv_bias=has_qkv_bias(attention),
+        pooling=str(getattr(model, "global_pool", "")),
+    )
+
+
+def has_norm(module: nn.Module | None) -> bool:
+    """Return whether an optional module is present, that is, neither None nor an identity."""
+    return module is not None and not isinstance(module, nn.Identity)
+
+
+def layer_scale_init(block: nn.Module) -> float | None:
+    """Return the initial value of a block's LayerScale; None without LayerScale."""
+    scale = getattr(block, "ls1", None)
+    if has_norm(scale):
+        return float(getattr(scale, "init_values", DEFAULT_LAYER_SCALE))
+    if getattr(block, "gamma_1", None) is not None:
+        return float(getattr(block, "init_values", DEFAULT_LAYER_SCALE))
+    return None
+
+
+def has_qkv_bias(attention: Any) -> bool:
+    """Return whether queries have a bias, wherever the attention layer stores it."""
+    if getattr(attention, "q_bias", None) is not None:
+        return True
+    projection = attention.qkv if attention.qkv is not None else attention.q_proj
+    return projection.bias is not None
+
+
+def _activation(mlp: Any) -> str:
+    name = type(mlp.act).__name__
+    return ACTIVATIONS.get(name, name)
+
+
+def _mlp(mlp: Any) -> str:
+    gated = "SwiGLU" if _activation(mlp) == "silu" else "GLU"
+    kind = gated if isinstance(mlp, GluMlp | SwiGLU) else "MLP"
+    return f"{kind} with norm" if has_norm(getattr(mlp, "norm", None)) else kind
+
+
+def _position(model: nn.Module, attention: Any) -> tuple[str, ...]:
+    present = {
+        "learned absolute": getattr(model, "pos_embed", None) is not None,
+        "relative bias": getattr(attention, "relative_position_bias_table", None) is not None,
+        "shared relative bias": getattr(model, "rel_pos_bias", None) is not None,
+        "rotary": getattr(model, "rope", None) is not None,
+    }
+    return tuple(kind for kind, there in present.items() if there)
+
+
+def plain_block(**arguments: Any) -> nn.Module:
+    """Return a new block of a plain vision transformer, with the arguments of timm's `Block`."""
+    return PlainBlock(**arguments)
+
+
+# What a student mirrors of a plain teacher: its constructor, and how that reads sizes.
+
+
+def constructor_of(model: nn.Module) -> type[nn.Module]:
+    """Return timm's class of a plain vision transformer."""
+    return next(kind for kind in MODELS if isinstance(model, kind))
+
+
+def poolings_of(model: nn.Module) -> tuple[str, ...] | None:
+    """Return the poolings that a model's constructor takes; None for those of VisionTransformer and Eva."""
+    return ("", "avg", "token") if isinstance(model, Beit) else None
+
+
+def hidden_ratio(model: nn.Module) -> int:
+    """Return how often the MLP ratio of a constructor counts the hidden width: gate and value together are two."""
+    gated = native_parts(model).mlp.startswith(("SwiGLU", "GLU"))
+    return 2 if isinstance(model, VisionTransformer) and gated else 1
+
+
+def is_post_norm(block: nn.Module) -> bool:
+    """Return whether a block of EVA has its norms after attention and MLP."""
+    return isinstance(block, EvaBlockPostNorm)
+
+
 class Plain(Family):
     """timm's plain vision transformers, as `SUPPORTED` lists them."""
 
     name = "vision_transformer, deit, beit and eva"
     models = MODELS
     blocks = BLOCKS
-    attentions = ATTENTIONS
-    is_pyramid = False
+    hosts: ClassVar[Hosts] = dict.fromkeys(ATTENTIONS, AttentionHost)
+    post_norm = (ResPostBlock, EvaBlockPostNorm)
+    kept = KEEP
+    keeps_all = True
+    told_by = "blocks.0."
+    cannot: ClassVar[Mapping[str, str]] = {
+        "none": "has no other layers in which tokens meet: name an operator, such as uniform",
+        "without": "keeps every part of its layers: leave it out",
+    }
 
     def paths(self, model: nn.Module) -> list[list[str]]:
         return [[f"blocks.{index}" for index in range(len(attention_blocks(model)))]]
 
+    def native_parts(self, model: nn.Module) -> NativeParts:
+        return native_parts(model)
+
+    def has_bias(self, model: nn.Module, site: Site) -> bool:
+        return getattr(model, "rel_pos_bias", None) is not None or super().has_bias(model, site)
+
+    def prefix(self, model: nn.Module, site: Site) -> tuple[str, ...]:
+        return prefix_kinds(model)
+
+    def classifiers(self, model: nn.Module) -> dict[str, nn.Module]:
+        found = {name: model._modules.get(name) for name in ("head", "head_dist")}
+        return {name: head for name, head in found.items() if head is not None}
+
+    def fixed_size(self, model: nn.Module) -> tuple[int, int] | None:
+        return self.image_size(model) if getattr(vit(model).patch_embed, "strict_img_size", True) else None
+
+    def image_step(self, model: nn.Module) -> tuple[int, int]:
+        return self.patch_size(model)
+
     def image_size(self, model: nn.Module) -> tuple[int, int] | None:
-        return image_size(model)
+        return size_of(vit(model).patch_embed)
 
     def geometries(self, model: nn.Module, size: tuple[int, int]) -> list[Geometry]:
         return [Geometry(len(prefix_kinds(model)), patch_grid(vit(model).patch_embed, size))]
@@ -223,3 +324,6 @@ class Plain(Family):
         twin = shallow(model)
         twin._modules["blocks"] = listed(submodule(model, "blocks"), blocks)
         return twin
+
+
+FAMILIES = (Plain(),)

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 from timm.models.pvt_v2 import Attention, Block, PyramidVisionTransformerV2
+from timm.models.pvt_v2 import MlpWithDepthwiseConv as MlpWithDepthwiseConv
 from torch import Tensor, nn
 
 from ..attention.base import Geometry
-from ..pvt_v1 import PVT, PVTBlock
-from .site import Family, listed, merged_grid, shallow, submodule, vit
+from ..host import ReducedHost
+from .pvt_v1 import PVT, PVTBlock
+from .site import Family, Hosts, listed, merged_grid, shallow, size_of, submodule, vit
 
 
 class PVTv2(Family):
@@ -19,7 +21,7 @@ class PVTv2(Family):
     name = "pvt_v2 (PVTv2)"
     models: tuple[type[nn.Module], ...] = (PyramidVisionTransformerV2,)
     blocks: tuple[type[nn.Module], ...] = (Block,)
-    attentions = (Attention,)
+    hosts: ClassVar[Hosts] = {Attention: ReducedHost}
     sized_when_built = False
     takes_size = False
 
@@ -39,6 +41,13 @@ class PVTv2(Family):
         described: Any = getattr(model, "default_cfg", None) or {}
         height, width = own or tuple(described.get("input_size", ())[1:]) or (224, 224)
         return int(height), int(width)
+
+    def known_size(self, model: nn.Module) -> tuple[int, int] | None:
+        own: Any = model
+        return size_of(own.patch_embed) or size_of(own)
+
+    def patch_size(self, model: nn.Module) -> tuple[int, int]:
+        return 1, 1
 
     def geometries(self, model: nn.Module, size: tuple[int, int]) -> list[Geometry]:
         whole: Any = model
@@ -88,6 +97,9 @@ class PVTv1(PVTv2):
         size = vit(model).patch_embed.img_size
         return int(size[0]), int(size[1])
 
+    def patch_size(self, model: nn.Module) -> tuple[int, int]:
+        return Family.patch_size(self, model)
+
     def geometries(self, model: nn.Module, size: tuple[int, int]) -> list[Geometry]:
         whole: Any = model
         found = super().geometries(model, size)
@@ -103,3 +115,6 @@ class PVTv1(PVTv2):
 
     def patches(self, tokens: Tensor, geometry: Geometry) -> Tensor:
         return Family.patches(self, tokens, geometry)
+
+
+FAMILIES = (PVTv2(), PVTv1())

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, TypeVar, cast
+from typing import Any, ClassVar, TypeVar, cast
 
 from torch import Tensor, nn
 
 from ..attention.base import Geometry, LayerShape
 from ..errors import JsonDict, UnsupportedModelError
+from ..host import AttentionHost, has_bias
+from ..plan_syntax import AS_IT_IS
 from ..token_merging import TokenMerging
 
 # The attributes of timm's models that we read, as types, because `nn.Module` does not declare them.
@@ -54,6 +56,20 @@ def vit(model: nn.Module) -> ViT:
     return cast(ViT, model)
 
 
+PLACES = ("attn", "attention", "self_attn")
+"""The names of an attention layer in its block: that of timm, and those of other libraries."""
+
+
+def attention_place(block: nn.Module) -> str:
+    """Return the name of the attention layer in a block."""
+    return next((name for name in PLACES if name in block._modules), PLACES[0])
+
+
+def attention_of(block: nn.Module) -> Any:
+    """Return the attention layer of a block, or what is in its place; None for a block that has none."""
+    return block._modules.get(attention_place(block))
+
+
 @contextmanager
 def evaluating(*models: nn.Module) -> Iterator[None]:
     """Put models into eval mode inside the block; then restore the mode of each module."""
@@ -67,7 +83,7 @@ def evaluating(*models: nn.Module) -> Iterator[None]:
             module.training = training
 
 
-# What stands in a block of a pyramid that has no attention.
+# What stands in a block that has no attention.
 
 
 class NoAttention(nn.Module):
@@ -84,6 +100,8 @@ class NoAttention(nn.Module):
 
 
 M = TypeVar("M", bound=nn.Module)
+Blocks = Mapping[type[nn.Module], type[nn.Module]]
+Hosts = Mapping[type[nn.Module], type[AttentionHost]]
 
 
 @dataclass(frozen=True)
@@ -92,6 +110,8 @@ class Site:
 
     index: int
     """The number among all blocks of the model, as in plans and records."""
+    name: str
+    """The same with its stage, as plans name it: "stage2.0"; the number alone where there is one stage."""
     stage: int
     """From 0; a plain vision transformer has one stage."""
     place: int
@@ -122,10 +142,17 @@ class Site:
         """Return the block of this site in `model`."""
         return cast(Block, submodule(model, self.path))
 
+    def layer(self, model: nn.Module) -> Any:
+        """Return the attention layer of this site in `model`, or what is in its place."""
+        return attention_of(self.block(model))
+
+    def layer_path(self, model: nn.Module) -> str:
+        """Return the name of the attention layer of this site in `model`."""
+        return f"{self.path}.{attention_place(self.block(model))}"
+
     def replace_block(self, model: nn.Module, block: nn.Module) -> None:
         """Put another block in this place."""
-        parent, _, name = self.path.rpartition(".")
-        submodule(model, parent)._modules[name] = block
+        replace_block(model, self.path, block)
 
 
 def shallow(module: M) -> M:
@@ -147,6 +174,18 @@ def submodule(model: nn.Module, path: str) -> nn.Module:
     return model
 
 
+def replace_block(model: nn.Module, path: str, block: nn.Module) -> None:
+    """Put another block in the place that a path names."""
+    parent, _, name = path.rpartition(".")
+    submodule(model, parent)._modules[name] = block
+
+
+def size_of(embedding: Any) -> tuple[int, int] | None:
+    """Return the height and width of the images that a patch embedding was built for; None if it takes any."""
+    size = getattr(embedding, "img_size", None)
+    return None if size is None else (int(size[0]), int(size[1]))
+
+
 def merged_grid(merge: Any, size: tuple[int, int]) -> tuple[int, int]:
     """Return the height and width of the output of a merge or patch embedding that is a convolution."""
     convolution = merge.dconv if isinstance(merge, TokenMerging) else merge.proj
@@ -157,21 +196,52 @@ def merged_grid(merge: Any, size: tuple[int, int]) -> tuple[int, int]:
     return height, width
 
 
+@dataclass(frozen=True)
+class NativeParts:
+    """The components of a model's blocks and embeddings, apart from sizes."""
+
+    layer_scale: float | None  # initial value; None without LayerScale
+    registers: int
+    pre_norm: bool  # a norm between the embedding and the first block
+    activation: str  # timm's name where it has one
+    mlp: str  # "MLP", "SwiGLU" or "GLU", with " with norm" where a norm sits inside
+    position: tuple[str, ...]  # of "learned absolute", "relative bias", "shared relative bias", "rotary"
+    qk_norm: bool
+    attention_norm: bool  # a norm on the attention output before its projection
+    gate: bool
+    qkv_bias: bool
+    pooling: str
+
+
 class Family(ABC):
     """Models of timm that are built in one way. A new family is a file and an entry of `walk.FAMILIES`."""
 
     name: str
     models: tuple[type[nn.Module], ...]
     blocks: tuple[type[nn.Module], ...]
-    attentions: tuple[type[nn.Module], ...]
-    is_pyramid = True
-    """The model has several stages, with fewer tokens in each."""
+    hosts: ClassVar[Hosts]
+    """The host of each kind of attention layer: how q, k and v are computed, and over which pairs its softmax is."""
+    whole: ClassVar[Blocks] = {}
+    """For blocks that give their attention less than the whole grid: the same block, which gives it all."""
+    post_norm: tuple[type[nn.Module], ...] = ()
+    """Blocks whose attention gets the tokens without `norm1`, which comes after it."""
+    kept = AS_IT_IS
+    """How a plan names a layer that is not converted: `softmax` where that is what timm's layer computes."""
+    keeps_all = False
+    """A converted layer keeps every part of timm's layer, so it can be converted again."""
+    gives_up: tuple[str, ...] = ()
+    """Parts of a layer that a conversion may give up, of the words of `without`."""
+    cannot: ClassVar[Mapping[str, str]] = dict.fromkeys(
+        ("copying", "mirroring", "measuring", "masking"),
+        "is a pyramid, which can be converted and taught but is not supported here",
+    )
+    """What is not possible with these models, and why: of none, without, copying, mirroring, measuring, masking."""
     sized_when_built = True
     """timm's constructor takes `img_size`, and builds parts for it."""
-    relative_bias = False
-    """timm's layers have a relative position bias."""
     takes_size = True
     """timm's constructor takes `img_size`."""
+    told_by = ""
+    """Prefix of the weights that tell whether a file has timm's names; those of a head never do."""
     merging: type[TokenMerging] = TokenMerging
     """Deformable merging with the input and output of this family's merges."""
 
@@ -182,6 +252,65 @@ class Family(ABC):
     def size_arguments(self, model: nn.Module) -> dict[str, Any]:
         """Return the arguments that build a model again that was resized after it was built."""
         return {}
+
+    def host(self, block: nn.Module) -> AttentionHost:
+        """Return a native host for the attention layer of a block, without putting it there.
+
+        Raises UnsupportedModelError: the family has no host for such a layer.
+        """
+        attention = attention_of(block)
+        attention = getattr(attention, "original", attention)
+        kind = next((host for layer, host in self.hosts.items() if isinstance(attention, layer)), None)
+        if kind is None:
+            raise UnsupportedModelError(
+                f"{type(block).__name__} with {type(attention).__name__} is not supported; "
+                f"supported in {self.name} are " + ", ".join(layer.__name__ for layer in self.hosts)
+            )
+        host = kind(attention)
+        host._block = (block,)
+        return host
+
+    def native_parts(self, model: nn.Module) -> NativeParts | None:
+        """Return the parts of blocks and embeddings that all layers share; None where each stage has its own."""
+        return None
+
+    def has_bias(self, model: nn.Module, site: Site) -> bool:
+        """Return whether a relative position bias is added to the logits of a site."""
+        return has_bias(site.layer(model))
+
+    def prefix(self, model: nn.Module, site: Site) -> tuple[str, ...]:
+        """Return the kinds of prefix tokens in the stage of a site; in a pyramid a class token is the only one."""
+        return ("cls",) * site.shape.geometry.num_prefix
+
+    def classifiers(self, model: nn.Module) -> dict[str, nn.Module]:
+        """Return the layers after the pooled features, by name."""
+        found = vit(model).get_classifier()
+        return {"head": found} if isinstance(found, nn.Module) else {}
+
+    def fixed_size(self, model: nn.Module) -> tuple[int, int] | None:
+        """Return the only size (height, width) of images that a model takes; None if it takes any."""
+        described = getattr(model, "pretrained_cfg", None) or {}
+        if described.get("fixed_input_size"):
+            return self.image_size(model)
+        embedding = getattr(model, "patch_embed", None)
+        return size_of(embedding) if getattr(embedding, "strict_img_size", True) else None
+
+    def known_size(self, model: nn.Module) -> tuple[int, int] | None:
+        """Return the size (height, width) that a model was built for or resized to; None if it was never told one."""
+        return size_of(getattr(model, "patch_embed", None))
+
+    def patch_size(self, model: nn.Module) -> tuple[int, int]:
+        """Return the height and width of a patch; one pixel if patches overlap, which fill any image."""
+        size = getattr(getattr(model, "patch_embed", None), "patch_size", None) or (1, 1)
+        return int(size[0]), int(size[1])
+
+    def channels(self, model: nn.Module) -> int:
+        """Return the channels of the images that a model takes."""
+        return int(vit(model).patch_embed.proj.in_channels)
+
+    def image_step(self, model: nn.Module) -> tuple[int, int]:
+        """Return the height and width of which images are multiples; one pixel where any size is padded or cut."""
+        return 1, 1
 
     @abstractmethod
     def paths(self, model: nn.Module) -> list[list[str]]:
@@ -239,15 +368,17 @@ class Family(ABC):
         index = 0
         for stage, (names, geometry) in enumerate(zip(paths, geometries, strict=True)):
             for place, path in enumerate(names):
+                name = str(index) if len(paths) == 1 else f"stage{stage + 1}.{place}"
                 width, heads, head_dim = _sizes(submodule(model, path))
-                yield Site(index, stage, place, path, width, heads, head_dim, geometry)
+                yield Site(index, name, stage, place, path, width, heads, head_dim, geometry)
                 index += 1
 
 
 def _sizes(block: Any) -> tuple[int, int, int]:
     """Return width, number of heads and width of a head."""
-    projection = getattr(block.attn, "proj", None)
+    attention = attention_of(block)
+    projection = getattr(attention, "proj", None)
     if projection is None:
         return int(block.mlp.fc1.in_features), 0, 0
-    heads = int(block.attn.num_heads)
+    heads = int(attention.num_heads)
     return int(projection.out_features), heads, int(projection.in_features) // heads

@@ -2,19 +2,160 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
+import torch
+import torch.nn.functional as F
 from timm.models.swin_transformer import SwinTransformer, SwinTransformerBlock
 from timm.models.swin_transformer import WindowAttention as WindowAttentionV1
-from timm.models.swin_transformer_v2 import SwinTransformerV2, SwinTransformerV2Block
+from timm.models.swin_transformer_v2 import PatchMerging, SwinTransformerV2, SwinTransformerV2Block
 from timm.models.swin_transformer_v2 import WindowAttention as WindowAttentionV2
-from torch import nn
+from torch import Tensor, nn
 
 from ..attention.base import Geometry
-from ..token_merging import SwinMerging, TokenMerging
+from ..errors import UnsupportedModelError
+from ..host import WindowHost
+from ..map_structure import Size, Windows
+from ..token_merging import TokenMerging
 from .plain import patch_grid
-from .site import Family, listed, merged_grid, shallow, submodule, vit
+from .site import Blocks, Family, Hosts, listed, merged_grid, shallow, submodule, vit
+
+LARGEST_LOG_SCALE = math.log(1.0 / 0.01)
+"""The limit of the logarithm of Swin V2's learned scale."""
+
+
+class SwinHost(WindowHost):
+    """Swin: natively, softmax within windows of the shifted grid, with a relative position bias."""
+
+    def windows(self, grid: Size) -> Windows:
+        block: Any = self._block[0]
+        return Windows(grid, tuple(block.window_size), tuple(block.shift_size))
+
+    @property
+    def window_size(self) -> Size:
+        """The grid of the bias: code that resamples tables by timm's names reads it here."""
+        layer: Any = self.original
+        height, width = layer.window_size
+        return height, width
+
+    def set_input_size(
+        self, feat_size: Size, window_size: Size, always_partition: bool | None = None
+    ) -> None:
+        """Change the grid as timm does; a converted layer has no windows, and a bias for the whole grid."""
+        if self.is_native:
+            super().set_input_size(feat_size, window_size, always_partition)
+        elif self.has_bias:
+            layer: Any = self.original
+            layer.set_window_size(tuple(feat_size))
+
+    def grid_bias(self, grid: Size) -> Tensor | None:
+        if not self.has_bias:
+            return None
+        height, width = self.window_size
+        if (height, width) != tuple(grid):
+            raise UnsupportedModelError(
+                f"the relative position bias of this layer is of a grid of {height}x{width} tokens, and the images "
+                f"have {grid[0]}x{grid[1]}: resize the model (graftvit.models.conversion.resize), or give up bias"
+            )
+        return self.relative_bias()
+
+    def window_bias(self, windows: Windows, like: Tensor) -> Tensor:
+        bias = self.relative_bias()
+        mask = self._shift_mask(windows, like)
+        return bias.to(like.dtype) if mask is None else (bias + mask.unsqueeze(1)).to(like.dtype)
+
+    def relative_bias(self) -> Tensor:
+        """Return the bias of all pairs of tokens of the window that the layer is set to, (1, H, M, M)."""
+        layer: Any = self.original
+        bias: Tensor = layer._get_rel_pos_bias()
+        return bias
+
+    def _shift_mask(self, windows: Windows, like: Tensor) -> Tensor | None:
+        """Return -100 between tokens of a window that are no neighbors in the grid, (W, M, M); None without a shift."""
+        block: Any = self._block[0]
+        if block.dynamic_mask:
+            mask: Tensor | None = block.get_attn_mask(like.new_empty(1, *windows.padded, 1))
+            return mask
+        fixed: Tensor | None = block.attn_mask
+        return fixed
+
+
+class SwinV2Host(SwinHost):
+    """Swin V2: cosine attention with a learned scale, and a bias computed from the distance of two tokens."""
+
+    has_cosine_logits = True
+
+    def normed(self, part: str, x_BHND: Tensor | None) -> Tensor | None:
+        if x_BHND is None:
+            return None
+        x_BHND = F.normalize(x_BHND, dim=-1)
+        if part == "k":
+            return x_BHND
+        scale: Any = self.logit_scale
+        return x_BHND * torch.clamp(scale, max=LARGEST_LOG_SCALE).exp()
+
+    def relative_bias(self) -> Tensor:
+        layer: Any = self.original
+        tokens = layer.window_size[0] * layer.window_size[1]
+        table = layer.cpb_mlp(layer.relative_coords_table).view(-1, self.num_heads)
+        bias = table[layer.relative_position_index.view(-1)].view(tokens, tokens, -1).permute(2, 0, 1)
+        return 16 * torch.sigmoid(bias).unsqueeze(0)
+
+    @property
+    def has_separate_biases(self) -> bool:
+        """Whether the biases of q and v are parameters of the layer, not of its projection."""
+        return bool(self._separate_biases())
+
+    def _separate_biases(self) -> list[Tensor]:
+        biases = [getattr(self, f"{part}_bias", None) for part in self.kept]  # parameters, and a buffer for k
+        return [bias for bias in biases if bias is not None]
+
+    def _project(self, x_BNC: Tensor) -> Tensor:
+        biases = self._separate_biases()
+        if not biases:
+            return self._child("qkv", x_BNC)
+        fused: Any = self.qkv
+        bias = torch.cat(biases)
+        if self.separate_bias:
+            return F.linear(x_BNC, fused.weight) + bias
+        return F.linear(x_BNC, fused.weight, bias)
+
+
+class _WholeGrid:
+    """The two methods of timm's blocks of Swin that know of windows."""
+
+    attn: Any
+    input_resolution: Size
+
+    def _attn(self, x: Tensor) -> Any:
+        return self.attn(x)
+
+    def set_input_size(
+        self,
+        feat_size: Size,
+        window_size: Size,
+        always_partition: bool | None = None,
+    ) -> None:
+        """Change the grid; the layer decides what this means for its windows."""
+        self.input_resolution = feat_size
+        self.attn.set_input_size(feat_size, window_size, always_partition)
+
+
+class WholeGridBlock(_WholeGrid, SwinTransformerBlock):  # type: ignore[misc]
+    """timm's block of Swin whose attention gets the whole grid (B, height, width, C) instead of windows."""
+
+
+class WholeGridBlockV2(_WholeGrid, SwinTransformerV2Block):
+    """timm's block of Swin V2 whose attention gets the whole grid (B, height, width, C) instead of windows."""
+
+
+class SwinMerging(TokenMerging, PatchMerging):
+    """The same for Swin: (B, H, W, C) to (B, h, w, C'). timm resizes a stage of Swin V2 only with its own class."""
+
+    def forward(self, x_BHWC: Tensor) -> Tensor:
+        return super().forward(x_BHWC.permute(0, 3, 1, 2))
 
 
 class Swin(Family):
@@ -23,9 +164,11 @@ class Swin(Family):
     name = "swin_transformer and swin_transformer_v2 (Swin, Swin V2)"
     models = (SwinTransformer, SwinTransformerV2)
     blocks = (SwinTransformerBlock, SwinTransformerV2Block)
-    attentions = (WindowAttentionV1, WindowAttentionV2)
+    hosts: ClassVar[Hosts] = {WindowAttentionV1: SwinHost, WindowAttentionV2: SwinV2Host}
+    whole: ClassVar[Blocks] = {SwinTransformerBlock: WholeGridBlock, SwinTransformerV2Block: WholeGridBlockV2}
+    post_norm = (SwinTransformerV2Block,)
     merging = SwinMerging
-    relative_bias = True
+    gives_up = ("bias",)
 
     def paths(self, model: nn.Module) -> list[list[str]]:
         layers: Any = model.layers
@@ -88,3 +231,6 @@ class Swin(Family):
 def _windows(model: Any) -> Any:
     """Return the windows of the stages: a number as timm's constructor got it, or the sides for each stage."""
     return getattr(model, "_model_args", {}).get("window_size", model._ref_window_sizes)
+
+
+FAMILIES = (Swin(),)

@@ -189,7 +189,9 @@ def tower_sites(model: nn.Module) -> Iterator[Site]:
     for index, path in enumerate(layer_paths(model)):
         layer: Any = submodule(model, f"{path}.{tower_of(model).attention}")
         heads, head_dim = sizes_of(layer)
-        yield Site(index, 0, index, path, int(layer.q_proj.in_features), heads, head_dim, geometry)
+        yield Site(
+            index, str(index), 0, index, path, int(layer.q_proj.in_features), heads, head_dim, geometry
+        )
 
 
 def sizes_of(layer: Any) -> tuple[int, int]:

@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 from timm.models.twins import Block, GlobalSubSampleAttn, LocallyGroupedAttn
 from timm.models.twins import Twins as TwinsModel
 from torch import Tensor, nn
 
 from ..attention.base import Geometry
-from ..token_merging import TwinsMerging
-from .site import Family, shallow, submodule
+from ..host import ReducedHost, WindowHost
+from ..token_merging import TokenMerging
+from .site import Family, Hosts, shallow, size_of, submodule
+
+
+class TwinsMerging(TokenMerging):
+    """The same for Twins: (B, C, H, W) to the tokens (B, h·w, C') and their grid (h, w)."""
+
+    def forward(self, x_BCHW: Tensor) -> tuple[Tensor, tuple[int, int]]:  # type: ignore[override]
+        out = super().forward(x_BCHW)
+        return out.flatten(1, 2), (out.shape[1], out.shape[2])
 
 
 class Twins(Family):
@@ -20,7 +29,7 @@ class Twins(Family):
     name = "twins (Twins-PCPVT, Twins-SVT)"
     models = (TwinsModel,)
     blocks = (Block,)
-    attentions = (GlobalSubSampleAttn, LocallyGroupedAttn)
+    hosts: ClassVar[Hosts] = {GlobalSubSampleAttn: ReducedHost, LocallyGroupedAttn: WindowHost}
     sized_when_built = False
     merging = TwinsMerging
 
@@ -36,6 +45,13 @@ class Twins(Family):
         whole: Any = model
         height, width = getattr(model, "img_size", None) or whole.patch_embeds[0].img_size
         return int(height), int(width)
+
+    def known_size(self, model: nn.Module) -> tuple[int, int] | None:
+        return size_of(model)
+
+    def channels(self, model: nn.Module) -> int:
+        whole: Any = model
+        return int(whole.patch_embeds[0].proj.in_channels)
 
     def geometries(self, model: nn.Module, size: tuple[int, int]) -> list[Geometry]:
         whole: Any = model
@@ -71,3 +87,6 @@ class _Unchanged(nn.Module):
 
     def forward(self, x: Tensor, *more: Any) -> Tensor:
         return x
+
+
+FAMILIES = (Twins(),)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from importlib import import_module
+from pathlib import Path
+from pkgutil import iter_modules
 from typing import Any, cast
 
 import timm
@@ -11,24 +14,29 @@ from torch import nn
 
 from ..attention.base import Geometry
 from ..errors import UnsupportedModelError
+from ..host import AttentionHost
+from ..plan_syntax import KEEP
 from .plain import (
     SUPPORTED,
-    Plain,
     TokenLayout,
     attention_blocks,
     fills,
-    image_size,
-    patch_size,
-    prefix_kinds,
     refuse_copied,
 )
-from .pvt import PVTv1, PVTv2
-from .site import Block, Family, NoAttention, Site, submodule
-from .swin import Swin
-from .twins import Twins
+from .site import Block, Family, NoAttention, Site, attention_of, size_of, submodule
 
-FAMILIES: tuple[Family, ...] = (Plain(), PVTv2(), PVTv1(), Twins(), Swin())
-PYRAMIDS = ", ".join(family.name for family in FAMILIES if family.is_pyramid)
+
+def _find_families() -> Iterator[Family]:
+    """Yield the families in the tables `FAMILIES` of the files beside this one; `plain` is the first."""
+    names = {file.name for file in iter_modules([str(Path(__file__).parent)])} - {"walk", "towers"}
+    for name in sorted(names, key=lambda name: (name != "plain", name)):
+        yield from getattr(import_module(f"{__package__}.{name}"), "FAMILIES", ())
+
+
+FAMILIES = tuple(_find_families())
+STAGED = ", ".join(family.name for family in FAMILIES[1:])
+WHOLE = {block: whole for family in FAMILIES for block, whole in family.whole.items()}
+POST_NORM = tuple(block for family in FAMILIES for block in family.post_norm)
 
 
 def find_family(model: nn.Module) -> Family | None:
@@ -44,15 +52,9 @@ def family_of(model: nn.Module) -> Family:
     family = find_family(model)
     if family is None:
         raise UnsupportedModelError(
-            f"{type(model).__name__} is not a supported model; supported are {SUPPORTED}, and the pyramids {PYRAMIDS}"
+            f"{type(model).__name__} is not a supported model; supported are {SUPPORTED}, and the pyramids {STAGED}"
         )
     return family
-
-
-def is_pyramid(model: nn.Module) -> bool:
-    """Return whether a model is of a supported family with several stages."""
-    family = find_family(model)
-    return family is not None and family.is_pyramid
 
 
 def sites(model: nn.Module) -> list[Site]:
@@ -65,21 +67,57 @@ def sites(model: nn.Module) -> list[Site]:
 
 def blocks_of(model: nn.Module) -> list[Block]:
     """Return all blocks of a model in order; of a model of no supported family, those that look like its blocks."""
-    family = find_family(model)
-    if family is None or not family.is_pyramid:
+    if find_family(model) is None:
         return attention_blocks(model)
-    paths = family.paths(model)
-    return [cast(Block, submodule(model, path)) for stage in paths for path in stage]
+    return [cast(Block, submodule(model, path)) for path in paths_of(model)]
+
+
+def paths_of(model: nn.Module) -> list[str]:
+    """Return the names of all blocks of a model in order; an empty list for a model of no supported family."""
+    family = find_family(model)
+    return [] if family is None else [path for stage in family.paths(model) for path in stage]
+
+
+def native_host(block: nn.Module) -> AttentionHost:
+    """Return the host of a block's attention, or a native host for it, which is not put there.
+
+    Raises UnsupportedModelError: no family has a host for such a layer.
+    """
+    attention = attention_of(block)
+    if isinstance(attention, AttentionHost):
+        return attention
+    family = next((each for each in FAMILIES if isinstance(attention, tuple(each.hosts))), FAMILIES[0])
+    return family.host(block)
+
+
+def whole_grid(block: nn.Module) -> nn.Module:
+    """Return a block with the same parts whose attention gets the whole grid; blocks that give it that are returned.
+
+    The parts are shared, but the block can get another attention.
+    """
+    kind = WHOLE.get(type(block))
+    return block if kind is None else as_kind(block, kind)
+
+
+def as_kind(block: nn.Module, kind: type[nn.Module]) -> nn.Module:
+    """Return a module of another class with the same parts, which can get other parts."""
+    twin = kind.__new__(kind)
+    twin.__dict__.update(block.__dict__)
+    twin.__dict__["_modules"] = dict(block._modules)
+    return twin
+
+
+def attention_input(block: nn.Module) -> nn.Module:
+    """Return the module whose output a block's attention gets: `norm1`, unless that comes after the attention."""
+    return nn.Identity() if isinstance(block, POST_NORM) else block.get_submodule("norm1")
 
 
 def layout_of(model: nn.Module, site: Site) -> TokenLayout:
-    """Return the tokens of the stage of a site; the only prefix token of a pyramid is a class token.
+    """Return the tokens of the stage of a site.
 
     Raises UnsupportedModelError: the model has no image size.
     """
-    geometry = site.shape.geometry
-    prefix = ("cls",) * geometry.num_prefix if is_pyramid(model) else prefix_kinds(model)
-    return TokenLayout(prefix, geometry.grid)
+    return TokenLayout(family_of(model).prefix(model, site), site.shape.geometry.grid)
 
 
 def depths(model: nn.Module) -> list[int]:
@@ -90,27 +128,31 @@ def depths(model: nn.Module) -> list[int]:
     return [len(stage) for stage in family_of(model).paths(model)]
 
 
-def check_supported(model: nn.Module, *, copied: bool = False, pyramids: bool = False) -> None:
+def plan_depth(model: nn.Module) -> int | list[int]:
+    """Return the depth as a plan is read for the model: one number where `softmax` keeps a layer, else that of stages.
+
+    Raises UnsupportedModelError: the model is of no supported family.
+    """
+    found = depths(model)
+    return sum(found) if family_of(model).kept == KEEP else found
+
+
+def check_supported(model: nn.Module, *, copied: bool = False, to: str = "") -> None:
     """Raise `UnsupportedModelError` if the model or one of its blocks is not supported.
 
     A model that copies its teacher's attention is supported only with `copied`: it has no attention of its own to
-    convert or to teach. A pyramid is supported only with `pyramids`.
+    convert or to teach. `to` names what shall be done, of `Family.cannot`.
     """
     refuse_copied(model, copied)
-    family, name = find_family(model), type(model).__name__
-    if family is None:
-        also = f", and the pyramids {PYRAMIDS}" if pyramids else ""
-        raise UnsupportedModelError(f"{name} is not a supported model; supported are {SUPPORTED}{also}")
-    if family.is_pyramid and not pyramids:
-        raise UnsupportedModelError(
-            f"{name} is a pyramid, which can be converted but is not supported here; supported are {SUPPORTED}"
-        )
+    name, family = type(model).__name__, family_of(model)
+    if to in family.cannot:
+        raise UnsupportedModelError(f"{name} {family.cannot[to]}; supported are {SUPPORTED}")
     for index, block in enumerate(blocks_of(model)):
-        attention = getattr(block, "attn", None)
+        attention = attention_of(block)
         attention = getattr(attention, "original", attention)  # a host has the layer that it replaces
         if isinstance(attention, NoAttention):
             continue
-        if not isinstance(block, family.blocks) or not isinstance(attention, family.attentions):
+        if not isinstance(block, family.blocks) or not isinstance(attention, tuple(family.hosts)):
             part = (
                 type(block).__name__
                 if attention is None
@@ -120,6 +162,28 @@ def check_supported(model: nn.Module, *, copied: bool = False, pyramids: bool = 
                 f"block {index} of {name} is a {part}, which is not supported; supported are {SUPPORTED}, "
                 "with one softmax attention a block"
             )
+
+
+# Sizes of any model of timm, of a family or not.
+
+
+def image_size(model: nn.Module) -> tuple[int, int] | None:
+    """Return the height and width of the images that a model was built for; None if unknown.
+
+    A model that takes images of any size has a size once it was resized or converted.
+    """
+    family = find_family(model)
+    return size_of(getattr(model, "patch_embed", None)) if family is None else family.known_size(model)
+
+
+def patch_size(model: nn.Module) -> tuple[int, int]:
+    """Return the height and width of a patch; one pixel if unknown, or if patches overlap, which fill any image."""
+    return (find_family(model) or FAMILIES[0]).patch_size(model)
+
+
+def image_channels(model: nn.Module) -> int:
+    """Return the channels of the images that a model takes."""
+    return (find_family(model) or FAMILIES[0]).channels(model)
 
 
 # Create a timm model at an image size, also where timm's constructor takes none.
@@ -170,7 +234,7 @@ def check_patches(model: nn.Module, size: tuple[int, int] | None = None) -> None
             "dynamic_img_size needs: give another img_size"
         )
     family = find_family(model)
-    if size is not None and family is not None and family.is_pyramid:
+    if size is not None and family is not None:
         _check_stages(family.geometries(model, size), size)
 
 

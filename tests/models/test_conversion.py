@@ -30,13 +30,12 @@ from graftvit.models.errors import ConfigError, GraftError, UnsupportedModelErro
 from graftvit.models.families import (
     attention_shape,
     check_supported,
+    depths,
     image_size,
-    is_pyramid,
     sites,
     token_layout,
 )
-from graftvit.models.grid_hosts import host_layers
-from graftvit.models.host import host_attention, release_attention
+from graftvit.models.hosting import host_attention, release_attention
 from graftvit.models.layer_plan import OPERATORS, Choice
 from graftvit.models.small import without_memory
 from support.models import dense, pyramids
@@ -80,7 +79,7 @@ def images(size: tuple[int, int] = SIZE) -> Tensor:
 
 def ready(model: nn.Module, plan: str, **more: Any) -> Any:
     """Convert a model; operators that must be fitted can run, and biases of windows are given up."""
-    student = convert(model, plan, **({"without": ["bias"]} if is_pyramid(model) else {}), **more)
+    student = convert(model, plan, **({"without": ["bias"]} if len(depths(model)) > 1 else {}), **more)
     fit_at_random(converted_layers(student))
     return student.eval()
 
@@ -349,7 +348,7 @@ def test_keep_is_the_layer_as_it_is(kind: str) -> None:
     assert plan_of(same) is None
     assert torch.equal(same(images()), model(images()))
     hosts = copy.deepcopy(model)
-    host_layers(hosts)
+    host_attention(hosts)
     assert torch.equal(convert(hosts, "*: keep")(images()), model(images())), "hosts do not stay"
 
 
@@ -470,8 +469,8 @@ def test_what_cannot_be_converted_is_named() -> None:
         (teacher("pvt"), "0: none(x=1)", {}, ConfigError, "none has no option 'x'"),
         (teacher("pvt", attn_drop_rate=0.1), "*: linear", {}, UnsupportedModelError,
          r"layer 0 has attn_drop 0\.1, and linear has no map"),
-        (plain, "0: none", {}, ConfigError, "plan: 'none' takes the attention out of a layer of a pyramid"),
-        (plain, "0: linear", {"without": ["bias"]}, ConfigError, "without=bias is for pyramids"),
+        (plain, "0: none", {}, ConfigError, "plan: 'none' takes the attention out of a layer"),
+        (plain, "0: linear", {"without": ["bias"]}, ConfigError, "without=bias: a VisionTransformer keeps"),
         (plain, "*: linear", {"weights": "mpl"}, ConfigError, "weights='mpl'; did you mean 'mlp'"),
         (timm.create_model("resnet10t"), "0: linear", {}, UnsupportedModelError, "ResNet is not a supported model"),
     ):  # fmt: skip
@@ -484,9 +483,9 @@ def test_what_cannot_be_converted_is_named() -> None:
 @pytest.mark.parametrize("kind", FEW)
 def test_a_converted_pyramid_is_known_as_one(kind: str) -> None:
     student = ready(teacher(kind), "1: linear")
-    check_supported(student, pyramids=True)
+    check_supported(student)
     with pytest.raises(GraftError, match="is a pyramid"):
-        check_supported(student)
+        check_supported(student, to="copying")
     assert plan_size(student) is None
     assert list(converted_layers(student)) == [1]
 

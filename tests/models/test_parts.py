@@ -12,9 +12,10 @@ import timm
 import torch
 from graftvit.models.errors import ConfigError, TransferError, UnsupportedModelError
 from graftvit.models.families import attention_shape, token_layout
+from graftvit.models.families.plain import native_parts
 from graftvit.models.mae import MaskedAutoencoder
 from graftvit.models.mirror import mirror_arguments
-from graftvit.models.parts import grid_positions, native_parts, unfold_patches
+from graftvit.models.parts import grid_positions, unfold_patches
 from graftvit.transfer.methods.mismatch import compare_models
 from hypothesis import given, settings
 from hypothesis import strategies as st

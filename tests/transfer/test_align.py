@@ -153,12 +153,12 @@ def test_mistakes_are_named() -> None:
         (teacher, linear, "outpt", r"align\.match=outpt; did you mean 'output'"),
         (teacher, convert(teacher, "*: kernel(feature=relu)"), "rows", "have no cross-entropy"),
         (teacher, published, "rows", r"align\.match=rows: .*no distributions.*use output, map or probes"),
-        (vit(depth=2), linear, "output", "both need the same"),
+        (vit(depth=2), linear, "output", "give the model that the student was converted from"),
         (
             vit(img_size=(24, 16)),
             linear,
             "output",
-            r"6x4 patches, .* 4x6 patches: .*; leave teacher\.img_size",
+            r"6x4 tokens .* 4x6 tokens .* leave teacher\.img_size",
         ),
     ):
         with pytest.raises(TransferError, match=message):

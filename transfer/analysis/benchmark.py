@@ -25,7 +25,7 @@ from ...models.calibration import fit_at_random
 from ...models.conversion import convert, converted_layers, resize
 from ...models.cost import attention_macs, other_macs
 from ...models.errors import ConfigError
-from ...models.families import is_pyramid, patch_size
+from ...models.families import family_of, image_size, patch_size
 from ...models.layer_plan import Choice, create_operator
 from ...models.plan_syntax import parse_plan
 from ..cells import left_to_run, run_in_turn
@@ -324,7 +324,7 @@ def load_model(source: str, img_size: int) -> nn.Module:
         model = build(found.name.partition(".")[0], {"img_size": img_size}).eval()
     else:
         model = load_pretrained(source, img_size=img_size).model
-    if is_pyramid(model):  # one that takes images of any size does not know this one
+    if image_size(model) is None:  # it takes images of any size, and does not know this one
         resize(model, img_size)
     _check_size(model, img_size)
     return model
@@ -366,10 +366,11 @@ def measure_model(case: Case, repeats: int) -> Row:
 def macs_beside(student: nn.Module, unconverted: nn.Module, whole: int) -> int:
     """Return the multiply-adds for one image of all but the attention operators of a converted model.
 
-    `whole` is what torch's counter gives for the unconverted model, which has as much beside its attention; but a
-    conversion drops parts of a pyramid.
+    `whole` is what torch's counter gives for the unconverted model, which has as much beside its attention, unless a
+    conversion drops parts.
     """
-    return other_macs(student) if is_pyramid(student) else whole - sum(attention_macs(unconverted))
+    keeps_all = family_of(student).keeps_all
+    return whole - sum(attention_macs(unconverted)) if keeps_all else other_macs(student)
 
 
 def _learning(model: nn.Module, images: torch.Tensor) -> Step:

@@ -30,7 +30,7 @@ from ...models.attention.base import Accounting, Operations
 from ...models.conversion import convert, plan_of
 from ...models.cost import OperationCount, count_operations
 from ...models.errors import CheckpointError, ConfigError
-from ...models.families import find_family, is_pyramid
+from ...models.families import find_family
 from ..cells import State
 from .report.tables import Table, tabulate, to_json
 
@@ -319,9 +319,10 @@ def _load(source: str, img_size: int | None) -> nn.Module:
 
 
 def _gives_up(model: nn.Module) -> bool:
-    """Return whether a pyramid has a relative position bias, which a count does not need."""
+    """Return whether a model has a relative position bias to give up, which a count does not need."""
     biased = any(name.endswith(BIASES) for name, _ in model.named_parameters())
-    return biased and is_pyramid(model)
+    family = find_family(model)
+    return biased and family is not None and "bias" in family.gives_up
 
 
 # Time, peak memory and multiply-adds of a function, on a CPU or a GPU.

@@ -5,7 +5,7 @@ Maps are formed densely here, (B, H, N, M) a layer: this is for a handful of ima
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -13,28 +13,18 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 from torch.utils.data import IterableDataset
-from torch.utils.hooks import RemovableHandle
 
 from ...checkpoints.preprocessing import Preprocessing
 from ...models.attention.base import Geometry, Heads
+from ...models.conversion import sharing_copy
 from ...models.converted import ConvertedAttention
 from ...models.copied import CopiedAttention
 from ...models.errors import ConfigError, DataError, TransferError
-from ...models.families import (
-    Site,
-    attention_blocks,
-    blocks_of,
-    check_supported,
-    evaluating,
-    family_of,
-    is_pyramid,
-    sites,
-)
-from ...models.grid_hosts import Call, GridHost, native_host, watch_layer
-from ...models.host import AttentionHost, Given, observe, release_attention
+from ...models.families import Site, blocks_of, check_supported, family_of, native_host, sites
+from ...models.host import AttentionHost
+from ...models.hosting import Call, watch_layer
 from ...models.map_structure import Size, Windows
 from ...models.merges import merge_layers, merges_deformably
-from ...models.pyramid_conversion import sharing_copy
 from ...models.token_merging import TokenMerging, tap_places
 from ..config import DataConfig
 from ..data.augment import eval_transform
@@ -178,37 +168,23 @@ def layer_maps(
 
     Raises UnsupportedModelError: a model of another kind.
     """
-    if is_pyramid(model):
-        return _pyramid_maps(model, images, layers, asking or {})
-    maps: dict[int, LayerMap] = {}
-    with _evaluating(model):
-        blocks = attention_blocks(model)
-        [geometry] = family_of(model).geometries(model, (images.shape[-2], images.shape[-1]))
-        hooks = [
-            _keep_map(
-                blocks[layer].attn,
-                partial(_keep, maps, layer, KeyPlaces(geometry)),
-                (asking or {}).get(layer),
-            )
-            for layer in layers
-        ]
-        try:
-            model(images)
-        finally:
-            for hook in hooks:
-                hook.remove()
+    check_supported(model, copied=True)
+    asking = asking or {}
+    twin, maps = sharing_copy(model).eval(), dict[int, LayerMap]()
+    stages = family_of(twin).geometries(twin, (images.shape[-2], images.shape[-1]))
+    for site in sites(twin):
+        if site.index in layers and site.num_heads:
+            keep = partial(_keep, maps, site.index, asking.get(site.index), stages[site.stage])
+            watch_layer(twin, site, keep)
+    twin(images)
     return maps
 
 
 def key_count(model: nn.Module, site: Site) -> int:
     """Return the number of keys of each query of a layer; 0 for a block without attention."""
-    attention = site.block(model).attn
     if not site.num_heads:
         return 0
-    if isinstance(attention, ConvertedAttention) or not is_pyramid(model):
-        return site.shape.geometry.num_tokens
-    host = attention if isinstance(attention, GridHost) else native_host(site.block(model))
-    return host.native_pairs(site.shape.geometry)[1]
+    return native_host(site.block(model)).native_pairs(site.shape.geometry)[1]
 
 
 def softmax_map(heads: Heads) -> Tensor:
@@ -218,24 +194,6 @@ def softmax_map(heads: Heads) -> Tensor:
     if heads.bias is not None:
         logits_BHNM = logits_BHNM + heads.bias.float()
     return logits_BHNM.softmax(dim=-1)
-
-
-def _keep(maps: dict[int, LayerMap], layer: int, places: KeyPlaces, weights: Tensor) -> None:
-    maps[layer] = LayerMap(weights, places)
-
-
-def _keep_map(attention: nn.Module, keep: Callable[[Tensor], None], asking: int | None) -> RemovableHandle:
-    """Keep the map that a layer of a plain transformer applies: of a copied layer the teacher's, where it copies it."""
-
-    def see(given: Given) -> None:
-        if isinstance(attention, ConvertedAttention):
-            keep(_operator_map(attention, attention.project(*given), asking))
-        elif isinstance(attention, CopiedAttention):
-            keep(_row(attention.operator.map(attention.project(*given)).float(), asking))
-        else:
-            keep(_row(softmax_map(AttentionHost(attention).project(*given)), asking))
-
-    return observe(attention, see)
 
 
 def _operator_map(layer: ConvertedAttention, heads: Heads, asking: int | None) -> Tensor:
@@ -249,35 +207,29 @@ def _row(map_BHNM: Tensor, asking: int | None) -> Tensor:
     return map_BHNM if asking is None else map_BHNM[:, :, asking, None]
 
 
-def _pyramid_maps(
-    model: nn.Module, images: Tensor, layers: Sequence[int], asking: Mapping[int, int]
-) -> dict[int, LayerMap]:
-    """Return the maps of a pyramid. A copy runs that shares its weights, because hosts replace blocks of Swin."""
-    check_supported(model, pyramids=True)
-    twin, maps = sharing_copy(model).eval(), dict[int, LayerMap]()
-    for site in sites(twin):
-        if site.index in layers and site.num_heads:
-            watch_layer(twin, site, partial(_keep_pyramid_map, maps, site.index, asking.get(site.index)))
-    twin(images)
-    return maps
-
-
-def _keep_pyramid_map(
-    maps: dict[int, LayerMap], index: int, asking: int | None, host: AttentionHost, call: Call
+def _keep(
+    maps: dict[int, LayerMap],
+    index: int,
+    asking: int | None,
+    geometry: Geometry,
+    host: AttentionHost,
+    call: Call,
 ) -> None:
-    heads = host.heads_of(*call.inputs, **call.keywords)
+    """Keep the map that a layer applies: of a copied layer the teacher's, where it copies it."""
+    heads, places = host.heads_of(*call.inputs, **call.keywords), KeyPlaces(geometry)
     if isinstance(host, ConvertedAttention):
-        maps[index] = LayerMap(_operator_map(host, heads, asking), KeyPlaces(heads.tokens()))
-        return
-    attended = host.attended(heads)
-    places = _key_places(host, attended)
-    weights = places.without_padding(attended.joined(softmax_map(attended)))
-    maps[index] = LayerMap(_row(weights, asking), places)
+        weights = _operator_map(host, heads, asking)
+    elif isinstance(host, CopiedAttention):
+        weights = _row(host.operator.map(heads).float(), asking)
+    else:
+        attended = host.attended(heads)
+        places = _key_places(host, attended, geometry)
+        weights = _row(places.without_padding(attended.joined(softmax_map(attended))), asking)
+    maps[index] = LayerMap(weights, places)
 
 
-def _key_places(host: AttentionHost, attended: Heads) -> KeyPlaces:
+def _key_places(host: AttentionHost, attended: Heads, geometry: Geometry) -> KeyPlaces:
     """Return where the keys lie on which a layer takes its softmax."""
-    geometry = attended.tokens()
     height, width = geometry.grid
     kind, (rows, columns) = host.structure(geometry.grid).reduction or ("", (1, 1))
     cells = {
@@ -285,19 +237,6 @@ def _key_places(host: AttentionHost, attended: Heads) -> KeyPlaces:
         "stride": Cells((height // rows, width // columns), (rows, columns)),
     }
     return KeyPlaces(geometry, attended.windows, cells.get(kind))
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Put a plain transformer into eval mode while inside; then restore the mode of each module."""
-    layers = [(block, block.attn) for block in attention_blocks(model)]
-    try:
-        check_supported(release_attention(model), copied=True)
-    finally:
-        for block, layer in layers:
-            block.attn = layer
-    with evaluating(model):
-        yield
 
 
 # Attention maps of a model, and how far two models' maps are apart.

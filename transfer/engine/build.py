@@ -24,11 +24,11 @@ from ...checkpoints.pretrained import load_pretrained, load_weights, read_outlin
 from ...checkpoints.provenance import Pretrained, identify
 from ...checkpoints.transformers_models import load_transformers
 from ...models.attention.base import AttentionOperator
+from ...models.conversion import nothing_given_up
 from ...models.converted import start_fresh
 from ...models.errors import ConfigError, DataError, JsonDict, UnsupportedModelError
 from ...models.families import pooling_of, vit
 from ...models.lora import add_lora
-from ...models.pyramid_conversion import nothing_given_up
 from ...models.small import without_memory
 from ..config import DataConfig, RunConfig, TeacherConfig
 from ..data.archives import is_packed

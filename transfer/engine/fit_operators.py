@@ -22,11 +22,10 @@ from torch.nn.parallel import DistributedDataParallel
 from ...checkpoints.student import FittedLayers
 from ...models.attention.base import Projections
 from ...models.calibration import Finished, Layer, calibrate_layers, fit_layers
-from ...models.conversion import ConvertedAttention, converted_layers
+from ...models.conversion import ConvertedAttention, converted_layers, sharing_copy
 from ...models.converted import is_mark
 from ...models.errors import GraftError
 from ...models.families import family_of, sites
-from ...models.pyramid_conversion import sharing_copy
 from ..config import DataConfig, RunConfig
 from ..data.loaders import create_train_loader
 from ..data.sampler import preserved

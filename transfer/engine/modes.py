@@ -18,11 +18,11 @@ from ...checkpoints.class_names import Head, comparable, difference
 from ...checkpoints.preprocessing import Preprocessing
 from ...checkpoints.provenance import Pretrained
 from ...models.conversion import converted_layers
-from ...models.copying.teacher_view import Normalization, ShownImages
+from ...models.copying.teacher_view import Normalization, ShownImages, TeacherInput
 from ...models.errors import ConfigError, TransferError
 from ...models.families import SUPPORTED, blocks_of, classifier_of, family_named, find_family, vit
 from ...models.mae import MaskedAutoencoder
-from ..align import Alignment, shown_to
+from ..align import Alignment
 from ..config import Metric, RunConfig
 from ..first_checks import check_teacher_given
 from ..methods.dual import DualViT, build_dual
@@ -425,7 +425,7 @@ class Align(Mode):
         teacher, student = models.taught_by(), models.student
         norms = Normalization(teacher.mean, teacher.std), models.normalization
         alignment = Alignment(teacher.model, student, self.config.align.match)
-        return AlignTask(alignment, shown_to(teacher.model, student, *norms))
+        return AlignTask(alignment, TeacherInput(teacher.model, student, *norms))
 
     def default_metric(self, classified: bool) -> Metric:
         return "top1" if classified else "distance"
@@ -442,7 +442,7 @@ class Pretrain(Mode):
     ) -> StudentPlan:
         """Return the encoder: it ends in `norm`, which timm does not build for average pooling."""
         student = self.config.student
-        _refuse_pyramid(student.model, whole)
+        _refuse_stages(student.model, whole)
         pool = "token" if student.model_args.get("class_token", True) else ""
         return plan_student(student.model_copy(update={"global_pool": pool}), classes, None, spec)
 
@@ -457,12 +457,12 @@ class Pretrain(Mode):
         return PretrainTask(MaskedAutoencoder(models.student, **self.config.pretrain.model_dump()))
 
 
-def _refuse_pyramid(model: str, whole: Pretrained | None) -> None:
+def _refuse_stages(model: str, whole: Pretrained | None) -> None:
     family = family_named(model) if whole is None else find_family(whole.model)
-    if family is not None and family.is_pyramid:
+    if family is not None and "masking" in family.cannot:
         raise ConfigError(
-            f"mode=pretrain: student.model={model} is a pyramid, and masked autoencoding shows the encoder a part of "
-            f"the tokens; supported are {SUPPORTED}"
+            f"mode=pretrain: student.model={model} {family.cannot['masking']}: masked autoencoding shows the encoder "
+            f"a part of the tokens; supported are {SUPPORTED}"
         )
 
 

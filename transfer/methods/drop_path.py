@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ...models.copying.tape import Tape
 from ...models.errors import TransferError
-from ...models.families import blocks_of, depths, find_family, is_pyramid
+from ...models.families import blocks_of, depths, find_family
 
 BRANCHES = ("drop_path1", "drop_path2")
 
@@ -55,13 +55,7 @@ def share_drop_paths(student: nn.Module, teacher_view: nn.Module, tape: Tape) ->
     """Let every block of the view use the masks of the student's block, and return the modules to draw."""
     teacher: Any = teacher_view
     blocks, teacher_blocks = blocks_of(student), blocks_of(teacher.model)
-    if is_pyramid(student) or is_pyramid(teacher.model):
-        _check_stages(depths(student), depths(teacher.model))
-    if len(blocks) < len(teacher_blocks):
-        raise TransferError(
-            f"transfer.share_drop_path needs a student as deep as the teacher's last layer in use: "
-            f"{len(blocks)} blocks, not {len(teacher_blocks)}; set it to false"
-        )
+    _check_stages(depths(student), depths(teacher.model))
     shared: list[SharedDropPath] = []
     for index, block in enumerate(blocks):
         for branch, drop in _branches(block):
@@ -79,10 +73,10 @@ def _check_stages(student: list[int], teacher: list[int]) -> None:
     """Raise TransferError where a block of the teacher and the student's block of its number are in other stages."""
     used = [own for own in teacher if own]
     before, last = used[:-1], used[-1:]
-    if before != student[: len(before)] or (last and last[0] > student[len(before)]):
+    if before != student[: len(before)] or (last and last[0] > (student[len(before) :] or [0])[0]):
         raise TransferError(
-            f"transfer.share_drop_path needs stages of the same depths: the student's have {student} blocks and those "
-            f"of the teacher, up to its last layer in use, {used}; set it to false"
+            f"transfer.share_drop_path needs stages of the same depths, and a student as deep as the teacher's last "
+            f"layer in use: the student's have {student} blocks and those of the teacher {used}; set it to false"
         )
 
 

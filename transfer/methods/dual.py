@@ -26,8 +26,8 @@ from ...models.copying.tape import Tape
 from ...models.copying.teacher_view import Normalization as Normalization
 from ...models.copying.teacher_view import ShownImages, Wanted, view_teacher
 from ...models.errors import JsonDict, TransferError, check_types
-from ...models.families import check_supported, evaluating, is_pyramid
-from ...models.grid_hosts import host_layers
+from ...models.families import check_supported, evaluating, family_of
+from ...models.hosting import host_attention
 from ...models.lora import merged
 from ...models.replay import replay_blocks, restore_blocks
 from ..loss_config import TransferConfig
@@ -179,7 +179,7 @@ class DualViT(nn.Module):
         for index, (kind, name) in enumerate(zip(kinds, chosen, strict=True)):
             with placed(self.config, index):
                 check_teacher(models[name], kind)
-        check_supported(student, pyramids=True)
+        check_supported(student)
         self._normalization = norm
         layered = {name for kind, name in zip(kinds, chosen, strict=True) if kind.uses_layers}
         self._sides = tuple(
@@ -389,11 +389,12 @@ class DualViT(nn.Module):
         """Return what the student of a copy method copies of a teacher that is built as described."""
         term = next(term for term in self._terms if term.method.copies)
         for model in (term.side.model, self.student):
-            if is_pyramid(model):
+            cannot = family_of(model).cannot
+            if "copying" in cannot:
                 raise TransferError(
                     f"transfer.method={term.settings.method}: a student is saved with its teacher's attention only "
-                    f"where both are plain vision transformers, and {type(model).__name__} is a pyramid; use distill, "
-                    "or take the student alone by release(bare=True)"
+                    f"where both are plain vision transformers, and {type(model).__name__} {cannot['copying']}; use "
+                    "distill, or take the student alone by release(bare=True)"
                 )
         links = term.plan.links
         pairs, heads = tuple(link.pair for link in links), tuple(link.heads.groups for link in links)
@@ -443,7 +444,7 @@ class DualViT(nn.Module):
     def _install_terms(self, terms: Sequence[Term]) -> tuple[tuple[Term, ...], nn.ModuleDict]:
         """Return the terms with their losses, and the modules that learn beside the student."""
         attends = any(term.method.uses_heads for term in terms)
-        hosts = host_layers(self.student) if attends else {}
+        hosts = host_attention(self.student) if attends else {}
         installed, projectors, self._measured = [], nn.ModuleDict(), list[Measured]()
         for index, term in enumerate(terms):
             side, tape = term.side, self._tapes[term.side.name]

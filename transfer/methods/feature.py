@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +15,7 @@ from ...models.attention.kernels import precise
 from ...models.copying.tape import KeepOutput, Tape
 from ...models.copying.teacher_view import Wanted
 from ...models.errors import Json, TransferError
-from ...models.families import family_of, is_pyramid, vit
+from ...models.families import family_of, vit
 from ...models.parts import feature_width, patch_width
 from ..loss_config import LossConfig
 from .method import Installed, Pairing, TransferMethod, TransferPlan
@@ -35,17 +35,13 @@ def student_patches(student: nn.Module, tokens_BNC: Tensor, images: Grid) -> Ten
     """
     family = family_of(student)
     geometry = family.geometries(student, images)[-1]
-    if family.is_pyramid:
-        return family.patches(tokens_BNC, geometry)
-    grid = geometry.grid
-    patches = tokens_BNC[:, int(getattr(student, "num_prefix_tokens", 0)) :]
-    if patches.shape[1] != grid[0] * grid[1]:
+    if tokens_BNC.dim() == 3 and tokens_BNC.shape[1] != geometry.num_tokens:
+        rows, columns = geometry.grid
         raise TransferError(
-            f"transfer.tokens=patches needs all {grid[0]}x{grid[1]} patches of the student, and it has "
-            f"{patches.shape[1]}: set student.model_args.patch_drop_rate to 0"
+            f"transfer.tokens=patches needs all {rows}x{columns} patches of the student, and it has "
+            f"{tokens_BNC.shape[1] - geometry.num_prefix}: set student.model_args.patch_drop_rate to 0"
         )
-    found: Tensor = patches.unflatten(1, grid)
-    return found
+    return family.patches(tokens_BNC, geometry)
 
 
 def teacher_patches(patches: Tensor, student: Grid) -> Tensor:
@@ -139,7 +135,7 @@ class Pooled(FeaturePart):
         return feature_width(self.student), feature_width(self.teacher)
 
     def record(self, changes: Changes) -> None:
-        for name, head in _heads(self.student).items():
+        for name, head in family_of(self.student).classifiers(self.student).items():
             changes.hooks.append(head.register_forward_pre_hook(_KeepInput(self.tape, name)))
 
     def of_student(self) -> Tensor:
@@ -192,13 +188,6 @@ PARTS: dict[str, tuple[type[FeaturePart], ...]] = {
     "both": (Pooled, Patches),
 }
 """By the value of `transfer.tokens`."""
-
-
-def _heads(student: nn.Module) -> dict[str, nn.Module]:
-    """Return the classifiers whose inputs are the pooled features; of a pyramid the one after its own pooling."""
-    found: Any = vit(student).get_classifier() if is_pyramid(student) else None
-    heads = {name: student._modules.get(name) for name in HEADS} if found is None else {"head": found}
-    return {name: head for name, head in heads.items() if head is not None}
 
 
 def record_images(student: nn.Module, tape: Tape, changes: Changes) -> None:

@@ -255,7 +255,7 @@ def check_teacher(teacher: nn.Module, method: TransferMethod) -> None:
             "timm gives features and classes alone: use feature or logits"
         )
     try:
-        check_supported(teacher, copied=True, pyramids=True)
+        check_supported(teacher, copied=True)
     except UnsupportedModelError as error:
         raise UnsupportedModelError(
             f"transfer.method={method.name} reads the layers of its teacher, and {error}; feature and logits take any "

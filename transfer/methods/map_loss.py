@@ -22,7 +22,7 @@ from ...models.attention.kernels import mean_map, precise, same_dtype
 from ...models.copying.copying_operators import Part
 from ...models.copying.tape import average_heads, spread_heads
 from ...models.families import Site
-from ...models.grid_hosts import has_cosine_logits, map_structure
+from ...models.hosting import has_cosine_logits, map_structure
 from ...models.map_structure import MapStructure, Windows
 
 # What the attention of a layer computes, and how that of two layers differs.

@@ -7,11 +7,19 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from ...models.families import Site, attention_shape, depths, image_size, is_pyramid, sites, token_layout
-from ...models.grid_hosts import map_structure
-from ...models.parts import NativeParts, native_parts
+from ...models.families import (
+    NativeParts,
+    Site,
+    attention_shape,
+    depths,
+    family_of,
+    image_size,
+    sites,
+    token_layout,
+)
+from ...models.hosting import map_structure
 
-# A model stage by stage, for the report of how teacher and student differ where one of them is a pyramid.
+# A model stage by stage, for the report of how teacher and student differ.
 
 
 def describe_stages(model: nn.Module) -> dict[str, str]:
@@ -68,12 +76,13 @@ def compare_models(teacher: nn.Module, student: nn.Module) -> tuple[Mismatch, ..
     There is a warning for a part that the student lacks and that belongs to families whose transfer into a plain
     student failed (arXiv:2605.07191: DINOv2, CLIP, BEiTv2 and one more). In the paper, adding the teacher's native
     components solved this. Which component matters is inferred here from the architectures, not measured.
-    Where one of the models is a pyramid, they are compared stage by stage: sizes, and the structure of the maps.
+    Where the layers of one of the models are not all alike, they are compared stage by stage: sizes, and the structure
+    of the maps.
     """
-    if is_pyramid(teacher) or is_pyramid(student):
+    parts_t, parts_s = (family_of(model).native_parts(model) for model in (teacher, student))
+    if parts_t is None or parts_s is None:
         stages = zip(describe_stages(teacher).items(), describe_stages(student).values(), strict=True)
         return tuple(Mismatch(name, theirs, ours) for (name, theirs), ours in stages if theirs != ours)
-    parts_t, parts_s = native_parts(teacher), native_parts(student)
     words = zip(_describe(teacher, parts_t).items(), _describe(student, parts_s).values(), strict=True)
     return tuple(
         Mismatch(name, of_teacher, of_student, _warning(name, parts_t, parts_s))

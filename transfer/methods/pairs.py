@@ -12,16 +12,15 @@ from ...models.errors import TransferError
 from ...models.families import (
     Block,
     Site,
+    attention_of,
     blocks_of,
     check_supported,
     depths,
+    family_of,
     find_family,
-    has_relative_bias,
-    is_pyramid,
     layout_of,
     sites,
 )
-from ...models.pyramid_conversion import has_bias
 from ..loss_config import LossConfig
 from .heads import resolve_heads
 from .layer_choice import choose_layers
@@ -68,19 +67,13 @@ def resolve_links(
         try:
             tokens = match_tokens(layout_of(teacher, t), layout_of(student, s), rule)
         except TransferError as error:
-            if is_pyramid(teacher) or is_pyramid(student):
-                raise TransferError(
-                    f"layers {pair.teacher}>{pair.student} (teacher>student): {error}"
-                ) from error
-            raise
+            raise TransferError(f"layers {t.index}>{s.index} (teacher>student): {error}") from error
         links.append(Link(pair, _heads(config, method, t, s), tokens, t, s))
     return tuple(links), rule
 
 
 def _has_bias(teacher: nn.Module, used: list[Site]) -> bool:
-    if not is_pyramid(teacher):
-        return has_relative_bias(teacher)
-    return any(has_bias(site.block(teacher).attn) for site in used)
+    return any(family_of(teacher).has_bias(teacher, site) for site in used)
 
 
 def _check_attention(
@@ -191,4 +184,4 @@ def _check_student(method: TransferMethod, student: nn.Module) -> None:
 
 
 def _drops_probabilities(block: Block) -> bool:
-    return getattr(getattr(block.attn, "attn_drop", None), "p", 0) > 0
+    return getattr(getattr(attention_of(block), "attn_drop", None), "p", 0) > 0

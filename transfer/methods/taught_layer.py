@@ -18,8 +18,8 @@ from ...models.conversion import ConvertedAttention
 from ...models.copying.copying_operators import Copy, softmax
 from ...models.copying.tape import Link, Tape
 from ...models.errors import TransferError
-from ...models.grid_hosts import release_layers
 from ...models.host import AttentionHost
+from ...models.hosting import release_attention
 from .drop_path import release_drop_paths
 from .map_loss import window_attention
 
@@ -62,7 +62,7 @@ def end_lesson(model: nn.Module) -> None:
         for parameter in lesson.changes.frozen:
             parameter.requires_grad_(True)
     release_drop_paths(model)
-    release_layers(model)
+    release_attention(model)
 
 
 def check_free(teacher: nn.Module, student: nn.Module) -> None:

@@ -474,7 +474,7 @@ def compared_layers(teacher: nn.Module, student: nn.Module) -> ComparedLayers:
     differ."""
     try:
         for model in (teacher, student):
-            check_supported(model)
+            check_supported(model, to="measuring")
         tokens = match_tokens(token_layout(teacher), token_layout(student), GridRule(copy=True))
     except (TransferError, UnsupportedModelError):
         return ComparedLayers()

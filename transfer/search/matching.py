@@ -19,8 +19,8 @@ from ...models.attention.softmax import SoftmaxAttention
 from ...models.converted import converted_layers
 from ...models.errors import CheckpointError, ConfigError, TransferError, counted
 from ...models.families import evaluating, sites, vit
-from ...models.grid_hosts import Call, release_layers, watch_layer
 from ...models.host import AttentionHost
+from ...models.hosting import Call, release_attention, watch_layer
 from ...models.programs.primitives import Polynomial
 from ...models.programs.program import Program
 
@@ -80,7 +80,7 @@ def record_layers(teacher: nn.Module, images: Tensor) -> list[RecordedLayer]:
     finally:
         for hook in hooks:
             hook.remove()
-        release_layers(teacher)
+        release_attention(teacher)
     return layers
 
 

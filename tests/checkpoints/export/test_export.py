@@ -21,7 +21,7 @@ from graftvit.checkpoints.export_graph import ExportFailedError, compare, data_f
 from graftvit.models.calibration import fit_at_random
 from graftvit.models.conversion import convert, converted_layers
 from graftvit.models.errors import CheckpointError, GraftError, RunFailedError, UnsupportedModelError
-from graftvit.models.host import host_attention
+from graftvit.models.hosting import host_attention
 from support.models.dense import FAMILIES, images, relative_error, tiny
 from support.models.tiny_students import save_folder
 from torch import Tensor, nn

@@ -14,7 +14,8 @@ from graftvit.models.attention.base import QKV, Heads
 from graftvit.models.conversion import convert
 from graftvit.models.copied import copied_layers
 from graftvit.models.errors import TransferError, UnsupportedModelError
-from graftvit.models.host import AttentionHost, host_attention
+from graftvit.models.host import AttentionHost
+from graftvit.models.hosting import host_attention
 from graftvit.transfer.analysis.layer_maps import (
     attention_maps,
     divergence_by_layer,
@@ -75,7 +76,7 @@ def test_maps_are_what_the_layer_applies(family: str) -> None:
             return captured[self.layer] @ v
 
     plain = model(images(model))
-    for layer, host in enumerate(host_attention(model)):
+    for layer, host in host_attention(model).items():
         host.operator = Identity(layer)
     torch.testing.assert_close(model(images(model)), plain, rtol=1e-4, atol=1e-5)
     for layer in range(2):
@@ -89,7 +90,7 @@ def test_the_model_is_left_as_it_was() -> None:
     before = [(name, id(module), module.training) for name, module in model.named_modules()]
     attention_maps(model, images(model))
     assert before == [(name, id(module), module.training) for name, module in model.named_modules()]
-    hosts = host_attention(model)
+    hosts = list(host_attention(model).values())
     attention_maps(model, images(model))
     assert [block.attn for block in model.blocks] == hosts  # type: ignore[union-attr]
     assert all(isinstance(host, AttentionHost) for host in hosts)

@@ -7,13 +7,12 @@ from functools import partial
 import pytest
 import torch
 from graftvit.models.attention.base import Geometry
-from graftvit.models.conversion import convert
+from graftvit.models.conversion import convert, sharing_copy
 from graftvit.models.converted import converted_layers
 from graftvit.models.errors import TransferError
 from graftvit.models.families import sites
-from graftvit.models.grid_hosts import Call, ReducedHost, WindowHost, watch_layer
-from graftvit.models.host import AttentionHost
-from graftvit.models.pyramid_conversion import sharing_copy
+from graftvit.models.host import AttentionHost, ReducedHost, WindowHost
+from graftvit.models.hosting import Call, watch_layer
 from graftvit.transfer.analysis.layer_maps import (
     Cells,
     KeyPlaces,

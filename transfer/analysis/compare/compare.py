@@ -45,7 +45,7 @@ def check_cells(comparison: Comparison, cells: Sequence[Cell]) -> None:
     teachers = cache(partial(describe_teachers, comparison))
     for cell in {(cell.name, cell.size): cell for cell in cells}.values():
         try:
-            check_supported(fresh_model(comparison.config, cell.plan, cell.size), pyramids=True)
+            check_supported(fresh_model(comparison.config, cell.plan, cell.size))
             if cell.name != TEACHER:
                 check_cell(comparison, cell, teachers)
         except GraftError as error:

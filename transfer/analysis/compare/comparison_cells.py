@@ -13,12 +13,11 @@ from pydantic import Field, NonNegativeInt
 from torch import Tensor, nn
 
 from ....checkpoints.files import safe_name
-from ....models.conversion import ConvertedAttention, converted_layers
+from ....models.conversion import ConvertedAttention, converted_layers, sharing_copy
 from ....models.errors import ConfigError, did_you_mean
 from ....models.families import sites, vit
-from ....models.grid_hosts import Call, watch_layer
 from ....models.host import AttentionHost
-from ....models.pyramid_conversion import sharing_copy
+from ....models.hosting import Call, watch_layer
 from ...cells import State, cell_state, digest, load_record, pick_named
 from ...config import RunConfig
 from ...engine.stages import Stage

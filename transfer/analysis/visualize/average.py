@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from ....models.families import is_pyramid, sites
+from ....models.families import sites
 from ...config import DataConfig
 from ...data.augment import with_settings
 from ..layer_maps import KeyPlaces, LayerMap, layer_maps, preprocessed, spread_images
@@ -219,8 +219,7 @@ def _write_arrays(path: Path, model: nn.Module, means: dict[int, MeanMap], count
         found = means.get(site.index)
         if found is None:
             continue
-        name = f"stage{site.stage + 1}.{site.place}" if is_pyramid(model) else str(site.index)
-        places = found.places
+        places, name = found.places, site.name
         arrays[f"{name}.maps"] = found.weights.float().numpy()
         arrays[f"{name}.prefix"] = np.array(places.geometry.num_prefix)
         arrays[f"{name}.queries"] = np.array(places.geometry.grid)

@@ -24,9 +24,9 @@ from ....models.families import (
     check_supported,
     depths,
     evaluating,
-    is_pyramid,
+    layout_of,
+    plan_depth,
     sites,
-    token_layout,
 )
 from ....models.plan_syntax import layer_numbers
 from ..layer_maps import KeyPlaces, collect_merges, key_count, layer_maps, map_divergence
@@ -74,7 +74,7 @@ def look(model: nn.Module, image: Tensor) -> Look:
         TransferError: the maps of the model would not fit in 4 GB.
         UnsupportedModelError: a model of another kind.
     """
-    check_supported(model, copied=True, pyramids=True)
+    check_supported(model, copied=True)
     count_weights(model, range(len(sites(model))), 4, "maps", "a smaller --img_size")
     with evaluating(model), _tokens(model) as tokens, collect_merges(model, image) as merges:
         model(image)
@@ -115,11 +115,7 @@ def token_layouts(model: nn.Module) -> list[TokenLayout]:
 
     Raises UnsupportedModelError: the model has no image size.
     """
-    places = sites(model)
-    if not is_pyramid(model):
-        return [token_layout(model)] * len(places)
-    stages = [site.shape.geometry for site in places]
-    return [TokenLayout(("cls",) * stage.num_prefix, stage.grid) for stage in stages]
+    return [layout_of(model, site) for site in sites(model)]
 
 
 def check_comparable(teacher: nn.Module, student: nn.Module) -> None:
@@ -262,9 +258,7 @@ def _name_pictures(path: Path) -> set[str]:
 
 def chosen_layers(student: nn.Module, words: str) -> list[int]:
     """Return the layers to show. Raises ConfigError: one does not exist, or none of them has attention."""
-    chosen = layer_numbers(
-        words, depths(student) if is_pyramid(student) else sum(depths(student)), "--layers"
-    )
+    chosen = layer_numbers(words, plan_depth(student), "--layers")
     places = sites(student)
     if not any(places[layer].num_heads for layer in chosen):
         raise ConfigError(f"--layers {words}: no layer of these has attention, so there is nothing to show")
@@ -334,7 +328,7 @@ def load_models(source: str, teacher: str | None, how: JsonDict) -> dict[str, Pr
     """Load the student and, where there is one, the teacher at the student's image size."""
     loaded = {"student": load_pretrained(source, **how)}
     student = loaded["student"].model
-    check_supported(student, copied=True, pyramids=True)
+    check_supported(student, copied=True)
     if teacher is None:
         return loaded
     channels, height, width = loaded["student"].preprocessing.input_size

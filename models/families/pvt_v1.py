@@ -24,8 +24,8 @@ from timm.models._features import feature_take_indices
 from timm.models.pvt_v2 import Attention
 from torch import Tensor, nn
 
-from .attention.kernels import precise
-from .errors import ConfigError
+from ..attention.kernels import precise
+from ..errors import ConfigError
 
 # The parts of PVT (Wang et al. 2021, arXiv:2102.12122): patch embeddings, blocks and stages.
 #
