@@ -233,7 +233,7 @@ class Family(ABC):
     """Parts of a layer that a conversion may give up, of the words of `without`."""
     cannot: ClassVar[Mapping[str, str]] = dict.fromkeys(
         ("copying", "mirroring", "measuring", "masking"),
-        "is a pyramid, which can be converted and taught but is not supported here",
+        "is a pyramid",
     )
     """What is not possible with these models, and why: of none, without, copying, mirroring, measuring, masking."""
     sized_when_built = True

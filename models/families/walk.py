@@ -146,7 +146,9 @@ def check_supported(model: nn.Module, *, copied: bool = False, to: str = "") -> 
     refuse_copied(model, copied)
     name, family = type(model).__name__, family_of(model)
     if to in family.cannot:
-        raise UnsupportedModelError(f"{name} {family.cannot[to]}; supported are {SUPPORTED}")
+        raise UnsupportedModelError(
+            f"{name} {family.cannot[to]}, which is not supported here; supported are {SUPPORTED}"
+        )
     for index, block in enumerate(blocks_of(model)):
         attention = attention_of(block)
         attention = getattr(attention, "original", attention)  # a host has the layer that it replaces

@@ -77,5 +77,5 @@ def test_pyramids_are_counted_stage_by_stage(kind: str, tmp_path: Path) -> None:
 def test_a_bias_is_given_up_only_when_told_so() -> None:
     with pytest.raises(GraftError, match="layer 4 has a relative position bias"):
         model_cases(["swin_tiny_patch4_window7_224"], ["stage3: linear"], [64], Ways())
-    with pytest.raises(GraftError, match="without=bias is for pyramids"):
+    with pytest.raises(GraftError, match="without=bias: a VisionTransformer keeps"):
         model_cases([TINY], ["*: linear"], [64], Ways(without=("bias",)))
