@@ -1,14 +1,20 @@
-"""Write the tables of settings and methods in `docs/` from their descriptions in the code: `make docs`."""
+"""Write the tables of settings, methods and models in `docs/` from what the code says: `make docs`."""
 
 from __future__ import annotations
 
 import re
 from pathlib import Path
 
+import timm
 from graftvit.launch.fields import Leaf, leaves, sections, short_names
+from graftvit.models.errors import UnsupportedModelError
+from graftvit.models.families import check_supported, family_of
+from graftvit.models.small import without_memory
 from graftvit.transfer.methods.method_facts import LAYERS, METHODS
+from graftvit.transfer.methods.mismatch import describe_stages
 from graftvit.transfer.methods.registry import find_method
 from graftvit.transfer.setting import OneOf, rule_of
+from torch import nn
 
 DOCS = Path(__file__).parent.parent / "docs"
 MARKED = re.compile(r"(?<=<!-- table -->\n).*?(?=<!-- end -->)", re.DOTALL)
@@ -67,12 +73,86 @@ def render_method(name: str) -> str:
     return f"| `{name}` | {find_method(name).describe({})} | {', '.join(own)} | {teacher} |\n"
 
 
-PAGES = {"configuration.md": render_settings, "transfer.md": render_methods}
+# The models of timm, module by module.
+
+
+def timm_modules() -> list[str]:
+    """Return timm's own modules that have models with attention over tokens or channels."""
+    names = {module: timm.list_models(module=module) for module in sorted(timm.list_modules())}
+    own = (module for module, models in names.items() if models and _is_timms(models[0]))
+    return [module for module in own if _has_attention(outlined(names[module][0]))]
+
+
+def _is_timms(name: str) -> bool:
+    return timm.model_entrypoint(name).__module__.startswith("timm.")
+
+
+def _has_attention(model: nn.Module) -> bool:
+    kinds = {type(part).__name__.lower() for part in model.modules()}
+    return any("attention" in kind or "attn" in kind for kind in kinds)
+
+
+def outlined(name: str) -> nn.Module:
+    """Return a model of timm without memory for its weights."""
+    with without_memory():
+        return timm.create_model(name)
+
+
+def refusal(name: str) -> str:
+    """Return why the attention of a model is not taken; empty where it is."""
+    try:
+        check_supported(outlined(name))
+    except UnsupportedModelError as error:
+        return str(error).partition("; supported")[0]
+    return ""
+
+
+CANNOT = {
+    "none": "the plan word `none`",
+    "without": "`--without`",
+    "copying": "methods that copy",
+    "masking": "`mode=pretrain`",
+    "measuring": "distances of maps as a metric",
+    "mirroring": "`student.mirror_teacher`",
+}
+"""What a family cannot, in words of a user."""
+
+
+def render_models() -> str:
+    """Return a row for each module of timm of whose models attention is taken, and the names of the others."""
+    rows, others = (
+        ["| timm module | models | a token attends to | refused |", "| --- | --- | --- | --- |"],
+        [],
+    )
+    for module in timm_modules():
+        names = timm.list_models(module=module)
+        taken = [name for name in names if not refusal(name)]
+        if taken:
+            rows.append(f"| `{module}` | {len(taken)} of {len(names)} | {describe_maps(taken[0])} |")
+        else:
+            others.append(f"`{module}`")
+    return "\n".join(["", *rows, "", f"Other modules with attention: {', '.join(others)}.", "", ""])
+
+
+def describe_maps(name: str) -> str:
+    """Return the structure of the maps of a model, stage by stage, and what is refused for it."""
+    model = outlined(name)
+    family = family_of(model)
+    family.resize(model, family.image_size(model) or (224, 224))
+    maps = dict.fromkeys(describe_stages(model)["attends to"].split(", "))
+    return f"{', then '.join(maps)} | {', '.join(CANNOT[word] for word in family.cannot)}"
+
+
+PAGES = {
+    "configuration.md": render_settings,
+    "transfer.md": render_methods,
+}
+SLOW_PAGES = {"models.md": render_models}
 """By page: what its marked table holds."""
 
 
 def main() -> None:
-    for name, render in PAGES.items():
+    for name, render in {**PAGES, **SLOW_PAGES}.items():
         text = (DOCS / name).read_text()
         (DOCS / name).write_text(MARKED.sub(lambda _, render=render: render(), text))
 
