@@ -20,7 +20,8 @@ from ..models.copied import ARCHITECTURE as COPIED
 from ..models.copied import copying_of, resize
 from ..models.errors import CheckpointError, Json
 from ..models.families import Site, patch_size, sites, vit
-from ..models.families.pvt_v1 import PVT, resample_plainly
+from ..models.families.pvt_v1 import PVT
+from ..models.map_structure import offsets, resample_plainly, resample_table
 from .architecture import INNER
 from .report import BIAS_TABLE, KeyRules, LoadReport, Role, some, sort_keys
 from .weight_files import Weights, as_pair
@@ -48,16 +49,6 @@ def resample_position(position_1ND: Tensor, old: Grid, new: Grid, num_prefix: in
         resampled: Tensor = resample_abs_pos_embed(position_1ND, list(new), list(old), num_prefix)
         return resampled
     return resample_plainly(position_1ND, new, old, num_prefix, "bicubic")
-
-
-def resample_table(table_RH: Tensor, old: Grid, new: Grid) -> Tensor:
-    """Return a table of relative positions, one row for each of the `offsets` of a window, for other offsets."""
-    return resample_plainly(table_RH[None], new, old, 0, "bicubic")[0]
-
-
-def offsets(window: Grid) -> Grid:
-    """Return the rows and columns of a table of relative positions: 2 h - 1 and 2 w - 1."""
-    return 2 * window[0] - 1, 2 * window[1] - 1
 
 
 def find_grid(num_patches: int, declared: Grid | None) -> Grid | None:
@@ -460,7 +451,7 @@ def _publish_tables(
     """Resample tables of the whole grid, which timm has resized, as published; return what was resampled."""
     done = {}
     for index, (old, table) in tables.items():
-        key, new = f"{found[index].path}.attn.{BIAS_TABLE}", found[index].shape.geometry.grid
+        key, new = f"{found[index].layer_path(model)}.{BIAS_TABLE}", found[index].shape.geometry.grid
         if old == new:
             continue
         with torch.no_grad():

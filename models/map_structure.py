@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 Size = tuple[int, int]
@@ -106,3 +108,31 @@ class Windows:
         if below:
             x = torch.cat([x, pad.expand(batch, heads, below, width + right, channels).to(x.dtype)], 2)
         return x
+
+
+# Positions of a grid, and the table of relative positions of a window, resampled for another one.
+
+
+def resample_plainly(
+    position_1ND: Tensor, new: Size, old: Size, num_prefix: int, mode: Literal["bicubic", "bilinear"]
+) -> Tensor:
+    """Return embeddings (1, num_prefix + H W, D) of the grid `old` on the grid `new`, without antialiasing.
+
+    Prefix tokens stay. Computed in float32 or better, and returned in the dtype given.
+    """
+    prefix_1PD, patches_1ND = position_1ND[:, :num_prefix], position_1ND[:, num_prefix:]
+    precise = patches_1ND.to(torch.promote_types(patches_1ND.dtype, torch.float32))
+    grid_1DHW = precise.transpose(1, 2).unflatten(2, old)
+    resized_1DHW = F.interpolate(grid_1DHW, size=new, mode=mode, align_corners=False)
+    resized_1ND = resized_1DHW.flatten(2).transpose(1, 2).to(position_1ND.dtype)
+    return torch.cat([prefix_1PD, resized_1ND], dim=1)
+
+
+def resample_table(table_RH: Tensor, old: Size, new: Size) -> Tensor:
+    """Return a table of relative positions, one row for each of the `offsets` of a window, for other offsets."""
+    return resample_plainly(table_RH[None], new, old, 0, "bicubic")[0]
+
+
+def offsets(window: Size) -> Size:
+    """Return the rows and columns of a table of relative positions: 2 h - 1 and 2 w - 1."""
+    return 2 * window[0] - 1, 2 * window[1] - 1

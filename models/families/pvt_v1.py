@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from typing import Any, Literal, cast
 
 import torch
-import torch.nn.functional as F
 from timm.layers import (
     DropPath,
     Mlp,
@@ -24,8 +23,8 @@ from timm.models._features import feature_take_indices
 from timm.models.pvt_v2 import Attention
 from torch import Tensor, nn
 
-from ..attention.kernels import precise
 from ..errors import ConfigError
+from ..map_structure import resample_plainly
 
 # The parts of PVT (Wang et al. 2021, arXiv:2102.12122): patch embeddings, blocks and stages.
 #
@@ -36,20 +35,6 @@ Resampling = Literal["timm", "bilinear"]
 """How learned positions are resampled: timm's antialiased bicubic, or plain bilinear as published."""
 EPSILON = 1e-6
 """Of the norms in and after the blocks; those of patch embeddings have torch's own, 1e-5."""
-
-
-def resample_plainly(
-    position_1ND: Tensor, new: Size, old: Size, num_prefix: int, mode: Literal["bicubic", "bilinear"]
-) -> Tensor:
-    """Return embeddings (1, num_prefix + H W, D) of the grid `old` on the grid `new`, without antialiasing.
-
-    Prefix tokens stay. Computed in float32 or better, and returned in the dtype given.
-    """
-    prefix_1PD, patches_1ND = position_1ND[:, :num_prefix], position_1ND[:, num_prefix:]
-    grid_1DHW = precise(patches_1ND).transpose(1, 2).unflatten(2, old)
-    resized_1DHW = F.interpolate(grid_1DHW, size=new, mode=mode, align_corners=False)
-    resized_1ND = resized_1DHW.flatten(2).transpose(1, 2).to(position_1ND.dtype)
-    return torch.cat([prefix_1PD, resized_1ND], dim=1)
 
 
 class PatchEmbedding(nn.Module):

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ..attention.base import Geometry
 from ..errors import UnsupportedModelError
 from ..host import WindowHost
-from ..map_structure import Size, Windows
+from ..map_structure import Size, Windows, offsets, resample_table
 from ..token_merging import TokenMerging
 from .plain import patch_grid
 from .site import Blocks, Family, Hosts, listed, merged_grid, shallow, submodule, vit
@@ -27,7 +27,14 @@ LARGEST_LOG_SCALE = math.log(1.0 / 0.01)
 
 
 class SwinHost(WindowHost):
-    """Swin: natively, softmax within windows of the shifted grid, with a relative position bias."""
+    """Swin: natively, softmax within windows of the shifted grid, with a relative position bias.
+
+    Converted, the bias is of the whole grid. On another grid than its own the table of relative positions is resampled
+    (plain bicubic, as LIT's detectors do).
+    """
+
+    _resampled: tuple[Tensor, tuple[Any, ...], Tensor] | None = None
+    """The table and what it was, and the table resampled for the latest other grid."""
 
     def windows(self, grid: Size) -> Windows:
         block: Any = self._block[0]
@@ -53,13 +60,28 @@ class SwinHost(WindowHost):
     def grid_bias(self, grid: Size) -> Tensor | None:
         if not self.has_bias:
             return None
-        height, width = self.window_size
-        if (height, width) != tuple(grid):
-            raise UnsupportedModelError(
-                f"the relative position bias of this layer is of a grid of {height}x{width} tokens, and the images "
-                f"have {grid[0]}x{grid[1]}: resize the model (graftvit.models.conversion.resize), or give up bias"
-            )
-        return self.relative_bias()
+        return self.relative_bias() if self.window_size == tuple(grid) else self.bias_on(grid)
+
+    def bias_on(self, grid: Size) -> Tensor:
+        """Return the bias of another grid than the layer's own, (1, H, N, N)."""
+        table_RWH = self._table_on(grid)
+        places = (torch.arange(side, device=table_RWH.device) for side in grid)
+        rows, columns = (at[:, None] - at + len(at) - 1 for at in places)
+        bias = table_RWH[rows[:, None, :, None], columns[None, :, None, :]]
+        bias_1HNN: Tensor = bias.flatten(2, 3).flatten(0, 1).permute(2, 0, 1).unsqueeze(0)
+        return bias_1HNN
+
+    def _table_on(self, grid: Size) -> Tensor:
+        """Return the table for another grid, (2 h - 1, 2 w - 1, H), kept while no gradient is needed."""
+        table = self.get_parameter("relative_position_bias_table")
+        old, new = offsets(self.window_size), offsets(grid)
+        if torch.compiler.is_compiling() or (torch.is_grad_enabled() and table.requires_grad):
+            found: Tensor = resample_table(table, old, new).unflatten(0, new)
+            return found
+        now = (table._version, table.dtype, table.device, old, new)
+        if self._resampled is None or self._resampled[0] is not table or self._resampled[1] != now:
+            self._resampled = (table, now, resample_table(table.detach(), old, new).unflatten(0, new))
+        return self._resampled[2]
 
     def window_bias(self, windows: Windows, like: Tensor) -> Tensor:
         bias = self.relative_bias()
@@ -95,6 +117,14 @@ class SwinV2Host(SwinHost):
             return x_BHND
         scale: Any = self.logit_scale
         return x_BHND * torch.clamp(scale, max=LARGEST_LOG_SCALE).exp()
+
+    def bias_on(self, grid: Size) -> Tensor:
+        """Raise UnsupportedModelError: the bias is computed from the distances of the layer's own grid."""
+        height, width = self.window_size
+        raise UnsupportedModelError(
+            f"the relative position bias of this layer is of a grid of {height}x{width} tokens, and the images "
+            f"have {grid[0]}x{grid[1]}: resize the model (graftvit.models.conversion.resize), or give up bias"
+        )
 
     def relative_bias(self) -> Tensor:
         layer: Any = self.original

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+import torch.nn.functional as F
 from graftvit.checkpoints.formats.lit_keys import from_reference, to_reference
 from graftvit.checkpoints.pretrained import load_pretrained
 from graftvit.models import lit
@@ -21,8 +22,16 @@ from graftvit.models.errors import CheckpointError, UnsupportedModelError
 from graftvit.models.small import without_memory
 from support.models import published_ecoformer as ecoformer
 from support.models.golden import golden_images, golden_state
-from support.models.lit_restated import PUBLISHED, Published, published_shapes, restated_logits, ti_shapes
+from support.models.lit_restated import (
+    PUBLISHED,
+    Published,
+    published_shapes,
+    resized_table,
+    restated_logits,
+    ti_shapes,
+)
 from support.models.published_ecoformer import drawn, published_state
+from support.models.pyramids import images
 from torch import Tensor
 
 TINY: dict[str, dict[str, Any]] = {
@@ -155,6 +164,87 @@ def test_an_odd_grid_gives_the_restated_logits(tmp_path: Path, name: str, side: 
     published = replace(SMALL[name], image=side)
     state = golden_state(published_shapes(published))
     check(load(name, state, tmp_path, side), published, state)
+
+
+def published_at(side: int, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return the weights of LIT-S with the tables that its detectors have for images of `side`."""
+    tables = {key: side >> (int(key[7]) + 2) for key in state if key.endswith("bias_table") and side != 64}
+    return state | {key: resized_table(state[key], grid, grid) for key, grid in tables.items()}
+
+
+@pytest.mark.parametrize("side", [64, 128])
+def test_lit_s_takes_any_grid_as_its_detectors_do(tmp_path: Path, side: int) -> None:
+    """Tables are resampled to the size of the model as they are loaded, and to the grid in each call."""
+    state = golden_state(published_shapes(SMALL["lit_s"]))
+    torch.save(state, tmp_path / "published.pth")
+    arguments = {**ARGUMENTS, "strict_img_size": False}
+    loaded = load_pretrained(
+        str(tmp_path / "published.pth"),
+        model="lit_s",
+        model_args=arguments,
+        img_size=side,
+        position_embedding="published",
+    )
+    model, tables = loaded.model.double(), published_at(side, state)
+    assert len(loaded.report.resampled) == (8 if side > 64 else 0)
+    for size in ((96, 160), (96, 160), (side, side), (160, 96)):
+        image = torch.randn(1, 3, *size, generator=torch.Generator().manual_seed(0)).double()
+        with torch.no_grad():
+            wanted = restated_logits(SMALL["lit_s"], tables, image)
+            torch.testing.assert_close(model(image), wanted, rtol=0, atol=1e-9)
+
+
+def test_the_kept_table_follows_its_weights() -> None:
+    model: Any = timm.create_model("lit_s", img_size=64, strict_img_size=False, **ARGUMENTS).eval()
+    image = torch.randn(1, 3, 64, 96, generator=torch.Generator().manual_seed(0))
+    layer = model.layers[2].blocks[0].attn
+    table = layer.relative_position_bias_table
+    with torch.no_grad():
+        model(image)
+        kept = layer._resampled[2]
+        model(image)
+        assert layer._resampled[2] is kept
+        table.add_(1)
+        model(image)
+        torch.testing.assert_close(layer._resampled[2], kept + 1)
+    model(image).sum().backward()
+    assert table.grad is not None
+    assert bool(table.grad.any())
+
+
+@pytest.mark.parametrize("name", ["pvt_tiny", "lit_ti"])
+@pytest.mark.parametrize("fixed", [True, False], ids=["resized", "in each call"])
+def test_pvt_has_the_positions_of_its_detectors(tmp_path: Path, name: str, fixed: bool) -> None:
+    """They have no class token, and resample positions bilinear; the maps of the stages have no norm."""
+    state, size = published(name), (96, 160)
+    torch.save(state, tmp_path / "published.pth")
+    arguments = {**TINY[name], "global_pool": "avg"}
+    loaded = load_pretrained(
+        str(tmp_path / "published.pth"),
+        model=name,
+        model_args=arguments,
+        num_classes=0,
+        img_size=size if fixed else None,
+        position_embedding="published",
+    )
+    assert "no class token" in loaded.report.unexpected["stages.3.cls_token"]
+    wanted = timm.create_model(name, img_size=size, num_classes=0, **arguments).eval()
+    own = {key: tensor for key, tensor in from_reference(state).items() if key in wanted.state_dict()}
+    for stage in range(4):
+        side, grid = 16 >> stage, (24 >> stage, 40 >> stage)
+        table = state[f"pos_embed{stage + 1}"][:, -side * side :].double()
+        image = F.interpolate(table.mT.unflatten(2, (side, side)), grid, mode="bilinear", align_corners=False)
+        own[f"stages.{stage}.pos_embed"] = image.flatten(2).mT
+    wanted.double().load_state_dict(own)
+    inputs = images(size).double()
+    with torch.no_grad():
+        found = loaded.model.double().forward_intermediates(inputs, intermediates_only=True)
+        torch.testing.assert_close(
+            found,
+            wanted.forward_intermediates(inputs, intermediates_only=True),
+            rtol=0,
+            atol=1e-6 if fixed else 1e-9,
+        )
 
 
 @pytest.mark.parametrize("name", lit.default_cfgs)

@@ -70,7 +70,7 @@ def published_shapes(model: Published) -> dict[str, Tensor]:
                         layer(f"{block}.attn.h_proj", width - low, width - low)
                 else:
                     shapes[f"{block}.attn.relative_position_bias_table"] = ((2 * side - 1) ** 2, heads)
-                    state[f"{block}.attn.relative_position_index"] = relative_index(side)
+                    state[f"{block}.attn.relative_position_index"] = relative_index(side, side)
                     layer(f"{block}.attn.qkv", 3 * width, width)
                     layer(f"{block}.attn.proj", width, width)
             layer(f"{block}.norm2", width)
@@ -128,12 +128,19 @@ def low_heads(heads: int, window: int) -> int:
     return heads if window == 1 else int(heads * 0.9)
 
 
-def relative_index(side: int) -> Tensor:
+def relative_index(rows: int, columns: int) -> Tensor:
     """Return the row of the table for each pair of tokens, (N, N)."""
-    places = [(row, column) for row in range(side) for column in range(side)]
+    places = [(row, column) for row in range(rows) for column in range(columns)]
     return torch.tensor(
-        [[(y - v + side - 1) * (2 * side - 1) + (x - u + side - 1) for v, u in places] for y, x in places]
+        [[(y - v + rows - 1) * (2 * columns - 1) + x - u + columns - 1 for v, u in places] for y, x in places]
     )
+
+
+def resized_table(table: Tensor, rows: int, columns: int) -> Tensor:
+    """Return the table of a square grid resampled for another one, as LIT's detectors do."""
+    side = round(len(table) ** 0.5)
+    image, size = table.T.reshape(1, -1, side, side), (2 * rows - 1, 2 * columns - 1)
+    return F.interpolate(image, size, mode="bicubic", align_corners=False)[0].flatten(1).T
 
 
 def restated_logits(model: Published, state: State, images_B3HW: Tensor) -> Tensor:
@@ -195,9 +202,11 @@ def _attend(q_NC: Tensor, k_MC: Tensor, v_MC: Tensor, heads: int, bias_KNM: Tens
 
 def _softmax(state: State, name: str, x_BHWC: Tensor, heads: int) -> Tensor:
     """Return LIT's attention over the whole grid, with a bias for each relative position."""
-    side = x_BHWC.shape[1]
+    rows, columns = x_BHWC.shape[1:3]
     table = state[f"{name}.relative_position_bias_table"]
-    bias_KNN = table[relative_index(side)].permute(2, 0, 1)
+    if len(table) != (2 * rows - 1) * (2 * columns - 1):
+        table = resized_table(table, rows, columns)
+    bias_KNN = table[relative_index(rows, columns)].permute(2, 0, 1)
     q, k, v = _linear(state, f"{name}.qkv", x_BHWC.flatten(1, 2)).chunk(3, -1)
     return _linear(state, f"{name}.proj", _attend(q, k, v, heads, bias_KNN)).reshape(x_BHWC.shape)
 
