@@ -146,9 +146,10 @@ def _shape(teacher: Pretrained) -> dict[str, str]:
     if family_of(teacher.model).native_parts(teacher.model) is None:
         return _stages(teacher)
     shape, layout = attention_shape(teacher.model), token_layout(teacher.model)
+    heads = dict.fromkeys(f"{site.num_heads} heads of width {site.head_dim}" for site in sites(teacher.model))
     return {
         "depth": f"{shape.depth} blocks",
-        "attention": f"{shape.num_heads} heads of width {shape.head_dim}, model width {shape.width}",
+        "attention": f"{' or '.join(heads)}, model width {shape.width}",
         "prefix tokens": ", ".join(layout.prefix) or "none",
         "patch grid": f"{layout.grid[0]} x {layout.grid[1]}",
     }

@@ -99,14 +99,12 @@ class Copying:
         if self.method not in COPIES or given != {(True, True)} or not one_each:
             raise ValueError(f"{self} does not go with these models, of {shapes[0]} and {shapes[1]}")
         tokens = match_tokens(token_layout(teacher), token_layout(student), EQUAL)
-        for groups in self.heads:
-            _check_heads(groups, shapes[0].num_heads, shapes[1].num_heads)
-        maps = [HeadMap(groups, shapes[0].num_heads) for groups in self.heads]
-        theirs, ours = sites(teacher), sites(student)
-        return [
-            Link(pair, heads, tokens, theirs[pair.teacher], ours[pair.student])
-            for pair, heads in zip(self.layers, maps, strict=True)
-        ]
+        theirs, ours, links = sites(teacher), sites(student), []
+        for pair, groups in zip(self.layers, self.heads, strict=True):
+            source, place = theirs[pair.teacher], ours[pair.student]
+            _check_heads(groups, source.num_heads, place.num_heads)
+            links.append(Link(pair, HeadMap(groups, source.num_heads), tokens, source, place))
+        return links
 
 
 class CopiedAttention(AttentionHost):

@@ -12,7 +12,15 @@ from torch import nn
 
 from .conversion import without_plan
 from .errors import Json, JsonDict, TransferError, UnsupportedModelError
-from .families import attention_blocks, attention_shape, check_supported, create_timm_model, patch_size, vit
+from .families import (
+    attention_blocks,
+    attention_shape,
+    check_supported,
+    create_timm_model,
+    patch_size,
+    sites,
+    vit,
+)
 from .families.plain import (
     ACTIVATIONS,
     constructor_of,
@@ -73,6 +81,12 @@ def _architecture(teacher: nn.Module) -> str:
 
 def _sizes(teacher: nn.Module, student: nn.Module) -> JsonDict:
     shape = attention_shape(student)
+    heads = sorted({site.num_heads for site in sites(student)})
+    if len(heads) > 1:
+        raise TransferError(
+            f"student.mirror_teacher=true needs a student whose layers are alike, and this {type(student).__name__} "
+            f"has layers of {' and '.join(map(str, heads))} heads: give another student.model"
+        )
     height, width = vit(student).patch_embed.img_size
     rows, columns = patch_size(student)
     return {

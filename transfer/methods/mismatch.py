@@ -105,12 +105,12 @@ def report_mismatch(mismatches: Sequence[Mismatch]) -> str:
 
 
 def _describe(model: nn.Module, parts: NativeParts) -> dict[str, str]:
-    shape, tokens = attention_shape(model), token_layout(model)
+    shape, tokens, found = attention_shape(model), token_layout(model), sites(model)
     return {
         "depth": str(shape.depth),
         "width": str(shape.width),
-        "heads": str(shape.num_heads),
-        "head width": str(shape.head_dim),
+        "heads": _by_stage(found, lambda site: str(site.num_heads)),
+        "head width": _by_stage(found, lambda site: str(site.head_dim)),
         "patch grid": f"{tokens.grid[0]}x{tokens.grid[1]}",
         "prefix tokens": ", ".join(tokens.prefix) or "none",
         "LayerScale": "no" if parts.layer_scale is None else f"from {parts.layer_scale:g}",

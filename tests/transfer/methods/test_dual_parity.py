@@ -119,6 +119,21 @@ def test_unequal_models_equal_the_dense_reference(case: str) -> None:
     compare(pair, tiny(seed=1, **theirs), tiny(seed=2, **ours), images())
 
 
+def mixed(seed: int) -> nn.Module:
+    """A model whose layers have 3, 4 and 3 heads, with softmax."""
+    shape = {"embed_dim": 24, "num_heads": (3, 4, 3), "mlp_ratio": (2, 3, 2), "patch_size": 8}
+    torch.manual_seed(seed)
+    model = timm.create_model("attnzero_autoformer_t", num_classes=5, img_size=(32, 48), **shape)
+    return convert(model, "*: softmax").double().eval()
+
+
+@pytest.mark.parametrize("method", ["copy", "distill"])
+def test_layers_of_one_model_may_have_different_heads(method: str) -> None:
+    compare(pair_of(method, layers=[(1, 1)]), mixed(1), mixed(2), images())
+    dual = DualViT(mixed(1), mixed(2), method)
+    assert [len(link.heads.groups) for link in dual.plan.links] == [3, 4, 3]
+
+
 def test_grids_are_interpolated_only_when_asked() -> None:
     teacher, student = tiny(seed=1, img_size=(64, 32)), tiny(seed=2)
     with pytest.raises(TransferError, match="interpolate_grid"):

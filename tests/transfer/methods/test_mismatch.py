@@ -7,6 +7,8 @@ from typing import Any
 import pytest
 import timm
 import torch
+from graftvit.models.errors import TransferError
+from graftvit.models.mirror import mirror_arguments
 from graftvit.transfer.methods.mismatch import Mismatch, compare_models, report_mismatch
 
 SMALL: dict[str, Any] = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
@@ -31,6 +33,15 @@ def test_equal_models_have_no_mismatch() -> None:
     assert found(gated, model())["gate"].teacher == "yes"
     scale = found(model(init_values=0.1), model(init_values=1e-5))["LayerScale"]
     assert (scale.teacher, scale.student, scale.warning) == ("from 0.1", "from 1e-05", None)
+
+
+def test_layers_with_heads_of_their_own_are_named_and_not_mirrored() -> None:
+    layers = {"embed_dim": 24, "num_heads": (3, 4), "mlp_ratio": (3, 4)}
+    student = timm.create_model("attnzero_autoformer_t", img_size=32, patch_size=8, **layers)
+    assert found(model(embed_dim=24), student)["heads"].student == "3 or 4"
+    assert found(model(embed_dim=24), student)["head width"].student == "8 or 6"
+    with pytest.raises(TransferError, match="has layers of 3 and 4 heads"):
+        mirror_arguments(model(), "attnzero_autoformer_t", {"img_size": 32, "patch_size": 8, **layers})
 
 
 @pytest.mark.parametrize(
