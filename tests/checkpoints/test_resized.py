@@ -142,7 +142,7 @@ def test_a_size_that_does_not_fit_is_one_sentence(student: nn.Module, tmp_path: 
     for size in ((0, 16), (2, 2), (-8, 8)):
         with pytest.raises(UnsupportedModelError, match=f"{size[0]}x{size[1]} have no whole patch of 4x4"):
             load(folder, img_size=size)
-    with pytest.raises(UnsupportedModelError, match="ResNet cannot be resized to 8x8"):
+    with pytest.raises(UnsupportedModelError, match="ResNet"):
         resize(timm.create_model("resnet10t"), 8)
 
 
