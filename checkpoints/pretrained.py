@@ -21,7 +21,7 @@ from ..models.copied import copying_of
 from ..models.errors import CheckpointError, Json, JsonDict, check_types
 from ..models.families import check_patches, family_of, find_family, image_size, patch_size, sites, vit
 from ..models.families.pvt_v1 import PVT
-from ..models.families.towers import PLAN
+from ..models.families.towers import PLAN, is_transformers
 from ..models.plan_syntax import plan_text
 from .architecture import (
     build,
@@ -136,6 +136,11 @@ def describe_model(model: nn.Module, **own: Any) -> Pretrained:
     Raises CheckpointError: timm did not create it.
     """
     name = (getattr(model, "pretrained_cfg", None) or {}).get("architecture")
+    if is_transformers(model):
+        raise CheckpointError(
+            f"this {type(model).__name__} is a model of transformers: save it by its save_pretrained, a student after "
+            "release()"
+        )
     if name is None:
         raise CheckpointError(
             f"this {type(model).__name__} does not say its timm name: make it by timm.create_model, or load it by "

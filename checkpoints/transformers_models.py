@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..models.conversion import convert
 from ..models.errors import CheckpointError, ConfigError, Json, JsonDict, UnsupportedModelError
-from ..models.families.towers import PLAN, convert_tower, with_operators
+from ..models.families.towers import PLAN
 from ..models.parts import OutsideTeacher
 from .class_names import KEY as LABEL_NAMES
 from .class_names import read_names
@@ -165,14 +166,22 @@ def load_tower(source: Opened, timm_settings: Json) -> nn.Module | None:
             "are no model of transformers and its layer plan"
         )
     try:
-        read, _ = _fill(folder, with_operators(kind, plan), config)
-        model = convert_tower(
-            kind(config), plan
-        )  # transformers computes no buffers that are not in the weights
+        read, _ = _fill(folder, _with_operators(kind, plan), config)
+        model = convert(kind(config), plan)  # the other has no buffers but those in the weights
     except (ConfigError, UnsupportedModelError) as error:
         raise CheckpointError(f"{folder.origin}: {error}") from error
     model.load_state_dict(read.state_dict())
     return model.eval()
+
+
+def _with_operators(kind: type[nn.Module], plan: str) -> type[nn.Module]:
+    """Return a class of transformers whose models are converted when they are built."""
+
+    def build(self: nn.Module, *inputs: Any, **keywords: Any) -> None:
+        kind.__init__(self, *inputs, **keywords)
+        vars(self).update(vars(convert(self, plan)))
+
+    return type(kind.__name__, (kind,), {"__init__": build, "__module__": kind.__module__})
 
 
 def _load(folder: ModelFolder) -> tuple[Any, int]:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from .attention.base import AttentionOperator, Fit, Heads
 from .errors import UnsupportedModelError
-from .families import evaluating, sites, vit
+from .families import evaluating, family_of, sites
 from .host import AttentionHost
 from .hosting import Call, watch_layer
 
@@ -76,7 +76,7 @@ def calibrate_layers(
     like = next(teacher.parameters())
     try:
         with torch.no_grad(), evaluating(teacher, *layers.values()):
-            vit(teacher).forward_features(images.to(like))
+            family_of(teacher).features(teacher, images.to(like))
     except AssertionError as error:  # raised by timm's patch embedding
         size = "x".join(map(str, images.shape[-2:]))
         raise UnsupportedModelError(f"calibration images of {size} do not fit the model: {error}") from error
@@ -98,7 +98,7 @@ def fit_layers(model: nn.Module, layers: Mapping[int, ConvertedAttention], image
     ]
     try:
         with torch.no_grad(), evaluating(model):
-            vit(model).forward_features(images.to(next(model.parameters())))
+            family_of(model).features(model, images.to(next(model.parameters())))
     finally:
         for hook in hooks:
             hook.remove()

@@ -45,7 +45,6 @@ from .families import (
     sites,
     vit,
 )
-from .families.towers import convert_tower, is_transformers
 from .host import AttentionHost, has_bias
 from .hosting import put_attention, release_attention, remove_attention
 from .layer_plan import Choice, check_choice, create_operator
@@ -86,13 +85,6 @@ def convert(
         UnsupportedModelError: the model is not supported, or an operator cannot replace a layer.
         ConfigError: the plan is invalid, or names a layer or operator that does not exist.
     """
-    if is_transformers(model):
-        if without or calibration is not None:
-            word = "without" if without else "calibration"
-            raise UnsupportedModelError(
-                f"{word} is for models of timm, and {type(model).__name__} is one of transformers: leave it out"
-            )
-        return convert_tower(model, plan, weights=weights)
     family = find_family(model)
     if without and family is not None and "without" in family.cannot:
         raise ConfigError(f"without={','.join(without)}: a {type(model).__name__} {family.cannot['without']}")
@@ -155,13 +147,13 @@ def convert_layers(
         shared = first.setdefault(key, operator)
         if shared is not operator:
             operator.share(shared)
-        _check_layer(student, site, native.original, operator, choice, without)
+        _check_layer(student, site, native, operator, choice, without)
         operator.adopt(Projections(native.original))
         like = next(native.original.parameters())
         layer = convert_layer(native, operator.to(like), choice, tokens[site.stage])
         put_attention(student, site, layer)
-    if tokens and getattr(student, "dynamic_img_size", False):
-        vit(student).patch_embed.register_forward_hook(tokens[0])
+    if tokens and family.takes_any_grid(student):
+        family.embedding(student).register_forward_hook(tokens[0])
     if calibration is not None:
         new = {site.index for site in changes}
         layers = {index: layer for index, layer in converted_layers(student).items() if index in new}
@@ -177,7 +169,7 @@ def restored(model: nn.Module) -> nn.Module:
         layer = site.layer(model)
         if isinstance(layer, ConvertedAttention):
             put_attention(model, site, layer.original)
-    hooks: dict[int, Any] = getattr(getattr(model, "patch_embed", None), "_forward_hooks", {})
+    hooks = family_of(model).embedding(model)._forward_hooks
     for key in [key for key, hook in hooks.items() if isinstance(hook, TokenGrid)]:
         del hooks[key]
     return model
@@ -225,7 +217,7 @@ def _check_choice(choice: Choice, family: Family) -> None:
 def _check_layer(
     model: nn.Module,
     site: Site,
-    attention: Any,
+    native: AttentionHost,
     operator: AttentionOperator,
     choice: Choice,
     without: Collection[str],
@@ -239,17 +231,15 @@ def _check_layer(
             f"plan: layer {site.index} has a relative position bias, which {choice.operator} does not support; "
             f"{give}{keep}"
         )
-    drop = getattr(attention.attn_drop, "p", 0)
-    if drop > 0 and not traits.dropout:
+    if native.drop_rate > 0 and not traits.dropout:
         raise UnsupportedModelError(
-            f"plan: layer {site.index} has attn_drop {drop:g}, and {choice.operator} has no map to drop from; build "
-            f"the model with attn_drop_rate 0, or {keep}"
+            f"plan: layer {site.index} has attn_drop {native.drop_rate:g}, and {choice.operator} has no map to drop "
+            f"from; build the model with attn_drop_rate 0, or {keep}"
         )
-    dropped = getattr(model, "patch_drop", None)
-    if traits.needs_grid and dropped is not None and not isinstance(dropped, nn.Identity):
+    why = family.why_no_grid(model) if traits.needs_grid else ""
+    if why:
         raise UnsupportedModelError(
-            f"plan: {choice.operator} needs the whole token grid, and the model drops patches; build it with "
-            f"patch_drop_rate 0, or {keep}"
+            f"plan: {choice.operator} needs the whole token grid, and the model {why}, or {keep}"
         )
 
 
@@ -333,6 +323,7 @@ def _marked(model: nn.Module) -> nn.Module:
     for layer in converted_layers(model).values():
         layer.mark()
     name_for_timm(model, with_own_plan)
+    family_of(model).describe_plan(model, plan_of(model))
     return model
 
 

@@ -19,10 +19,10 @@ from .families import (
     Site,
     attention_of,
     blocks_of,
+    family_of,
     find_family,
     image_size,
     sites,
-    vit,
 )
 from .host import AttentionHost, GridHost
 from .layer_plan import Choice, canonical, check_choice, resolved
@@ -30,7 +30,6 @@ from .map_structure import MapStructure, Size
 from .merges import deformable_merges, merge_layers, merges_deformably
 from .plan_syntax import AS_IT_IS, DEFORMABLE, KEEP, NONE, parse_choice, plan_text
 from .replay import replay_blocks
-from .token_merging import OffsetConv2d
 
 MARK = "operator.choice"
 """Key, within a converted layer, of a buffer with the operator and its options as text. By it weights say what they
@@ -49,8 +48,9 @@ class TokenGrid:
         self.plan_size = plan_size
 
     def __call__(self, module: nn.Module, inputs: object, patches: Tensor) -> None:
-        if patches.ndim == 4:  # (B, height, width, C)
-            self.geometry = Geometry(self.geometry.num_prefix, (patches.shape[1], patches.shape[2]))
+        grid = family_of(self.model).grid_of(patches)
+        if grid is not None:
+            self.geometry = Geometry(self.geometry.num_prefix, grid)
             replay_blocks(self.model, GridMoment(self, self.geometry))
 
 
@@ -122,7 +122,8 @@ class ConvertedAttention(AttentionHost):
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *rest: Any) -> None:
         mark = state_dict.get(f"{prefix}{MARK}")
-        is_whole = any(key.startswith(f"{prefix}proj.") and ".lora_" not in key for key in state_dict)
+        after = tuple(f"{prefix}{name}." for name in self.after_heads)
+        is_whole = any(key.startswith(after) and ".lora_" not in key for key in state_dict)
         if self.is_marked and (is_whole or mark is not None):
             refuse_other("the state dict", prefix.removesuffix("."), read_mark(prefix, mark), self)
         super()._load_from_state_dict(state_dict, prefix, *rest)
@@ -407,7 +408,7 @@ KeptWeights = Literal["all", "mlp", "none"]
 def initialize(model: nn.Module, layers: Collection[int], weights: str) -> None:
     """Keep the weights of `model` selected by `weights`, initialize the rest; `layers` are the converted layers."""
     if weights == "none":
-        _initialize(model)
+        family_of(model).initialize(model)
     elif weights == "mlp":
         fresh, blocks = blocks_of(_fresh(model)), blocks_of(model)
         for index in layers:
@@ -417,21 +418,5 @@ def initialize(model: nn.Module, layers: Collection[int], weights: str) -> None:
 def _fresh(model: nn.Module) -> nn.Module:
     """Return a copy that timm has initialized with the family's own scales."""
     fresh = copy.deepcopy(model)
-    _initialize(fresh)
+    family_of(model).initialize(fresh)
     return fresh
-
-
-def _initialize(model: nn.Module) -> None:
-    """Initialize every weight as timm's constructor does; PVTv2 and Twins have no method for it."""
-    if hasattr(model, "init_weights"):
-        vit(model).init_weights()
-        return
-    for module in model.modules():
-        reset: Any = getattr(module, "reset_parameters", None)
-        if reset is not None:
-            reset()
-    own: Any = model
-    model.apply(own._init_weights)
-    for module in model.modules():
-        if isinstance(module, OffsetConv2d):
-            module.reset_parameters()

@@ -83,6 +83,11 @@ class AttentionHost(nn.Module):
         self.has_bias = has_bias(original)
 
     @property
+    def drop_rate(self) -> float:
+        """The part of its map that the layer drops in training."""
+        return float(getattr(self._modules.get("attn_drop"), "p", 0.0))
+
+    @property
     def original(self) -> nn.Module:
         return self._original[0]
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -121,9 +121,32 @@ def _wrong(found: Tensor | None, name: str, said: str) -> TransferError:
 # Read sizes and patch features from any timm classifier, whatever its architecture.
 
 
+def run_features(model: nn.Module, images: Tensor) -> Any:
+    """Run a model up to its features, of which `patch_features` and `run_head` give parts."""
+    family, timm_model = find_family(model), cast(Any, model)
+    return timm_model.forward_features(images) if family is None else family.features(model, images)
+
+
+def run_head(model: nn.Module, features: Any, *, pre_logits: bool = False) -> Tensor:
+    """Return the logits (B, classes) of features; with `pre_logits` what goes into the classifier, (B, C)."""
+    family, timm_model = find_family(model), cast(Any, model)
+    if family is not None:
+        return family.head(model, features, pre_logits=pre_logits)
+    found: Tensor = timm_model.forward_head(features, pre_logits=pre_logits)
+    return found
+
+
+def num_classes(model: nn.Module) -> int:
+    """Return the number of classes of a classifier; 0 without one."""
+    family, timm_model = find_family(model), cast(Any, model)
+    return int(timm_model.num_classes) if family is None else family.num_classes(model)
+
+
 def feature_width(model: nn.Module) -> int:
     """Return the width C of the pooled feature (B, C) that goes into a model's head."""
-    timm_model: Any = model
+    timm_model, family = cast(Any, model), find_family(model)
+    if family is not None:
+        return family.feature_widths(model)[0]
     return int(getattr(timm_model, "head_hidden_size", timm_model.num_features))
 
 
@@ -131,28 +154,26 @@ def patch_width(model: nn.Module) -> int:
     """Return the width C of the features of the patches (B, ..., C) that `patch_features` gives."""
     if isinstance(model, OutsideTeacher):
         return model.patch_width
-    timm_model: Any = model
-    return int(timm_model.num_features)
+    timm_model, family = cast(Any, model), find_family(model)
+    return int(timm_model.num_features) if family is None else family.feature_widths(model)[1]
 
 
-def patch_features(
-    model: nn.Module, features: Tensor | Mapping[str, Tensor], images: tuple[int, int]
-) -> Tensor:
+def patch_features(model: nn.Module, features: Any, images: tuple[int, int]) -> Tensor:
     """Return the features of the patches without prefix tokens, of images of a size (height, width).
 
     The shape is (B, rows, columns, C), or (B, N, C) of a model that does not say how its N patches lie.
 
     Raises UnsupportedModelError: the features are not a map of patches.
     """
+    family = find_family(model)
+    if family is not None:
+        return family.patches(family.tokens(features), family.geometries(model, images)[-1])
     if not isinstance(features, Tensor):
         if isinstance(model, OutsideTeacher):
             return model.patches(features)
         raise UnsupportedModelError(
             f"{type(model).__name__} gives {type(features).__name__}, not one tensor of features"
         )
-    family = find_family(model)
-    if family is not None:
-        return family.patches(features, family.geometries(model, images)[-1])
     timm_model: Any = model
     width = int(timm_model.num_features)
     if features.dim() == 3 and features.shape[2] == width:

@@ -39,7 +39,6 @@ from ..models.families import (
     layout_of,
     native_host,
     sites,
-    vit,
     whole_grid,
 )
 from ..models.host import AttentionHost
@@ -289,14 +288,14 @@ class AlignedLayer(nn.Module):
         self.loss = loss
         self.last_loss: Tensor | None = None
 
-    def forward(self, x: Tensor, *inputs: Any, **keywords: Any) -> Tensor:
-        heads = self.native.heads_of(x, *inputs, **keywords)
+    def forward(self, *inputs: Any, **keywords: Any) -> Any:
+        heads = self.native.heads_of(*inputs, **keywords)
         target = LayerTarget(heads, self.native.attend(heads))
         (student,) = self.pupil
         with torch.enable_grad():
-            own = student.heads_of(x, *inputs, **keywords)
+            own = student.heads_of(*inputs, **keywords)
             self.last_loss = self.loss(student.operator, own, target)
-        return self.native.merge(target.output, x)
+        return self.native.merge(target.output, next(iter((*inputs, *keywords.values()))))
 
 
 class Alignment(nn.Module):
@@ -373,7 +372,7 @@ class Alignment(nn.Module):
             return
         (found,) = family_of(teacher).geometries(teacher, images)
         grid, own = found.grid, sites(self.student)[0].shape.geometry.grid
-        if grid != own and vit(self.student).patch_embed.strict_img_size:
+        if grid != own and family_of(self.student).is_strict(self.student):
             raise TransferError(
                 f"images of {images[0]}x{images[1]} have the patch grid {grid[0]}x{grid[1]} in the teacher, and the "
                 f"student has {own[0]}x{own[1]} alone: align them on images of the student's size"
@@ -388,7 +387,7 @@ class Alignment(nn.Module):
             parameter
             for layer in self._learning
             for name, child in layer.named_children()
-            if name not in ("proj", "norm", "gate")
+            if name not in layer.after_heads
             for parameter in child.parameters()
         ] + [p for layer in self._learning for p in layer.parameters(recurse=False)]
 

@@ -148,7 +148,7 @@ def words(size: Size) -> str:
 
 def _is_strict(model: nn.Module) -> bool:
     """Return whether a model takes only images of its own size."""
-    return bool(getattr(getattr(model, "patch_embed", None), "strict_img_size", False))
+    return family_of(model).is_strict(model)
 
 
 def _first_grid(model: nn.Module, images: Size) -> Size:

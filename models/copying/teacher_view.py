@@ -24,14 +24,12 @@ from ..families import (
     blocks_of,
     family_of,
     find_family,
-    image_channels,
     native_host,
-    vit,
     whole_grid,
 )
 from ..families import shallow as shallow
 from ..host import AttentionHost
-from ..parts import patch_features
+from ..parts import patch_features, run_features, run_head
 from .copying_operators import KeepHeads
 from .grids import GridRule, Grids, ImageSizes
 from .tape import Tape
@@ -124,7 +122,7 @@ class WholeInput(ShownImages):
         student_norm: Normalization,
         size: tuple[int, int] | None = None,
     ) -> None:
-        channels = any_timm.image_channels(teacher), image_channels(student)
+        channels = any_timm.image_channels(teacher), any_timm.image_channels(student)
         _check_channels(*channels)
         super().__init__(channels[0], teacher_norm, student_norm, size or any_timm.fixed_size(teacher))
         family = find_family(student)
@@ -146,7 +144,7 @@ class TeacherInput(ShownImages):
     def __init__(
         self, teacher: nn.Module, student: nn.Module, teacher_norm: Normalization, student_norm: Normalization
     ) -> None:
-        channels = image_channels(teacher), image_channels(student)
+        channels = any_timm.image_channels(teacher), any_timm.image_channels(student)
         _check_channels(*channels)
         super().__init__(channels[0], teacher_norm, student_norm)
         self.sizes = ImageSizes(teacher, student)
@@ -188,9 +186,9 @@ AFTER_BLOCKS = ("norm", "fc_norm", "attn_pool", "head_drop", "head", "head_dist"
 class LastAttention(nn.Module):
     """The attention of the last block that is needed, and nothing after it."""
 
-    def __init__(self, block: nn.Module, host: AttentionHost, recorder: KeepHeads) -> None:
+    def __init__(self, norm: nn.Module, host: AttentionHost, recorder: KeepHeads) -> None:
         super().__init__()
-        self.norm1 = attention_input(block)
+        self.norm1 = norm
         self.attn = host
         self.recorder = recorder
         _leave_out(host, host.after_heads)
@@ -234,7 +232,7 @@ class TokensOnly(nn.Module):
         self.eval()
 
     def forward(self, images: Tensor) -> None:
-        vit(self.model).forward_features(images)
+        family_of(self.model).features(self.model, images)
 
     def train(self, mode: bool = True) -> TokensOnly:
         """Stay in eval mode."""
@@ -252,15 +250,14 @@ class WholeModel(nn.Module):
         self.eval()
 
     def forward(self, images: Tensor) -> None:
-        model: Any = self.model
         whole = self.tape.whole
-        features = model.forward_features(images)
+        features = run_features(self.model, images)
         if "patches" in self.wanted:
             whole["patches"] = patch_features(self.model, features, (images.shape[-2], images.shape[-1]))
         if "pooled" in self.wanted:
-            whole["pooled"] = model.forward_head(features, pre_logits=True)
+            whole["pooled"] = run_head(self.model, features, pre_logits=True)
         if "classes" in self.wanted:
-            whole["classes"] = model.forward_head(features)
+            whole["classes"] = run_head(self.model, features)
 
     def train(self, mode: bool = True) -> WholeModel:
         """Stay in eval mode."""
@@ -317,11 +314,12 @@ def view_teacher(teacher: nn.Module, wanted: Wanted, tape: Tape) -> nn.Module:
         twin = family_of(teacher).with_blocks(teacher, blocks, cut=False)
         return WholeModel(twin, wanted.whole, tape)
     last = max(wanted.layers)
-    if last not in wanted.blocks:
+    norm = attention_input(own[last])
+    if last not in wanted.blocks and norm is not None:
         host = attention_of(blocks[last])
         if not host.operator.keep_output:
             host.operator.needs = wanted.parts[last]
-        blocks[last] = LastAttention(own[last], host, host.operator)
+        blocks[last] = LastAttention(norm, host, host.operator)
     return truncated(teacher, blocks[: last + 1])
 
 

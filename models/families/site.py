@@ -15,7 +15,7 @@ from ..attention.base import Geometry, LayerShape
 from ..errors import JsonDict, UnsupportedModelError
 from ..host import AttentionHost, has_bias
 from ..plan_syntax import AS_IT_IS
-from ..token_merging import TokenMerging
+from ..token_merging import OffsetConv2d, TokenMerging
 
 # The attributes of timm's models that we read, as types, because `nn.Module` does not declare them.
 
@@ -336,6 +336,74 @@ class Family(ABC):
         only the blocks count, and what comes after the last of them is left out where that is possible.
         """
 
+    def features(self, model: nn.Module, images: Tensor) -> Any:
+        """Run a model up to its features, of which `tokens` and `head` give parts."""
+        return vit(model).forward_features(images)
+
+    def tokens(self, features: Any) -> Tensor:
+        """Return the tokens of the last stage after the final norm, from `features` or the output of `last_tokens`."""
+        found: Tensor = features
+        return found
+
+    def head(self, model: nn.Module, features: Any, *, pre_logits: bool = False) -> Tensor:
+        """Return the logits (B, classes) of `features`; with `pre_logits`, what goes into the classifier (B, C)."""
+        timm_model: Any = model
+        found: Tensor = timm_model.forward_head(features, pre_logits=pre_logits)
+        return found
+
+    def predict(self, model: nn.Module, images: Tensor) -> Tensor:
+        """Return the logits of images."""
+        found: Tensor = model(images)
+        return found
+
+    def num_classes(self, model: nn.Module) -> int:
+        """Return the number of classes of a classifier; 0 without one."""
+        return int(vit(model).num_classes)
+
+    def feature_widths(self, model: nn.Module) -> tuple[int, int]:
+        """Return the widths of what goes into the classifier, and of the tokens."""
+        timm_model: Any = model
+        width = int(timm_model.num_features)
+        return int(getattr(timm_model, "head_hidden_size", width)), width
+
+    def is_strict(self, model: nn.Module) -> bool:
+        """Return whether a model takes only images of its own size."""
+        return bool(getattr(getattr(model, "patch_embed", None), "strict_img_size", False))
+
+    def grid_of(self, patches: Tensor) -> tuple[int, int] | None:
+        """Return the rows and columns in an output of `embedding`; None where it does not show them."""
+        return (patches.shape[1], patches.shape[2]) if patches.ndim == 4 else None
+
+    def takes_any_grid(self, model: nn.Module) -> bool:
+        """Return whether converted layers read the grid of each batch from the output of `embedding`."""
+        return bool(getattr(model, "dynamic_img_size", False))
+
+    def why_no_grid(self, model: nn.Module) -> str:
+        """Return why the tokens of a model are not a whole grid in its order, after its name; empty where they are."""
+        dropped = getattr(model, "patch_drop", None)
+        if dropped is None or isinstance(dropped, nn.Identity):
+            return ""
+        return "drops patches: build it with patch_drop_rate 0"
+
+    def initialize(self, model: nn.Module) -> None:
+        """Initialize every weight as the constructor does; PVTv2 and Twins of timm have no method for it."""
+        if hasattr(model, "init_weights"):
+            vit(model).init_weights()
+            return
+        for module in model.modules():
+            reset: Any = getattr(module, "reset_parameters", None)
+            if reset is not None:
+                reset()
+        own: Any = model
+        model.apply(own._init_weights)
+        for module in model.modules():
+            if isinstance(module, OffsetConv2d):
+                module.reset_parameters()
+
+    def describe_plan(self, model: nn.Module, plan: str | None) -> None:
+        """Write the plan of a converted model into its configuration; timm's models have only `pretrained_cfg`."""
+        return
+
     def embedding(self, model: nn.Module) -> nn.Module:
         """Return the module that sees the images first."""
         return submodule(model, "patch_embed")
@@ -361,6 +429,10 @@ class Family(ABC):
             rest = rest[len(paths) :]
         return [stage for stage in stages if stage]
 
+    def sizes(self, block: nn.Module) -> tuple[int, int, int]:
+        """Return the width of a block, the number of its heads (0 without attention), and the width of a head."""
+        return _sizes(block)
+
     def sites(self, model: nn.Module) -> Iterator[Site]:
         """Yield the sites of a model in order."""
         paths, size = self.paths(model), self.image_size(model)
@@ -369,7 +441,7 @@ class Family(ABC):
         for stage, (names, geometry) in enumerate(zip(paths, geometries, strict=True)):
             for place, path in enumerate(names):
                 name = str(index) if len(paths) == 1 else f"stage{stage + 1}.{place}"
-                width, heads, head_dim = _sizes(submodule(model, path))
+                width, heads, head_dim = self.sizes(submodule(model, path))
                 yield Site(index, name, stage, place, path, width, heads, head_dim, geometry)
                 index += 1
 

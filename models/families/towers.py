@@ -11,26 +11,27 @@ from __future__ import annotations
 import copy
 import inspect
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar, cast
+from typing import Any, ClassVar, cast
 
+import torch
 from torch import Tensor, nn
 
-from ..attention.base import QKV, AttentionOperator, Geometry, Heads, LayerShape, Operator, Projections
+from ..attention.base import QKV, Geometry, Heads, Operator
 from ..attention.softmax import Softmax
-from ..converted import ConvertedAttention, TokenGrid
-from ..errors import ConfigError, UnsupportedModelError
+from ..errors import UnsupportedModelError
 from ..host import AttentionHost
-from ..layer_plan import Choice, check_choice, create_operator
-from ..plan_syntax import KEEP, NONE, parse_plan, plan_text
-from .site import Site, submodule
+from ..plan_syntax import KEEP
+from .site import Family, Hosts, Site, attention_of, attention_place, listed, shallow, submodule
 
 LIBRARY = "transformers"
 INTERFACE = "graftvit"
 """The name of our function among transformers' implementations of attention."""
 PLAN = "graftvit_plan"
 """The setting of a tower's configuration that has its layer plan."""
+CLASSIFIERS = (("head", "classifier"), ("head", "cls_classifier"), ("head_dist", "distillation_classifier"))
+"""The names of classifiers, ours and those of transformers. DeiT has two."""
 NORMS = ("q_norm", "k_norm")
 """Children of an attention layer that act on queries and keys."""
 
@@ -41,14 +42,14 @@ class Tower:
 
     layers: str = "encoder.layers"
     """The end of the path of the list of layers."""
-    attention: str = "self_attn"
-    """The attention layer within a layer."""
     prefix: tuple[str, ...] = ("cls",)
     """The kinds of prefix tokens, without registers."""
     registers: str = ""
     """The setting with the number of register tokens."""
     keeps_order: bool = True
     """Whether the patches stay in the order of the image."""
+    takes_any_size: bool = False
+    """Whether it takes images of any size, without being told to interpolate its positions."""
 
     def prefix_kinds(self, config: Any) -> tuple[str, ...]:
         """Return the kinds of prefix tokens: "cls", "dist", "reg0", …"""
@@ -56,22 +57,23 @@ class Tower:
         return (*self.prefix, *(f"reg{index}" for index in range(count)))
 
 
+REGISTERS = "num_register_tokens"
 CLIP = Tower()
-VIT = Tower("layers", "attention")
-DINO = Tower("encoder.layer", "attention")
+VIT = Tower("layers")
+DINO = Tower("encoder.layer", takes_any_size=True)
 TOWERS = {
     "vit": VIT,
-    "deit": Tower("layers", "attention", ("cls", "dist")),
+    "deit": Tower("layers", ("cls", "dist")),
     "beit": VIT,
-    "ijepa": Tower("layers", "attention", ()),
-    "vit_mae": Tower("layers", "attention", keeps_order=False),
+    "ijepa": Tower("layers", ()),
+    "vit_mae": Tower("layers", keeps_order=False),
     "vit_msn": VIT,
     "dinov2": DINO,
-    "dinov2_with_registers": Tower("encoder.layer", "attention", registers="num_register_tokens"),
-    "dinov3_vit": Tower("layer", "attention", registers="num_register_tokens"),
-    "tipsv2_vision_model": Tower("encoder.layer", "attention", registers="num_register_tokens"),
-    "internvl_vision": DINO,
-    "aimv2_vision_model": Tower(attention="attention", prefix=()),
+    "dinov2_with_registers": Tower("encoder.layer", registers=REGISTERS, takes_any_size=True),
+    "dinov3_vit": Tower("layer", registers=REGISTERS, takes_any_size=True),
+    "tipsv2_vision_model": Tower("encoder.layer", registers=REGISTERS),
+    "internvl_vision": Tower("encoder.layer"),
+    "aimv2_vision_model": Tower(prefix=()),
     "siglip_vision_model": Tower(prefix=()),
     "janus_vision_model": Tower(prefix=()),
     "clip_vision_model": CLIP,
@@ -104,67 +106,49 @@ def tower_config(model: nn.Module) -> Any:
 
 
 def tower_of(model: nn.Module) -> Tower:
-    """Return the row of a model of transformers.
+    """Return the row of a tower."""
+    return TOWERS[tower_config(model).model_type]
 
-    Raises UnsupportedModelError: its type is not in the table, or it takes text as well.
-    """
+
+def why_not(model: nn.Module) -> str:
+    """Return why a model of transformers is not supported; empty for one that is."""
     name, kind = type(model).__name__, str(tower_config(model).model_type)
     if "input_ids" in inspect.signature(model.forward).parameters:
-        raise UnsupportedModelError(
-            f"{name} takes text as well as images: give its vision tower alone, such as model.vision_model"
-        )
+        return f"{name} takes text as well as images: give its vision tower alone, such as model.vision_model"
     if kind not in TOWERS:
-        raise UnsupportedModelError(
+        return (
             f"{name} is a model of transformers of type {kind!r}, which is not supported; supported are "
             f"{', '.join(TOWERS)}"
         )
-    return TOWERS[kind]
+    return ""
+
+
+def refuse_other(model: nn.Module) -> None:
+    """Raise UnsupportedModelError, by name, for a model of transformers that is no supported tower."""
+    if is_transformers(model):
+        raise UnsupportedModelError(why_not(model))
 
 
 def layer_paths(model: nn.Module) -> list[str]:
     """Return the names of the layers in order.
 
-    Raises UnsupportedModelError: they are not where the table says, or have another attention.
+    Raises UnsupportedModelError: they are not where the table says.
     """
-    tower, config = tower_of(model), tower_config(model)
+    tower = tower_of(model)
     for path, found in model.named_modules():
         if isinstance(found, nn.ModuleList) and f".{path}".endswith(f".{tower.layers}"):
-            layers = [layer._modules.get(tower.attention) for layer in found]
-            if len(layers) == config.num_hidden_layers and all(map(_is_attention, layers)):
-                return [f"{path}.{index}" for index in range(len(layers))]
+            return [f"{path}.{index}" for index in range(len(found))]
     version = sys.modules[LIBRARY].__version__
     raise UnsupportedModelError(
-        f"{type(model).__name__} has no layers `{tower.layers}` with `{tower.attention}` in transformers {version}, as "
-        "it has in 5.24: install that or a newer one"
+        f"{type(model).__name__} has no layers `{tower.layers}` in transformers {version}, as it has in 5.24: install "
+        "that or a newer one"
     )
-
-
-def _is_attention(layer: nn.Module | None) -> bool:
-    return layer is not None and all(f"{part}_proj" in layer._modules for part in QKV)
-
-
-def attention_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """Return the attention layers of a tower, or what is in their places, by their names in the model."""
-    name = tower_of(model).attention
-    paths = [f"{path}.{name}" for path in layer_paths(model)]
-    return {path: submodule(model, path) for path in paths}
-
-
-def put_attention(model: nn.Module, path: str, attention: nn.Module) -> None:
-    """Put a module in the place of an attention layer."""
-    parent, _, name = path.rpartition(".")
-    submodule(model, parent)._modules[name] = attention
 
 
 def embedding_of(model: nn.Module) -> nn.Conv2d:
     """Return the convolution that makes patches of images, the first module that sees them."""
     patch = pair(tower_config(model).patch_size)
     return next(each for each in model.modules() if isinstance(each, nn.Conv2d) and each.kernel_size == patch)
-
-
-def image_size(model: nn.Module) -> tuple[int, int]:
-    """Return the height and width of the images that a tower was configured for."""
-    return pair(tower_config(model).image_size)
 
 
 def geometry_for(model: nn.Module, size: tuple[int, int]) -> Geometry:
@@ -181,23 +165,6 @@ def pair(size: Any) -> tuple[int, int]:
     """Return height and width of one number or two."""
     height, width = (size, size) if isinstance(size, int) else size
     return int(height), int(width)
-
-
-def tower_sites(model: nn.Module) -> Iterator[Site]:
-    """Yield the layers of a tower with the tokens and heads of their attention."""
-    geometry = geometry_for(model, image_size(model))
-    for index, path in enumerate(layer_paths(model)):
-        layer: Any = submodule(model, f"{path}.{tower_of(model).attention}")
-        heads, head_dim = sizes_of(layer)
-        yield Site(
-            index, str(index), 0, index, path, int(layer.q_proj.in_features), heads, head_dim, geometry
-        )
-
-
-def sizes_of(layer: Any) -> tuple[int, int]:
-    """Return the number of heads of an attention layer, and the width of a head."""
-    head_dim = int(layer.head_dim)
-    return int(layer.q_proj.out_features) // head_dim, head_dim
 
 
 # The function that transformers calls, and the layer that it is called for.
@@ -273,6 +240,11 @@ class TowerHost(AttentionHost):
         self.after_heads = tuple(name for name in original._modules if name not in (*parts, "operator"))
         register()
 
+    @property
+    def drop_rate(self) -> float:
+        layer: Any = self
+        return float(getattr(layer, "attention_dropout", getattr(layer, "dropout", 0.0)))
+
     def forward(self, *inputs: Any, **keywords: Any) -> Any:
         """Return what transformers' layer does, with the operator in place of its softmax."""
         return type(self.original).forward(cast(Any, self), *inputs, **keywords)
@@ -296,7 +268,7 @@ class TowerHost(AttentionHost):
             f"{type(self.original).__name__} does not call transformers' AttentionInterface"
         )
 
-    def merge(self, out_BHND: Tensor, x: Tensor) -> Any:
+    def merge(self, out_BHND: Tensor, x: Tensor | None = None) -> Any:
         """Join the heads and project them back; return it as transformers' layer does."""
         out = out_BHND.transpose(1, 2).flatten(2)
         for name in self.after_heads:
@@ -304,124 +276,200 @@ class TowerHost(AttentionHost):
         return out, None
 
 
-# Convert the layers of a tower.
-
-M = TypeVar("M", bound=nn.Module)
+# The family of towers.
 
 
-class TowerGrid(TokenGrid):
-    """The geometry that all layers of a tower share, read from the patches (B, C, rows, columns) of each batch."""
+class _Kind(type):
+    """Of classes that are recognized by `matches`, because transformers' own are not imported."""
 
-    def __call__(self, module: nn.Module, inputs: object, patches: Tensor) -> None:
-        self.geometry = Geometry(self.geometry.num_prefix, (patches.shape[2], patches.shape[3]))
-
-
-class ConvertedTower(ConvertedAttention, TowerHost):
-    """A converted layer of a tower."""
+    def __instancecheck__(cls, instance: object) -> bool:
+        return isinstance(instance, nn.Module) and bool(cast(Any, cls).matches(instance))
 
 
-def convert_tower(model: M, plan: str | Mapping[Any, str], *, weights: str = "all") -> M:
-    """Return a copy of a tower with the operators of `plan`, of the same class, as `conversion.convert` describes."""
-    student = softmax_only(copy.deepcopy(model))
-    choices = parse_plan(plan, len(layer_paths(student)))
-    for choice in choices:
-        if choice.operator == NONE:
-            raise ConfigError(
-                "plan: 'none' takes the attention out of a layer of a pyramid; a plain vision transformer has no other "
-                "layers in which tokens meet: name an operator, such as uniform"
-            )
-        check_choice(choice)
-    initialize(student, [index for index, choice in enumerate(choices) if choice.operator != KEEP], weights)
-    put_operators(student, choices, fresh=weights == "none")
-    return student
+class TowerModel(nn.Module, metaclass=_Kind):
+    """A model of transformers that is a supported tower."""
+
+    @staticmethod
+    def matches(model: nn.Module) -> bool:
+        return is_transformers(model) and not why_not(model)
 
 
-def put_operators(model: nn.Module, choices: Sequence[Choice], *, fresh: bool = False) -> None:
-    """Convert the layers of a tower in place, and write the plan into its configuration."""
-    tokens = TowerGrid(model, geometry_for(model, image_size(model)), image_size(model))
-    first: dict[str, AttentionOperator] = {}
-    for index, (path, original) in enumerate(attention_layers(model).items()):
-        choice = choices[index]
-        if choice.operator == KEEP:
-            continue
-        operator = create_operator(choice, LayerShape(*sizes_of(original), tokens.geometry))
-        if fresh:
-            operator.start_fresh()
-        if first.setdefault(str(choice), operator) is not operator:
-            operator.share(first[str(choice)])
-        check_layer(model, original, operator, choice, index)
-        operator.adopt(Projections(original))
-        layer = ConvertedTower(original, operator.to(next(original.parameters())), choice, tokens)
-        layer.mark()
-        put_attention(model, path, layer)
-    embedding_of(model).register_forward_hook(tokens)
-    register()
-    theirs: Any = model
-    theirs.set_attn_implementation(INTERFACE)
-    setattr(theirs.config, PLAN, plan_text(tuple(choices)))
+class TowerAttention(nn.Module, metaclass=_Kind):
+    """An attention layer of a tower, which calls transformers' `AttentionInterface`."""
+
+    @staticmethod
+    def matches(layer: nn.Module) -> bool:
+        return _is_theirs(layer) and all(f"{part}_proj" in layer._modules for part in QKV)
 
 
-def with_operators(kind: type[nn.Module], plan: str) -> type[nn.Module]:
-    """Return a class of transformers whose models are converted when they are built, to load a converted tower."""
+class TowerLayer(nn.Module, metaclass=_Kind):
+    """A layer of a tower."""
 
-    def build(self: nn.Module, config: Any, *inputs: Any, **keywords: Any) -> None:
-        kind.__init__(self, config, *inputs, **keywords)
-        put_operators(self, parse_plan(plan, len(layer_paths(self))))
-
-    return type(kind.__name__, (kind,), {"__init__": build, "__module__": kind.__module__})
+    @staticmethod
+    def matches(layer: nn.Module) -> bool:
+        return _is_theirs(layer) and attention_place(layer) in layer._modules
 
 
-def softmax_only(model: M) -> M:
-    """Put the original layers back into a tower in place of converted ones, and return it."""
-    for path, layer in attention_layers(model).items():
-        if isinstance(layer, TowerHost):
-            put_attention(model, path, layer.original)
-    hooks = embedding_of(model)._forward_hooks
-    for key in [key for key, hook in hooks.items() if isinstance(hook, TowerGrid)]:
-        del hooks[key]
+def _is_theirs(module: nn.Module) -> bool:
+    return type(module).__module__.startswith(f"{LIBRARY}.models.")
+
+
+@dataclass(frozen=True)
+class Results:
+    """What a tower gives for images."""
+
+    tokens: Tensor
+    pooled: Tensor
+    logits: Tensor
+    """The pooled features of a tower without a classifier, as timm's models without one give them."""
+
+
+def base_of(model: nn.Module) -> nn.Module:
+    """Return the part of a model that gives tokens, without a head; the model itself if it has none."""
+    library: Any = sys.modules[LIBRARY]
+    embedding, layers = embedding_of(model), submodule(model, layer_paths(model)[0])
+    for child in model.children():
+        if isinstance(child, library.PreTrainedModel) and {embedding, layers} <= set(child.modules()):
+            return cast(nn.Module, child)
     return model
 
 
-def initialize(model: nn.Module, layers: Sequence[int], weights: str) -> None:
-    """Keep the weights of a tower that `weights` selects, as of `conversion.convert`, and draw the others."""
-    if weights == "all":
-        return
-    fresh = type(model)(cast(Any, model).config)
-    if weights == "none":
-        model.load_state_dict(fresh.state_dict())
-        return
-    own, drawn = (list(attention_layers(each).values()) for each in (model, fresh))
-    for index in layers:
-        own[index].load_state_dict(drawn[index].state_dict())
+class Towers(Family):
+    """Vision towers of transformers, as `TOWERS` lists them."""
 
+    name = "transformers"
+    models = (TowerModel,)
+    blocks = (TowerLayer,)
+    hosts: ClassVar[Hosts] = {TowerAttention: TowerHost}
+    kept = KEEP
+    keeps_all = True
+    cannot: ClassVar = {
+        "none": "has no other layers in which tokens meet: name an operator, such as uniform",
+        "without": "has no part to give up: leave it out",
+        **dict.fromkeys(
+            ("copy", "mirror", "distance", "pretrain"),
+            "is a model of transformers, which can be converted and taught but is not supported here",
+        ),
+    }
 
-def check_layer(
-    model: nn.Module, attention: Any, operator: AttentionOperator, choice: Choice, index: int
-) -> None:
-    """Raise UnsupportedModelError if a layer has a part that the operator does not support."""
-    keep, traits, config = f"keep it ('{index}: softmax')", operator.traits, tower_config(model)
-    has_bias = any(
-        getattr(config, name, False)
-        for name in ("use_relative_position_bias", "use_shared_relative_position_bias")
-    )
-    if has_bias and not traits.bias:
+    def paths(self, model: nn.Module) -> list[list[str]]:
+        return [layer_paths(model)]
+
+    def image_size(self, model: nn.Module) -> tuple[int, int]:
+        return pair(tower_config(model).image_size)
+
+    def geometries(self, model: nn.Module, size: tuple[int, int]) -> list[Geometry]:
+        return [geometry_for(model, size)]
+
+    def resize(self, model: nn.Module, size: tuple[int, int]) -> None:
         raise UnsupportedModelError(
-            f"plan: layer {index} has a relative position bias, which {choice.operator} does not support; {keep}"
-        )
-    drop = dropout_of(attention)
-    if drop > 0 and not traits.dropout:
-        raise UnsupportedModelError(
-            f"plan: layer {index} drops {drop:g} of its attention in training, and {choice.operator} has no map to "
-            f"drop from; set the dropout of the configuration to 0, or {keep}"
-        )
-    if traits.needs_grid and not tower_of(model).keeps_order:
-        raise UnsupportedModelError(
-            f"plan: {choice.operator} needs the whole token grid, and {type(model).__name__} shows the layers a part "
-            f"of the patches in a random order; {keep}"
+            f"{type(model).__name__} is a model of transformers, which has the image size of its configuration"
         )
 
+    def with_blocks(self, model: nn.Module, blocks: Sequence[nn.Module], *, cut: bool) -> nn.Module:
+        *parents, last, _ = layer_paths(model)[0].split(".")
+        twin = part = shallow(model)
+        for name in parents:
+            part._modules[name] = part = shallow(submodule(part, name))
+        part._modules[last] = listed(submodule(part, last), blocks)
+        return twin
 
-def dropout_of(attention: Any) -> float:
-    """Return the part of its map that an attention layer drops in training."""
-    found = getattr(attention, "attention_dropout", getattr(attention, "dropout", 0.0))
-    return float(found if isinstance(found, int | float) else getattr(found, "p", 0.0))
+    def sizes(self, block: nn.Module) -> tuple[int, int, int]:
+        layer = attention_of(block)
+        head_dim = int(layer.head_dim)
+        return int(layer.q_proj.in_features), int(layer.q_proj.out_features) // head_dim, head_dim
+
+    def prefix(self, model: nn.Module, site: Site) -> tuple[str, ...]:
+        return tower_of(model).prefix_kinds(tower_config(model))
+
+    def has_bias(self, model: nn.Module, site: Site) -> bool:
+        config, kinds = tower_config(model), ("relative", "shared_relative")
+        return any(getattr(config, f"use_{kind}_position_bias", False) for kind in kinds)
+
+    def classifiers(self, model: nn.Module) -> dict[str, nn.Module]:
+        found = [(name, model._modules.get(theirs)) for name, theirs in CLASSIFIERS]
+        return {name: head for name, head in found if head is not None}
+
+    def num_classes(self, model: nn.Module) -> int:
+        return int(cast(Any, model).config.num_labels) if self.classifiers(model) else 0
+
+    def is_strict(self, model: nn.Module) -> bool:
+        return not tower_of(model).takes_any_size
+
+    def fixed_size(self, model: nn.Module) -> tuple[int, int] | None:
+        return self.image_size(model) if self.is_strict(model) else None
+
+    def image_step(self, model: nn.Module) -> tuple[int, int]:
+        return pair(tower_config(model).patch_size)
+
+    def takes_any_grid(self, model: nn.Module) -> bool:
+        return True
+
+    def grid_of(self, patches: Tensor) -> tuple[int, int]:
+        return patches.shape[2], patches.shape[3]
+
+    def why_no_grid(self, model: nn.Module) -> str:
+        return "" if tower_of(model).keeps_order else "shows its layers some patches in a random order"
+
+    def embedding(self, model: nn.Module) -> nn.Module:
+        return embedding_of(model)
+
+    def last_tokens(self, model: nn.Module) -> nn.Module:
+        return base_of(model)
+
+    def features(self, model: nn.Module, images: Tensor) -> Results:
+        base: list[Any] = []
+        inputs: list[Tensor] = []
+        hooks = [base_of(model).register_forward_hook(lambda _, x, out: base.append(out))]
+        hooks += [
+            head.register_forward_pre_hook(lambda _, x: inputs.append(x[0]))
+            for head in self.classifiers(model).values()
+        ]
+        try:
+            out: Any = cast(Any, model)(pixel_values=images, return_dict=True)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        pooled = torch.stack(inputs).mean(0) if inputs else self._pooled(model, base[0])
+        logits = out.get("logits")
+        return Results(self.tokens(base[0]), pooled, pooled if logits is None else logits)
+
+    def _pooled(self, model: nn.Module, out: Any) -> Tensor:
+        """Return the pooled features of a tower without a classifier: its own, else the class token or the mean."""
+        pooled, tokens = out.get("pooler_output"), self.tokens(out)
+        if pooled is not None:
+            return torch.as_tensor(pooled)
+        return tokens[:, 0] if "cls" in tower_of(model).prefix else tokens.mean(1)
+
+    def tokens(self, features: Any) -> Tensor:
+        found: Tensor = features.tokens if isinstance(features, Results) else features.last_hidden_state
+        return found
+
+    def head(self, model: nn.Module, features: Any, *, pre_logits: bool = False) -> Tensor:
+        found: Tensor = features.pooled if pre_logits else features.logits
+        return found
+
+    def predict(self, model: nn.Module, images: Tensor) -> Tensor:
+        out: Any = cast(Any, model)(pixel_values=images, return_dict=True)
+        logits: Tensor | None = out.get("logits")
+        return self._pooled(model, out) if logits is None else logits
+
+    def feature_widths(self, model: nn.Module) -> tuple[int, int]:
+        width = int(tower_config(model).hidden_size)
+        head: Any = self.classifiers(model).get("head")
+        return int(getattr(head, "in_features", width)), width
+
+    def initialize(self, model: nn.Module) -> None:
+        model.load_state_dict(type(model)(cast(Any, model).config).state_dict())
+
+    def describe_plan(self, model: nn.Module, plan: str | None) -> None:
+        theirs: Any = model
+        if plan is None:
+            vars(theirs.config).pop(PLAN, None)
+            return
+        register()
+        theirs.set_attn_implementation(INTERFACE)
+        setattr(theirs.config, PLAN, plan)
+
+
+FAMILIES = (Towers(),)

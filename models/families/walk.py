@@ -24,17 +24,18 @@ from .plain import (
     refuse_copied,
 )
 from .site import Block, Family, NoAttention, Site, attention_of, size_of, submodule
+from .towers import TowerLayer, refuse_other
 
 
 def _find_families() -> Iterator[Family]:
     """Yield the families in the tables `FAMILIES` of the files beside this one; `plain` is the first."""
-    names = {file.name for file in iter_modules([str(Path(__file__).parent)])} - {"walk", "towers"}
+    names = {file.name for file in iter_modules([str(Path(__file__).parent)])} - {"walk"}
     for name in sorted(names, key=lambda name: (name != "plain", name)):
         yield from getattr(import_module(f"{__package__}.{name}"), "FAMILIES", ())
 
 
 FAMILIES = tuple(_find_families())
-STAGED = ", ".join(family.name for family in FAMILIES[1:])
+STAGED = ", ".join(family.name for family in FAMILIES if family.kept != KEEP)
 WHOLE = {block: whole for family in FAMILIES for block, whole in family.whole.items()}
 POST_NORM = tuple(block for family in FAMILIES for block in family.post_norm)
 
@@ -51,6 +52,7 @@ def family_of(model: nn.Module) -> Family:
     """
     family = find_family(model)
     if family is None:
+        refuse_other(model)
         raise UnsupportedModelError(
             f"{type(model).__name__} is not a supported model; supported are {SUPPORTED}, and the pyramids {STAGED}"
         )
@@ -107,8 +109,13 @@ def as_kind(block: nn.Module, kind: type[nn.Module]) -> nn.Module:
     return twin
 
 
-def attention_input(block: nn.Module) -> nn.Module:
-    """Return the module whose output a block's attention gets: `norm1`, unless that comes after the attention."""
+def attention_input(block: nn.Module) -> nn.Module | None:
+    """Return the module whose output a block's attention gets: `norm1`, unless that comes after the attention.
+
+    None for a layer of transformers, which also gives its attention what it computes itself.
+    """
+    if isinstance(block, TowerLayer):
+        return None
     return nn.Identity() if isinstance(block, POST_NORM) else block.get_submodule("norm1")
 
 

@@ -15,17 +15,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from graftvit.models.attention.base import Heads
-from graftvit.models.conversion import convert
+from graftvit.models.conversion import convert, converted_layers
 from graftvit.models.errors import CheckpointError, ConfigError, UnsupportedModelError
-from graftvit.models.families.towers import (
-    PLAN,
-    TOWERS,
-    TowerHost,
-    attention_layers,
-    layer_paths,
-    put_attention,
-    tower_sites,
-)
+from graftvit.models.families import attention_of, blocks_of, sites, towers
+from graftvit.models.families.towers import PLAN, TOWERS, TowerHost, layer_paths
+from graftvit.models.hosting import host_attention, release_attention
 from support.models.operator_cases import CASES, dense_local
 from torch import Tensor, nn
 
@@ -43,8 +37,7 @@ kinds = pytest.mark.parametrize("kind", TOWERS)
 def hosted(model: Any) -> Any:
     """A copy whose layers have hosts with a softmax."""
     twin = copy.deepcopy(model)
-    for path, layer in attention_layers(twin).items():
-        put_attention(twin, path, TowerHost(layer))
+    assert len(host_attention(twin)) == len(blocks_of(twin))
     return twin
 
 
@@ -54,6 +47,9 @@ def test_hosted_softmax_is_the_model(kind: str) -> None:
     twin = hosted(model)
     assert twin.state_dict().keys() == model.state_dict().keys()
     torch.testing.assert_close(tokens(twin, x), tokens(model, x), rtol=1e-5, atol=1e-5)
+    assert [type(each) for each in release_attention(twin).modules()] == [
+        type(each) for each in model.modules()
+    ]
 
 
 @kinds
@@ -64,7 +60,7 @@ def test_a_host_gives_the_projections_and_takes_the_output(kind: str) -> None:
     def see(layer: nn.Module, inputs: Any, keywords: Any, out: Any) -> None:
         calls.append((TowerHost(layer), inputs, keywords, out[0]))
 
-    for layer in attention_layers(model).values():
+    for layer in map(attention_of, blocks_of(model)):
         layer.register_forward_hook(see, with_kwargs=True)
     tokens(model, x)
     assert len(calls) == SIZES["num_hidden_layers"]
@@ -76,7 +72,7 @@ def test_a_host_gives_the_projections_and_takes_the_output(kind: str) -> None:
 @kinds
 def test_sites_are_those_of_the_configuration(kind: str) -> None:
     model = tower(kind)
-    found = list(tower_sites(model))
+    found = sites(model)
     assert [site.path for site in found] == layer_paths(model)
     assert {(site.width, site.num_heads, site.head_dim) for site in found} == {(32, 4, 8)}
     count = tokens(model, images()).shape[1]
@@ -106,7 +102,7 @@ def test_converted_to_windows_it_is_the_dense_definition(kind: str) -> None:
 def test_every_operator_is_given_the_heads_of_its_layer(operator: str) -> None:
     model = tower("dinov2_with_registers", num_hidden_layers=1)
     student = with_operators_ready(convert(model, f"*: {FIRST[operator]}"))
-    [layer] = attention_layers(student).values()
+    [layer] = converted_layers(student).values()
     check_definition(model, student, copy.deepcopy(layer.operator).double())
 
 
@@ -121,7 +117,7 @@ def check_definition(model: Any, student: Any, definition: Callable[[Heads], Ten
 
 def with_operators_ready(student: Any) -> Any:
     """The same with operators that can run, if they must be fitted first."""
-    for layer in attention_layers(student).values():
+    for layer in converted_layers(student).values():
         if not layer.operator.fitted:
             layer.operator.fit([], seed=1)
     return student
@@ -152,7 +148,7 @@ BIAS = {"use_relative_position_bias": True}
 def test_a_relative_bias_arrives_at_the_operator() -> None:
     model, x = tower("beit", **BIAS), images()
     torch.testing.assert_close(tokens(hosted(model), x), tokens(model, x), rtol=1e-5, atol=1e-5)
-    layer = TowerHost(next(iter(attention_layers(model).values())))
+    layer = TowerHost(attention_of(blocks_of(model)[0]))
     seen: list[Any] = []
     layer.original.register_forward_pre_hook(
         lambda _, inputs, keywords: seen.append(layer.heads_of(*inputs, **keywords)), with_kwargs=True
@@ -257,11 +253,11 @@ def test_what_is_not_supported_is_refused_by_name() -> None:
     convert(clip.vision_model, "*: linear")
     with pytest.raises(UnsupportedModelError, match="window needs the whole token grid"):
         convert(tower("vit_mae"), "*: window")
-    with pytest.raises(UnsupportedModelError, match=r"drops 0\.5 of its attention"):
+    with pytest.raises(UnsupportedModelError, match=r"attn_drop 0\.5"):
         convert(tower("vit", attention_probs_dropout_prob=0.5), "*: linear")
     with pytest.raises(ConfigError, match="none"):
         convert(tower("vit"), "*: none")
-    with pytest.raises(UnsupportedModelError, match="without"):
+    with pytest.raises(ConfigError, match="without"):
         convert(tower("vit"), "*: linear", without=["bias"])
 
 
@@ -316,6 +312,17 @@ def test_the_example_of_the_page_runs(tmp_path: Path, monkeypatch: pytest.Monkey
     assert len(asked) == 1
     x = images()
     torch.testing.assert_close(tokens(values["again"], x), tokens(values["student"], x), rtol=0, atol=0)
+
+
+def test_a_row_of_ones_own_is_a_type(monkeypatch: pytest.MonkeyPatch) -> None:
+    page = (ROOT / "docs" / "extending.md").read_text()
+    [code] = [code for code in re.findall("```python\n(.*?)```", page, re.DOTALL) if "TOWERS" in code]
+    monkeypatch.setattr(towers, "TOWERS", dict(TOWERS))
+    exec(code, {})
+    model, x = tower("pixio", image_size=32), images()
+    torch.testing.assert_close(tokens(hosted(model), x), tokens(model, x), rtol=1e-5, atol=1e-5)
+    assert tokens(model, x).shape[1] == sites(model)[0].shape.geometry.num_tokens
+    convert(model, "*: window(window=2)")(pixel_values=x)
 
 
 def test_the_page_names_the_types() -> None:

@@ -294,8 +294,7 @@ class DualViT(nn.Module):
         """Return the student's logits; the teacher runs only for the copy methods."""
         if self.needs_teacher:
             return self.forward(images).logits
-        logits: Tensor = self.student(images)
-        return logits
+        return family_of(self.student).predict(self.student, images)
 
     def with_student(self, student: nn.Module) -> DualViT:
         """Return the same teachers, settings and resolved heads around another student, such as a moving average."""
@@ -381,12 +380,21 @@ class DualViT(nn.Module):
 
     def _described_part(self) -> tuple[nn.Module, Copying]:
         """Return the teacher whose attention is copied, and what the student copies of it."""
+        self._check_saved_copy()
         side = next(term.side for term in self._terms if term.method.copies)
         teacher = copied_teacher(side.loaded or describe_model(side.model))
         return side.model, self.copying(replace(teacher, normalization=side.normalization))
 
     def copying(self, teacher: CopiedTeacher) -> Copying:
         """Return what the student of a copy method copies of a teacher that is built as described."""
+        self._check_saved_copy()
+        term = next(term for term in self._terms if term.method.copies)
+        links = term.plan.links
+        pairs, heads = tuple(link.pair for link in links), tuple(link.heads.groups for link in links)
+        return Copying(term.settings.method, pairs, heads, self._normalization, teacher)
+
+    def _check_saved_copy(self) -> None:
+        """Raise TransferError: a student of these models is not saved with its teacher's attention."""
         term = next(term for term in self._terms if term.method.copies)
         for model in (term.side.model, self.student):
             cannot = family_of(model).cannot
@@ -396,9 +404,6 @@ class DualViT(nn.Module):
                     f"where both are plain vision transformers, and {type(model).__name__} {cannot['copying']}; use "
                     "distill, or take the student alone by release(bare=True)"
                 )
-        links = term.plan.links
-        pairs, heads = tuple(link.pair for link in links), tuple(link.heads.groups for link in links)
-        return Copying(term.settings.method, pairs, heads, self._normalization, teacher)
 
     def describe(self) -> str:
         """Say in words what goes from where to where."""
@@ -482,6 +487,12 @@ class DualViT(nn.Module):
         if not isinstance(images, Tensor) or images.ndim != 4:
             shape = tuple(images.shape) if isinstance(images, Tensor) else type(images).__name__
             raise TransferError(f"images is {shape}: give a tensor (B, C, H, W), normalized for the student")
+        runs_again = self.training and getattr(self.student, "is_gradient_checkpointing", False)
+        if runs_again and any(term.method.uses_layers for term in self._terms):
+            raise TransferError(
+                "gradient_checkpointing of transformers runs layers again in the backward pass, without what their "
+                "teacher gave: call gradient_checkpointing_disable() of the student"
+            )
         if not self._in_use:
             raise TransferError(
                 "this DualViT was released and teaches nobody: call its student, or make another DualViT"
@@ -518,7 +529,7 @@ class DualViT(nn.Module):
         for tape in self._tapes.values():
             replay_blocks(self.student, tape.moment)
         try:
-            logits: Tensor = self.student(images)
+            logits = family_of(self.student).predict(self.student, images)
         finally:
             restore_blocks(self.student)
         return logits

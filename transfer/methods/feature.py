@@ -15,7 +15,7 @@ from ...models.attention.kernels import precise
 from ...models.copying.tape import KeepOutput, Tape
 from ...models.copying.teacher_view import Wanted
 from ...models.errors import Json, TransferError
-from ...models.families import family_of, vit
+from ...models.families import family_of
 from ...models.parts import feature_width, patch_width
 from ..loss_config import LossConfig
 from .method import Installed, Pairing, TransferMethod, TransferPlan
@@ -156,7 +156,7 @@ class Patches(FeaturePart):
 
     @property
     def widths(self) -> tuple[int, int]:
-        return vit(self.student).num_features, patch_width(self.teacher)
+        return patch_width(self.student), patch_width(self.teacher)
 
     def record(self, changes: Changes) -> None:
         last = family_of(self.student).last_tokens(self.student)
@@ -167,7 +167,7 @@ class Patches(FeaturePart):
         if tokens is None or images is None:
             raise _not_seen("final norm")
         size = _size(images)
-        patches = student_patches(self.student, tokens, size)
+        patches = student_patches(self.student, family_of(self.student).tokens(tokens), size)
         theirs = teacher_patches(self.tape.whole["patches"], self._grid(size))
         return average_to(patches, self._common(size, theirs))
 

@@ -20,7 +20,7 @@ from ...models.copied import copied_layers
 from ...models.copying.tape import Link
 from ...models.copying.teacher_view import Normalization, ShownImages, TeacherInput, WholeInput
 from ...models.errors import ConfigError, GraftError, TransferError, UnsupportedModelError, did_you_mean
-from ...models.families import check_supported, image_size, is_supported
+from ...models.families import check_supported, find_family, image_size, is_supported
 from ...models.parts import OutsideTeacher as OutsideTeacher
 from ...models.parts import check_takes, image_channels
 from ..loss_config import LossEntry, TransferConfig
@@ -189,7 +189,7 @@ def model_of(name: str, teacher: Teacher) -> nn.Module:
     """Return the model of a teacher. Raises UnsupportedModelError: it is not one of timm, nor an OutsideTeacher."""
     model = teacher.model if isinstance(teacher, Pretrained) else teacher
     refuse_name(name, model, "load_pretrained")
-    if not isinstance(model, nn.Module) or not hasattr(model, "forward_head"):
+    if find_family(model) is None and not hasattr(model, "forward_head"):
         raise UnsupportedModelError(
             f"{name} is a {type(model).__name__}, which is not a classifier of timm: give "
             "graftvit.transfer.OutsideTeacher(model, feature_width=..., num_classes=...)"

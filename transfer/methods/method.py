@@ -20,8 +20,9 @@ from ...models.copying.tape import HeadMap, Link, Step, Tape, take
 from ...models.copying.teacher_view import ShownImages, view_attention
 from ...models.copying.teacher_view import Wanted as Wanted
 from ...models.errors import Json, TransferError
-from ...models.families import evaluating, vit
+from ...models.families import evaluating
 from ...models.host import AttentionHost
+from ...models.parts import num_classes
 from ..loss_config import LossConfig
 from .heads import map_distance, match_heads
 from .map_loss import LayerMaps
@@ -109,7 +110,7 @@ class TransferMethod(ABC):
         """Raise TransferError where it teaches classes, and the two models differ in their number."""
         if not self.teaches_classes:
             return
-        classes = [vit(model).num_classes for model in (pairing.teacher, pairing.student)]
+        classes = [num_classes(model) for model in (pairing.teacher, pairing.student)]
         if classes[0] != classes[1] or classes[0] == 0:
             raise TransferError(
                 f"transfer.method={self.name} needs one set of classes, and the teacher has {classes[0]} and the "

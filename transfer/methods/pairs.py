@@ -10,15 +10,13 @@ from ...models.copying.grids import GridRule, match_tokens, words
 from ...models.copying.tape import HeadMap, LayerPair, Link
 from ...models.errors import TransferError
 from ...models.families import (
-    Block,
     Site,
-    attention_of,
-    blocks_of,
     check_supported,
     depths,
     family_of,
     find_family,
     layout_of,
+    native_host,
     sites,
 )
 from ..loss_config import LossConfig
@@ -171,7 +169,7 @@ def resolve_plan(config: LossConfig, teacher: nn.Module, student: nn.Module) -> 
 
 
 def _check_student(method: TransferMethod, student: nn.Module) -> None:
-    if method.whole_maps and any(map(_drops_probabilities, blocks_of(student))):
+    if method.whole_maps and any(_drops_probabilities(student, site) for site in sites(student)):
         raise TransferError(
             "student.model_args.attn_drop_rate must be 0: a dropped-out map is not the map that is transferred"
         )
@@ -183,5 +181,5 @@ def _check_student(method: TransferMethod, student: nn.Module) -> None:
         )
 
 
-def _drops_probabilities(block: Block) -> bool:
-    return getattr(getattr(attention_of(block), "attn_drop", None), "p", 0) > 0
+def _drops_probabilities(student: nn.Module, site: Site) -> bool:
+    return site.num_heads > 0 and native_host(site.block(student)).drop_rate > 0
