@@ -116,12 +116,11 @@ def drop_class_token(model: nn.Module, weights: Weights) -> Weights:
     tensors, left_out = dict(weights.tensors), dict(weights.left_out)
     for name, stage in model.stages.named_children():
         token, position = f"stages.{name}.cls_token", tensors.get(f"stages.{name}.pos_embed")
-        if token in tensors and position is not None and not stage.num_prefix:
-            del tensors[token]
-            tensors[f"stages.{name}.pos_embed"] = position[:, 1:]
-            left_out[token] = (
-                "with its position: the model takes the mean of the patches and has no class token"
-            )
+        if stage.num_prefix or token not in tensors or position is None or position.ndim != 3:
+            continue
+        del tensors[token]
+        tensors[f"stages.{name}.pos_embed"] = position[:, 1:]
+        left_out[token] = "with its position: the model takes the mean of the patches and has no class token"
     return replace(weights, tensors=tensors, left_out=left_out)
 
 

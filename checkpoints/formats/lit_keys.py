@@ -382,7 +382,7 @@ def _describe_plain(weights: Weights, config: Json) -> Weights:
     name = None if size is None else f"attnzero_deit_{size}{_variant(weights.tensors)}"
     if "blocks.0.attn.qkv.bias" not in weights.tensors:
         name = "attnzero_autoformer_t" if width == AUTOFORMER_WIDTH else None
-    return _described(weights, name, 16 * math.isqrt(tokens - 1))
+    return _described(weights, name, 16 * math.isqrt(max(tokens - 1, 0)))
 
 
 def _variant(tensors: Mapping[str, Tensor]) -> str:

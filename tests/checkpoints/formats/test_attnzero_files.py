@@ -205,6 +205,24 @@ def test_an_unknown_part_of_an_attention_layer_is_refused_and_not_called_needles
         load_weights(model, save(state, tmp_path))
 
 
+@pytest.mark.parametrize(("name", "key", "shape"), [
+    ("attnzero_deit_t_bias", "pos_embed", (1, 0, 24)),
+    ("attnzero_deit_t_bias", "pos_embed", ()),
+    ("attnzero_deit_t_bias", "blocks.1.attn.ac_bias", (1, 2, 12)),
+    ("attnzero_autoformer_t", "blocks.1.attn.qkv.weight", (72, 23)),
+    ("attnzero_pvt_t_bias", "block1.0.attn.ha_bias", (1, 1, 15, 1, 8)),
+    ("attnzero_swin_t_bias", "layers.3.blocks.0.attn.relative_position_bias_table", ()),
+])  # fmt: skip
+def test_a_tensor_of_another_shape_is_refused(
+    tmp_path: Path, name: str, key: str, shape: tuple[int, ...]
+) -> None:
+    state = state_of(name)
+    assert key in state
+    state[key] = torch.zeros(shape)
+    with pytest.raises(CheckpointError):
+        load_pretrained(save(state, tmp_path), model=name, model_args=arguments(name), img_size=64)
+
+
 def test_softmax_weights_leave_an_operator_fresh_and_say_so(tmp_path: Path) -> None:
     """The reduction of another PVT is dropped with its reason, and its layers are called what they are."""
     small = arguments("attnzero_pvt_t")

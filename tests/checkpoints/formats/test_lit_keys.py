@@ -247,6 +247,13 @@ def test_pvt_has_the_positions_of_its_detectors(tmp_path: Path, name: str, fixed
         )
 
 
+def test_a_position_of_another_shape_is_refused_with_its_class_token(tmp_path: Path) -> None:
+    torch.save(published("pvt_tiny") | {"pos_embed4": torch.zeros(())}, tmp_path / "published.pth")
+    arguments = {**TINY["pvt_tiny"], "global_pool": "avg"}
+    with pytest.raises(CheckpointError, match="pos_embed"):
+        load_pretrained(str(tmp_path / "published.pth"), model="pvt_tiny", model_args=arguments, img_size=64)
+
+
 @pytest.mark.parametrize("name", lit.default_cfgs)
 def test_every_published_name_has_its_place(name: str) -> None:
     shapes = ti_shapes() if name == "lit_ti" else published_shapes(PUBLISHED[name])
