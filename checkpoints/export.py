@@ -16,9 +16,10 @@ import torch
 from torch import nn
 
 from ..models import families
-from ..models.conversion import plan_of
+from ..models.conversion import plan_of, sharing_copy
 from ..models.copied import copying_of
 from ..models.errors import CheckpointError, JsonDict, did_you_mean
+from ..models.hosting import host_attention
 from .architecture import build
 from .atomic import sync, write_file
 from .export_graph import (
@@ -318,6 +319,10 @@ def _for_inference(model: nn.Module) -> Iterator[nn.Module]:
     tensors = [tensor for tensor in model.state_dict().values() if tensor.is_floating_point()]
     if any(tensor.device.type != "cpu" or tensor.dtype != torch.float32 for tensor in tensors):
         model = copy.deepcopy(model).to("cpu", torch.float32)
+    family = families.find_family(model)
+    if family is not None and family.exported_hosted:
+        model = sharing_copy(model)
+        host_attention(model)
     with families.evaluating(model):
         yield model
 

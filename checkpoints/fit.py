@@ -19,7 +19,7 @@ from ..models.converted import is_mark, marks_of, refuse_other_operators
 from ..models.copied import ARCHITECTURE as COPIED
 from ..models.copied import copying_of, resize
 from ..models.errors import CheckpointError, Json
-from ..models.families import Site, patch_size, sites, vit
+from ..models.families import Site, family_named, patch_size, sites, vit
 from ..models.families.pvt_v1 import PVT
 from ..models.map_structure import offsets, resample_plainly, resample_table
 from .architecture import INNER
@@ -396,7 +396,11 @@ def late_size(
         *lit.default_cfgs,
         *pvt_models.default_cfgs,
     )  # with parts for one size in each stage
-    known = (weights.architecture or model) in ours and weights.img_size is not None
+    name = weights.architecture or model
+    family = None if name is None else family_named(name)
+    known = (
+        name in ours or (family is not None and family.resized_when_loaded)
+    ) and weights.img_size is not None
     return as_pair(wanted) if known and wanted is not None else None
 
 
@@ -424,6 +428,9 @@ def resize_loaded(model: nn.Module, size: tuple[int, int], method: Method, repor
         if position is None:
             continue
         part = vit(parts[prefix])
+        if position.ndim != 3:  # `resize` did it, as timm's forward pass does
+            done[f"{prefix}pos_embed"] = f"{change} (timm's bicubic)"
+            continue
         with torch.no_grad():
             part.get_parameter("pos_embed").copy_(
                 resample_position(position, old, new, num_prefix_rows(part), method)

@@ -263,10 +263,10 @@ def convert_layer(
     keep_bias = has_bias(attention) and operator.traits.bias
     kept = tuple(part for part in QKV if part in operator.needs)
     bare = _without_parts(attention, kept, keep_bias)
-    if keep_bias:
-        bare.set_window_size(tuple(tokens.geometry.grid))
     layer = kind(bare, operator, choice, tokens, kept)
-    if has_bias(attention) and not keep_bias:
+    if keep_bias:
+        layer.fit_bias(tokens.geometry.grid)
+    elif has_bias(attention):
         layer.gave_up = ("bias",)
     return layer
 

@@ -24,7 +24,7 @@ from .families import (
     image_size,
     sites,
 )
-from .host import AttentionHost, GridHost
+from .host import BIAS, AttentionHost, GridHost
 from .layer_plan import Choice, canonical, check_choice, resolved
 from .map_structure import MapStructure, Size
 from .merges import deformable_merges, merge_layers, merges_deformably
@@ -329,7 +329,6 @@ def plan_size(model: nn.Module) -> tuple[int, int] | None:
 # The parts that a conversion drops where a family does not keep all: in the layer, and in weights of the original.
 
 REDUCTION = ("sr", "norm", "pool", "act")
-BIAS = ("relative_position_bias_table", "relative_position_index", "cpb_mlp", "relative_coords_table")
 FUSED = ("qkv", "kv")
 """Projections whose rows are equal parts, in the order of the name."""
 

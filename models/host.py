@@ -40,9 +40,21 @@ def _given(
     return x, rope, shared_rel_pos_bias
 
 
+BIAS = (
+    "relative_position_bias_table",
+    "relative_position_index",
+    "cpb_mlp",
+    "relative_coords_table",
+    "rel_pos_h",
+    "rel_pos_w",
+)
+"""The parts of a layer from which a relative position bias is computed."""
+
+
 def has_bias(attention: nn.Module) -> bool:
     """Return whether a layer adds a relative position bias of its own to its logits."""
-    return "relative_position_bias_table" in attention._parameters or "cpb_mlp" in attention._modules
+    parts = {**attention._parameters, **attention._modules}
+    return any(parts.get(name) is not None for name in BIAS)
 
 
 class AttentionHost(nn.Module):
@@ -258,11 +270,12 @@ class GridHost(AttentionHost, ABC):
         parts = self.parts(x_BNC, grid)
         heads = {part: self._by_head(tensor) for part, tensor in parts.items() if part in self.operator.needs}
         dropout: Any = self.attn_drop
+        q = self.normed("q", heads.get("q"))
         return Heads(
-            q=self.normed("q", heads.get("q")),
+            q=q,
             k=self.normed("k", heads.get("k")),
             v=heads.get("v"),
-            bias=None if self.is_native else self.grid_bias(grid),
+            bias=None if self.is_native else self.grid_bias(grid, q),
             scale=self.scale,
             dropout=dropout.p if self.training else 0.0,
             geometry=Geometry(x_BNC.shape[1] - grid[0] * grid[1], grid),
@@ -279,9 +292,12 @@ class GridHost(AttentionHost, ABC):
         """Return queries or keys after the layer's own norm."""
         return x_BHND
 
-    def grid_bias(self, grid: Size) -> Tensor | None:
-        """Return the relative position bias of all pairs of tokens, (1, H, N, N), for a converted layer that has it."""
+    def grid_bias(self, grid: Size, q_BHND: Tensor | None) -> Tensor | None:
+        """Return the bias of all pairs of tokens, (1 or B, H, N, N), of a converted layer that has one."""
         return None
+
+    def fit_bias(self, grid: Size) -> None:
+        """Prepare the bias of a layer that was just converted for all pairs of tokens of a grid."""
 
     def merge(self, out_BHND: Tensor, x: Tensor) -> Tensor:
         """Join the heads and project them back; return the shape of the input."""

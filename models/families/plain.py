@@ -122,7 +122,7 @@ def token_layout(model: nn.Module) -> TokenLayout:
 def prefix_kinds(model: nn.Module) -> tuple[str, ...]:
     """Return the kinds of prefix tokens: "cls", "dist", "reg0", …"""
     registers = getattr(model, "reg_token", None)
-    prefix = ["cls"] if vit(model).cls_token is not None else []
+    prefix = ["cls"] if getattr(model, "cls_token", None) is not None else []
     if getattr(model, "dist_token", None) is not None:
         prefix.append("dist")
     prefix += [f"reg{index}" for index in range(0 if registers is None else registers.shape[1])]
@@ -273,37 +273,14 @@ def is_post_norm(block: nn.Module) -> bool:
     return isinstance(block, EvaBlockPostNorm)
 
 
-class Plain(Family):
-    """timm's plain vision transformers, as `SUPPORTED` lists them."""
-
-    name = "vision_transformer, deit, beit and eva"
-    models = MODELS
-    blocks = BLOCKS
-    hosts: ClassVar[Hosts] = dict.fromkeys(ATTENTIONS, AttentionHost)
-    post_norm = (ResPostBlock, EvaBlockPostNorm)
-    kept = KEEP
-    keeps_all = True
-    told_by = "blocks.0."
-    cannot: ClassVar[Mapping[str, str]] = {
-        "none": "has no other layers in which tokens meet: name an operator, such as uniform",
-        "without": "keeps every part of its layers: leave it out",
-    }
+class OneStage(Family):
+    """A model with one list of blocks, `blocks`, on one grid of patches."""
 
     def paths(self, model: nn.Module) -> list[list[str]]:
         return [[f"blocks.{index}" for index in range(len(attention_blocks(model)))]]
 
-    def native_parts(self, model: nn.Module) -> NativeParts:
-        return native_parts(model)
-
-    def has_bias(self, model: nn.Module, site: Site) -> bool:
-        return getattr(model, "rel_pos_bias", None) is not None or super().has_bias(model, site)
-
     def prefix(self, model: nn.Module, site: Site) -> tuple[str, ...]:
         return prefix_kinds(model)
-
-    def classifiers(self, model: nn.Module) -> dict[str, nn.Module]:
-        found = {name: model._modules.get(name) for name in ("head", "head_dist")}
-        return {name: head for name, head in found.items() if head is not None}
 
     def fixed_size(self, model: nn.Module) -> tuple[int, int] | None:
         return self.image_size(model) if getattr(vit(model).patch_embed, "strict_img_size", True) else None
@@ -324,6 +301,33 @@ class Plain(Family):
         twin = shallow(model)
         twin._modules["blocks"] = listed(submodule(model, "blocks"), blocks)
         return twin
+
+
+class Plain(OneStage):
+    """timm's plain vision transformers, as `SUPPORTED` lists them."""
+
+    name = "vision_transformer, deit, beit and eva"
+    models = MODELS
+    blocks = BLOCKS
+    hosts: ClassVar[Hosts] = dict.fromkeys(ATTENTIONS, AttentionHost)
+    post_norm = (ResPostBlock, EvaBlockPostNorm)
+    kept = KEEP
+    keeps_all = True
+    told_by = "blocks.0."
+    cannot: ClassVar[Mapping[str, str]] = {
+        "none": "has no other layers in which tokens meet: name an operator, such as uniform",
+        "without": "keeps every part of its layers: leave it out",
+    }
+
+    def native_parts(self, model: nn.Module) -> NativeParts:
+        return native_parts(model)
+
+    def has_bias(self, model: nn.Module, site: Site) -> bool:
+        return getattr(model, "rel_pos_bias", None) is not None or super().has_bias(model, site)
+
+    def classifiers(self, model: nn.Module) -> dict[str, nn.Module]:
+        found = {name: model._modules.get(name) for name in ("head", "head_dist")}
+        return {name: head for name, head in found.items() if head is not None}
 
 
 FAMILIES = (Plain(),)

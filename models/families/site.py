@@ -213,6 +213,10 @@ class NativeParts:
     pooling: str
 
 
+OF_PLAIN = ("copying", "mirroring", "measuring", "masking")
+"""What is for plain vision transformers alone: words of `Family.cannot`."""
+
+
 class Family(ABC):
     """Models of timm that are built in one way. A new family is a file and an entry of `walk.FAMILIES`."""
 
@@ -231,15 +235,16 @@ class Family(ABC):
     """A converted layer keeps every part of timm's layer, so it can be converted again."""
     gives_up: tuple[str, ...] = ()
     """Parts of a layer that a conversion may give up, of the words of `without`."""
-    cannot: ClassVar[Mapping[str, str]] = dict.fromkeys(
-        ("copying", "mirroring", "measuring", "masking"),
-        "is a pyramid",
-    )
+    cannot: ClassVar[Mapping[str, str]] = dict.fromkeys(OF_PLAIN, "is a pyramid")
     """What is not possible with these models, and why: of none, without, copying, mirroring, measuring, masking."""
     sized_when_built = True
     """timm's constructor takes `img_size`, and builds parts for it."""
     takes_size = True
     """timm's constructor takes `img_size`."""
+    resized_when_loaded = False
+    """Weights for images of another size are loaded at their own, and the model is then resized."""
+    exported_hosted = False
+    """torch cannot export timm's layers to ONNX, and can export their hosts."""
     told_by = ""
     """Prefix of the weights that tell whether a file has timm's names; those of a head never do."""
     merging: type[TokenMerging] = TokenMerging

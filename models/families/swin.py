@@ -54,10 +54,13 @@ class SwinHost(WindowHost):
         if self.is_native:
             super().set_input_size(feat_size, window_size, always_partition)
         elif self.has_bias:
-            layer: Any = self.original
-            layer.set_window_size(tuple(feat_size))
+            self.fit_bias(feat_size)
 
-    def grid_bias(self, grid: Size) -> Tensor | None:
+    def fit_bias(self, grid: Size) -> None:
+        layer: Any = self.original
+        layer.set_window_size(tuple(grid))
+
+    def grid_bias(self, grid: Size, q_BHND: Tensor | None) -> Tensor | None:
         if not self.has_bias:
             return None
         return self.relative_bias() if self.window_size == tuple(grid) else self.bias_on(grid)

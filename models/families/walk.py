@@ -54,7 +54,7 @@ def family_of(model: nn.Module) -> Family:
     if family is None:
         refuse_other(model)
         raise UnsupportedModelError(
-            f"{type(model).__name__} is not a supported model; supported are {SUPPORTED}, and the pyramids {STAGED}"
+            f"{type(model).__name__} is not a supported model; supported are {SUPPORTED}, and {STAGED}"
         )
     return family
 

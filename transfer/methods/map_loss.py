@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from ...models.attention.base import Heads
 from ...models.attention.fused import apply_map, map_logsumexp
 from ...models.attention.kernels import mean_map, precise, same_dtype
+from ...models.attention.softmax import softmax_rows
 from ...models.copying.copying_operators import Part
 from ...models.copying.tape import average_heads, spread_heads
 from ...models.families import Site
@@ -127,14 +128,14 @@ def _is_token(windows: Windows, like: Tensor) -> Tensor:
 
 
 def _expected_bias(windows: Windows, target_VHMM: Tensor, bias: Tensor | None) -> Tensor | float:
-    """Return Σ_j P_t(i, j) b(i, j), (V, H, M), of a bias (1, H, N, N) between all tokens of the grid."""
+    """Return Σ_j P_t(i, j) b(i, j), (V, H, M), of a bias (1 or B, H, N, N) between all tokens of the grid."""
     if bias is None:
         return 0.0
     tokens = torch.arange(bias.shape[-1], device=bias.device).view(1, 1, -1, 1)
     index_WM = _cut(windows, tokens).flatten(1)
-    bias_WHMM = bias[0][:, index_WM[:, :, None], index_WM[:, None, :]].transpose(0, 1)
+    by_window = bias[:, :, index_WM[:, :, None], index_WM[:, None, :]].transpose(1, 2)
     by_image = target_VHMM.unflatten(0, (-1, len(index_WM)))
-    expected: Tensor = (by_image * bias_WHMM).sum(-1)
+    expected: Tensor = (by_image * by_window).sum(-1)
     return expected.flatten(0, 1)
 
 
@@ -238,10 +239,16 @@ def _expected_logit(student: Heads, teacher: Heads, sizes: list[int]) -> Tensor:
 def _expected_table_bias(
     student: Heads, teacher: Heads, sizes: list[int], weights: Tensor | None
 ) -> Tensor | float:
-    """Return the mean over batch, heads and rows of Σ_j P_t(i, j) b(i, j); the mean map is as large as a bias."""
+    """Return the mean over batch, heads and rows of Σ_j P_t(i, j) b(i, j); the map formed is as large as the bias."""
     if student.bias is None:
         return 0.0
-    with torch.no_grad():
-        map_HMN = average_heads(mean_map(*teacher.qk(), teacher.bias, teacher.scale)[None], sizes)[0]
-    rows = (map_HMN * student.bias[0].to(map_HMN.dtype)).sum(-1).mean(0)
+    one_bias = len(student.bias) == 1
+    with torch.no_grad():  # a bias of each image needs the map of each
+        maps = (
+            mean_map(*teacher.qk(), teacher.bias, teacher.scale)[None]
+            if one_bias
+            else softmax_rows(teacher, slice(None))
+        )
+        maps = average_heads(maps, sizes)
+    rows = (maps * student.bias.to(maps.dtype)).sum(-1).mean((0, 1))
     return rows.mean() if weights is None else (rows * weights).sum()

@@ -18,7 +18,7 @@ from ...models.conversion import ConvertedAttention
 from ...models.copying.copying_operators import Copy, softmax
 from ...models.copying.tape import Link, Tape
 from ...models.errors import TransferError
-from ...models.host import AttentionHost
+from ...models.host import BIAS, AttentionHost
 from ...models.hosting import release_attention
 from .drop_path import release_drop_paths
 from .map_loss import window_attention
@@ -221,8 +221,9 @@ def _freeze_host(host: AttentionHost, needs: Collection[str]) -> list[nn.Paramet
     if "q" not in needs:
         frozen += _freeze_parameters([host._parameters.get("logit_scale")])
     if "q" not in needs and "k" not in needs:
-        frozen += _freeze_parameters([host._parameters.get("relative_position_bias_table")])
-        frozen += _freeze(host._modules.get("cpb_mlp"))
+        frozen += _freeze_parameters([host._parameters.get(name) for name in BIAS])
+        for name in BIAS:
+            frozen += _freeze(host._modules.get(name))
     return frozen
 
 

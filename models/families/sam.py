@@ -1,0 +1,114 @@
+"""SAM's image encoder: windows in most blocks, and relative positions along rows and columns (arXiv:2304.02643)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+from timm.layers import resample_abs_pos_embed_nhwc
+from timm.models.vision_transformer_sam import Attention, Block, VisionTransformerSAM, get_rel_pos
+from torch import Tensor, nn
+
+from ..attention.base import Geometry, Heads
+from ..errors import UnsupportedModelError
+from ..host import WindowHost
+from ..map_structure import Size, Windows
+from .plain import OneStage
+from .site import OF_PLAIN, Blocks, Hosts
+
+
+class SamHost(WindowHost):
+    """SAM: natively, softmax within windows or of all tokens, with a bias that depends on the query.
+
+    b(i, j) = q_i · (r_h(row of i, row of j) + r_w(column of i, column of j)); tables r of another length are
+    interpolated, as timm does (decomposed relative positions, arXiv:2112.01526).
+    """
+
+    def __init__(self, original: nn.Module, *more: Any) -> None:
+        super().__init__(original, *more)
+        if getattr(original, "rope", None) is not None:
+            raise UnsupportedModelError(
+                f"{type(original).__name__} of SAM with rotary positions is not supported: build it with use_rope=False"
+            )
+
+    def windows(self, grid: Size) -> Windows:
+        [block] = self._block
+        side = vars(block)["window_size"]  # of a block that gets the whole grid, too
+        return Windows(grid, (side, side) if side else grid)
+
+    def normed(self, part: str, x_BHND: Tensor | None) -> Tensor | None:
+        return None if x_BHND is None else self._child(f"{part}_norm", x_BHND)
+
+    def attended(self, heads: Heads) -> Heads:
+        cut = super().attended(heads)
+        assert cut.windows is not None
+        return cut.each(lambda x: x, self.grid_bias(cut.windows.window, cut.q))
+
+    def grid_bias(self, grid: Size, q_BHND: Tensor | None) -> Tensor | None:
+        """Return the bias (B, H, N, N) of queries of a whole grid or of windows."""
+        if q_BHND is None or not self.has_bias:
+            return None
+        tables: Any = self.rel_pos_h, self.rel_pos_w
+        rows, columns = (get_rel_pos(side, side, table) for side, table in zip(grid, tables, strict=True))
+        q = q_BHND.unflatten(2, grid)
+        by_row = torch.einsum("bhrcd,rkd->bhrck", q, rows).unsqueeze(-1)
+        by_column = torch.einsum("bhrcd,ckd->bhrck", q, columns).unsqueeze(-2)
+        return (by_row + by_column).flatten(4, 5).flatten(2, 3)
+
+
+class WholeGridBlock(Block):
+    """timm's block of SAM whose attention gets the whole grid (B, height, width, C) instead of windows."""
+
+    @property
+    def window_size(self) -> int:  # type: ignore[override]
+        """No windows; the object's own `window_size` are those that timm gave it."""
+        return 0
+
+
+class Sam(OneStage):
+    """timm's `samvit_*`. They take images of any size, and interpolate their positions to it."""
+
+    name = "vision_transformer_sam (SAM)"
+    models = (VisionTransformerSAM,)
+    blocks = (Block,)
+    hosts: ClassVar[Hosts] = {Attention: SamHost}
+    whole: ClassVar[Blocks] = {Block: WholeGridBlock}
+    cannot: ClassVar[Mapping[str, str]] = dict.fromkeys(OF_PLAIN, "has windows")
+    gives_up = ("bias",)
+    resized_when_loaded = True
+    exported_hosted = True
+
+    def resize(self, model: nn.Module, size: tuple[int, int]) -> None:
+        """Resample positions as timm's forward pass does: what the model computes on images of this size stays."""
+        whole: Any = model
+        whole.patch_embed.set_input_size(img_size=size)
+        grid = tuple(whole.patch_embed.grid_size)
+        if whole.pos_embed is not None:
+            whole.pos_embed = _like(resample_abs_pos_embed_nhwc(whole.pos_embed, grid), whole.pos_embed)
+        for block in whole.blocks:
+            tables = block.attn._parameters if "attn" in block._modules else {}
+            for side, name in zip(grid, ("rel_pos_h", "rel_pos_w"), strict=True):
+                old = tables.get(name)
+                if old is not None and not vars(block)["window_size"]:
+                    pairs = get_rel_pos(side, side, old)
+                    tables[name] = _like(torch.cat([pairs[0].flip(0), pairs[1:, 0]]), old)
+
+    def with_blocks(self, model: nn.Module, blocks: Sequence[nn.Module], *, cut: bool) -> nn.Module:
+        twin = super().with_blocks(model, blocks, cut=cut)
+        if cut:
+            twin._modules["neck"] = nn.Identity()
+        return twin
+
+    def last_tokens(self, model: nn.Module) -> nn.Module:
+        return model.get_submodule("neck")
+
+    def patches(self, tokens: Tensor, geometry: Geometry) -> Tensor:
+        return tokens.permute(0, 2, 3, 1)
+
+
+def _like(values: Tensor, old: nn.Parameter) -> nn.Parameter:
+    return nn.Parameter(values.detach().clone(), requires_grad=old.requires_grad)
+
+
+FAMILIES = (Sam(),)

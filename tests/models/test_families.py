@@ -1,0 +1,240 @@
+"""Every other family of timm: hosted as timm, converted as the equation, saved, resized, looked at and taught."""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import graftvit.checkpoints.pretrained as loading
+import pytest
+import torch
+from graftvit.checkpoints.export import export_model
+from graftvit.models.conversion import convert, converted_layers, plan_of, resize
+from graftvit.models.copying.teacher_view import Normalization
+from graftvit.models.errors import UnsupportedModelError
+from graftvit.models.families import check_supported, family_of, image_size, sites
+from graftvit.models.host import AttentionHost
+from graftvit.models.hosting import host_attention, release_attention
+from graftvit.transfer.align import Alignment
+from graftvit.transfer.analysis.compare.comparison_cells import layer_errors
+from graftvit.transfer.analysis.layer_maps import attention_maps, key_count, layer_maps
+from graftvit.transfer.methods.dual import DualViT
+from support.models import dense
+from support.models.dense import Layer, cross_entropy, dense_attention, gradient, images
+from support.models.tiny_families import OTHER, SIZE, TINY, WHOLE, arguments, tiny, whole
+from support.models.tiny_students import save_folder
+from torch import Tensor, nn
+
+kinds = pytest.mark.parametrize("kind", TINY)
+ALIKE = dict.fromkeys(
+    ("teacher_normalization", "student_normalization"), Normalization((0.5,) * 3, (0.5,) * 3)
+)
+whole_kinds = pytest.mark.parametrize("kind", WHOLE)
+
+
+def ready(model: nn.Module, plan: str, kind: str, **more: Any) -> Any:
+    """Convert a model; a bias that can be given up is."""
+    without = ["bias"] if TINY[kind].gives_up else []
+    return convert(model, plan, without=without, **more).eval()
+
+
+def linear(layer: Layer) -> Tensor:
+    """Linear attention of elu + 1 with centered keys, dense."""
+    q, k = (torch.nn.functional.elu(x) + 1 for x in (layer.q, layer.k - layer.k.mean(-2, keepdim=True)))
+    weights = q @ k.transpose(-2, -1)
+    return weights / weights.sum(-1, keepdim=True) @ layer.v
+
+
+def run(model: nn.Module, x: Tensor, operator: Any = None) -> tuple[Tensor, list[Layer]]:
+    """timm's own forward pass with another operator in every attention layer, and its layers."""
+    for module in model.modules():
+        if hasattr(module, "fused_attn"):
+            module.fused_attn = True  # type: ignore[assignment]
+    layers: list[Layer] = []
+    with dense_attention(layers, None if operator is None else lambda _, layer: operator(layer)):
+        return model(x), layers
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@kinds
+def test_a_hosted_model_is_timms(kind: str, dtype: torch.dtype) -> None:
+    model, x = tiny(kind, dtype=dtype), images(dtype=dtype)
+    twin, types = copy.deepcopy(model), [type(module) for module in model.modules()]
+    hosts = host_attention(twin)
+    assert all(isinstance(host, AttentionHost) for host in hosts.values())
+    assert twin.state_dict().keys() == model.state_dict().keys()
+    close = {"rtol": 1e-10, "atol": 1e-10} if dtype == torch.float64 else {"rtol": 1e-4, "atol": 1e-5}
+    torch.testing.assert_close(twin(x), model(x), **close)
+    torch.testing.assert_close(copy.deepcopy(twin)(x), model(x), **close)
+    for each in (twin, model):
+        each(x).square().sum().backward()
+    if dtype == torch.float64:
+        torch.testing.assert_close(gradient(twin), gradient(model), rtol=1e-8, atol=1e-10)
+    release_attention(twin)
+    assert [type(module) for module in twin.modules()] == types
+    assert torch.equal(twin(x), model(x))
+
+
+@kinds
+def test_training_with_dropout_is_timms(kind: str) -> None:
+    model, outputs = tiny(kind, dtype=torch.float64, drop_path_rate=0.5).train(), []
+    twin = copy.deepcopy(model)
+    host_attention(twin)
+    for each in (model, twin):
+        torch.manual_seed(3)
+        outputs.append(each(images()))
+    torch.testing.assert_close(*outputs, rtol=1e-10, atol=1e-10)
+
+
+@kinds
+def test_sites_are_what_runs(kind: str) -> None:
+    model, shapes = tiny(kind), []
+    check_supported(model)
+    found = sites(model)
+    for site in found:
+        site.block(model).register_forward_hook(lambda _, given, out: shapes.append(out.shape))
+    model(images(dtype=torch.float32))
+    tokens = [(shape[1:-1].numel(), shape[-1]) for shape in shapes]
+    assert tokens == [(site.shape.geometry.num_tokens, site.width) for site in found]
+
+
+@whole_kinds
+def test_a_converted_model_is_its_equation(kind: str) -> None:
+    model, x = whole(kind), images()
+    assert torch.allclose(convert(model, "*: softmax")(x), model(x), rtol=1e-10, atol=1e-10)
+    if TINY[kind].biased and not TINY[kind].gives_up:
+        with pytest.raises(UnsupportedModelError, match="relative position bias, which linear"):
+            convert(model, "*: linear")
+        return
+    expected, _ = run(copy.deepcopy(model), x, linear)
+    torch.testing.assert_close(ready(model, "*: linear", kind)(x), expected, rtol=1e-9, atol=1e-10)
+
+
+def plan(kind: str) -> str:
+    return "*: softmax" if TINY[kind].biased and not TINY[kind].gives_up else "*: linear; 0: softmax"
+
+
+@kinds
+def test_a_student_is_saved_loaded_and_resized(kind: str, tmp_path: Path) -> None:
+    student = ready(tiny(kind), plan(kind), kind)
+    student.train()(images(dtype=torch.float32)).square().mean().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in student.eval().parameters())
+    folder = save_folder(student, tmp_path / "student", TINY[kind].name, arguments(kind))
+    loaded, x = loading.load(folder), images(dtype=torch.float32)
+    assert plan_of(loaded) == plan_of(student)
+    assert torch.equal(loaded(x), student(x))
+    if not TINY[kind].resizes:
+        return
+    resize(student, OTHER)
+    assert image_size(student) == OTHER
+    y = images(dtype=torch.float32, size=OTHER)
+    assert torch.equal(loading.load(folder, img_size=OTHER)(y), student(y))
+    again = save_folder(
+        student, tmp_path / "again", TINY[kind].name, arguments(kind), {"input_size": (3, *OTHER)}
+    )
+    assert torch.equal(loading.load(again)(y), student(y))
+
+
+@kinds
+def test_a_resized_model_is_saved_as_it_is(kind: str, tmp_path: Path) -> None:
+    if not TINY[kind].resizes:
+        return
+    model, y = tiny(kind), images(dtype=torch.float32, size=OTHER)
+    folder = save_folder(model, tmp_path / "model", TINY[kind].name, arguments(kind))
+    resize(model, OTHER)
+    shown = {"input_size": (3, *OTHER)}
+    again = save_folder(model, tmp_path / "again", TINY[kind].name, arguments(kind, OTHER), shown)
+    torch.testing.assert_close(loading.load(again)(y), model(y))
+    torch.testing.assert_close(loading.load(folder, img_size=OTHER)(y), model(y))
+
+
+@kinds
+def test_maps_are_of_the_layers(kind: str) -> None:
+    model, x = tiny(kind), images(dtype=torch.float32)
+    maps = layer_maps(model, x, range(len(sites(model))))
+    for site in sites(model):
+        weights = maps[site.index].weights
+        assert key_count(model, site) == weights.shape[-1]
+        assert (weights >= 0).all()
+        assert (weights.sum(-1) <= 1 + 1e-5).all()
+    if TINY[kind].whole is None:
+        return
+    model = whole(kind)
+    _, layers = run(copy.deepcopy(model), images())
+    for index, found in attention_maps(model, images()).items():
+        torch.testing.assert_close(
+            found, layers[index].map.float().reshape(found.shape), rtol=1e-4, atol=1e-6
+        )
+
+
+@kinds
+def test_a_layer_is_aligned(kind: str) -> None:
+    teacher = tiny(kind, dtype=torch.float64)
+    student = ready(tiny(kind, seed=1, dtype=torch.float64), plan(kind), kind)
+    losses = Alignment(teacher, student)(images())
+    assert losses.keys() == converted_layers(student).keys()
+    torch.stack(list(losses.values())).sum().backward()
+    assert all(error > 0 for error in layer_errors(teacher, student, [images()]).values())
+    if TINY[kind].whole is not None:
+        teacher = whole(kind)
+        same = layer_errors(teacher, convert(teacher, "*: softmax"), [images()])
+        assert all(error < 1e-6 for error in same.values())
+
+
+@pytest.mark.parametrize("method", ["attention_output", "block_output", "distill"])
+@kinds
+def test_a_student_is_taught(kind: str, method: str) -> None:
+    teacher, student, x = tiny(kind, dtype=torch.float64), tiny(kind, seed=1, dtype=torch.float64), images()
+    dual = DualViT(teacher, student, method)
+    out = dual(x)
+    torch.testing.assert_close(out.logits, student(x), rtol=1e-9, atol=1e-10)
+    (out.transfer_loss + out.logits.square().mean()).backward()
+    assert out.transfer_loss > 0
+    own = DualViT(teacher, copy.deepcopy(teacher), method)
+    if method != "distill":
+        assert own(x).transfer_loss < 1e-12
+
+
+@pytest.mark.parametrize("teacher", ["same", "plain"])
+@whole_kinds
+def test_distilled_maps_are_those_of_the_layers(kind: str, teacher: str) -> None:
+    student, x = whole(kind, seed=1), images()
+    theirs = whole(kind) if teacher == "same" else plain_teacher(kind)
+    (_, targets), (_, ours) = (run(copy.deepcopy(each), x) for each in (theirs, student))
+    expected = sum(
+        cross_entropy(t.map.reshape(s.logits.shape), s.logits) for t, s in zip(targets, ours, strict=True)
+    )
+    for each in (student, convert(student, "*: softmax")):
+        loss = DualViT(theirs, each, "distill", weight=1.0, **ALIKE)(x).transfer_loss
+        torch.testing.assert_close(loss, expected, rtol=1e-6, atol=1e-8)
+
+
+def plain_teacher(kind: str) -> nn.Module:
+    """A plain vision transformer with as many tokens, layers and heads."""
+    site = sites(whole(kind))[0]
+    sizes = {"embed_dim": 8 * site.num_heads, "num_heads": site.num_heads, "depth": 2}
+    return dense.tiny("vit" if site.shape.geometry.num_prefix else "vit_no_prefix", **sizes)
+
+
+@kinds
+def test_what_a_family_cannot_is_refused_by_name(kind: str) -> None:
+    model = tiny(kind)
+    for to in family_of(model).cannot:
+        if to not in ("none", "without"):
+            with pytest.raises(UnsupportedModelError, match=type(model).__name__):
+                check_supported(model, to=to)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("onnxruntime") is None, reason="onnxruntime not installed")
+@pytest.mark.parametrize("converted", [False, True])
+@kinds
+def test_a_model_is_exported(kind: str, converted: bool, tmp_path: Path) -> None:
+    model = ready(tiny(kind), plan(kind), kind) if converted else tiny(kind)
+    assert export_model(model, tmp_path / "model.onnx").error <= 1e-5
+
+
+def test_images_of_the_table_have_its_size() -> None:
+    assert images().shape[-2:] == SIZE
