@@ -22,7 +22,9 @@ from .families import AttentionShape as AttentionShape
 from .families import TokenLayout as TokenLayout
 from .families import attention_shape as attention_shape
 from .families import check_supported as check_supported
+from .families import register_family as register_family
 from .families import token_layout as token_layout
+from .families.adapter import Adapter as Adapter
 from .host import AttentionHost as AttentionHost
 from .hosting import host_attention as host_attention
 from .hosting import release_attention as release_attention

@@ -16,12 +16,12 @@ from torch import Tensor, nn
 from .attention.base import QKV, AttentionOperator, Projections
 from .calibration import Finished, calibrate_layers
 from .converted import (
-    CONVERTED,
     FUSED,
     ConvertedGrid,
     KeptWeights,
     TokenGrid,
     choices_of,
+    converted_kind,
     dropped_names,
     initialize,
     kept_rows,
@@ -257,7 +257,7 @@ def convert_layer(
     Unless its family keeps all, dropped are reductions, windows and shift, the rows of projections that the operator
     does not need, and a relative position bias that it does not take.
     """
-    attention, kind = native.original, CONVERTED[type(native)]
+    attention, kind = native.original, converted_kind(type(native))
     if not issubclass(kind, ConvertedGrid):
         return kind(attention, operator, choice, tokens)
     keep_bias = has_bias(attention) and operator.traits.bias

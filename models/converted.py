@@ -150,24 +150,24 @@ class ConvertedGrid(GridHost, ConvertedAttention):
     native_pairs = ConvertedAttention.native_pairs
 
 
-def _kinds() -> dict[type[nn.Module], type[ConvertedAttention]]:
-    """Return the class of converted layers for each kind of host, which is such a host, too.
+def converted_kind(host: type[AttentionHost]) -> type[ConvertedAttention]:
+    """Return the class of converted layers for a kind of host, which is such a host, too.
 
-    Each is an attribute of this file, so that a pickled model finds it.
+    It is an attribute of this file, so that a pickled model finds it.
     """
-    found: dict[type[nn.Module], type[ConvertedAttention]] = {}
-    for host in dict.fromkeys(host for family in FAMILIES for host in family.hosts.values()):
-        base = ConvertedGrid if issubclass(host, GridHost) else ConvertedAttention
-        if issubclass(base, host):
-            found[host] = base
-            continue
-        name = f"Converted{host.__name__.removesuffix('Host')}"
-        found[host] = type(name, (base, host), {"__doc__": host.__doc__, "__module__": __name__})
-        globals()[name] = found[host]
-    return found
+    base = ConvertedGrid if issubclass(host, GridHost) else ConvertedAttention
+    if issubclass(base, host):
+        return base
+    name = f"Converted{host.__name__.removesuffix('Host')}"
+    known = globals().get(name)
+    if known is None or not issubclass(known, host):
+        known = globals()[name] = type(name, (base, host), {"__doc__": host.__doc__, "__module__": __name__})
+    return known
 
 
-CONVERTED = _kinds()
+for _family in FAMILIES:
+    for _host in _family.hosts.values():
+        converted_kind(_host)
 
 
 def as_mark(choice: Choice, device: torch.device | None = None) -> Tensor:

@@ -162,7 +162,7 @@ def attention_operations(model: nn.Module, accounting: Accounting = "true") -> l
         if site.index in converted:
             found.append(converted[site.index].operator.operations(site.shape.geometry, accounting))
             continue
-        queries, keys = native_host(site.block(model)).native_pairs(site.shape.geometry)
+        queries, keys = native_host(model, site.block(model)).native_pairs(site.shape.geometry)
         found.append(softmax_operations(queries * keys, site.num_heads, site.head_dim, accounting))
     return found
 
@@ -236,7 +236,7 @@ def _uncalled(model: nn.Module, called: set[nn.Module], accounting: Accounting) 
             rows = rows // 3 * len([part for part in QKV if part in attention.operator.needs])
         tokens = site.shape.geometry.num_tokens
         if not isinstance(attention, AttentionHost):  # timm pads the grid before it projects
-            tokens, _ = native_host(site.block(model)).native_pairs(site.shape.geometry)
+            tokens, _ = native_host(model, site.block(model)).native_pairs(site.shape.geometry)
         has_bias = fused.bias is not None or getattr(attention, "q_bias", None) is not None
         if has_bias and accounting == "true":
             biases = tokens * rows

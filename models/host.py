@@ -71,6 +71,8 @@ class AttentionHost(nn.Module):
     """Whether the block passes the grid together with the tokens."""
     after_heads: tuple[str, ...] = ("norm", "gate", "proj", "proj_drop")
     """The children through which the output of the heads goes."""
+    counted_as = "num_heads"
+    """The attribute of the layer with the number of its heads."""
     has_cosine_logits = False
     """Whether queries and keys have unit length before the learned scale, as in Swin V2."""
     _block: tuple[nn.Module, ...] = ()
@@ -86,7 +88,7 @@ class AttentionHost(nn.Module):
         self._original = (original,)  # in a tuple, so that it is not registered a second time
         self.operator: Operator = operator or Softmax()
         layer: Any = original
-        self.num_heads: int = layer.num_heads
+        self.num_heads = int(getattr(layer, self.counted_as))
         self.scale: float = getattr(layer, "scale", 1.0)  # Swin V2 scales its queries itself
         self.num_prefix_tokens: int = getattr(layer, "num_prefix_tokens", 0)
         self.rotate_half: bool = getattr(layer, "rotate_half", False)

@@ -41,7 +41,7 @@ def host_attention(model: nn.Module) -> dict[int, AttentionHost]:
 def host_layer(model: nn.Module, site: Site) -> AttentionHost:
     """Replace the attention layer of one site by a native host; a layer that has a host keeps it."""
     block = site.block(model)
-    host = native_host(block)
+    host = native_host(model, block)
     if host is not site.layer(model):
         put_attention(model, site, host)
     return host
@@ -65,7 +65,7 @@ def watch_layer(model: nn.Module, site: Site, see: Callable[[AttentionHost, Call
     layer = host_layer(model, site) if whole_grid(block) is not block else site.layer(model)
 
     def hook(module: nn.Module, inputs: tuple[Any, ...], keywords: JsonDict) -> None:
-        see(native_host(site.block(model)), Call(inputs, keywords))
+        see(native_host(model, site.block(model)), Call(inputs, keywords))
 
     handle: RemovableHandle = layer.register_forward_pre_hook(hook, with_kwargs=True)
     return handle
@@ -76,12 +76,12 @@ def map_structure(model: nn.Module, site: Site) -> MapStructure:
 
     Raises UnsupportedModelError: the model has no image size.
     """
-    return native_host(site.block(model)).structure(site.shape.geometry.grid)
+    return native_host(model, site.block(model)).structure(site.shape.geometry.grid)
 
 
 def has_cosine_logits(model: nn.Module, site: Site) -> bool:
     """Return whether a layer takes its softmax over cosines of queries and keys."""
-    return native_host(site.block(model)).has_cosine_logits
+    return native_host(model, site.block(model)).has_cosine_logits
 
 
 def put_attention(model: nn.Module, site: Site, attention: nn.Module) -> None:

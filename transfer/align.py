@@ -320,7 +320,7 @@ class Alignment(nn.Module):
         check_alike(teacher, student, layers)
         for index, layer in layers.items():
             site = sites(teacher)[index]
-            whole = native_host(site.block(teacher)).has_whole_map(site.shape.geometry)
+            whole = native_host(teacher, site.block(teacher)).has_whole_map(site.shape.geometry)
             check_layer_loss(loss, index, str(layer.choice), layer.operator, whole_maps=whole)
         self._learning = [layer for layer in layers.values() if can_learn(loss, layer.operator)]
         if not self._learning:

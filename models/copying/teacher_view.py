@@ -18,7 +18,6 @@ from ..attention.base import Operator
 from ..errors import TransferError
 from ..families import (
     Block,
-    attention_input,
     attention_of,
     attention_place,
     blocks_of,
@@ -309,12 +308,12 @@ def view_teacher(teacher: nn.Module, wanted: Wanted, tape: Tape) -> nn.Module:
     if wanted.whole and not wanted.layers:
         return WholeModel(shallow(teacher), wanted.whole, tape)
     own = blocks_of(teacher)
-    blocks = [_view_block(block, index, wanted, tape) for index, block in enumerate(own)]
+    blocks = [_view_block(teacher, block, index, wanted, tape) for index, block in enumerate(own)]
     if wanted.whole:
         twin = family_of(teacher).with_blocks(teacher, blocks, cut=False)
         return WholeModel(twin, wanted.whole, tape)
     last = max(wanted.layers)
-    norm = attention_input(own[last])
+    norm = family_of(teacher).attention_input(own[last])
     if last not in wanted.blocks and norm is not None:
         host = attention_of(blocks[last])
         if not host.operator.keep_output:
@@ -330,19 +329,19 @@ def view_attention(
     return view_teacher(teacher, Wanted.attention(layers, parts), tape)
 
 
-def _view_block(block: Block, index: int, wanted: Wanted, tape: Tape) -> nn.Module:
+def _view_block(teacher: nn.Module, block: Block, index: int, wanted: Wanted, tape: Tape) -> nn.Module:
     twin: nn.Module = shallow(block)
     if index in wanted.parts or index in wanted.outputs:
         recorder = KeepHeads(index, tape, keep_output=index in wanted.outputs)
-        host = recording_host(block, recorder)
+        host = recording_host(teacher, block, recorder)
         twin = shallow(whole_grid(block))
         twin._modules[attention_place(twin)] = host
     return RecordedBlock(twin, index, tape) if index in wanted.blocks else twin
 
 
-def recording_host(block: Block, operator: Operator) -> AttentionHost:
+def recording_host(teacher: nn.Module, block: Block, operator: Operator) -> AttentionHost:
     """Return a host of a block's attention with an operator that sees what timm's softmax sees."""
-    host = native_host(block)
+    host = native_host(teacher, block)
     if host is attention_of(block):  # the student's own, or a layer that was converted
         return AttentionHost(host, operator)
     host.operator = operator

@@ -27,7 +27,6 @@ from .site import submodule as submodule
 from .site import vit as vit
 from .walk import FAMILIES as FAMILIES
 from .walk import as_kind as as_kind
-from .walk import attention_input as attention_input
 from .walk import blocks_of as blocks_of
 from .walk import check_patches as check_patches
 from .walk import check_supported as check_supported
@@ -44,5 +43,6 @@ from .walk import native_host as native_host
 from .walk import patch_size as patch_size
 from .walk import paths_of as paths_of
 from .walk import plan_depth as plan_depth
+from .walk import register_family as register_family
 from .walk import sites as sites
 from .walk import whole_grid as whole_grid

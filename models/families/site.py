@@ -56,7 +56,7 @@ def vit(model: nn.Module) -> ViT:
     return cast(ViT, model)
 
 
-PLACES = ("attn", "attention", "self_attn")
+PLACES = ["attn", "attention", "self_attn"]
 """The names of an attention layer in its block: that of timm, and those of other libraries."""
 
 
@@ -282,6 +282,13 @@ class Family(ABC):
     def has_bias(self, model: nn.Module, site: Site) -> bool:
         """Return whether a relative position bias is added to the logits of a site."""
         return has_bias(site.layer(model))
+
+    def attention_input(self, block: nn.Module) -> nn.Module | None:
+        """Return the module whose output a block's attention gets: `norm1`, unless that comes after the attention.
+
+        None where the block gives its attention more than that, and so has to run as a whole.
+        """
+        return nn.Identity() if isinstance(block, self.post_norm) else block.get_submodule("norm1")
 
     def prefix(self, model: nn.Module, site: Site) -> tuple[str, ...]:
         """Return the kinds of prefix tokens in the stage of a site; in a pyramid a class token is the only one."""

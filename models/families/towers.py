@@ -347,8 +347,8 @@ class Towers(Family):
         "none": "has no other layers in which tokens meet: name an operator, such as uniform",
         "without": "has no part to give up: leave it out",
         **dict.fromkeys(
-            ("copy", "mirror", "distance", "pretrain"),
-            "is a model of transformers, which can be converted and taught but is not supported here",
+            ("copying", "mirroring", "measuring", "masking"),
+            "is a model of transformers",
         ),
     }
 
@@ -378,6 +378,9 @@ class Towers(Family):
         layer = attention_of(block)
         head_dim = int(layer.head_dim)
         return int(layer.q_proj.in_features), int(layer.q_proj.out_features) // head_dim, head_dim
+
+    def attention_input(self, block: nn.Module) -> None:
+        return None
 
     def prefix(self, model: nn.Module, site: Site) -> tuple[str, ...]:
         return tower_of(model).prefix_kinds(tower_config(model))

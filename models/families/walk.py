@@ -13,7 +13,7 @@ from timm.models import is_model, model_entrypoint, split_model_name_tag
 from torch import nn
 
 from ..attention.base import Geometry
-from ..errors import UnsupportedModelError
+from ..errors import ConfigError, UnsupportedModelError
 from ..host import AttentionHost
 from ..plan_syntax import KEEP
 from .plain import (
@@ -24,7 +24,7 @@ from .plain import (
     refuse_copied,
 )
 from .site import Block, Family, NoAttention, Site, attention_of, size_of, submodule
-from .towers import TowerLayer, refuse_other
+from .towers import refuse_other
 
 
 def _find_families() -> Iterator[Family]:
@@ -34,10 +34,21 @@ def _find_families() -> Iterator[Family]:
         yield from getattr(import_module(f"{__package__}.{name}"), "FAMILIES", ())
 
 
-FAMILIES = tuple(_find_families())
+FAMILIES = list(_find_families())
 STAGED = ", ".join(family.name for family in FAMILIES if family.kept != KEEP)
 WHOLE = {block: whole for family in FAMILIES for block, whole in family.whole.items()}
-POST_NORM = tuple(block for family in FAMILIES for block in family.post_norm)
+
+
+def register_family(family: Family) -> None:
+    """Add a family of another package: its models are then converted, looked at and taught like others.
+
+    Raises ConfigError: a registered family has these models already.
+    """
+    known = {model: each.name for each in FAMILIES for model in each.models}
+    taken = next((model for model in family.models if model in known), None)
+    if taken is not None:
+        raise ConfigError(f"{taken.__name__} is a model of the family {known[taken]} already")
+    FAMILIES.append(family)
 
 
 def find_family(model: nn.Module) -> Family | None:
@@ -80,16 +91,13 @@ def paths_of(model: nn.Module) -> list[str]:
     return [] if family is None else [path for stage in family.paths(model) for path in stage]
 
 
-def native_host(block: nn.Module) -> AttentionHost:
-    """Return the host of a block's attention, or a native host for it, which is not put there.
+def native_host(model: nn.Module, block: nn.Module) -> AttentionHost:
+    """Return the host of the attention of a block of `model`, or a native host for it, which is not put there.
 
-    Raises UnsupportedModelError: no family has a host for such a layer.
+    Raises UnsupportedModelError: the family has no host for such a layer.
     """
     attention = attention_of(block)
-    if isinstance(attention, AttentionHost):
-        return attention
-    family = next((each for each in FAMILIES if isinstance(attention, tuple(each.hosts))), FAMILIES[0])
-    return family.host(block)
+    return attention if isinstance(attention, AttentionHost) else family_of(model).host(block)
 
 
 def whole_grid(block: nn.Module) -> nn.Module:
@@ -107,16 +115,6 @@ def as_kind(block: nn.Module, kind: type[nn.Module]) -> nn.Module:
     twin.__dict__.update(block.__dict__)
     twin.__dict__["_modules"] = dict(block._modules)
     return twin
-
-
-def attention_input(block: nn.Module) -> nn.Module | None:
-    """Return the module whose output a block's attention gets: `norm1`, unless that comes after the attention.
-
-    None for a layer of transformers, which also gives its attention what it computes itself.
-    """
-    if isinstance(block, TowerLayer):
-        return None
-    return nn.Identity() if isinstance(block, POST_NORM) else block.get_submodule("norm1")
 
 
 def layout_of(model: nn.Module, site: Site) -> TokenLayout:

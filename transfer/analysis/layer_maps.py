@@ -184,7 +184,7 @@ def key_count(model: nn.Module, site: Site) -> int:
     """Return the number of keys of each query of a layer; 0 for a block without attention."""
     if not site.num_heads:
         return 0
-    return native_host(site.block(model)).native_pairs(site.shape.geometry)[1]
+    return native_host(model, site.block(model)).native_pairs(site.shape.geometry)[1]
 
 
 def softmax_map(heads: Heads) -> Tensor:

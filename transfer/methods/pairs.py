@@ -182,4 +182,4 @@ def _check_student(method: TransferMethod, student: nn.Module) -> None:
 
 
 def _drops_probabilities(student: nn.Module, site: Site) -> bool:
-    return site.num_heads > 0 and native_host(site.block(student)).drop_rate > 0
+    return site.num_heads > 0 and native_host(student, site.block(student)).drop_rate > 0

@@ -1,0 +1,155 @@
+"""Adapters: models of any library or of one's own, whose attention layers are read by a few functions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from ..attention.base import QKV, Geometry, Heads
+from ..errors import UnsupportedModelError
+from ..host import AttentionHost
+from ..plan_syntax import KEEP
+from .site import PLACES, Family, Site, attention_of, listed, shallow, submodule
+
+
+class AdaptedHost(AttentionHost):
+    """An attention layer that an adapter reads; its block calls it with the tokens first."""
+
+    adapter: Adapter
+
+    @property
+    def drop_rate(self) -> float:
+        return float(getattr(self.original, "dropout", 0.0))
+
+    def forward(self, x: Tensor, *others: Any, **options: Any) -> Any:
+        """Attend over tokens (B, N, C), and return what the layer returns to its block."""
+        return self.merge(self.attend(self.heads_of(x)), x)
+
+    def heads_of(self, *inputs: Any, **keywords: Any) -> Heads:
+        x: Tensor = inputs[0] if inputs else next(iter(keywords.values()))
+        found = dict(zip(QKV, self.adapter.qkv(self.original, x), strict=True))
+        heads = {
+            part: found[part].unflatten(2, (self.num_heads, -1)).transpose(1, 2)
+            for part in self.operator.needs
+        }
+        return Heads(
+            q=heads.get("q"),
+            k=heads.get("k"),
+            v=heads.get("v"),
+            bias=None if self.adapter.bias is None else self.adapter.bias(self.original),
+            scale=(found["q"].shape[-1] // self.num_heads) ** -0.5,
+            dropout=self.drop_rate if self.training else 0.0,
+            geometry=self.geometry,
+        )
+
+    def merge(self, out_BHND: Tensor, x: Tensor) -> Any:
+        """Join the heads and return what the layer returns."""
+        return self.adapter.out(self.original, out_BHND.transpose(1, 2).flatten(2))
+
+
+class Adapter(Family):
+    """A family of models whose layers are softmax attention over all tokens: softmax(s Q Kᵀ + b) V, s = D^-1/2.
+
+    Args:
+        model: Class of the models.
+        layers: Path of the blocks, with `*` at the end, such as "encoder.layers.*".
+        attention: Name of the attention layer in a block, which calls it with the tokens (B, N, C) first.
+        qkv: From such a layer and its tokens to q, k and v, (B, N, H·D) each.
+        out: From such a layer and the joined heads (B, N, H·D) to what the layer returns.
+        grid: From a model and the height and width of its images to rows and columns of patches.
+        image_size: From a model to the height and width of its images.
+        embedding: Path of the module that sees the images first.
+        prefix: Kinds of the tokens before the patches, such as ("cls",).
+        num_heads: Attribute of the layer with the number of heads.
+        bias: From a layer to what is added to its logits, (1, H, N, N).
+
+    A model that was converted is saved and loaded by its state dict: build it, convert it by the same plan, load.
+    """
+
+    blocks = (nn.Module,)
+    kept = KEEP
+    keeps_all = True
+    cannot: ClassVar = {
+        "none": "has no other layers in which tokens meet: name an operator, such as uniform",
+        "without": "has no part to give up: leave it out",
+        **dict.fromkeys(("copying", "mirroring", "measuring", "masking"), "is read by an adapter"),
+    }
+
+    def __init__(
+        self,
+        model: type[nn.Module],
+        *,
+        layers: str,
+        attention: str,
+        qkv: Callable[[Any, Tensor], Sequence[Tensor]],
+        out: Callable[[Any, Tensor], Any],
+        grid: Callable[[Any, tuple[int, int]], tuple[int, int]],
+        image_size: Callable[[Any], tuple[int, int]],
+        embedding: str,
+        prefix: tuple[str, ...] = ("cls",),
+        num_heads: str = "num_heads",
+        bias: Callable[[Any], Tensor] | None = None,
+    ) -> None:
+        self.name, self.models = model.__name__, (model,)
+        self.layers, self.first = layers.removesuffix(".*"), embedding
+        self.qkv, self.out, self.bias = qkv, out, bias
+        self.grid, self.size = grid, image_size
+        self.kinds, self.counted_as = prefix, num_heads
+        own = {"adapter": self, "counted_as": num_heads, "__doc__": AdaptedHost.__doc__}
+        host = type(f"{self.name}Host", (AdaptedHost,), own)
+        self.hosts = {nn.Module: host}  # type: ignore[misc]
+        if attention not in PLACES:
+            PLACES.append(attention)
+
+    def paths(self, model: nn.Module) -> list[list[str]]:
+        return [[f"{self.layers}.{name}" for name, _ in submodule(model, self.layers).named_children()]]
+
+    def image_size(self, model: nn.Module) -> tuple[int, int]:
+        height, width = self.size(model)
+        return int(height), int(width)
+
+    known_size = fixed_size = image_size
+
+    def is_strict(self, model: nn.Module) -> bool:
+        return True
+
+    def geometries(self, model: nn.Module, size: tuple[int, int]) -> list[Geometry]:
+        rows, columns = self.grid(model, size)
+        return [Geometry(len(self.kinds), (int(rows), int(columns)))]
+
+    def resize(self, model: nn.Module, size: tuple[int, int]) -> None:
+        raise UnsupportedModelError(
+            f"{self.name} is read by an adapter, which cannot resize it: build it at its size"
+        )
+
+    def prefix(self, model: nn.Module, site: Site) -> tuple[str, ...]:
+        return self.kinds
+
+    def has_bias(self, model: nn.Module, site: Site) -> bool:
+        return self.bias is not None
+
+    def sizes(self, block: nn.Module) -> tuple[int, int, int]:
+        layer = attention_of(block)
+        weight = next(each for each in layer.parameters() if each.ndim == 2)
+        q, _, _ = self.qkv(getattr(layer, "original", layer), weight.new_zeros(1, 1, weight.shape[1]))
+        heads = int(getattr(getattr(layer, "original", layer), self.counted_as))
+        return int(weight.shape[1]), heads, int(q.shape[-1]) // heads
+
+    def attention_input(self, block: nn.Module) -> None:
+        return None
+
+    def with_blocks(self, model: nn.Module, blocks: Sequence[nn.Module], *, cut: bool) -> nn.Module:
+        *parents, last = self.layers.split(".")
+        twin = part = shallow(model)
+        for name in parents:
+            part._modules[name] = part = shallow(submodule(part, name))
+        part._modules[last] = listed(submodule(part, last), blocks)
+        return twin
+
+    def embedding(self, model: nn.Module) -> nn.Module:
+        return submodule(model, self.first)
+
+    def features(self, model: nn.Module, images: Tensor) -> Any:
+        return model(images)
