@@ -329,7 +329,7 @@ def test_a_teacher_of_another_grid_is_refused_before_alignment(teacher: str, tmp
         f"output_dir={tmp_path / 'run'}",
     ]  # fmt: skip
     for attempt in (describe_plan, build):
-        with pytest.raises(TransferError, match=r"cls \+ 8x8 patches"):
+        with pytest.raises(TransferError, match=r"cls \+ 8x8"):
             attempt(load_config(None, overrides))
 
 
