@@ -45,6 +45,7 @@ BIAS = (
     "relative_position_index",
     "cpb_mlp",
     "relative_coords_table",
+    "rel_pos",
     "rel_pos_h",
     "rel_pos_w",
 )

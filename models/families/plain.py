@@ -276,31 +276,57 @@ def is_post_norm(block: nn.Module) -> bool:
 class OneStage(Family):
     """A model with one list of blocks, `blocks`, on one grid of patches."""
 
+    def trunk(self, model: nn.Module) -> str:
+        """Return the name of the part that has the blocks, with a point; empty where it is the model itself."""
+        return ""
+
+    def embedding(self, model: nn.Module) -> nn.Module:
+        return submodule(model, f"{self.trunk(model)}patch_embed")
+
     def paths(self, model: nn.Module) -> list[list[str]]:
-        return [[f"blocks.{index}" for index in range(len(attention_blocks(model)))]]
+        blocks = submodule(model, f"{self.trunk(model)}blocks")
+        return [[f"{self.trunk(model)}blocks.{name}" for name in blocks._modules]]
 
     def prefix(self, model: nn.Module, site: Site) -> tuple[str, ...]:
         return prefix_kinds(model)
 
     def fixed_size(self, model: nn.Module) -> tuple[int, int] | None:
-        return self.image_size(model) if getattr(vit(model).patch_embed, "strict_img_size", True) else None
+        return self.image_size(model) if getattr(self.embedding(model), "strict_img_size", True) else None
+
+    def patch_size(self, model: nn.Module) -> tuple[int, int]:
+        height, width = cast(Any, self.embedding(model)).patch_size
+        return int(height), int(width)
+
+    def channels(self, model: nn.Module) -> int:
+        return int(cast(Any, self.embedding(model)).proj.in_channels)
 
     def image_step(self, model: nn.Module) -> tuple[int, int]:
         return self.patch_size(model)
 
     def image_size(self, model: nn.Module) -> tuple[int, int] | None:
-        return size_of(vit(model).patch_embed)
+        return size_of(self.embedding(model))
+
+    def known_size(self, model: nn.Module) -> tuple[int, int] | None:
+        return self.image_size(model)
 
     def geometries(self, model: nn.Module, size: tuple[int, int]) -> list[Geometry]:
-        return [Geometry(len(prefix_kinds(model)), patch_grid(vit(model).patch_embed, size))]
+        return [Geometry(len(prefix_kinds(model)), patch_grid(self.embedding(model), size))]
 
     def resize(self, model: nn.Module, size: tuple[int, int]) -> None:
         vit(model).set_input_size(img_size=size)
 
     def with_blocks(self, model: nn.Module, blocks: Sequence[nn.Module], *, cut: bool) -> nn.Module:
-        twin = shallow(model)
-        twin._modules["blocks"] = listed(submodule(model, "blocks"), blocks)
-        return twin
+        trunk = self.trunk(model)
+        twin = shallow(submodule(model, trunk))
+        twin._modules["blocks"] = listed(submodule(twin, "blocks"), blocks)
+        if not trunk:
+            return twin
+        whole = shallow(model)
+        whole._modules[trunk.removesuffix(".")] = twin
+        return whole
+
+    def recomputed(self, model: nn.Module) -> list[nn.Module]:
+        return [submodule(model, self.trunk(model))]
 
 
 class Plain(OneStage):

@@ -113,7 +113,7 @@ def test_a_converted_model_is_its_equation(kind: str) -> None:
 
 
 def plan(kind: str) -> str:
-    return "*: softmax" if TINY[kind].biased and not TINY[kind].gives_up else "*: linear; 0: softmax"
+    return "*: keep" if TINY[kind].biased and not TINY[kind].gives_up else "*: softmax; 1: linear"
 
 
 @kinds
@@ -131,6 +131,8 @@ def test_a_student_is_saved_loaded_and_resized(kind: str, tmp_path: Path) -> Non
     assert image_size(student) == OTHER
     y = images(dtype=torch.float32, size=OTHER)
     assert torch.equal(loading.load(folder, img_size=OTHER)(y), student(y))
+    if plan(kind) == "*: keep":  # as in the next test
+        return
     again = save_folder(
         student, tmp_path / "again", TINY[kind].name, arguments(kind), {"input_size": (3, *OTHER)}
     )
@@ -171,6 +173,8 @@ def test_maps_are_of_the_layers(kind: str) -> None:
 
 @kinds
 def test_a_layer_is_aligned(kind: str) -> None:
+    if plan(kind) == "*: keep":
+        return
     teacher = tiny(kind, dtype=torch.float64)
     student = ready(tiny(kind, seed=1, dtype=torch.float64), plan(kind), kind)
     losses = Alignment(teacher, student)(images())
@@ -179,8 +183,9 @@ def test_a_layer_is_aligned(kind: str) -> None:
     assert all(error > 0 for error in layer_errors(teacher, student, [images()]).values())
     if TINY[kind].whole is not None:
         teacher = whole(kind)
-        same = layer_errors(teacher, convert(teacher, "*: softmax"), [images()])
-        assert all(error < 1e-6 for error in same.values())
+        student = convert(teacher, "*: softmax")
+        if converted_layers(student):  # else `softmax` keeps the layers
+            assert all(error < 1e-6 for error in layer_errors(teacher, student, [images()]).values())
 
 
 @pytest.mark.parametrize("method", ["attention_output", "block_output", "distill"])

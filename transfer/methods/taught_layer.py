@@ -204,7 +204,8 @@ def freeze_unused(student: nn.Module, hosts: Collection[AttentionHost], changes:
         if isinstance(host.operator, TaughtLayer):
             changes.frozen += _freeze_host(host, host.operator.taught_needs)
     if not any({"q", "k"} & set(_needs(host)) for host in hosts):
-        changes.frozen += _freeze(getattr(student, "rel_pos_bias", None))
+        for name in ("rel_pos_bias", "shared_rel_pos"):
+            changes.frozen += _freeze(student._modules.get(name))
 
 
 def _needs(host: AttentionHost) -> Collection[str]:

@@ -27,6 +27,7 @@ class Tiny:
 
 
 PLAIN = {"patch_size": 8, "embed_dim": 16, "depth": 2, "num_heads": 2, "num_classes": 3}
+ENCODER = {**PLAIN, "mlp_ratio": 2.0}
 TINY = {
     "sam": Tiny(
         "samvit_base_patch16_224",
@@ -34,6 +35,13 @@ TINY = {
         whole={"window_size": 0},
         biased=True, gives_up=True,
     ),
+    "relpos": Tiny("vit_relpos_base_patch32_plus_rpn_256", PLAIN, biased=True),
+    "relpos_mlp": Tiny(
+        "vit_relpos_small_patch16_224", {**PLAIN, "rel_pos_type": "mlp", "class_token": True}, biased=True
+    ),
+    "srelpos": Tiny("vit_srelpos_small_patch16_224", {**PLAIN, "qk_norm": True}, biased=True),
+    "qwen3": Tiny("qwen3_vit_88m", {**ENCODER, "pos_embed_grid_size": 4}),
+    "deepseek": Tiny("deepseek_vit_412m", ENCODER),
 }  # fmt: skip
 
 

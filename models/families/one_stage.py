@@ -1,4 +1,4 @@
-"""SAM's image encoder: windows in most blocks, and relative positions along rows and columns (arXiv:2304.02643)."""
+"""Models of one list of blocks that are not plain: SAM, vision transformers with relative positions, VLM encoders."""
 
 from __future__ import annotations
 
@@ -6,16 +6,28 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
-from timm.layers import resample_abs_pos_embed_nhwc
+from timm.layers import AttentionRope, resample_abs_pos_embed_nhwc
+from timm.models.deepseek_vit import DeepseekVitBlock, DeepseekVitClassifier, DeepseekVitEncoder
+from timm.models.eva import EvaBlock
+from timm.models.qwen3_vit import Qwen3VitClassifier, Qwen3VitEncoder
+from timm.models.vision_transformer_relpos import (
+    RelPosAttention,
+    RelPosBlock,
+    ResPostRelPosBlock,
+    VisionTransformerRelPos,
+)
 from timm.models.vision_transformer_sam import Attention, Block, VisionTransformerSAM, get_rel_pos
 from torch import Tensor, nn
 
 from ..attention.base import Geometry, Heads
 from ..errors import UnsupportedModelError
-from ..host import WindowHost
+from ..host import AttentionHost, WindowHost
 from ..map_structure import Size, Windows
-from .plain import OneStage
-from .site import OF_PLAIN, Blocks, Hosts
+from ..plan_syntax import KEEP
+from .plain import OneStage, Plain
+from .site import OF_PLAIN, Blocks, Hosts, Site
+
+# SAM's image encoder: windows in most blocks, and relative positions along rows and columns (arXiv:2304.02643).
 
 
 class SamHost(WindowHost):
@@ -111,4 +123,73 @@ def _like(values: Tensor, old: nn.Parameter) -> nn.Parameter:
     return nn.Parameter(values.detach().clone(), requires_grad=old.requires_grad)
 
 
-FAMILIES = (Sam(),)
+# A relative position bias of each layer, or one for all of them, by a table or computed by an MLP.
+
+
+class RelPosHost(AttentionHost):
+    """timm's layer of `vit_relpos_*` and `vit_srelpos_*`, whose block gives it the bias that all layers share."""
+
+    def forward(self, x: Tensor, shared_rel_pos: Tensor | None = None) -> Tensor:  # type: ignore[override]
+        return super().forward(x, shared_rel_pos_bias=shared_rel_pos)
+
+    def heads_of(self, x: Tensor, shared_rel_pos: Tensor | None = None) -> Heads:
+        return self.project(x, None, shared_rel_pos)
+
+    def _bias(self, shared: Tensor | None) -> Tensor | None:
+        own: Any = self._modules.get("rel_pos")
+        return shared if own is None else own.get_bias()
+
+
+class Kindred(OneStage):
+    """Models whose layers are those of a plain vision transformer, and whose rest is not."""
+
+    kept = KEEP
+    keeps_all = True
+    cannot: ClassVar[Mapping[str, str]] = {
+        **Plain.cannot,
+        **dict.fromkeys(OF_PLAIN, "is no plain vision transformer"),
+    }
+
+
+class RelPos(Kindred):
+    """timm's `vit_relpos_*` and `vit_srelpos_*`."""
+
+    name = "vision_transformer_relpos (ViT with relative positions)"
+    models = (VisionTransformerRelPos,)
+    blocks = (RelPosBlock, ResPostRelPosBlock)
+    hosts: ClassVar[Hosts] = {RelPosAttention: RelPosHost}
+    post_norm = (ResPostRelPosBlock,)
+    resized_when_loaded = True
+
+    def has_bias(self, model: nn.Module, site: Site) -> bool:
+        return model._modules.get("shared_rel_pos") is not None or super().has_bias(model, site)
+
+
+# Encoders of vision language models, and their classifiers, whose `encoder` they are. They take images of any size.
+
+
+class Encoders(Kindred):
+    """timm's `qwen3_vit_*` and `deepseek_vit_*`: rotary positions, and tokens (B, height, width, C) as the features."""
+
+    name = "qwen3_vit and deepseek_vit (encoders of Qwen3-VL and DeepSeek)"
+    models = (Qwen3VitEncoder, Qwen3VitClassifier, DeepseekVitEncoder, DeepseekVitClassifier)
+    blocks = (EvaBlock, DeepseekVitBlock)
+    hosts: ClassVar[Hosts] = {AttentionRope: AttentionHost}
+
+    def trunk(self, model: nn.Module) -> str:
+        return "encoder." if "encoder" in model._modules else ""
+
+    def takes_any_grid(self, model: nn.Module) -> bool:
+        return True
+
+    def resize(self, model: nn.Module, size: tuple[int, int]) -> None:
+        """Change the size alone: positions are computed for each batch."""
+        embedding: Any = self.embedding(model)
+        embedding.set_input_size(img_size=size)
+
+    def last_tokens(self, model: nn.Module) -> nn.Module:
+        names = ("encoder", "norm")
+        return next((model.get_submodule(name) for name in names if name in model._modules), model)
+
+
+FAMILIES = (Sam(), RelPos(), Encoders())
