@@ -65,7 +65,8 @@ GATED = frozenset(f"mlp.fc1_{gate}.{kind}" for gate in "gx" for kind in ("weight
 FIRST = frozenset({"mlp.fc1.weight", "mlp.fc1.bias"})
 FAMILIES = (
     "MAE, DeiT and DeiT III, DINO, DINOv2, DINOv3, MoCo-v3, iBOT, BEiT, Google's flax ViTs, attention transfer, "
-    "EcoFormer, PVT, LIT, LITv2, AttnZero's PVT and Swin in their published sizes, Hugging Face's ViTs, timm's own"
+    "EcoFormer, PVT, LIT, LITv2, CSwin, AttnZero's PVT and Swin in their published sizes, Hugging Face's ViTs, "
+    "timm's own"
 )
 
 
@@ -76,6 +77,11 @@ def infer_architecture(weights: Weights) -> Named:
     then asks for it.
     """
     tensors = weights.tensors
+    if "stage1_conv_embed.0.weight" in tensors:
+        other = "AttnZero's CSwin does not say its program, such as attnzero_cswin_t or attnzero_cswin_t_140"
+        raise CheckpointError(
+            _question(weights, f"its width and depths are of no published CSwin, and {other}")
+        )
     numbers = {int(key.split(".")[1]) for key in tensors if key.startswith("blocks.") and _number(key)}
     if not numbers:
         raise CheckpointError(

@@ -12,7 +12,7 @@ from timm.layers.pos_embed import resample_abs_pos_embed
 from timm.layers.pos_embed_rel import resize_rel_pos_bias_table
 from torch import Tensor, nn
 
-from ..models import attnzero, cswin, lit, pvt_models
+from ..models import attnzero, cswin_models, lit, pvt_models
 from ..models.conversion import ARCHITECTURE as CONVERTED
 from ..models.conversion import converted_layers
 from ..models.converted import is_mark, marks_of, refuse_other_operators
@@ -392,7 +392,7 @@ def late_size(
         CONVERTED,
         COPIED,
         *attnzero.default_cfgs,
-        *cswin.default_cfgs,
+        *cswin_models.default_cfgs,
         *lit.default_cfgs,
         *pvt_models.default_cfgs,
     )  # with parts for one size in each stage

@@ -1,9 +1,11 @@
-"""The models of AttnZero (ECCV 2024): DeiT, PVT, Swin and AutoFormer with the attention program `attnzero_105`.
+"""The models of AttnZero (ECCV 2024): DeiT, PVT, Swin, CSwin and AutoFormer with the attention program `attnzero_105`.
 
 They are models of timm, and our PVT, with a layer plan. PVT has no reduction of keys, no class token and no norm before
 the classifier. The other layers of DeiT-B and Swin keep softmax. Layers with a program see the whole grid and have no
 relative position bias. A class token is one more token of the program. The models whose name ends in `bias` add a table
-of positions inside the program. Importing this package's models registers them with timm.
+of positions inside the program; those whose name ends in `140` have `attnzero_140`. In CSwin the layer's own
+convolution of the values (LePE) takes the place of the program's. Importing this package's models registers them with
+timm.
 
 | name                  | built from                    | layers with the program | parameters | multiply-adds  |
 | --------------------- | ----------------------------- | ----------------------- | ---------- | -------------- |
@@ -21,6 +23,12 @@ of positions inside the program. Importing this package's models registers them 
 | attnzero_swin_s       | swin_small_patch4_window7_224 | stages 1 and 2          | 49,608,976 | 8,718,296,064  |
 | attnzero_swin_b       | swin_base_patch4_window7_224  | stages 1, 2, 2 of 3     | 87,776,680 | 15,395,823,616 |
 | attnzero_swin_t_bias  | swin_tiny_patch4_window7_224  | stages 1 to 3           | 28,550,584 | 4,456,697,856  |
+| attnzero_cswin_t      | cswin_tiny                    | stages 1 and 2          | 20,393,320 | 4,303,379,968  |
+| attnzero_cswin_s      | cswin_small                   | stages 1 and 2          | 32,716,072 | 6,760,624,128  |
+| attnzero_cswin_b      | cswin_base                    | stages 1 and 2          | 73,053,640 | 14,866,311,168 |
+| attnzero_cswin_t_140  | cswin_tiny                    | stages 1 and 2          | 20,393,320 | 4,303,379,968  |
+| attnzero_cswin_s_140  | cswin_small                   | stages 1 and 2          | 32,716,072 | 6,760,624,128  |
+| attnzero_cswin_b_140  | cswin_base                    | stages 1 and 2          | 73,053,640 | 14,866,311,168 |
 
 Counted with 1,000 classes at 224 x 224. attnzero_swin_b with `img_size=384, window_size=12` has 87,891,880 parameters
 and 46,195,449,856 multiply-adds. AutoFormer-T is a subnet of the space of AutoFormer (Chen et al. 2021,
@@ -36,7 +44,7 @@ from typing import Any
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from torch import nn
 
-from . import pvt_models
+from . import cswin_models, pvt_models
 from .conversion import convert_layers
 from .converted import start_fresh
 from .errors import ConfigError, JsonDict
@@ -58,12 +66,18 @@ PLAIN_NAMES = (
 )  # fmt: skip
 PVT_NAMES = ("attnzero_pvt_t", "attnzero_pvt_s", "attnzero_pvt_m", "attnzero_pvt_l", "attnzero_pvt_t_bias")
 SWIN_NAMES = ("attnzero_swin_t", "attnzero_swin_s", "attnzero_swin_b", "attnzero_swin_t_bias")
+CSWIN_NAMES = tuple(f"attnzero_cswin_{size}{trial}" for trial in ("", "_140") for size in "tsb")
+CSWIN_TINY: JsonDict = {"depths": (2, 4, 18, 1), "split_size": (0, 0, 7, 7)}
+CSWIN_BIG: JsonDict = {"depths": (3, 6, 29, 2), "split_size": (0, 0, 7, 7)}
+CSWIN_PLAN = "stage1-2: {}(local_size=0)"
+"""LePE of CSwin is the convolution of the values that the program has elsewhere."""
 
 default_cfgs = generate_default_cfgs(
     {
         **dict.fromkeys(PLAIN_NAMES, pvt_models.described(fixed_input_size=True)),
         **dict.fromkeys(PVT_NAMES, pvt_models.described()),
         **dict.fromkeys(SWIN_NAMES, pvt_models.described(classifier="head.fc")),
+        **dict.fromkeys(CSWIN_NAMES, pvt_models.described(**cswin_models.SHOWN)),
     }
 )
 
@@ -161,6 +175,66 @@ def attnzero_swin_t_bias(pretrained: bool = False, **arguments: Any) -> nn.Modul
     """AttnZero-Swin-T with a table of positions in each layer that has the program."""
     host = "swin_tiny_patch4_window7_224"
     return _create("attnzero_swin_t_bias", pretrained, host, f"stage1-3: {BIASED}", arguments)
+
+
+@register_model
+def attnzero_cswin_t(pretrained: bool = False, **arguments: Any) -> nn.Module:
+    """AttnZero-CSwin-T: stages 3 and 4 have softmax within stripes."""
+    return _create(
+        "attnzero_cswin_t", pretrained, "cswin_tiny", CSWIN_PLAN.format(PROGRAM), {**CSWIN_TINY, **arguments}
+    )
+
+
+@register_model
+def attnzero_cswin_s(pretrained: bool = False, **arguments: Any) -> nn.Module:
+    """AttnZero-CSwin-S: stages 3 and 4 have softmax within stripes."""
+    return _create(
+        "attnzero_cswin_s", pretrained, "cswin_small", CSWIN_PLAN.format(PROGRAM), {**CSWIN_BIG, **arguments}
+    )
+
+
+@register_model
+def attnzero_cswin_b(pretrained: bool = False, **arguments: Any) -> nn.Module:
+    """AttnZero-CSwin-B: stages 3 and 4 have softmax within stripes."""
+    return _create(
+        "attnzero_cswin_b", pretrained, "cswin_base", CSWIN_PLAN.format(PROGRAM), {**CSWIN_BIG, **arguments}
+    )
+
+
+@register_model
+def attnzero_cswin_t_140(pretrained: bool = False, **arguments: Any) -> nn.Module:
+    """AttnZero-CSwin-T with the program 140: stages 3 and 4 have softmax within stripes."""
+    return _create(
+        "attnzero_cswin_t_140",
+        pretrained,
+        "cswin_tiny",
+        CSWIN_PLAN.format("attnzero_140"),
+        {**CSWIN_TINY, **arguments},
+    )
+
+
+@register_model
+def attnzero_cswin_s_140(pretrained: bool = False, **arguments: Any) -> nn.Module:
+    """AttnZero-CSwin-S with the program 140: stages 3 and 4 have softmax within stripes."""
+    return _create(
+        "attnzero_cswin_s_140",
+        pretrained,
+        "cswin_small",
+        CSWIN_PLAN.format("attnzero_140"),
+        {**CSWIN_BIG, **arguments},
+    )
+
+
+@register_model
+def attnzero_cswin_b_140(pretrained: bool = False, **arguments: Any) -> nn.Module:
+    """AttnZero-CSwin-B with the program 140: stages 3 and 4 have softmax within stripes."""
+    return _create(
+        "attnzero_cswin_b_140",
+        pretrained,
+        "cswin_base",
+        CSWIN_PLAN.format("attnzero_140"),
+        {**CSWIN_BIG, **arguments},
+    )
 
 
 def _create(name: str, pretrained: bool, host: str, plan: str, given: JsonDict) -> nn.Module:

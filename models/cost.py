@@ -143,7 +143,7 @@ def count_operations(model: nn.Module, accounting: Accounting = "true") -> Opera
     elif any(hasattr(module, "num_heads") for module in model.modules()):
         raise UnsupportedModelError(
             f"{type(model).__name__} has attention of a kind whose operations are not known: give a plain vision "
-            "transformer, a pyramid (PVT, PVTv2, Twins, Swin), or a model without attention"
+            "transformer, a pyramid (PVT, PVTv2, Twins, Swin, CSwin), or a model without attention"
         )
     return found
 
@@ -162,15 +162,15 @@ def attention_operations(model: nn.Module, accounting: Accounting = "true") -> l
         if site.index in converted:
             found.append(converted[site.index].operator.operations(site.shape.geometry, accounting))
             continue
-        queries, keys = native_host(model, site.block(model)).native_pairs(site.shape.geometry)
-        found.append(softmax_operations(queries * keys, site.num_heads, site.head_dim, accounting))
+        pairs = native_host(model, site.block(model)).all_pairs(site.shape.geometry)
+        found.append(softmax_operations(pairs, site.head_dim, accounting))
     return found
 
 
-def softmax_operations(pairs: int, num_heads: int, head_dim: int, accounting: Accounting) -> Operations:
-    """Return the operations of softmax attention over pairs of a query and a key."""
-    products = 2 * pairs * head_dim * num_heads
-    return Operations(products + (num_heads * pairs if accounting == "published" else 0), products)
+def softmax_operations(pairs: int, head_dim: int, accounting: Accounting) -> Operations:
+    """Return the operations of softmax attention over pairs of a query and a key, of all heads."""
+    products = 2 * pairs * head_dim
+    return Operations(products + (pairs if accounting == "published" else 0), products)
 
 
 def count_layers(model: nn.Module, accounting: Accounting = "true") -> OperationCount:

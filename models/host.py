@@ -125,6 +125,10 @@ class AttentionHost(nn.Module):
         """Return the output (B, H, N, D) before the heads are joined."""
         return self.operator(heads)
 
+    def with_local(self, out_BHND: Tensor, heads: Heads) -> Tensor:
+        """Return the output of the heads with what timm's layer adds to it, such as a convolution of the values."""
+        return out_BHND
+
     def attended(self, heads: Heads) -> Heads:
         """Return the projections on which timm's layer takes its softmax, such as those of each window."""
         return heads
@@ -136,6 +140,11 @@ class AttentionHost(nn.Module):
     def native_pairs(self, geometry: Geometry) -> tuple[int, int]:
         """Return the numbers of queries and of keys of each query in timm's layer, for its cost."""
         return geometry.num_tokens, geometry.num_tokens
+
+    def all_pairs(self, geometry: Geometry) -> int:
+        """Return the number of pairs of a query and a key in all heads of timm's layer."""
+        queries, keys = self.native_pairs(geometry)
+        return queries * keys * self.num_heads
 
     def has_whole_map(self, geometry: Geometry) -> bool:
         """Return whether `heads_of` has all of the map of timm's layer: of all pairs of tokens, with its bias."""
@@ -247,6 +256,8 @@ class GridHost(AttentionHost, ABC):
     after_heads = ("proj", "proj_drop")  # `norm` is that of reduced keys
     kept: Sequence[str] = QKV
     """The parts of q, k and v that the projections still compute: a conversion drops the others."""
+    reads: Sequence[str] = ()
+    """The parts that the layer itself reads, beside its operator."""
 
     def __init__(self, original: nn.Module, operator: Operator | None = None) -> None:
         super().__init__(original, operator)
@@ -254,7 +265,8 @@ class GridHost(AttentionHost, ABC):
 
     def forward(self, x: Tensor, size: Size | None = None) -> Tensor:  # type: ignore[override]
         """Attend over all tokens of the grid."""
-        return self.merge(self.attend(self.project(x, size)), x)
+        heads = self.project(x, size)
+        return self.merge(self.with_local(self.attend(heads), heads), x)
 
     def attend(self, heads: Heads) -> Tensor:
         if not self.is_native:
@@ -271,7 +283,8 @@ class GridHost(AttentionHost, ABC):
         grid = (x.shape[1], x.shape[2]) if size is None else (size[0], size[1])
         x_BNC = x.flatten(1, 2) if size is None else x
         parts = self.parts(x_BNC, grid)
-        heads = {part: self._by_head(tensor) for part, tensor in parts.items() if part in self.operator.needs}
+        needs = {*self.operator.needs, *self.reads}
+        heads = {part: self._by_head(tensor) for part, tensor in parts.items() if part in needs}
         dropout: Any = self.attn_drop
         q = self.normed("q", heads.get("q"))
         return Heads(

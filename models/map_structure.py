@@ -22,17 +22,24 @@ class MapStructure:
     reduction: tuple[str, Size] | None = None
     """How the keys are made of the tokens: ("stride", rows and columns of a key's tokens), or ("pool", rows and columns
     of the keys); None where every token is a key."""
+    stripes: int = 0
+    """The width of the stripes within which tokens meet, columns in half of the heads and rows in the others; 0 where
+    there are none."""
+    padded: bool = False
+    """Whether stripes are padded with keys of zeros that no token has."""
 
     @property
     def is_whole(self) -> bool:
         """Whether every token attends to every token, as in a plain vision transformer."""
-        return self.window is None and self.reduction is None
+        return self.window is None and self.reduction is None and not self.stripes
 
     @property
     def brief(self) -> str:
         """Say in a few words what a token attends to."""
         if self.window is not None:
             return f"{_words(self.window)} {'shifted windows' if any(self.shift) else 'windows'}"
+        if self.stripes:
+            return f"stripes of {self.stripes}"
         if self.reduction is None:
             return "all"
         kind, size = self.reduction
@@ -42,6 +49,8 @@ class MapStructure:
         if self.window is not None:
             shifted = f" shifted by {_words(self.shift)}" if any(self.shift) else ""
             return f"within windows of {_words(self.window)} tokens{shifted}"
+        if self.stripes:
+            return f"within {'padded ' * self.padded}stripes {self.stripes} tokens wide"
         if self.reduction is None:
             return "of all tokens to all tokens"
         kind, size = self.reduction

@@ -1,7 +1,8 @@
 """Gradient checkpointing: blocks run again in the backward pass with the inputs of their own forward pass.
 
 timm's gradient checkpointing keeps the callables in `model.blocks`, of a pyramid in the `blocks` of each stage, and
-calls them again in the backward pass. For each forward pass, `blocks` gets callables that store its inputs.
+calls them again in the backward pass. For each forward pass, `blocks` gets callables that store its inputs. A stage
+that is itself a list of blocks has `blocks` in the meantime.
 """
 
 from __future__ import annotations
@@ -89,7 +90,7 @@ def _replay(stage: nn.Module, moment: Moment) -> None:
     if not recomputes or torch.compiler.is_compiling():  # a compiled graph stores its inputs
         return
     moments = [*(each for block in before[:1] for each in block.moments if each.is_now()), moment]
-    own = stage._modules.get("blocks")
+    own = stage if isinstance(stage, nn.ModuleList) else stage._modules.get("blocks")
     blocks = [ReplayedBlock(block, stage, moments) for block in (() if own is None else own.children())]
     object.__setattr__(stage, "blocks", blocks)  # hides the module of that name, which stays registered
 

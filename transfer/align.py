@@ -295,7 +295,8 @@ class AlignedLayer(nn.Module):
         with torch.enable_grad():
             own = student.heads_of(*inputs, **keywords)
             self.last_loss = self.loss(student.operator, own, target)
-        return self.native.merge(target.output, next(iter((*inputs, *keywords.values()))))
+        out = self.native.with_local(target.output, heads)
+        return self.native.merge(out, next(iter((*inputs, *keywords.values()))))
 
 
 class Alignment(nn.Module):

@@ -26,6 +26,9 @@ from support.runs.measure import measure
 DEEP = {**SMALL, "depth": 8}
 """For recipes that leave out the last six layers."""
 SWIN = {"embed_dim": 12, "depths": [2, 2, 2, 2], "num_heads": [1, 2, 2, 4], "window_size": 4}
+CSWIN = {
+    "embed_dim": 16, "depths": [1, 1, 2, 1], "num_heads": [2, 2, 4, 8], "split_size": [0, 0, 2, 2],
+}  # fmt: skip
 PVT = {"embed_dims": [8, 16, 24, 32], "depths": [1, 1, 2, 1], "num_heads": [1, 2, 3, 4]}
 LIT = {"embed_dim": 12, "depths": [1, 1, 2, 1], "num_heads": [1, 2, 2, 4]}
 AUTOFORMER = {"embed_dim": 24, "num_heads": [3, 4], "mlp_ratio": [3, 3.5]}
@@ -54,6 +57,8 @@ CUTS = {
     "attnzero_swin": Cut(SWIN, alone=False),
     "attnzero_swin_bias": Cut(SWIN, alone=False),
     "attnzero_swin_384": Cut(SWIN, alone=False, init="attnzero_swin_b"),
+    "attnzero_cswin": Cut(CSWIN, alone=False),
+    "attnzero_cswin_384": Cut(CSWIN, alone=False, init="attnzero_cswin_b", more=("--min_lr", "1e-8")),
     "cached_teacher_vit_small": Cut(workers=2),
     "cifar100_copy": Cut(alone=False),
     "cifar100_distill": Cut(workers=2),

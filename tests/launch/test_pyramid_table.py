@@ -17,7 +17,14 @@ from support.models.saved import save_pyramid
 from support.runs.typed import Typed
 
 TABLE = Path(__file__).parents[2] / "docs" / "conversion.md"
-FAMILIES = {"PVT": "pvt1", "PVTv2": "pvt", "Twins": "svt", "Swin": "swin", "Swin V2": "swinv2"}
+FAMILIES = {
+    "PVT": "pvt1",
+    "PVTv2": "pvt",
+    "Twins": "svt",
+    "Swin": "swin",
+    "Swin V2": "swinv2",
+    "CSwin": "cswin",
+}
 DATA = "--dataset digits --workers 0 --batch_size 8"
 RUN = f"{DATA} --max_steps 1 --warmup_epochs 0 --output_dir {{out}} --dry_run"
 CONTINUED = "train --mode finetune --student.model local-dir:{student}"

@@ -342,6 +342,28 @@ def test_attnzero_has_the_published_values(name: str) -> None:
     assert (found, steps) == (pytest.approx(rate), 8 * batch)
 
 
+@pytest.mark.parametrize("tuned", [False, True])
+def test_cswin_of_attnzero_has_the_published_values(tuned: bool) -> None:
+    """The ten epochs of cooldown at the last rate are left out, and the moving average is kept."""
+    name, batch = ("attnzero_cswin_384", 32) if tuned else ("attnzero_cswin", 128)
+    check(
+        name,
+        AUGMENTATION
+        | {
+            "mode": "finetune" if tuned else "scratch", "student.drop_path": 0.7 if tuned else 0.2,
+            "student.model": "attnzero_cswin_b" if tuned else "attnzero_cswin_t",
+            "student.img_size": 384 if tuned else None,
+            "student.model_args": {"split_size": [0, 0, 12, 12]} if tuned else {},
+            "data.batch_size": batch, "data.crop_pct": 0.875, "optim.opt": "adamw", "optim.clip_grad": None,
+            "optim.epochs": 20 if tuned else 300, "optim.warmup_epochs": 0 if tuned else 20,
+            "optim.min_lr": 2.5e-7 if tuned else 2e-5, "optim.weight_decay": 1e-8 if tuned else 0.05,
+            "optim.betas": (0.9, 0.999), "optim.ema": 0.9998 if tuned else 0.99984, "engine.precision": "fp32",
+        },
+    )  # fmt: skip
+    found, steps = peak_learning_rate(load_config(name).optim, batch, 8)
+    assert (found, steps) == (pytest.approx(2.5e-6 if tuned else 1e-3), 8 * batch)
+
+
 SHORT = ["--max_steps", "1", "--warmup_epochs", "0", "--batch_size", "2", "--workers", "0", "--device", "cpu"]
 SHORT += ["--trackers", "none", "--no-progress", "--student.model_args.depth=2"]
 LINES = recipe_text("efficient_attention_cifar10").splitlines()

@@ -232,7 +232,8 @@ def test_sites_are_what_runs(kind: str, size: tuple[int, int]) -> None:
     assert [site.stage for site in found] == [
         s for s, count in enumerate(depths(model)) for _ in range(count)
     ]
-    assert [site.shape.num_heads for site in found] == [site.stage + 1 for site in found]
+    heads = TINY[kind][1]["num_heads"]
+    assert [site.shape.num_heads for site in found] == [heads[site.stage] for site in found]
     assert all(site.num_heads * site.head_dim == site.width for site in found)
     assert len(depths(model)) > 1
 

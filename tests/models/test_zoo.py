@@ -49,6 +49,9 @@ PUBLISHED = {
     "attnzero_pvt_t": (11.38, 2.03), "attnzero_pvt_s": (20.22, 4.02), "attnzero_pvt_m": (35.06, 7.02),
     "attnzero_pvt_l": (47.51, 10.36), "attnzero_swin_t": (28.30, 4.48), "attnzero_swin_s": (49.61, 8.75),
     "attnzero_swin_b": (87.78, 15.43),
+    **dict.fromkeys(("attnzero_cswin_t", "attnzero_cswin_t_140"), (20.39, 4.32)),
+    **dict.fromkeys(("attnzero_cswin_s", "attnzero_cswin_s_140"), (32.72, 6.79)),
+    **dict.fromkeys(("attnzero_cswin_b", "attnzero_cswin_b_140"), (73.05, 14.91)),
 }  # fmt: skip
 """Millions of parameters and billions of multiply-adds of AttnZero's code with 1,000 classes at 224 x 224."""
 HOST_PARAMETERS = {
@@ -72,6 +75,7 @@ TINY: dict[str, dict[str, Any]] = {
     "attnzero_pvt_t_bias": STAGES,
     "attnzero_swin_t_bias": {**WINDOWS, "window_size": 2},
     "attnzero_swin_b": {**WINDOWS, "depths": (1, 1, 3, 1), "window_size": 2},
+    "attnzero_cswin_t": {**WINDOWS, "num_heads": (2, 2, 4, 8), "split_size": (0, 0, 2, 2)},
     "lit_ti": STAGES,
     "lit_s": WINDOWS,
     "litv2_s": WINDOWS,
@@ -236,7 +240,7 @@ def test_a_saved_model_is_loaded_at_any_size(tmp_path: Path, name: str) -> None:
 def test_a_larger_model_starts_from_a_smaller_one(tmp_path: Path, name: str) -> None:
     """The tables of positions and, with another window, of relative positions are resampled."""
     model = tiny(name)
-    larger = tiny(name, img_size=128, **({"window_size": 4} if "swin" in name else {}))
+    larger = tiny(name, img_size=128, **({"window_size": 4} if "_swin_" in name else {}))
     for parameter in larger.parameters():
         nn.init.zeros_(parameter)
     load_weights(larger, save(model, name, tmp_path / "saved"))

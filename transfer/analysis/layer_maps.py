@@ -95,7 +95,9 @@ class KeyPlaces:
 
     def without_padding(self, weights: Tensor) -> Tensor:
         """Return weights (..., N, M) with zeros for tokens of padding, which are outside the image."""
-        return weights if self.windows is None else weights * (self.window_tokens() >= 0).to(weights)
+        if self.windows is not None:
+            return weights * (self.window_tokens() >= 0).to(weights)
+        return weights if self.cells is not None else weights[..., : self.geometry.num_tokens]
 
     def on_tokens(self, weights: Tensor) -> Tensor:
         """Return weights (..., N, M) by token, (..., N, N): that of a reduced key is shared evenly by its tokens."""

@@ -7,7 +7,7 @@ from torch import nn
 from ...models.copying.copying_operators import COPIES, Copy
 from ...models.copying.tape import Link
 from ..loss_config import LossConfig
-from .map_loss import LayerMaps, differ, differ_in
+from .map_loss import LayerMaps, differ, differ_in, padding
 from .method import AttentionMethod, Pairing
 
 
@@ -30,6 +30,8 @@ class CopyAttention(AttentionMethod):
     def refuses(self, config: LossConfig, teacher: LayerMaps, student: LayerMaps) -> str | None:
         if teacher.structure != student.structure:
             return f"{differ(teacher, student)}, and a layer copies only from one of the same structure"
+        if teacher.structure.padded:
+            return padding(teacher, student)
         return None if self.kind.copies_map else differ_in(self.parts[0], teacher, student)
 
     def operator(self, pairing: Pairing, link: Link, projectors: nn.ModuleDict) -> Copy:

@@ -12,7 +12,7 @@ from ...models.copying.copying_operators import Part
 from ...models.copying.grids import pick_dim
 from ...models.copying.tape import Link
 from ..loss_config import LossConfig
-from .map_loss import WHOLE, LayerMaps, MapLoss, differ, differ_in
+from .map_loss import WHOLE, LayerMaps, MapLoss, differ, differ_in, padding
 from .method import AttentionMethod, Pairing, joined_projector, squared_error
 from .taught_layer import Observer
 
@@ -31,8 +31,10 @@ class DistillMaps(AttentionMethod):
 
     def refuses(self, config: LossConfig, teacher: LayerMaps, student: LayerMaps) -> str | None:
         t, s = teacher.structure, student.structure
-        if t != s and (t.window is None or not s.is_whole):
+        if t != s and (t.is_whole or t.reduction is not None or not s.is_whole):
             return f"{differ(teacher, student)}, and only maps within windows are distilled into others: maps {WHOLE}"
+        if t.padded or s.padded:
+            return padding(teacher, student)
         if t.window is not None and config.rows < 1:
             return f"transfer.rows={config.rows:g} is for maps {WHOLE}, and the teacher has maps {t}"
         return None

@@ -49,11 +49,22 @@ def differ(teacher: LayerMaps, student: LayerMaps) -> str:
     return f"the teacher's maps are {teacher.structure} and the student's {student.structure}"
 
 
+def padding(teacher: LayerMaps, student: LayerMaps) -> str:
+    """Say that maps of padded stripes have a key that is no token."""
+    owner, maps = ("teacher", teacher) if teacher.structure.padded else ("student", student)
+    return (
+        f"the {owner}'s maps are {maps.structure}, whose padding is a key that no token has (images whose grids are "
+        "whole stripes have none)"
+    )
+
+
 def differ_in(part: Part, teacher: LayerMaps, student: LayerMaps) -> str | None:
     """Say why the queries, keys or values of two layers do not mean the same; None where they do."""
     if part != "v" and teacher.has_cosine_logits != student.has_cosine_logits:
         owners = ("teacher", "student") if teacher.has_cosine_logits else ("student", "teacher")
         return f"the {owners[0]} takes its softmax over cosines of queries and keys, and the {owners[1]} does not"
+    if part != "q" and (teacher.structure.padded or student.structure.padded):
+        return padding(teacher, student)
     if part != "q" and teacher.structure.reduction != student.structure.reduction:
         return f"{differ(teacher, student)}, so their keys and values are not of the same tokens"
     return None

@@ -20,7 +20,7 @@ State = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Published:
-    """The sizes of a published model, by stage; `programs` are the letters of the stages, A with a program."""
+    """The sizes of a published model, by stage; of its `letters` A is a stage with the program."""
 
     width: int
     depths: tuple[int, ...]
@@ -169,6 +169,20 @@ def trial_140(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """O = L2t(Q) + L2c(|V| sigma(phi(K)' V d^-1/2)')."""
     mixed = (F.elu(k) + 1).transpose(2, 3) @ v * v.shape[3] ** -0.5
     return F.normalize(q, dim=2) + F.normalize(v.abs() @ mixed.sigmoid().transpose(2, 3), dim=-1)
+
+
+WHOLE = (56, 28, 7, 7)
+ATTNZERO = {
+    f"attnzero_cswin_{size}{trial}": Published(
+        width, depths, heads, WHOLE, letters="AABB", program={"": trial_105, "_140": trial_140}[trial]
+    )
+    for trial in ("", "_140")
+    for size, width, depths, heads in (
+        ("t", 64, (2, 4, 18, 1), SMALL),
+        ("s", 64, (3, 6, 29, 2), SMALL),
+        ("b", 96, (3, 6, 29, 2), (4, 8, 16, 32)),
+    )
+}
 
 
 def _norm(state: State, name: str, x: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import graftvit.models.cswin_models
 import graftvit.models.pvt_models  # noqa: F401  registers PVT with timm
 import timm
 import torch
@@ -22,6 +23,9 @@ _SWIN: dict[str, Any] = {
 TINY: dict[str, tuple[str, dict[str, Any]]] = {
     "pvt": ("pvt_v2_b0", _PVT), "pvt_li": ("pvt_v2_b2_li", _PVT), "pvt1": ("pvt_small", _PVT),
     "svt": ("twins_svt_small", {**_TWINS, "wss": (3, 3)}), "pcpvt": ("twins_pcpvt_small", _TWINS),
+    "cswin": ("cswin_tiny", {
+        "embed_dim": 8, "depths": (2, 2), "num_heads": (2, 2), "split_size": (2, 2), "mlp_ratio": 2.0,
+    }),
     "swin": ("swin_tiny_patch4_window7_224", _SWIN), "swinv2": ("swinv2_tiny_window8_256", _SWIN),
 }  # fmt: skip
 ANY_SIZE = ("pvt", "pvt_li")

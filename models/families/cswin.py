@@ -1,47 +1,40 @@
-"""CSwin, the pyramid of Dong et al. 2022 with cross-shaped windows (arXiv:2107.00652), which timm does not have.
+"""CSwin: stripes of the grid, columns in half of the heads and rows in the others (arXiv:2107.00652).
 
-Half of the heads of a layer attend within columns of the grid, the others within rows; the last stage sees the whole
-map. Values are convolved within each stripe (LePE). Names are the published ones, with `attn.` before the parts of a
-layer. No tensor depends on the size of the images: 384 x 384 has `split_size=(1, 2, 12, 12)` and the same weights.
-
-| name        | depths       | width | parameters  | multiply-adds  | 384 x 384       |
-| ----------- | ------------ | ----- | ----------- | -------------- | --------------- |
-| cswin_tiny  | 1, 2, 21, 1  | 64    | 22,320,552  | 4,324,203,008  | 13,991,948,288  |
-| cswin_small | 2, 4, 32, 2  | 64    | 34,643,304  | 6,800,714,752  | 22,012,968,960  |
-| cswin_base  | 2, 4, 32, 2  | 96    | 77,382,184  | 14,955,348,480 | 46,963,660,800  |
-| cswin_large | 2, 4, 32, 2  | 144   | 173,262,664 | 33,130,144,512 | 101,881,930,752 |
-
-Counted with 1,000 classes. Importing this file registers the models with timm.
+timm does not have the model. Names are the published ones, with `attn.` before the parts of a layer.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
+import torch
 from timm.layers import DropPath, Mlp, calculate_drop_path_rates, to_2tuple, trunc_normal_
-from timm.models import build_model_with_cfg, checkpoint, generate_default_cfgs, register_model
+from timm.models import checkpoint
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
-from .attention.base import Geometry, Heads
-from .attention.stripes import LePE, Stripes, cross, stripe_positions, stripe_softmax
-from .errors import ConfigError, JsonDict
-from .families.pvt_v1 import check_stages
-from .map_structure import Size
-from .pvt_models import described
+from ..attention.base import Geometry, Heads
+from ..attention.softmax import Softmax
+from ..attention.stripes import LePE, Stripes, cross, stripe_positions, stripe_softmax
+from ..errors import ConfigError
+from ..host import GridHost
+from ..map_structure import MapStructure, Size
+from .pvt_v1 import check_stages
+from .site import Family, Hosts, merged_grid, shallow, submodule, vit
+from .twins import TwinsMerging
 
 # The parts of CSwin. Shape suffixes: B batch, C channels, H and W the grid, N tokens, D head width.
 
 
 class CSwinAttention(nn.Module):
-    """Softmax attention within stripes, with LePE; `split` is the width of a stripe, None for the whole map."""
+    """Softmax attention within stripes, with LePE; `split` is the width of a stripe, 0 for the whole map."""
 
     def __init__(
         self,
         width: int,
         num_heads: int,
-        split: int | None,
+        split: int,
         qkv_bias: bool = True,
         attn_drop: float = 0.0,
         proj_drop: float = 0.0,
@@ -50,14 +43,14 @@ class CSwinAttention(nn.Module):
         self.num_heads, self.split, self.scale = num_heads, split, (width // num_heads) ** -0.5
         self.qkv = nn.Linear(width, 3 * width, bias=qkv_bias)
         self.attn_drop = nn.Dropout(attn_drop)
-        branches = 1 if split is None else 2
+        branches = 2 if split else 1
         self.attns = nn.ModuleList(LePE(width // branches) for _ in range(branches))
         self.proj = nn.Linear(width, width)
         self.proj_drop = nn.Dropout(proj_drop)
 
     def stripes(self, grid: Size) -> list[Stripes]:
         """Return the stripes of each equal part of the heads."""
-        return [Stripes(grid, grid)] if self.split is None else cross(grid, self.split)
+        return cross(grid, self.split) if self.split else [Stripes(grid, grid)]
 
     def forward(self, x_BNC: Tensor, grid: Size) -> Tensor:
         q, k, v = self.qkv(x_BNC).unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
@@ -76,7 +69,7 @@ class CSwinBlock(nn.Module):
         self,
         width: int,
         num_heads: int,
-        split: int | None,
+        split: int,
         mlp_ratio: float,
         drop_path: float,
         **more: Any,
@@ -93,6 +86,17 @@ class CSwinBlock(nn.Module):
         x_BNC = x_BNC + self.drop_path1(self.attn(self.norm1(x_BNC), grid))
         out: Tensor = x_BNC + self.drop_path2(self.mlp(self.norm2(x_BNC)))
         return out
+
+
+class Stage(nn.ModuleList):
+    """The blocks of a stage, which run on tokens (B, N, C) and their grid."""
+
+    grad_checkpointing = False
+
+    def forward(self, x_BNC: Tensor, grid: Size) -> Tensor:
+        for block in self.__dict__.get("blocks", self):  # `replay.py` puts callables there
+            x_BNC = checkpoint(block, x_BNC, grid) if self.grad_checkpointing else block(x_BNC, grid)
+        return x_BNC
 
 
 class Embedding(nn.Module):
@@ -132,8 +136,8 @@ class Stem(Embedding):
 class CSwin(nn.Module):
     """The CSwin Transformer, with the interface of timm's models; images may have any size.
 
-    `split_size` are the widths of the stripes by stage. The last stage sees the whole map, as does a stage whose
-    stripes are as wide as its grid at `img_size`: it has one branch over all heads, also for images of another size.
+    `split_size` are the widths of the stripes by stage, 0 for the whole map. The last stage sees the whole map, as does
+    a stage whose stripes are as wide as its grid at `img_size`: such a stage has one branch over all heads.
 
     Raises ConfigError: settings for different numbers of stages, heads that do not divide a width in two halves, or a
     `global_pool` other than "avg".
@@ -160,9 +164,8 @@ class CSwin(nn.Module):
         _check_pool(global_pool)
         check_stages(depths=depths, num_heads=num_heads, split_size=split_size)
         self.num_classes, self.global_pool = num_classes, global_pool
-        self.depth = len(depths)
+        self.depth, self.split_size = len(depths), list[int]()
         self.num_features = self.head_hidden_size = embed_dim << (self.depth - 1)
-        self.grad_checkpointing = False
         size = to_2tuple(img_size)
         self.stage1_conv_embed = Stem(in_chans, embed_dim, (int(size[0]), int(size[1])))
         rates: Any = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
@@ -174,13 +177,14 @@ class CSwin(nn.Module):
             if i:
                 self.add_module(f"merge{i}", Embedding(nn.Conv2d(width // 2, width, 3, 2, 1)))
                 grid = (-(-grid[0] // 2), -(-grid[1] // 2))
-            whole = i == self.depth - 1 or grid == (split_size[i], split_size[i])
+            whole = i == self.depth - 1 or split_size[i] == 0 or grid == (split_size[i], split_size[i])
             _check_heads(i, width, num_heads[i], 1 if whole else 2)
-            split = None if whole else split_size[i]
+            split = 0 if whole else split_size[i]
+            self.split_size.append(split)
             blocks = [
                 CSwinBlock(width, num_heads[i], split, mlp_ratio, rates[i][j], **more) for j in range(depth)
             ]
-            self.add_module(f"stage{i + 1}", nn.ModuleList(blocks))
+            self.add_module(f"stage{i + 1}", Stage(blocks))
             self.feature_info.append({"num_chs": width, "reduction": 4 << i, "module": f"stage{i + 1}"})
         self.norm: nn.Module = nn.LayerNorm(self.num_features)
         self.head_drop = nn.Dropout(drop_rate)
@@ -191,6 +195,10 @@ class CSwin(nn.Module):
     def patch_embed(self) -> Stem:
         """Return the stem, by timm's name."""
         return self.stage1_conv_embed
+
+    def stages(self) -> list[Stage]:
+        """Return the stages in order."""
+        return [cast(Stage, self._modules[f"stage{i + 1}"]) for i in range(self.depth)]
 
     def init_weights(self) -> None:
         """Initialize as published: truncated normal of 0.02 for linear layers, torch's own start for convolutions."""
@@ -225,7 +233,8 @@ class CSwin(nn.Module):
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Compute each block again in the backward pass instead of keeping its activations."""
-        self.grad_checkpointing = enable
+        for stage in self.stages():
+            stage.grad_checkpointing = enable
 
     def get_classifier(self) -> nn.Module:
         """Return the classifier layer."""
@@ -299,9 +308,7 @@ class CSwin(nn.Module):
         """Return the tokens of stage `i` and their grid, from the images or the map of the stage before."""
         embedding = self._modules[f"merge{i}" if i else "stage1_conv_embed"]
         x_BNC, grid = cast(Embedding, embedding)(x_BCHW)
-        for block in cast(nn.ModuleList, self._modules[f"stage{i + 1}"]):
-            x_BNC = checkpoint(block, x_BNC, grid) if self.grad_checkpointing else block(x_BNC, grid)
-        return x_BNC, grid
+        return self.stages()[i](x_BNC, grid), grid
 
 
 def stem_grid(size: Size) -> Size:
@@ -323,43 +330,138 @@ def _check_heads(stage: int, width: int, heads: int, branches: int) -> None:
         )
 
 
-# The registered sizes.
+# CSwin as a family: its host, and the walk through its blocks.
 
-LARGE: JsonDict = {"depths": (2, 4, 32, 2)}
-NAMES = ("cswin_tiny", "cswin_small", "cswin_base", "cswin_large")
-SHOWN: JsonDict = {"first_conv": "stage1_conv_embed.0", "crop_pct": 0.9}
-default_cfgs = generate_default_cfgs({name: described(**SHOWN) for name in NAMES})
-
-
-@register_model
-def cswin_tiny(pretrained: bool = False, **arguments: Any) -> nn.Module:
-    """CSwin-T."""
-    return _create("cswin_tiny", pretrained, {}, arguments)
+OUTSIDE = -1e4
+"""What is added to the logits of pairs that do not meet: their weight is zero, and a finite number times zero is zero.
+It is within the range of half precision."""
 
 
-@register_model
-def cswin_small(pretrained: bool = False, **arguments: Any) -> nn.Module:
-    """CSwin-S."""
-    return _create("cswin_small", pretrained, LARGE, arguments)
+class StripeHost(GridHost):
+    """CSwin: natively, softmax within stripes. LePE is added natively within stripes, after a conversion to the map."""
+
+    reads = ("v",)
+
+    def stripes(self, grid: Size) -> list[Stripes]:
+        """Return the native stripes of each equal part of the heads."""
+        layer: Any = self.original
+        found: list[Stripes] = layer.stripes(grid)
+        return found
+
+    def parts(self, x_BNC: Tensor, grid: Size) -> dict[str, Tensor]:
+        return dict(zip(self.kept, self._child("qkv", x_BNC).chunk(len(self.kept), -1), strict=True))
+
+    def attend(self, heads: Heads) -> Tensor:
+        if self.is_native and isinstance(self.operator, Softmax):
+            return stripe_softmax(heads, self.stripes(heads.tokens().grid))
+        return super().attend(heads)
+
+    def attended(self, heads: Heads) -> Heads:
+        """Return the projections with a bias of all pairs of tokens, `OUTSIDE` where they do not meet.
+
+        Where stripes are padded, keys and values have one token more, of zeros: it stands for the padding of a
+        stripe, whose number of tokens is its weight.
+        """
+        grid = heads.tokens().grid
+        stripes = self.stripes(grid)
+        if not self._stripe:
+            return heads
+        bias = torch.stack([self._meeting(cut, heads) for cut in stripes])
+        bias_1HNM = bias.repeat_interleave(self.num_heads // len(stripes), 0).unsqueeze(0)
+        more = (0, 0, 0, bias_1HNM.shape[3] - grid[0] * grid[1])
+        k, v = (None if x is None else nn.functional.pad(x, more) for x in (heads.k, heads.v))
+        return Heads(heads.q, k, v, bias_1HNM, heads.scale, heads.dropout, heads.geometry)
+
+    def with_local(self, out_BHND: Tensor, heads: Heads) -> Tensor:
+        grid = heads.tokens().grid
+        convolutions = cast("list[LePE]", list(cast(nn.ModuleList, self.attns)))
+        stripes = self.stripes(grid) if self.is_native else [Stripes(grid, grid)] * len(convolutions)
+        return out_BHND + stripe_positions(convolutions, heads.values(), stripes)
+
+    def structure(self, grid: Size) -> MapStructure:
+        if not self._stripe:
+            return MapStructure()
+        padded = any(cut.is_padded for cut in self.stripes(grid))
+        return MapStructure(stripes=self._stripe, padded=padded)
+
+    def all_pairs(self, geometry: Geometry) -> int:
+        stripes = self.stripes(geometry.grid)
+        return self.num_heads // len(stripes) * sum(cut.pairs for cut in stripes)
+
+    def has_whole_map(self, geometry: Geometry) -> bool:
+        return not self._stripe
+
+    @property
+    def _stripe(self) -> int:
+        layer: Any = self.original
+        return int(layer.split)
+
+    def _meeting(self, cut: Stripes, heads: Heads) -> Tensor:
+        """Return the bias of the stripes of one kind, (N, N), or (N, N + 1) if stripes of the layer are padded."""
+        like, grid = heads.known, heads.tokens().grid
+        numbers = torch.arange(
+            cut.padded[0] * cut.padded[1] // (cut.size[0] * cut.size[1]), device=like.device
+        )
+        of_token = cut.join(
+            numbers[:, None, None, None].expand(-1, 1, cut.size[0] * cut.size[1], 1)
+        ).flatten()
+        meets = of_token[:, None] == of_token
+        bias = like.new_full(meets.shape, OUTSIDE).masked_fill(meets, 0.0)
+        if not any(each.is_padded for each in self.stripes(grid)):
+            return bias
+        more = cut.size[0] * cut.size[1] - meets.sum(1, keepdim=True)
+        column = like.new_tensor(1.0) * more
+        return torch.cat([bias, torch.where(more > 0, column.clamp_min(1).log(), OUTSIDE)], 1).to(like.dtype)
 
 
-@register_model
-def cswin_base(pretrained: bool = False, **arguments: Any) -> nn.Module:
-    """CSwin-B."""
-    shape = {**LARGE, "embed_dim": 96, "num_heads": (4, 8, 16, 32)}
-    return _create("cswin_base", pretrained, shape, arguments)
+class CSwinFamily(Family):
+    """Our `cswin_*`: images have any size, and stripes keep their width."""
+
+    name = "cswin (CSwin)"
+    models = (CSwin,)
+    blocks = (CSwinBlock,)
+    hosts: ClassVar[Hosts] = {CSwinAttention: StripeHost}
+    merging = TwinsMerging
+
+    def paths(self, model: nn.Module) -> list[list[str]]:
+        stages = cast(CSwin, model).stages()
+        return [[f"stage{i}.{j}" for j in range(len(stage))] for i, stage in enumerate(stages, 1)]
+
+    def merges(self, model: nn.Module) -> list[str]:
+        return [f"merge{i}" for i in range(1, cast(CSwin, model).depth)]
+
+    def image_size(self, model: nn.Module) -> tuple[int, int] | None:
+        return cast(CSwin, model).patch_embed.img_size
+
+    def geometries(self, model: nn.Module, size: tuple[int, int]) -> list[Geometry]:
+        found, grid = [], size
+        for path in ("stage1_conv_embed", *self.merges(model)):
+            grid = merged_grid(submodule(model, path), grid)
+            found.append(Geometry(0, grid))
+        return found
+
+    def resize(self, model: nn.Module, size: tuple[int, int]) -> None:
+        vit(model).set_input_size(img_size=size)
+
+    def size_arguments(self, model: nn.Module) -> dict[str, Any]:
+        """Return the size with the widths of stripes, which say what is the whole map where the size does not."""
+        return {"img_size": self.image_size(model), "split_size": cast(CSwin, model).split_size}
+
+    def with_blocks(self, model: nn.Module, blocks: Sequence[nn.Module], *, cut: bool) -> nn.Module:
+        twin: Any = shallow(model)
+        stages = self.by_stage(model, blocks)
+        for i, own in enumerate(stages, 1):
+            stage = shallow(submodule(model, f"stage{i}"))
+            stage._modules = {str(j): block for j, block in enumerate(own)}
+            twin._modules[f"stage{i}"] = stage
+        twin.depth = len(stages)
+        return cast(nn.Module, twin)
+
+    def embedding(self, model: nn.Module) -> nn.Module:
+        return submodule(model, "stage1_conv_embed")
+
+    def recomputed(self, model: nn.Module) -> list[nn.Module]:
+        return [*cast(CSwin, model).stages()]
 
 
-@register_model
-def cswin_large(pretrained: bool = False, **arguments: Any) -> nn.Module:
-    """CSwin-L: heads of the last stage are twice as wide."""
-    shape = {**LARGE, "embed_dim": 144, "num_heads": (6, 12, 24, 24)}
-    return _create("cswin_large", pretrained, shape, arguments)
-
-
-def _create(name: str, pretrained: bool, shape: JsonDict, given: JsonDict) -> nn.Module:
-    features = {"out_indices": (0, 1, 2, 3), "feature_cls": "getter"}
-    built: nn.Module = build_model_with_cfg(
-        CSwin, name, pretrained, feature_cfg=features, **{**shape, **given}
-    )
-    return built
+FAMILIES = (CSwinFamily(),)
