@@ -218,7 +218,7 @@ OF_PLAIN = ("copying", "mirroring", "measuring", "masking")
 
 
 class Family(ABC):
-    """Models of timm that are built in one way. A new family is a file and an entry of `walk.FAMILIES`."""
+    """Models that are built in one way. A new family is a file in this folder with a table `FAMILIES`."""
 
     name: str
     models: tuple[type[nn.Module], ...]
