@@ -136,7 +136,7 @@ def describe_model(model: nn.Module, **own: Any) -> Pretrained:
     Raises CheckpointError: timm did not create it.
     """
     name = (getattr(model, "pretrained_cfg", None) or {}).get("architecture")
-    if is_transformers(model):
+    if is_transformers(type(model)):
         raise CheckpointError(
             f"this {type(model).__name__} is a model of transformers: save it by its save_pretrained, a student after "
             "release()"

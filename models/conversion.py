@@ -67,6 +67,7 @@ def convert(
 ) -> nn.Module:
     """Return a copy of `model` whose layers have the operators of `plan` (`models/layer_plan.py`).
 
+    A vision tower of transformers becomes another one of its class, with the plan in its configuration.
     A converted layer of a plain vision transformer is converted again from its original attention layer. One of a
     pyramid has lost what its operator does not need: it can be kept or removed, and is refused for another operator.
 

@@ -43,12 +43,12 @@ class TokenGrid:
     for models of any image size. `plan_size` is the image size (height, width) that the operators were created for."""
 
     def __init__(self, model: nn.Module, geometry: Geometry, plan_size: tuple[int, int] | None) -> None:
-        self.model = model
+        self.model, self.family = model, family_of(model)
         self.geometry = geometry
         self.plan_size = plan_size
 
     def __call__(self, module: nn.Module, inputs: object, patches: Tensor) -> None:
-        grid = family_of(self.model).grid_of(patches)
+        grid = self.family.grid_of(patches)
         if grid is not None:
             self.geometry = Geometry(self.geometry.num_prefix, grid)
             replay_blocks(self.model, GridMoment(self, self.geometry))

@@ -93,10 +93,10 @@ TOWERS = {
 # Find the parts of a tower.
 
 
-def is_transformers(model: nn.Module) -> bool:
-    """Return whether a model is one of transformers, which is not imported for that."""
+def is_transformers(kind: type) -> bool:
+    """Return whether a class is of a model of transformers, which is not imported for that."""
     library: Any = sys.modules.get(LIBRARY)
-    return library is not None and isinstance(model, library.PreTrainedModel)
+    return library is not None and issubclass(kind, library.PreTrainedModel)
 
 
 def tower_config(model: nn.Module) -> Any:
@@ -110,14 +110,16 @@ def tower_of(model: nn.Module) -> Tower:
     return TOWERS[tower_config(model).model_type]
 
 
-def why_not(model: nn.Module) -> str:
-    """Return why a model of transformers is not supported; empty for one that is."""
-    name, kind = type(model).__name__, str(tower_config(model).model_type)
-    if "input_ids" in inspect.signature(model.forward).parameters:
-        return f"{name} takes text as well as images: give its vision tower alone, such as model.vision_model"
-    if kind not in TOWERS:
+def why_not(kind: Any) -> str:
+    """Return why a class of transformers is not supported; empty for one that is."""
+    config = kind.config_class
+    vision = getattr(config, "sub_configs", {}).get("vision_config", config)
+    name = str(getattr(vision, "model_type", ""))
+    if "input_ids" in inspect.signature(kind.forward).parameters:
+        return f"{kind.__name__} takes text as well as images: give its vision tower alone, such as model.vision_model"
+    if name not in TOWERS:
         return (
-            f"{name} is a model of transformers of type {kind!r}, which is not supported; supported are "
+            f"{kind.__name__} is a model of transformers of type {name!r}, which is not supported; supported are "
             f"{', '.join(TOWERS)}"
         )
     return ""
@@ -125,8 +127,8 @@ def why_not(model: nn.Module) -> str:
 
 def refuse_other(model: nn.Module) -> None:
     """Raise UnsupportedModelError, by name, for a model of transformers that is no supported tower."""
-    if is_transformers(model):
-        raise UnsupportedModelError(why_not(model))
+    if is_transformers(type(model)):
+        raise UnsupportedModelError(why_not(type(model)))
 
 
 def layer_paths(model: nn.Module) -> list[str]:
@@ -138,10 +140,13 @@ def layer_paths(model: nn.Module) -> list[str]:
     for path, found in model.named_modules():
         if isinstance(found, nn.ModuleList) and f".{path}".endswith(f".{tower.layers}"):
             return [f"{path}.{index}" for index in range(len(found))]
+    raise _of_another_version(type(model), f"layers `{tower.layers}`")
+
+
+def _of_another_version(kind: type, part: str) -> UnsupportedModelError:
     version = sys.modules[LIBRARY].__version__
-    raise UnsupportedModelError(
-        f"{type(model).__name__} has no layers `{tower.layers}` in transformers {version}, as it has in 5.24: install "
-        "that or a newer one"
+    return UnsupportedModelError(
+        f"{kind.__name__} has no {part} in transformers {version}, as it has in 5.24: install that or a newer one"
     )
 
 
@@ -225,8 +230,8 @@ class TowerHost(AttentionHost):
 
     def __init__(self, original: nn.Module, operator: Operator | None = None) -> None:
         nn.Module.__init__(self)
-        module = vars(nn.Module())
-        vars(self).update({name: value for name, value in vars(original).items() if name not in module})
+        kept = vars(original).keys() - vars(nn.Module()).keys() - {"forward"}  # which accelerate replaces
+        vars(self).update({name: vars(original)[name] for name in kept})
         self._parameters, self._buffers = original._parameters, original._buffers
         self._non_persistent_buffers_set = original._non_persistent_buffers_set
         self._modules = {name: child for name, child in original._modules.items() if name != "operator"}
@@ -234,6 +239,7 @@ class TowerHost(AttentionHost):
         self._original = (original,)
         self.operator = operator or Softmax()
         layer: Any = original
+        self.num_heads = int(layer.q_proj.out_features) // int(layer.head_dim)
         self.config = copy.copy(layer.config)  # its own: the model's says how other layers attend
         self.config._attn_implementation = INTERFACE
         parts = (*(f"{part}_proj" for part in QKV), *NORMS)
@@ -279,6 +285,12 @@ class TowerHost(AttentionHost):
 # The family of towers.
 
 
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _is_tower(kind: type) -> bool:
+    """Return whether a class is of a supported tower; torch.compile cannot look into transformers' classes itself."""
+    return is_transformers(kind) and not why_not(kind)
+
+
 class _Kind(type):
     """Of classes that are recognized by `matches`, because transformers' own are not imported."""
 
@@ -286,12 +298,18 @@ class _Kind(type):
         return isinstance(instance, nn.Module) and bool(cast(Any, cls).matches(instance))
 
 
-class TowerModel(nn.Module, metaclass=_Kind):
-    """A model of transformers that is a supported tower."""
+class _ModelKind(_Kind):
+    """Of a class whose subclasses are recognized, too: torch.compile asks for these."""
 
-    @staticmethod
-    def matches(model: nn.Module) -> bool:
-        return is_transformers(model) and not why_not(model)
+    def __instancecheck__(cls, instance: object) -> bool:
+        return issubclass(type(instance), cls)
+
+    def __subclasscheck__(cls, kind: type) -> bool:
+        return bool(_is_tower(kind))
+
+
+class TowerModel(nn.Module, metaclass=_ModelKind):
+    """A model of transformers that is a supported tower."""
 
 
 class TowerAttention(nn.Module, metaclass=_Kind):
@@ -376,6 +394,8 @@ class Towers(Family):
 
     def sizes(self, block: nn.Module) -> tuple[int, int, int]:
         layer = attention_of(block)
+        if "q_proj" not in layer._modules:
+            raise _of_another_version(type(layer), "`q_proj`")
         head_dim = int(layer.head_dim)
         return int(layer.q_proj.in_features), int(layer.q_proj.out_features) // head_dim, head_dim
 

@@ -181,6 +181,13 @@ def test_gradients_reach_every_parameter_also_with_checkpointing() -> None:
     torch.testing.assert_close(found[0], found[1])
 
 
+def test_compiled_it_is_the_same() -> None:
+    student, x = convert(tower("vit"), "0: linear; 1: window(window=2)"), images()
+    compiled = torch.compile(student, backend="aot_eager", fullgraph=True)
+    with torch.no_grad():
+        torch.testing.assert_close(tokens(compiled, x), tokens(student, x), rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize(
     "kind", [kind if kind in EXPORTED else pytest.param(kind, marks=pytest.mark.slow) for kind in TOWERS]
 )
@@ -225,6 +232,17 @@ def test_weights_are_kept_as_asked(weights: Any, changed: list[str]) -> None:
     for name in ("q_proj", "fc1"):
         key = next(key for key in before if key.startswith("layers.0.") and key.endswith(f"{name}.weight"))
         assert torch.equal(before[key], after[key]) is (name not in changed)
+
+
+def test_layers_of_another_version_are_refused_by_name() -> None:
+    model = tower("vit")
+    layers = model._modules.pop("layers")
+    with pytest.raises(UnsupportedModelError, match="ViTModel has no layers"):
+        sites(model)
+    model.layers = layers
+    del layers[0].attention.q_proj
+    with pytest.raises(UnsupportedModelError, match="ViTAttention has no `q_proj`"):
+        convert(model, "*: linear")
 
 
 SWIN = {

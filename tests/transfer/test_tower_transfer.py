@@ -214,6 +214,16 @@ def test_towers_and_models_of_timm_teach_one_another(kind: str) -> None:
         assert float(out.transfer_loss) > 0
 
 
+def test_compiled_it_learns_the_same() -> None:
+    student, x = tower("dinov2"), images()
+    with torch.no_grad():
+        for parameter in student.parameters():
+            parameter.mul_(0.7)
+    dual = DualViT(tower("dinov2"), student, "distill")
+    compiled = torch.compile(dual, backend="aot_eager")
+    torch.testing.assert_close(compiled(x).transfer_loss, dual(x).transfer_loss)
+
+
 def test_the_example_of_the_page_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     page = (Path(__file__).parents[2] / "docs" / "transfer.md").read_text()
     [code] = [code for code in re.findall("```python\n(.*?)```", page, re.DOTALL) if "AutoModelFor" in code]

@@ -138,8 +138,8 @@ class DualViT(nn.Module):
     a name learns from the first. The student is a timm model of the plain ViT families
     (`graftvit.models.families.SUPPORTED`), and so is a teacher whose layers are used; `feature` and `logits` take any
     classifier of timm. A teacher is never registered: it is not trained, not in the state dict, and stays in eval
-    mode. The student stays an ordinary timm model, with its own state dict; while it is taught, its attention layers
-    are hosted (`release` puts timm's own back).
+    mode. Both may also be vision towers of transformers (docs/transfer.md). The student stays an ordinary model of its
+    library, with its own state dict; while it is taught, its attention layers are hosted (`release` puts its own back).
 
     Without normalizations, each model's `pretrained_cfg` says how its images are normalized; `forward` takes
     images as the student wants them. A student on the meta device has no heads to match: `heads=match` stays open.
