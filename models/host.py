@@ -46,6 +46,8 @@ BIAS = (
     "cpb_mlp",
     "relative_coords_table",
     "rel_pos",
+    "meta_mlp",
+    "relative_coordinates_log",
     "rel_pos_h",
     "rel_pos_w",
 )
@@ -285,7 +287,6 @@ class GridHost(AttentionHost, ABC):
         parts = self.parts(x_BNC, grid)
         needs = {*self.operator.needs, *self.reads}
         heads = {part: self._by_head(tensor) for part, tensor in parts.items() if part in needs}
-        dropout: Any = self.attn_drop
         q = self.normed("q", heads.get("q"))
         return Heads(
             q=q,
@@ -293,7 +294,7 @@ class GridHost(AttentionHost, ABC):
             v=heads.get("v"),
             bias=None if self.is_native else self.grid_bias(grid, q),
             scale=self.scale,
-            dropout=dropout.p if self.training else 0.0,
+            dropout=self.drop_rate if self.training else 0.0,
             geometry=Geometry(x_BNC.shape[1] - grid[0] * grid[1], grid),
         )
 

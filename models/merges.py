@@ -17,6 +17,10 @@ def merge_deformably(model: nn.Module) -> None:
     """Replace each merge of a pyramid by a new deformable one, in place; those that are deformable stay."""
     family = family_of(model)
     size = family.image_size(model)
+    if not family.merges(model):
+        raise UnsupportedModelError(
+            f"plan: the merges of {type(model).__name__} cannot be deformable: leave merge out"
+        )
     widths = list({site.stage: site.width for site in sites(model)}.values())
     for path, before, after in zip(family.merges(model), widths[:-1], widths[1:], strict=True):
         if not isinstance(submodule(model, path), TokenMerging):

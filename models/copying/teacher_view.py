@@ -18,6 +18,7 @@ from ..attention.base import Operator
 from ..errors import TransferError
 from ..families import (
     Block,
+    Family,
     attention_of,
     attention_place,
     blocks_of,
@@ -204,21 +205,17 @@ class LastAttention(nn.Module):
 class RecordedBlock(nn.Module):
     """A block that puts its output on the tape."""
 
-    def __init__(self, block: nn.Module, layer: int, tape: Tape) -> None:
+    def __init__(self, block: nn.Module, family: Family, layer: int, tape: Tape) -> None:
         super().__init__()
         self.block = block
+        self.family = family
         self.layer = layer
         self.tape = tape
 
     def forward(self, *args: Any, **options: Any) -> Any:
         out = self.block(*args, **options)
-        self.tape.blocks[self.layer] = in_sequence(out)
+        self.tape.blocks[self.layer] = self.family.in_sequence(out)
         return out
-
-
-def in_sequence(tokens: Tensor) -> Tensor:
-    """Return the output of a block as (B, N, C); Swin gives (B, height, width, C)."""
-    return tokens.flatten(1, 2) if tokens.dim() == 4 else tokens
 
 
 class TokensOnly(nn.Module):
@@ -336,7 +333,7 @@ def _view_block(teacher: nn.Module, block: Block, index: int, wanted: Wanted, ta
         host = recording_host(teacher, block, recorder)
         twin = shallow(whole_grid(block))
         twin._modules[attention_place(twin)] = host
-    return RecordedBlock(twin, index, tape) if index in wanted.blocks else twin
+    return RecordedBlock(twin, family_of(teacher), index, tape) if index in wanted.blocks else twin
 
 
 def recording_host(teacher: nn.Module, block: Block, operator: Operator) -> AttentionHost:

@@ -12,42 +12,24 @@ from torch import Tensor, nn
 from ..attention.base import Geometry
 from ..host import ReducedHost
 from .pvt_v1 import PVT, PVTBlock
-from .site import Family, Hosts, listed, merged_grid, shallow, size_of, submodule, vit
+from .site import AnySize, Family, Hosts, merged_grid, size_of, submodule, vit
 
 
-class PVTv2(Family):
+class PVTv2(AnySize):
     """timm's `pvt_v2_*`. They take images of any size, so their constructor has no size."""
 
     name = "pvt_v2 (PVTv2)"
     models: tuple[type[nn.Module], ...] = (PyramidVisionTransformerV2,)
     blocks: tuple[type[nn.Module], ...] = (Block,)
     hosts: ClassVar[Hosts] = {Attention: ReducedHost}
-    sized_when_built = False
-    takes_size = False
-
-    def paths(self, model: nn.Module) -> list[list[str]]:
-        stages: Any = model.stages
-        return [
-            [f"stages.{i}.blocks.{j}" for j in range(len(stage.blocks))] for i, stage in enumerate(stages)
-        ]
 
     def merges(self, model: nn.Module) -> list[str]:
         stages: Any = model.stages
         return [f"stages.{i}.downsample" for i in range(1, len(stages))]
 
-    def image_size(self, model: nn.Module) -> tuple[int, int] | None:
-        """Return the size that the model was resized to, else the size of its published weights."""
-        own: Any = getattr(model, "img_size", None)
-        described: Any = getattr(model, "default_cfg", None) or {}
-        height, width = own or tuple(described.get("input_size", ())[1:]) or (224, 224)
-        return int(height), int(width)
-
     def known_size(self, model: nn.Module) -> tuple[int, int] | None:
         own: Any = model
         return size_of(own.patch_embed) or size_of(own)
-
-    def patch_size(self, model: nn.Module) -> tuple[int, int]:
-        return 1, 1
 
     def geometries(self, model: nn.Module, size: tuple[int, int]) -> list[Geometry]:
         whole: Any = model
@@ -58,31 +40,12 @@ class PVTv2(Family):
             found.append(Geometry(0, grid))
         return found
 
-    def resize(self, model: nn.Module, size: tuple[int, int]) -> None:
-        whole: Any = model
-        whole.img_size = size
-
     def with_blocks(self, model: nn.Module, blocks: Sequence[nn.Module], *, cut: bool) -> nn.Module:
-        stages = submodule(model, "stages")
-        twins = []
-        for own, stage in zip(self.by_stage(model, blocks), stages.children(), strict=False):
-            twin = shallow(stage)
-            twin._modules["blocks"] = listed(submodule(stage, "blocks"), own)
-            twins.append(twin)
-        if cut and "norm" in twins[-1]._modules:
-            twins[-1]._modules["norm"] = nn.Identity()
-        whole = shallow(model)
-        whole._modules["stages"] = listed(stages, twins)
-        return whole
-
-    def last_tokens(self, model: nn.Module) -> nn.Module:
-        return list(submodule(model, "stages").children())[-1]
-
-    def patches(self, tokens: Tensor, geometry: Geometry) -> Tensor:
-        return tokens.permute(0, 2, 3, 1)
-
-    def recomputed(self, model: nn.Module) -> list[nn.Module]:
-        return list(submodule(model, "stages").children())
+        twin: Any = super().with_blocks(model, blocks, cut=cut)
+        last = list(twin.stages)[-1]
+        if cut and "norm" in last._modules:
+            last._modules["norm"] = nn.Identity()
+        return twin  # type: ignore[no-any-return]
 
 
 class PVTv1(PVTv2):

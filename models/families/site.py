@@ -180,6 +180,26 @@ def replace_block(model: nn.Module, path: str, block: nn.Module) -> None:
     submodule(model, parent)._modules[name] = block
 
 
+def _open(opened: dict[str, nn.Module], path: str) -> nn.Module:
+    """Return the twin of a part of a model, whose children can be replaced, with those of the parts that it is in."""
+    if path not in opened:
+        parent, _, name = path.rpartition(".")
+        outer = _open(opened, parent)
+        opened[path] = outer._modules[name] = shallow(cast(nn.Module, outer._modules[name]))
+    return opened[path]
+
+
+def _end_with(opened: dict[str, nn.Module], path: str) -> None:
+    """Leave out what comes after a block in every list that it is in."""
+    while path:
+        path, _, name = path.rpartition(".")
+        parent = opened[path]
+        if isinstance(parent, nn.Sequential | nn.ModuleList):
+            names = list(parent._modules)
+            for later in names[names.index(name) + 1 :]:
+                del parent._modules[later]
+
+
 def size_of(embedding: Any) -> tuple[int, int] | None:
     """Return the height and width of the images that a patch embedding was built for; None if it takes any."""
     size = getattr(embedding, "img_size", None)
@@ -340,13 +360,24 @@ class Family(ABC):
     def resize(self, model: nn.Module, size: tuple[int, int]) -> None:
         """Prepare the model for images of another size, and resample what is tied to the size."""
 
-    @abstractmethod
     def with_blocks(self, model: nn.Module, blocks: Sequence[nn.Module], *, cut: bool) -> nn.Module:
         """Return a model that shares everything with `model` except its blocks.
 
         `blocks` are all blocks of the model, or its first ones: then the model ends with the last of them. With `cut`
         only the blocks count, and what comes after the last of them is left out where that is possible.
         """
+        paths = [path for stage in self.paths(model) for path in stage]
+        opened = {"": shallow(model)}
+        for path, block in zip(paths, blocks, strict=False):
+            parent, _, name = path.rpartition(".")
+            _open(opened, parent)._modules[name] = block
+        if cut or len(blocks) < len(paths):
+            _end_with(opened, paths[len(blocks) - 1])
+        return opened[""]
+
+    def in_sequence(self, out: Tensor) -> Tensor:
+        """Return the output of a block as (B, N, C)."""
+        return out.flatten(1, 2) if out.dim() == 4 else out
 
     def features(self, model: nn.Module, images: Tensor) -> Any:
         """Run a model up to its features, of which `tokens` and `head` give parts."""
@@ -456,6 +487,48 @@ class Family(ABC):
                 width, heads, head_dim = self.sizes(submodule(model, path))
                 yield Site(index, name, stage, place, path, width, heads, head_dim, geometry)
                 index += 1
+
+
+class AnySize(Family):
+    """Stages of models that take images of any size, so their constructor has no size."""
+
+    sized_when_built = False
+    takes_size = False
+
+    def paths(self, model: nn.Module) -> list[list[str]]:
+        stages: Any = model.stages
+        return [
+            [f"stages.{i}.blocks.{j}" for j in range(len(stage.blocks))] for i, stage in enumerate(stages)
+        ]
+
+    def image_size(self, model: nn.Module) -> tuple[int, int] | None:
+        """Return the size that the model was resized to, else the size of its published weights."""
+        own: Any = getattr(model, "img_size", None)
+        described: Any = getattr(model, "default_cfg", None) or {}
+        height, width = own or tuple(described.get("input_size", ())[1:]) or (224, 224)
+        return int(height), int(width)
+
+    def fixed_size(self, model: nn.Module) -> tuple[int, int] | None:
+        return None
+
+    def known_size(self, model: nn.Module) -> tuple[int, int] | None:
+        return size_of(model)
+
+    def patch_size(self, model: nn.Module) -> tuple[int, int]:
+        return 1, 1
+
+    def resize(self, model: nn.Module, size: tuple[int, int]) -> None:
+        whole: Any = model
+        whole.img_size = size
+
+    def last_tokens(self, model: nn.Module) -> nn.Module:
+        return list(submodule(model, "stages").children())[-1]
+
+    def patches(self, tokens: Tensor, geometry: Geometry) -> Tensor:
+        return tokens.permute(0, 2, 3, 1)
+
+    def recomputed(self, model: nn.Module) -> list[nn.Module]:
+        return list(submodule(model, "stages").children())
 
 
 def _sizes(block: Any) -> tuple[int, int, int]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -12,6 +11,11 @@ from timm.models.swin_transformer import SwinTransformer, SwinTransformerBlock
 from timm.models.swin_transformer import WindowAttention as WindowAttentionV1
 from timm.models.swin_transformer_v2 import PatchMerging, SwinTransformerV2, SwinTransformerV2Block
 from timm.models.swin_transformer_v2 import WindowAttention as WindowAttentionV2
+from timm.models.swin_transformer_v2_cr import (
+    SwinTransformerV2Cr,
+    SwinTransformerV2CrBlock,
+    WindowMultiHeadAttention,
+)
 from torch import Tensor, nn
 
 from ..attention.base import Geometry
@@ -20,7 +24,7 @@ from ..host import WindowHost
 from ..map_structure import Size, Windows, offsets, resample_table
 from ..token_merging import TokenMerging
 from .plain import patch_grid
-from .site import Blocks, Family, Hosts, listed, merged_grid, shallow, submodule, vit
+from .site import Blocks, Family, Hosts, merged_grid, submodule, vit
 
 LARGEST_LOG_SCALE = math.log(1.0 / 0.01)
 """The limit of the logarithm of Swin V2's learned scale."""
@@ -119,7 +123,7 @@ class SwinV2Host(SwinHost):
         if part == "k":
             return x_BHND
         scale: Any = self.logit_scale
-        return x_BHND * torch.clamp(scale, max=LARGEST_LOG_SCALE).exp()
+        return x_BHND * torch.clamp(scale, max=LARGEST_LOG_SCALE).exp().view(-1, 1, 1)
 
     def bias_on(self, grid: Size) -> Tensor:
         """Raise UnsupportedModelError: the bias is computed from the distances of the layer's own grid."""
@@ -156,6 +160,15 @@ class SwinV2Host(SwinHost):
         return F.linear(x_BNC, fused.weight, bias)
 
 
+class SwinCrHost(SwinV2Host):
+    """The same, with a bias computed by a network that has dropout."""
+
+    def relative_bias(self) -> Tensor:
+        layer: Any = self.original
+        bias: Tensor = layer._relative_positional_encodings()
+        return bias
+
+
 class _WholeGrid:
     """The two methods of timm's blocks of Swin that know of windows."""
 
@@ -184,6 +197,17 @@ class WholeGridBlockV2(_WholeGrid, SwinTransformerV2Block):
     """timm's block of Swin V2 whose attention gets the whole grid (B, height, width, C) instead of windows."""
 
 
+class WholeGridBlockCr(_WholeGrid, SwinTransformerV2CrBlock):
+    """timm's other block of Swin V2 whose attention gets the whole grid (B, height, width, C) instead of windows."""
+
+    _shifted_window_attn = _WholeGrid._attn
+
+    def set_input_size(self, feat_size: Size, *more: Any, **options: Any) -> None:
+        """Change the grid."""
+        super().set_input_size(feat_size, *more, **options)
+        self.feat_size = feat_size
+
+
 class SwinMerging(TokenMerging, PatchMerging):
     """The same for Swin: (B, H, W, C) to (B, h, w, C'). timm resizes a stage of Swin V2 only with its own class."""
 
@@ -195,35 +219,42 @@ class Swin(Family):
     """timm's `swin_*` and `swinv2_*` of these two classes."""
 
     name = "swin_transformer and swin_transformer_v2 (Swin, Swin V2)"
-    models = (SwinTransformer, SwinTransformerV2)
-    blocks = (SwinTransformerBlock, SwinTransformerV2Block)
+    models: tuple[type[nn.Module], ...] = (SwinTransformer, SwinTransformerV2)
+    blocks: tuple[type[nn.Module], ...] = (SwinTransformerBlock, SwinTransformerV2Block)
     hosts: ClassVar[Hosts] = {WindowAttentionV1: SwinHost, WindowAttentionV2: SwinV2Host}
     whole: ClassVar[Blocks] = {SwinTransformerBlock: WholeGridBlock, SwinTransformerV2Block: WholeGridBlockV2}
-    post_norm = (SwinTransformerV2Block,)
+    post_norm: tuple[type[nn.Module], ...] = (SwinTransformerV2Block,)
     merging = SwinMerging
     gives_up = ("bias",)
+    stages = "layers"
+    grid_name = "output_resolution"
+    """The attributes with the stages of a model and with the grid of a stage."""
 
     def paths(self, model: nn.Module) -> list[list[str]]:
-        layers: Any = model.layers
+        stages: Any = submodule(model, self.stages)
         return [
-            [f"layers.{i}.blocks.{j}" for j in range(len(layer.blocks))] for i, layer in enumerate(layers)
+            [f"{self.stages}.{i}.blocks.{j}" for j in range(len(stage.blocks))]
+            for i, stage in enumerate(stages)
         ]
 
     def merges(self, model: nn.Module) -> list[str]:
-        layers: Any = model.layers
-        return [f"layers.{i}.downsample" for i in range(1, len(layers))]
+        return [f"{self.stages}.{i}.downsample" for i in range(1, len(self.recomputed(model)))]
 
     def image_size(self, model: nn.Module) -> tuple[int, int] | None:
         size = vit(model).patch_embed.img_size
         return None if size is None else (int(size[0]), int(size[1]))
 
+    def first_grid(self, model: nn.Module, size: tuple[int, int]) -> tuple[int, int]:
+        """Return the rows and columns of the patches of images."""
+        return patch_grid(vit(model).patch_embed, size)
+
     def geometries(self, model: nn.Module, size: tuple[int, int]) -> list[Geometry]:
-        layers: Any = model.layers
-        found, (height, width) = [], patch_grid(vit(model).patch_embed, size)
-        for layer in layers:
-            if isinstance(layer.downsample, TokenMerging):
-                height, width = merged_grid(layer.downsample, (height, width))
-            elif not isinstance(layer.downsample, nn.Identity):
+        found, (height, width) = [], self.first_grid(model, size)
+        for stage in self.recomputed(model):
+            merge = stage.downsample
+            if isinstance(merge, TokenMerging):
+                height, width = merged_grid(merge, (height, width))
+            elif not isinstance(merge, nn.Identity):
                 height, width = -(-height // 2), -(-width // 2)  # timm pads an odd side
             found.append(Geometry(0, (height, width)))
         return found
@@ -235,9 +266,15 @@ class Swin(Family):
         """
         whole: Any = model
         whole.set_input_size(img_size=size, window_size=_windows(whole))
-        for layer, geometry in zip(whole.layers, self.geometries(model, size), strict=True):
-            expected, layer.output_resolution = tuple(layer.output_resolution), geometry.grid
-            for block in layer.blocks if expected != geometry.grid else ():
+        self.fit_stages(model, size)
+
+    def fit_stages(self, model: nn.Module, size: tuple[int, int]) -> None:
+        """Set the grids of the stages after deformable merging."""
+        for stage, geometry in zip(self.recomputed(model), self.geometries(model, size), strict=True):
+            expected: Any = getattr(stage, self.grid_name)
+            setattr(stage, self.grid_name, geometry.grid)
+            blocks: Any = stage.blocks
+            for block in blocks if tuple(expected) != geometry.grid else ():
                 block.set_input_size(feat_size=geometry.grid, window_size=block.window_size)
 
     def size_arguments(self, model: nn.Module) -> dict[str, Any]:
@@ -246,19 +283,50 @@ class Swin(Family):
             return {}  # as its constructor was told
         return {"img_size": self.image_size(model), "window_size": windows}
 
-    def with_blocks(self, model: nn.Module, blocks: Sequence[nn.Module], *, cut: bool) -> nn.Module:
-        layers = submodule(model, "layers")
-        twins = []
-        for own, layer in zip(self.by_stage(model, blocks), layers.children(), strict=False):
-            twin = shallow(layer)
-            twin._modules["blocks"] = listed(submodule(layer, "blocks"), own)
-            twins.append(twin)
-        whole = shallow(model)
-        whole._modules["layers"] = listed(layers, twins)
-        return whole
-
     def recomputed(self, model: nn.Module) -> list[nn.Module]:
-        return list(submodule(model, "layers").children())
+        return list(submodule(model, self.stages).children())
+
+
+class SwinCr(Swin):
+    """timm's `swinv2_cr_*`. Unless they were built with `window_size`, windows are a part of the grid of patches."""
+
+    name = "swin_transformer_v2_cr (Swin V2)"
+    models = (SwinTransformerV2Cr,)
+    blocks = (SwinTransformerV2CrBlock,)
+    hosts: ClassVar[Hosts] = {WindowMultiHeadAttention: SwinCrHost}
+    whole: ClassVar[Blocks] = {SwinTransformerV2CrBlock: WholeGridBlockCr}
+    post_norm = (SwinTransformerV2CrBlock,)
+    stages = "stages"
+    grid_name = "feat_size"
+
+    def first_grid(self, model: nn.Module, size: tuple[int, int]) -> tuple[int, int]:
+        height, width = vit(model).patch_embed.patch_size
+        return size[0] // height, size[1] // width
+
+    def resize(self, model: nn.Module, size: tuple[int, int]) -> None:
+        if not _has_ratio(model):
+            super().resize(model, size)
+            return
+        whole: Any = model
+        given = whole._model_args
+        whole.set_input_size(img_size=size, window_ratio=given.get("window_ratio", 8))
+        whole._model_args = {**given, "img_size": size}  # timm notes windows, which are not fixed
+        self.fit_stages(model, size)
+
+    def size_arguments(self, model: nn.Module) -> dict[str, Any]:
+        return {} if _has_ratio(model) else super().size_arguments(model)
+
+    def last_tokens(self, model: nn.Module) -> nn.Module:
+        return self.recomputed(model)[-1]
+
+    def patches(self, tokens: Tensor, geometry: Geometry) -> Tensor:
+        return tokens.permute(0, 2, 3, 1)
+
+
+def _has_ratio(model: nn.Module) -> bool:
+    """Return whether the windows of a model are a part of its grid of patches."""
+    given: Any = getattr(model, "_model_args", None)
+    return given is not None and given.get("window_size") is None
 
 
 def _windows(model: Any) -> Any:
@@ -266,4 +334,4 @@ def _windows(model: Any) -> Any:
     return getattr(model, "_model_args", {}).get("window_size", model._ref_window_sizes)
 
 
-FAMILIES = (Swin(),)
+FAMILIES = (Swin(), SwinCr())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import importlib.util
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from graftvit.checkpoints.export import export_model
 from graftvit.models.conversion import convert, converted_layers, plan_of, resize
 from graftvit.models.copying.teacher_view import Normalization
 from graftvit.models.errors import UnsupportedModelError
-from graftvit.models.families import check_supported, family_of, image_size, sites
+from graftvit.models.families import check_supported, depths, family_of, image_size, sites
 from graftvit.models.host import AttentionHost
 from graftvit.models.hosting import host_attention, release_attention
 from graftvit.transfer.align import Alignment
@@ -23,7 +24,7 @@ from graftvit.transfer.analysis.layer_maps import attention_maps, key_count, lay
 from graftvit.transfer.methods.dual import DualViT
 from support.models import dense
 from support.models.dense import Layer, cross_entropy, dense_attention, gradient, images
-from support.models.tiny_families import OTHER, SIZE, TINY, WHOLE, arguments, tiny, whole
+from support.models.tiny_families import FUSED, OTHER, SIZE, TINY, WHOLE, arguments, tiny, whole
 from support.models.tiny_students import save_folder
 from torch import Tensor, nn
 
@@ -52,6 +53,8 @@ def run(model: nn.Module, x: Tensor, operator: Any = None) -> tuple[Tensor, list
     for module in model.modules():
         if hasattr(module, "fused_attn"):
             module.fused_attn = True  # type: ignore[assignment]
+        if type(module) in FUSED:
+            module.forward = partial(FUSED[type(module)], module)
     layers: list[Layer] = []
     with dense_attention(layers, None if operator is None else lambda _, layer: operator(layer)):
         return model(x), layers
@@ -92,12 +95,13 @@ def test_training_with_dropout_is_timms(kind: str) -> None:
 def test_sites_are_what_runs(kind: str) -> None:
     model, shapes = tiny(kind), []
     check_supported(model)
-    found = sites(model)
+    found, family = sites(model), family_of(model)
     for site in found:
-        site.block(model).register_forward_hook(lambda _, given, out: shapes.append(out.shape))
+        site.block(model).register_forward_hook(
+            lambda _, given, out: shapes.append(family.in_sequence(out).shape)
+        )
     model(images(dtype=torch.float32))
-    tokens = [(shape[1:-1].numel(), shape[-1]) for shape in shapes]
-    assert tokens == [(site.shape.geometry.num_tokens, site.width) for site in found]
+    assert [shape[1:] for shape in shapes] == [(site.shape.geometry.num_tokens, site.width) for site in found]
 
 
 @whole_kinds
@@ -108,6 +112,7 @@ def test_a_converted_model_is_its_equation(kind: str) -> None:
         with pytest.raises(UnsupportedModelError, match="relative position bias, which linear"):
             convert(model, "*: linear")
         return
+    torch.testing.assert_close(run(copy.deepcopy(model), x)[0], model(x), rtol=1e-10, atol=1e-10)
     expected, _ = run(copy.deepcopy(model), x, linear)
     torch.testing.assert_close(ready(model, "*: linear", kind)(x), expected, rtol=1e-9, atol=1e-10)
 
@@ -219,7 +224,8 @@ def test_distilled_maps_are_those_of_the_layers(kind: str, teacher: str) -> None
 def plain_teacher(kind: str) -> nn.Module:
     """A plain vision transformer with as many tokens, layers and heads."""
     site = sites(whole(kind))[0]
-    sizes = {"embed_dim": 8 * site.num_heads, "num_heads": site.num_heads, "depth": 2}
+    sizes = {"embed_dim": 8 * site.num_heads, "num_heads": site.num_heads, "depth": len(sites(whole(kind)))}
+    sizes["patch_size"] = SIZE[0] // site.shape.geometry.grid[0]
     return dense.tiny("vit" if site.shape.geometry.num_prefix else "vit_no_prefix", **sizes)
 
 
@@ -230,6 +236,16 @@ def test_what_a_family_cannot_is_refused_by_name(kind: str) -> None:
         if to not in ("none", "without"):
             with pytest.raises(UnsupportedModelError, match=type(model).__name__):
                 check_supported(model, to=to)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in TINY if len(depths(tiny(kind))) > 1])
+def test_merges_are_deformable_or_refused_by_name(kind: str) -> None:
+    model = tiny(kind, dtype=torch.float64)
+    if family_of(model).merges(model):
+        assert convert(model, "merge: deformable")(images()).isfinite().all()
+        return
+    with pytest.raises(UnsupportedModelError, match=type(model).__name__):
+        convert(model, "merge: deformable")
 
 
 @pytest.mark.slow

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-import timm
 import torch
-from torch import nn
+import torch.nn.functional as F
+from graftvit.models.families import create_timm_model
+from timm.models import swin_transformer_v2_cr
+from torch import Tensor, nn
 
 SIZE, OTHER = (32, 48), (48, 24)
 
@@ -26,9 +30,38 @@ class Tiny:
     resizes: bool = True
 
 
+def _cosine(layer: Any, x: Tensor, mask: Tensor | None = None) -> Tensor:
+    """The other Swin V2: cosines with a learned scale, and a bias of a network of distances."""
+    q, k, v = layer.qkv(x).unflatten(2, (3, layer.num_heads, -1)).permute(2, 0, 3, 1, 4)
+    scale = layer.logit_scale.clamp(max=math.log(100.0)).exp()[:, None, None]
+    q, k = (F.normalize(each, dim=-1) for each in (q, k))
+    bias = layer._relative_positional_encodings()
+    if mask is not None:
+        bias = (bias + mask[:, None]).repeat(len(x) // len(mask), 1, 1, 1)
+    out = F.scaled_dot_product_attention(q * scale, k, v, attn_mask=bias, scale=1.0)
+    return layer.proj(out.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
+
+
+FUSED: dict[type[nn.Module], Callable[..., Tensor]] = {
+    swin_transformer_v2_cr.WindowMultiHeadAttention: _cosine,
+}
+"""The equations of layers that timm computes without torch's function for attention, with it."""
+
 PLAIN = {"patch_size": 8, "embed_dim": 16, "depth": 2, "num_heads": 2, "num_classes": 3}
 ENCODER = {**PLAIN, "mlp_ratio": 2.0}
+STAGES: dict[str, Any] = {"embed_dim": 16, "depths": (1, 1), "num_heads": (2, 4), "num_classes": 3}
 TINY = {
+    "swinv2_cr": Tiny(
+        "swinv2_cr_tiny_224",
+        {**STAGES, "depths": (2, 1), "window_size": 3},
+        whole={"embed_dim": 16, "depths": (2,), "num_heads": (2,), "window_size": (8, 12)},
+        biased=True, gives_up=True,
+    ),
+    "davit": Tiny(
+        "davit_tiny",
+        {"embed_dims": (16, 32), "depths": (1, 1), "num_heads": (2, 4), "window_size": 3, "num_classes": 3},
+        whole={"embed_dims": (16,), "depths": (2,), "num_heads": (2,), "window_size": (8, 12)},
+    ),
     "sam": Tiny(
         "samvit_base_patch16_224",
         {**PLAIN, "window_size": 3, "global_attn_indexes": (1,), "neck_chans": 12},
@@ -56,7 +89,7 @@ def tiny(
     """Return a tiny model with random weights everywhere, in eval mode."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = timm.create_model(TINY[kind].name, **arguments(kind, size, **more))
+        model = create_timm_model(TINY[kind].name, **arguments(kind, size, **more))
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.add_(0.15 * torch.randn_like(parameter))
