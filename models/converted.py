@@ -47,8 +47,8 @@ class TokenGrid:
         self.geometry = geometry
         self.plan_size = plan_size
 
-    def __call__(self, module: nn.Module, inputs: object, patches: Tensor) -> None:
-        grid = self.family.grid_of(patches)
+    def __call__(self, module: nn.Module, inputs: tuple[Any, ...], patches: Any) -> None:
+        grid = self.family.grid_of(module, next(iter(inputs), None), patches)
         if grid is not None:
             self.geometry = Geometry(self.geometry.num_prefix, grid)
             replay_blocks(self.model, GridMoment(self, self.geometry))

@@ -14,20 +14,20 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from timm.layers import apply_rot_embed_cat
 from torch import Tensor, nn
 
-from .attention.base import QKV, Geometry, Heads, Operator
+from .attention.base import QKV, AttentionOperator, Geometry, Heads, Operator
 from .attention.softmax import Softmax
 from .errors import UnsupportedModelError
 from .map_structure import MapStructure, Size, Windows
 
-Given = tuple[Tensor, Tensor | None, Tensor | None]
-"""The input of an attention layer: tokens (B, N, C), rotary embedding, shared relative position bias."""
+Given = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]
+"""The input of a layer: tokens (B, N, C), rotary embedding, shared relative position bias, mask (B, 1, 1 or N, N)."""
 
 
 def _given(
@@ -37,7 +37,9 @@ def _given(
     is_causal: bool = False,
     shared_rel_pos_bias: Tensor | None = None,
 ) -> Given:
-    return x, rope, shared_rel_pos_bias
+    if is_causal:
+        raise UnsupportedModelError("a causal mask (is_causal) is not supported by a hosted attention layer")
+    return x, rope, shared_rel_pos_bias, attn_mask
 
 
 BIAS = (
@@ -116,12 +118,9 @@ class AttentionHost(nn.Module):
         is_causal: bool = False,
         shared_rel_pos_bias: Tensor | None = None,
     ) -> Tensor:
-        """Attend over tokens (B, N, C). Refuse masks, which a plain image transformer does not have."""
-        if attn_mask is not None or is_causal:
-            raise UnsupportedModelError(
-                "attn_mask and is_causal are not supported by a hosted attention layer"
-            )
-        return self.merge(self.attend(self.project(x, rope, shared_rel_pos_bias)), x)
+        """Attend over tokens (B, N, C); `attn_mask` (B, 1, 1 or N, N) is added to the logits, and shuts out padding."""
+        given = _given(x, rope, attn_mask, is_causal, shared_rel_pos_bias)
+        return self.merge(self.attend(self._masked(*given)), x)
 
     def attend(self, heads: Heads) -> Tensor:
         """Return the output (B, H, N, D) before the heads are joined."""
@@ -154,7 +153,23 @@ class AttentionHost(nn.Module):
 
     def heads_of(self, *inputs: Any, **keywords: Any) -> Heads:
         """Return the projections for the arguments with which timm's block calls the layer."""
-        return self.project(*_given(*inputs, **keywords))
+        return self._masked(*_given(*inputs, **keywords))
+
+    def _masked(self, x: Tensor, rope: Tensor | None, shared: Tensor | None, mask: Tensor | None) -> Heads:
+        """Return the projections with a mask as timm's layer adds it, or as the mask of keys of an operator."""
+        heads = self.project(x, rope, shared)
+        if mask is None:
+            return heads
+        if not self.permanent:
+            return heads.each(lambda part: part, mask if heads.bias is None else heads.bias + mask)
+        traits = cast(AttentionOperator, self.operator).traits
+        if traits.needs_grid or not traits.key_mask:
+            raise UnsupportedModelError(
+                f"{type(self.operator).__name__} does not take padded tokens, as batches of images of several sizes "
+                "have: give images of one size as a tensor (B, C, H, W), or convert to linear or softmax"
+            )
+        heads.key_mask = (mask > torch.finfo(mask.dtype).min / 2).any(-2)[:, 0]
+        return heads
 
     def project(
         self, x: Tensor, rope: Tensor | None = None, shared_rel_pos_bias: Tensor | None = None

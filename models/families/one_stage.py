@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from timm.layers import AttentionRope, resample_abs_pos_embed_nhwc
 from timm.models.deepseek_vit import DeepseekVitBlock, DeepseekVitClassifier, DeepseekVitEncoder
 from timm.models.eva import EvaBlock
+from timm.models.gemma4_vit import (
+    Gemma4Attention,
+    Gemma4Block,
+    Gemma4VitClassifier,
+    Gemma4VitEncoder,
+    apply_multidimensional_rope,
+)
+from timm.models.naflexvit import NaFlexVit
 from timm.models.qwen3_vit import Qwen3VitClassifier, Qwen3VitEncoder
 from timm.models.vision_transformer_relpos import (
     RelPosAttention,
@@ -24,8 +32,8 @@ from ..errors import UnsupportedModelError
 from ..host import AttentionHost, WindowHost
 from ..map_structure import Size, Windows
 from ..plan_syntax import KEEP
-from .plain import OneStage, Plain
-from .site import OF_PLAIN, Blocks, Hosts, Site
+from .plain import BLOCKS, OneStage, Plain, patch_grid, prefix_kinds
+from .site import OF_PLAIN, Blocks, Hosts, Site, size_of
 
 # SAM's image encoder: windows in most blocks, and relative positions along rows and columns (arXiv:2304.02643).
 
@@ -192,4 +200,107 @@ class Encoders(Kindred):
         return next((model.get_submodule(name) for name in names if name in model._modules), model)
 
 
-FAMILIES = (Sam(), RelPos(), Encoders())
+class AnySize(Kindred):
+    """Models that no size is built into: the one that they were told, else that of the published weights."""
+
+    sized_when_built = False
+
+    def image_size(self, model: nn.Module) -> tuple[int, int] | None:
+        own: Any = getattr(model, "img_size", None)
+        described: Any = getattr(model, "default_cfg", None) or {}
+        size = own or tuple(described.get("input_size", ())[1:])
+        return (int(size[0]), int(size[1])) if size else None
+
+    def known_size(self, model: nn.Module) -> tuple[int, int] | None:
+        return size_of(model)
+
+    def fixed_size(self, model: nn.Module) -> tuple[int, int] | None:
+        return None
+
+    def channels(self, model: nn.Module) -> int:
+        return int(cast(Any, model).in_chans)
+
+    def takes_any_grid(self, model: nn.Module) -> bool:
+        return True
+
+    def resize(self, model: nn.Module, size: tuple[int, int]) -> None:
+        cast(Any, model).img_size = size
+
+
+class NaFlex(AnySize):
+    """timm's `naflexvit_*`. Images of several sizes in a batch come as patches with padding, which is masked."""
+
+    name = "naflexvit (NaFlex ViT)"
+    models = (NaFlexVit,)
+    blocks = BLOCKS
+    hosts = Plain.hosts
+    post_norm = Plain.post_norm
+
+    def embedding(self, model: nn.Module) -> nn.Module:
+        return model.get_submodule("embeds")
+
+    def prefix(self, model: nn.Module, site: Site) -> tuple[str, ...]:
+        return prefix_kinds(self.embedding(model))
+
+    def geometries(self, model: nn.Module, size: tuple[int, int]) -> list[Geometry]:
+        embedding = self.embedding(model)
+        return [Geometry(len(prefix_kinds(embedding)), patch_grid(embedding, size))]
+
+    def grid_of(self, embedding: nn.Module, images: Any, patches: Any) -> tuple[int, int] | None:
+        grid = patches[1]
+        return None if grid is None else (int(grid[0]), int(grid[1]))
+
+
+class GemmaHost(AttentionHost):
+    """Gemma 4: grouped keys, norms of q, k and v, rotary positions as cosines and sines, and no scale."""
+
+    after_heads = ("o_proj", "proj_drop")
+
+    def forward(  # type: ignore[override]
+        self, x: Tensor, cosines: Tensor, sines: Tensor, attn_mask: Tensor | None = None
+    ) -> Tensor:
+        return self.merge(self.attend(self.heads_of(x, cosines, sines, attn_mask)), x)
+
+    def heads_of(self, x: Tensor, cosines: Tensor, sines: Tensor, attn_mask: Tensor | None = None) -> Heads:
+        return self._masked(x, torch.stack((cosines, sines)), None, attn_mask)
+
+    def merge(self, out_BHND: Tensor, x: Tensor) -> Tensor:
+        return self._child("proj_drop", self._child("o_proj", out_BHND.transpose(1, 2).flatten(2)))
+
+    def _position(self, part: str, x_BHND: Tensor, rope: Tensor | None) -> Tensor:
+        x_BHND = self._child(f"{part}_norm", x_BHND)
+        if part != "v" and rope is not None:
+            x_BHND = apply_multidimensional_rope(x_BHND, rope[0], rope[1], unsqueeze_dim=1)
+        return x_BHND if part == "q" else x_BHND.repeat_interleave(self.kv_groups, dim=1)
+
+
+class Gemma(AnySize):
+    """timm's `gemma4_vit_*`: the encoder of Gemma 4, and its classifiers."""
+
+    name = "gemma4_vit (encoder of Gemma 4)"
+    models = (Gemma4VitEncoder, Gemma4VitClassifier)
+    blocks = (Gemma4Block,)
+    hosts: ClassVar[Hosts] = {Gemma4Attention: GemmaHost}
+
+    def trunk(self, model: nn.Module) -> str:
+        return "encoder." if "encoder" in model._modules else ""
+
+    def geometries(self, model: nn.Module, size: tuple[int, int]) -> list[Geometry]:
+        height, width = self.patch_size(model)
+        return [Geometry(0, (size[0] // height, size[1] // width))]
+
+    def grid_of(self, embedding: nn.Module, images: Any, patches: Any) -> tuple[int, int] | None:
+        if not isinstance(images, Tensor) or images.ndim != 4:
+            return None
+        height, width = cast(Any, embedding).patch_size
+        return images.shape[2] // height, images.shape[3] // width
+
+    def sizes(self, block: nn.Module) -> tuple[int, int, int]:
+        layer: Any = cast(Any, block).attn
+        return int(layer.o_proj.linear.out_features), int(layer.num_heads), int(layer.q_norm.weight.numel())
+
+    def last_tokens(self, model: nn.Module) -> nn.Module:
+        return model.get_submodule("encoder") if "encoder" in model._modules else model
+
+
+FAMILIES = (Sam(), RelPos(), Encoders(), NaFlex(), Gemma())

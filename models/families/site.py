@@ -413,8 +413,8 @@ class Family(ABC):
         """Return whether a model takes only images of its own size."""
         return bool(getattr(getattr(model, "patch_embed", None), "strict_img_size", False))
 
-    def grid_of(self, patches: Tensor) -> tuple[int, int] | None:
-        """Return the rows and columns in an output of `embedding`; None where it does not show them."""
+    def grid_of(self, embedding: nn.Module, images: Any, patches: Any) -> tuple[int, int] | None:
+        """Return the rows and columns of the patches that `embedding` made of images; None where nothing shows them."""
         return (patches.shape[1], patches.shape[2]) if patches.ndim == 4 else None
 
     def takes_any_grid(self, model: nn.Module) -> bool:

@@ -14,8 +14,9 @@ import torch
 from graftvit.checkpoints.export import export_model
 from graftvit.models.conversion import convert, converted_layers, plan_of, resize
 from graftvit.models.copying.teacher_view import Normalization
+from graftvit.models.cost import attention_macs, other_macs
 from graftvit.models.errors import UnsupportedModelError
-from graftvit.models.families import check_supported, depths, family_of, image_size, sites
+from graftvit.models.families import check_supported, depths, family_of, image_size, layout_of, sites
 from graftvit.models.host import AttentionHost
 from graftvit.models.hosting import host_attention, release_attention
 from graftvit.transfer.align import Alignment
@@ -26,7 +27,10 @@ from support.models import dense
 from support.models.dense import Layer, cross_entropy, dense_attention, gradient, images
 from support.models.tiny_families import FUSED, OTHER, SIZE, TINY, WHOLE, arguments, tiny, whole
 from support.models.tiny_students import save_folder
+from timm.models.naflexvit import batch_patchify
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 kinds = pytest.mark.parametrize("kind", TINY)
 ALIKE = dict.fromkeys(
@@ -177,6 +181,15 @@ def test_maps_are_of_the_layers(kind: str) -> None:
 
 
 @kinds
+def test_products_are_those_of_torchs_counter(kind: str) -> None:
+    model = tiny(kind)
+    with FlopCounterMode(display=False) as counter, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+        model(images(1, dtype=torch.float32))
+    bias = TINY[kind].own_products
+    assert sum(attention_macs(model)) + other_macs(model) + bias == counter.get_total_flops() // 2
+
+
+@kinds
 def test_a_layer_is_aligned(kind: str) -> None:
     if plan(kind) == "*: keep":
         return
@@ -211,6 +224,9 @@ def test_a_student_is_taught(kind: str, method: str) -> None:
 @whole_kinds
 def test_distilled_maps_are_those_of_the_layers(kind: str, teacher: str) -> None:
     student, x = whole(kind, seed=1), images()
+    site = sites(student)[0]
+    if teacher == "plain" and layout_of(student, site).prefix not in ((), ("cls",)):
+        return  # of other tokens
     theirs = whole(kind) if teacher == "same" else plain_teacher(kind)
     (_, targets), (_, ours) = (run(copy.deepcopy(each), x) for each in (theirs, student))
     expected = sum(
@@ -227,6 +243,39 @@ def plain_teacher(kind: str) -> nn.Module:
     sizes = {"embed_dim": 8 * site.num_heads, "num_heads": site.num_heads, "depth": len(sites(whole(kind)))}
     sizes["patch_size"] = SIZE[0] // site.shape.geometry.grid[0]
     return dense.tiny("vit" if site.shape.geometry.num_prefix else "vit_no_prefix", **sizes)
+
+
+def padded(sizes: list[tuple[int, int]]) -> tuple[dict[str, Tensor], list[Tensor]]:
+    """A batch of images of several grids as patches with padding, and the same images one by one."""
+    most = max(rows * columns for rows, columns in sizes)
+    found = {"patches": torch.zeros(len(sizes), most, 192).double(),
+             "patch_coord": torch.zeros(len(sizes), most, 2, dtype=torch.long),
+             "patch_valid": torch.zeros(len(sizes), most, dtype=torch.bool)}  # fmt: skip
+    alone = []
+    for index, (rows, columns) in enumerate(sizes):
+        image = images(1, seed=index, size=(8 * rows, 8 * columns))
+        count = rows * columns
+        found["patches"][index, :count] = batch_patchify(image, (8, 8))[0][0]
+        found["patch_coord"][index, :count] = torch.cartesian_prod(torch.arange(rows), torch.arange(columns))
+        found["patch_valid"][index, :count] = True
+        alone.append(image)
+    return found, alone
+
+
+@pytest.mark.parametrize("kind", ["naflex", "naflex_rope"])
+def test_padded_patches_are_shut_out(kind: str) -> None:
+    batch, alone = padded([(4, 6), (3, 2)])
+    model: Any = tiny(kind, dtype=torch.float64)
+    hosted = copy.deepcopy(model)
+    host_attention(hosted)
+    assert torch.equal(hosted(batch), model(batch))
+    student = convert(model, "*: linear")
+    expected = torch.cat([student(image) for image in alone])
+    torch.testing.assert_close(
+        student(batch), expected, rtol=1e-6, atol=1e-7
+    )  # timm's positions are of float32
+    with pytest.raises(UnsupportedModelError, match="padded tokens"):
+        convert(model, "*: window(window=2)")(batch)
 
 
 @kinds

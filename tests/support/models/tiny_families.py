@@ -28,6 +28,8 @@ class Tiny:
     """Its layers have a bias that an operator does not take; `without` gives it up if `gives_up`."""
     gives_up: bool = False
     resizes: bool = True
+    own_products: int = 0
+    """Multiply-adds that belong to no layer: of positions, and of attention between channels."""
 
 
 def _cosine(layer: Any, x: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -61,12 +63,13 @@ TINY = {
         "davit_tiny",
         {"embed_dims": (16, 32), "depths": (1, 1), "num_heads": (2, 4), "window_size": 3, "num_classes": 3},
         whole={"embed_dims": (16,), "depths": (2,), "num_heads": (2,), "window_size": (8, 12)},
+        own_products=36_864,
     ),
     "sam": Tiny(
         "samvit_base_patch16_224",
         {**PLAIN, "window_size": 3, "global_attn_indexes": (1,), "neck_chans": 12},
         whole={"window_size": 0},
-        biased=True, gives_up=True,
+        biased=True, gives_up=True, own_products=7296,
     ),
     "relpos": Tiny("vit_relpos_base_patch32_plus_rpn_256", PLAIN, biased=True),
     "relpos_mlp": Tiny(
@@ -74,6 +77,15 @@ TINY = {
     ),
     "srelpos": Tiny("vit_srelpos_small_patch16_224", {**PLAIN, "qk_norm": True}, biased=True),
     "qwen3": Tiny("qwen3_vit_88m", {**ENCODER, "pos_embed_grid_size": 4}),
+    "naflex": Tiny("naflexvit_so150m2_patch16_reg1_gap", {**ENCODER, "pos_embed_grid_size": (4, 4)}),
+    "naflex_rope": Tiny(
+        "naflexvit_base_patch16_gap", {**ENCODER, "rope_type": "axial", "class_token": True, "qkv_fused": False}
+    ),
+    "gemma4": Tiny(
+        "gemma4_vit_167m",
+        {**PLAIN, "head_dim": 16, "intermediate_size": 32, "num_kv_heads": 1, "use_clipped_linears": False},
+        own_products=7_864_512,
+    ),
     "deepseek": Tiny("deepseek_vit_412m", ENCODER),
 }  # fmt: skip
 
