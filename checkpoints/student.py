@@ -23,7 +23,7 @@ from ..models.copied import ARCHITECTURE as COPIED
 from ..models.copied import copying_of, with_copying
 from ..models.cost import copied_macs, copied_parameters
 from ..models.errors import CheckpointError, ConfigError, Json, JsonDict, check_types
-from ..models.families import family_of, vit
+from ..models.families import family_of, pooling_of, vit
 from .architecture import build, published_config
 from .atomic import write_file, write_folder
 from .class_names import KEY as LABEL_NAMES
@@ -271,7 +271,7 @@ def _config(
         "architecture": architecture,
         "num_classes": vit(model).num_classes,
         "num_features": vit(model).num_features,
-        "global_pool": getattr(model, "global_pool", None),
+        "global_pool": pooling_of(model),
         "model_args": dict(arguments),
         "pretrained_cfg": pretrained,
     }

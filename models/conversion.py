@@ -117,6 +117,7 @@ def convert_layers(
     finished: Finished | None = None,
 ) -> nn.Module:
     """Return a copy of a model with the operators of `plan`, as `convert` describes; it is not marked."""
+    forget(model)
     student = release_attention(restored(copy.deepcopy(model)))
     check_supported(student)
     family = family_of(student)
@@ -140,7 +141,7 @@ def convert_layers(
         if choice.operator == NONE:
             remove_attention(student, site, size)
             continue
-        native = family.host(site.block(student))
+        native = family.host(student, site.block(student))
         operator = create_operator(choice, site.shape)
         if weights == "none":
             operator.start_fresh()
@@ -149,7 +150,7 @@ def convert_layers(
         if shared is not operator:
             operator.share(shared)
         _check_layer(student, site, native, operator, choice, without)
-        operator.adopt(Projections(native.original))
+        operator.adopt(Projections(native.original, equal_parts=native.cuts_rows))
         like = next(native.original.parameters())
         layer = convert_layer(native, operator.to(like), choice, tokens[site.stage])
         put_attention(student, site, layer)
@@ -262,8 +263,8 @@ def convert_layer(
     if not issubclass(kind, ConvertedGrid):
         return kind(attention, operator, choice, tokens)
     keep_bias = has_bias(attention) and operator.traits.bias
-    kept = tuple(part for part in QKV if part in operator.needs)
-    bare = _without_parts(attention, kept, keep_bias)
+    kept = tuple(part for part in QKV if part in operator.needs or not native.cuts_rows)
+    bare = _without_parts(attention, kept, dropped_names(kept, keep_bias, native.reduction))
     layer = kind(bare, operator, choice, tokens, kept)
     if keep_bias:
         layer.fit_bias(tokens.geometry.grid)
@@ -272,12 +273,12 @@ def convert_layer(
     return layer
 
 
-def _without_parts(attention: nn.Module, kept: Sequence[str], keep_bias: bool) -> Any:
+def _without_parts(attention: nn.Module, kept: Sequence[str], dropped: Sequence[str]) -> Any:
     """Return a copy of timm's layer that shares the parts it keeps and lacks the others."""
     bare = copy.copy(attention)
     for name in ("_modules", "_parameters", "_buffers", "_non_persistent_buffers_set"):
         bare.__dict__[name] = copy.copy(attention.__dict__[name])
-    for name in dropped_names(kept, keep_bias):
+    for name in dropped:
         for parts in (bare._modules, bare._parameters, bare._buffers):
             parts.pop(name, None)
     for name in FUSED:
@@ -313,8 +314,16 @@ def nothing_given_up(model: nn.Module, without: Collection[str]) -> str:
     return f"without=bias gives up nothing, because {name} has no relative position bias: leave it out"
 
 
+def forget(model: nn.Module) -> None:
+    """Let a model drop what its last forward pass left in it, which cannot be copied."""
+    family = find_family(model)
+    if family is not None:
+        family.forget(model)
+
+
 def sharing_copy(model: nn.Module) -> nn.Module:
     """Copy the modules of `model`, but share its tensors."""
+    forget(model)
     tensors = [*model.parameters(), *model.buffers()]
     return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
 
@@ -371,6 +380,8 @@ def resize(model: nn.Module, img_size: int | tuple[int, int]) -> None:
         if site.index in layers:
             layers[site.index].tokens.geometry = site.shape.geometry
             layers[site.index].operator.resample(site.shape.geometry)
+            if layers[site.index].has_bias:
+                layers[site.index].fit_bias(site.shape.geometry.grid)
     _rename(model)
 
 

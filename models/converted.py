@@ -24,7 +24,7 @@ from .families import (
     image_size,
     sites,
 )
-from .host import BIAS, AttentionHost, GridHost
+from .host import BIAS, REDUCTION, AttentionHost, GridHost
 from .layer_plan import Choice, canonical, check_choice, resolved
 from .map_structure import MapStructure, Size
 from .merges import deformable_merges, merge_layers, merges_deformably
@@ -328,14 +328,15 @@ def plan_size(model: nn.Module) -> tuple[int, int] | None:
 
 # The parts that a conversion drops where a family does not keep all: in the layer, and in weights of the original.
 
-REDUCTION = ("sr", "norm", "pool", "act")
 FUSED = ("qkv", "kv")
 """Projections whose rows are equal parts, in the order of the name."""
 
 
-def dropped_names(kept: Collection[str], keeps_bias: bool) -> list[str]:
+def dropped_names(
+    kept: Collection[str], keeps_bias: bool, reduction: Collection[str] = REDUCTION
+) -> list[str]:
     """Return the names of the parameters and modules that a layer loses, which keeps these parts of q, k and v."""
-    names = [*REDUCTION, *(() if keeps_bias else BIAS)]
+    names = [*reduction, *(() if keeps_bias else BIAS)]
     names += [f"{part}_bias" for part in QKV if part not in kept]
     return names if "q" in kept else [*names, "q", "logit_scale"]
 
@@ -387,7 +388,7 @@ def _is_dropped(key: str, site: Site, path: str, layer: Any) -> bool:
         return key.startswith((f"{path}.", f"{site.path}.norm1."))
     prefix = f"{path}."
     name = key.removeprefix(prefix).partition(".")[0]
-    return key.startswith(prefix) and name in (*dropped_names((), keeps_bias=False), *FUSED)
+    return key.startswith(prefix) and name in (*dropped_names((), False, layer.reduction), *FUSED)
 
 
 def _cut(tensors: dict[str, Tensor], own: Mapping[str, Tensor], prefix: str, name: str, layer: Any) -> None:

@@ -50,6 +50,8 @@ BIAS = (
     "rel_pos",
     "meta_mlp",
     "relative_coordinates_log",
+    "attention_biases",
+    "attention_bias_idxs",
     "rel_pos_h",
     "rel_pos_w",
 )
@@ -60,6 +62,10 @@ def has_bias(attention: nn.Module) -> bool:
     """Return whether a layer adds a relative position bias of its own to its logits."""
     parts = {**attention._parameters, **attention._modules}
     return any(parts.get(name) is not None for name in BIAS)
+
+
+REDUCTION = ("sr", "norm", "pool", "act")
+"""The parts of PVT's layers that make keys fewer."""
 
 
 class AttentionHost(nn.Module):
@@ -78,6 +84,10 @@ class AttentionHost(nn.Module):
     """The children through which the output of the heads goes."""
     counted_as = "num_heads"
     """The attribute of the layer with the number of its heads."""
+    cuts_rows = True
+    """A conversion may drop the rows of fused projections that an operator does not need, which are equal parts."""
+    reduction: Sequence[str] = REDUCTION
+    """The parts of a layer that make its keys fewer, which a converted layer has not."""
     has_cosine_logits = False
     """Whether queries and keys have unit length before the learned scale, as in Swin V2."""
     _block: tuple[nn.Module, ...] = ()
@@ -150,6 +160,9 @@ class AttentionHost(nn.Module):
     def has_whole_map(self, geometry: Geometry) -> bool:
         """Return whether `heads_of` has all of the map of timm's layer: of all pairs of tokens, with its bias."""
         return True
+
+    def fit_bias(self, grid: Size) -> None:
+        """Prepare the bias of a converted layer for all pairs of tokens of a grid."""
 
     def heads_of(self, *inputs: Any, **keywords: Any) -> Heads:
         """Return the projections for the arguments with which timm's block calls the layer."""
@@ -327,9 +340,6 @@ class GridHost(AttentionHost, ABC):
     def grid_bias(self, grid: Size, q_BHND: Tensor | None) -> Tensor | None:
         """Return the bias of all pairs of tokens, (1 or B, H, N, N), of a converted layer that has one."""
         return None
-
-    def fit_bias(self, grid: Size) -> None:
-        """Prepare the bias of a layer that was just converted for all pairs of tokens of a grid."""
 
     def merge(self, out_BHND: Tensor, x: Tensor) -> Tensor:
         """Join the heads and project them back; return the shape of the input."""

@@ -39,6 +39,8 @@ class ReplayedBlock:
     block: nn.Module
     model: nn.Module
     """The model or the stage that runs the block."""
+    name: str
+    """The list in it that has the block."""
     moments: Sequence[Moment]
     state: _State | None = field(default=None, init=False)
 
@@ -56,7 +58,7 @@ class ReplayedBlock:
             return self.block(*args, **options)
 
     def _first(self, *args: Any, **options: Any) -> Any:
-        _restore(self.model)
+        _restore(self.model, self.name)
         if not torch.is_grad_enabled():
             raise TransferError(
                 "torch's re-entrant checkpointing gives no gradient for the transfer loss: unset TIMM_REENTRANT_CKPT"
@@ -67,36 +69,38 @@ class ReplayedBlock:
 
 def replay_blocks(model: nn.Module, moment: Moment) -> None:
     """If the next forward pass of `model` is checkpointed, let its backward pass read `moment` again."""
-    for stage in _stages(model):
-        _replay(stage, moment)
+    for stage, name in _stages(model):
+        _replay(stage, name, moment)
 
 
 def restore_blocks(model: nn.Module) -> None:
     """Restore `blocks` to the model's own blocks, of a pyramid in each stage."""
-    for stage in _stages(model):
-        _restore(stage)
+    for stage, name in _stages(model):
+        _restore(stage, name)
 
 
-def _stages(model: nn.Module) -> list[nn.Module]:
-    """Return the model, or the stages of a pyramid that can be checkpointed."""
+def _stages(model: nn.Module) -> list[tuple[nn.Module, str]]:
+    """Return the model, or the stages of a pyramid that can be checkpointed, with the name of their lists of parts."""
     family = find_family(model)
-    return [model] if family is None else family.recomputed(model)
+    if family is None:
+        return [(model, "blocks")]
+    return [(stage, family.rerun) for stage in family.recomputed(model)]
 
 
-def _replay(stage: nn.Module, moment: Moment) -> None:
-    before: list[ReplayedBlock] = stage.__dict__.get("blocks", [])
-    _restore(stage)  # an interrupted forward pass may have left its own
+def _replay(stage: nn.Module, name: str, moment: Moment) -> None:
+    before: list[ReplayedBlock] = stage.__dict__.get(name, [])
+    _restore(stage, name)  # an interrupted forward pass may have left its own
     recomputes = bool(getattr(stage, "grad_checkpointing", False)) and torch.is_grad_enabled()
     if not recomputes or torch.compiler.is_compiling():  # a compiled graph stores its inputs
         return
     moments = [*(each for block in before[:1] for each in block.moments if each.is_now()), moment]
-    own = stage if isinstance(stage, nn.ModuleList) else stage._modules.get("blocks")
-    blocks = [ReplayedBlock(block, stage, moments) for block in (() if own is None else own.children())]
-    object.__setattr__(stage, "blocks", blocks)  # hides the module of that name, which stays registered
+    own = stage if isinstance(stage, nn.ModuleList) else stage._modules.get(name)
+    blocks = [ReplayedBlock(block, stage, name, moments) for block in (() if own is None else own.children())]
+    object.__setattr__(stage, name, blocks)  # hides the module of that name, which stays registered
 
 
-def _restore(stage: nn.Module) -> None:
-    stage.__dict__.pop("blocks", None)
+def _restore(stage: nn.Module, name: str) -> None:
+    stage.__dict__.pop(name, None)
 
 
 def _state(block: nn.Module) -> _State:

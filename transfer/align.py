@@ -346,7 +346,9 @@ class Alignment(nn.Module):
         for index, block in enumerate(blocks_of(teacher)[: max(layers) + 1]):
             twin = shallow(whole_grid(block) if index in layers else block)
             if index in layers:
-                self._hosts[index] = AlignedLayer(family_of(teacher).host(block), layers[index], loss)
+                self._hosts[index] = AlignedLayer(
+                    family_of(teacher).host(teacher, block), layers[index], loss
+                )
                 twin._modules[attention_place(twin)] = self._hosts[index]
             blocks.append(twin)
         return truncated(teacher, blocks).eval()

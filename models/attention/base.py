@@ -81,11 +81,12 @@ class Operations:
 
 class Projections:
     """Views of the weights (H·D, C) and biases (H·D,) that project queries, keys and values: setting them in place
-    sets the layer's. `kept` names those that a conversion left in the layer."""
+    sets the layer's. `kept` names those that a conversion left in the layer; fused ones are `equal_parts` in a row."""
 
-    def __init__(self, layer: nn.Module, kept: Collection[str] = "qkv") -> None:
+    def __init__(self, layer: nn.Module, kept: Collection[str] = "qkv", *, equal_parts: bool = True) -> None:
         self._layer = layer
         self._kept = kept
+        self._equal_parts = equal_parts
 
     def weight(self, part: str) -> Tensor:
         """Return the weight of "q", "k" or "v".
@@ -112,7 +113,7 @@ class Projections:
             )
         for name, parts in (("qkv", "qkv"), ("kv", "kv"), ("q", "q"), (f"{part}_proj", part)):
             linear = layer._modules.get(name)
-            if part in parts and isinstance(linear, nn.Linear):
+            if part in parts and isinstance(linear, nn.Linear) and (self._equal_parts or len(parts) == 1):
                 width, place = linear.out_features // len(parts), parts.index(part)
                 return linear, slice(place * width, (place + 1) * width)
         raise UnsupportedModelError(

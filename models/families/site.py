@@ -265,6 +265,8 @@ class Family(ABC):
     """Weights for images of another size are loaded at their own, and the model is then resized."""
     exported_hosted = False
     """torch cannot export timm's layers to ONNX, and can export their hosts."""
+    rerun = "blocks"
+    """The list, in each of the modules `recomputed`, whose parts run again in the backward pass."""
     told_by = ""
     """Prefix of the weights that tell whether a file has timm's names; those of a head never do."""
     merging: type[TokenMerging] = TokenMerging
@@ -278,7 +280,7 @@ class Family(ABC):
         """Return the arguments that build a model again that was resized after it was built."""
         return {}
 
-    def host(self, block: nn.Module) -> AttentionHost:
+    def host(self, model: nn.Module, block: nn.Module) -> AttentionHost:
         """Return a native host for the attention layer of a block, without putting it there.
 
         Raises UnsupportedModelError: the family has no host for such a layer.
@@ -443,6 +445,10 @@ class Family(ABC):
             if isinstance(module, OffsetConv2d):
                 module.reset_parameters()
 
+    def forget(self, model: nn.Module) -> None:
+        """Drop what a forward pass left in a model."""
+        return
+
     def describe_plan(self, model: nn.Module, plan: str | None) -> None:
         """Write the plan of a converted model into its configuration; timm's models have only `pretrained_cfg`."""
         return
@@ -461,7 +467,7 @@ class Family(ABC):
         return found if tokens.dim() == 4 else found[:, geometry.num_prefix :].unflatten(1, geometry.grid)
 
     def recomputed(self, model: nn.Module) -> list[nn.Module]:
-        """Return the modules that run the blocks in `blocks` again in the backward pass with `grad_checkpointing`."""
+        """Return the modules that run their parts in `rerun` again in the backward pass with `grad_checkpointing`."""
         return [model]
 
     def by_stage(self, model: nn.Module, blocks: Sequence[nn.Module]) -> list[list[nn.Module]]:

@@ -97,7 +97,7 @@ def native_host(model: nn.Module, block: nn.Module) -> AttentionHost:
     Raises UnsupportedModelError: the family has no host for such a layer.
     """
     attention = attention_of(block)
-    return attention if isinstance(attention, AttentionHost) else family_of(model).host(block)
+    return attention if isinstance(attention, AttentionHost) else family_of(model).host(model, block)
 
 
 def whole_grid(block: nn.Module) -> nn.Module:

@@ -1,17 +1,20 @@
-"""Stages of windows that are not Swin's: DaViT (arXiv:2204.03645)."""
+"""Stages of windows that are not Swin's: DaViT (arXiv:2204.03645) and NesT (arXiv:2105.12723)."""
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+import math
+from typing import Any, ClassVar, cast
 
 from timm.models.davit import DaVit, SpatialBlock
 from timm.models.davit import WindowAttention as DavitAttention
+from timm.models.nest import Attention as NestAttention
+from timm.models.nest import Nest, TransformerLayer
 from torch import Tensor, nn
 
 from ..attention.base import Geometry
-from ..host import WindowHost
-from ..map_structure import Size, Windows
-from .site import AnySize, Blocks, Hosts, submodule
+from ..host import AttentionHost, WindowHost
+from ..map_structure import Size, Windows, resample_plainly
+from .site import AnySize, Blocks, Family, Hosts, size_of, submodule, vit
 
 
 class BlockWindowHost(WindowHost):
@@ -87,4 +90,130 @@ class Davit(AnySize):
         return submodule(model, "norm_pre")
 
 
-FAMILIES = (Davit(),)
+# NesT: each level has a quarter of the blocks of tokens of the one before, and all blocks are of one size.
+
+
+def blocks_joined(x_BTMC: Tensor) -> Tensor:
+    """Return blocks of tokens, squares of a square grid, as the grid (B, height, width, C)."""
+    count, side = (math.isqrt(size) for size in x_BTMC.shape[1:3])
+    x = x_BTMC.unflatten(2, (side, side)).unflatten(1, (count, count))
+    grid: Tensor = x.transpose(2, 3).flatten(3, 4).flatten(1, 2)
+    return grid
+
+
+def blocks_cut(x_BHWC: Tensor, count: int) -> Tensor:
+    """Return a grid as blocks of tokens, `count` down and `count` across, (B, T, M, C)."""
+    side = x_BHWC.shape[1] // count
+    x = x_BHWC.unflatten(2, (count, side)).unflatten(1, (count, side)).transpose(2, 3)
+    blocks: Tensor = x.flatten(3, 4).flatten(1, 2)
+    return blocks
+
+
+class Joined(nn.Module):
+    """`blocks_joined` as a module."""
+
+    def forward(self, x_BTMC: Tensor) -> Tensor:
+        return blocks_joined(x_BTMC)
+
+
+class NestHost(WindowHost):
+    """NesT: natively, softmax within the blocks of tokens."""
+
+    side = 0
+    """The rows and columns of a block."""
+
+    def windows(self, grid: Size) -> Windows:
+        return Windows(grid, (self.side, self.side))
+
+    def merge(self, out_BHND: Tensor, x: Tensor) -> Tensor:
+        """Join the heads channel by channel, as NesT does, and project them back."""
+        out = self._child("proj_drop", self._child("proj", out_BHND.permute(0, 2, 3, 1).flatten(2)))
+        return out.reshape(x.shape)
+
+
+class WholeLayer(TransformerLayer):
+    """timm's layer of NesT whose attention gets the whole grid (B, height, width, C) instead of blocks of tokens."""
+
+    def forward(self, x_BTMC: Tensor) -> Tensor:
+        attended = self.attn(blocks_joined(self.norm1(x_BTMC)))
+        if attended.dim() == 4:  # it is 0 where there is no attention
+            attended = blocks_cut(attended, math.isqrt(x_BTMC.shape[1]))
+        x_BTMC = x_BTMC + self.drop_path1(attended)
+        out: Tensor = x_BTMC + self.drop_path2(self.mlp(self.norm2(x_BTMC)))
+        return out
+
+
+class NesT(Family):
+    """timm's `nest_*`. Images are square, and their patches are whole blocks at every level."""
+
+    name = "nest (NesT)"
+    models = (Nest,)
+    blocks = (TransformerLayer,)
+    hosts: ClassVar[Hosts] = {NestAttention: NestHost}
+    whole: ClassVar[Blocks] = {TransformerLayer: WholeLayer}
+    resized_when_loaded = True
+    rerun = "transformer_encoder"
+
+    def paths(self, model: nn.Module) -> list[list[str]]:
+        return [
+            [
+                f"levels.{i}.transformer_encoder.{j}"
+                for j in range(len(list(submodule(level, self.rerun).children())))
+            ]
+            for i, level in enumerate(self.recomputed(model))
+        ]
+
+    def host(self, model: nn.Module, block: nn.Module) -> AttentionHost:
+        found: Any = super().host(model, block)
+        found.side = model.block_size
+        return cast(AttentionHost, found)
+
+    def image_size(self, model: nn.Module) -> tuple[int, int] | None:
+        return size_of(vit(model).patch_embed)
+
+    def geometries(self, model: nn.Module, size: tuple[int, int]) -> list[Geometry]:
+        whole: Any = model
+        rows, columns = (side // whole.patch_size for side in size)
+        return [Geometry(0, (rows >> level, columns >> level)) for level in range(whole.num_levels)]
+
+    def resize(self, model: nn.Module, size: tuple[int, int]) -> None:
+        """Resample the positions of each level."""
+        whole: Any = model
+        blocks = 2 ** (whole.num_levels - 1)
+        if size[0] != size[1] or size[0] % (whole.patch_size * blocks):
+            raise ValueError(
+                f"its images are square, and their sides multiples of {whole.patch_size * blocks}"
+            )
+        whole.patch_embed.set_input_size(img_size=size)
+        whole.block_size = size[0] // whole.patch_size // blocks
+        whole.num_patches = whole.patch_embed.num_patches
+        whole.seq_length = whole.block_size**2
+        for level, geometry in zip(whole.levels, self.geometries(model, size), strict=True):
+            level.block_size = whole.block_size
+            level.pos_embed = _positions(level.pos_embed, geometry.grid)
+
+    def in_sequence(self, out: Tensor) -> Tensor:
+        return blocks_joined(out).flatten(1, 2)
+
+    def attention_input(self, block: nn.Module) -> nn.Module:
+        return nn.Sequential(block.get_submodule("norm1"), Joined())
+
+    def features(self, model: nn.Module, images: Tensor) -> Tensor:
+        return vit(model).forward_features(images).permute(0, 2, 3, 1)
+
+    def head(self, model: nn.Module, features: Tensor, *, pre_logits: bool = False) -> Tensor:
+        return super().head(model, features.permute(0, 3, 1, 2), pre_logits=pre_logits)
+
+    def recomputed(self, model: nn.Module) -> list[nn.Module]:
+        return list(submodule(model, "levels").children())
+
+
+def _positions(old: nn.Parameter, grid: Size) -> nn.Parameter:
+    """Return learned positions (1, T, M, C) for another grid, resampled without antialiasing."""
+    before = blocks_joined(old.detach())
+    size = (before.shape[1], before.shape[2])
+    new = resample_plainly(before.flatten(1, 2), grid, size, 0, "bicubic").unflatten(1, grid)
+    return nn.Parameter(blocks_cut(new, math.isqrt(old.shape[1])).clone(), requires_grad=old.requires_grad)
+
+
+FAMILIES = (Davit(), NesT())

@@ -24,8 +24,8 @@ from graftvit.transfer.analysis.compare.comparison_cells import layer_errors
 from graftvit.transfer.analysis.layer_maps import attention_maps, key_count, layer_maps
 from graftvit.transfer.methods.dual import DualViT
 from support.models import dense
-from support.models.dense import Layer, cross_entropy, dense_attention, gradient, images
-from support.models.tiny_families import FUSED, OTHER, SIZE, TINY, WHOLE, arguments, tiny, whole
+from support.models.dense import Layer, cross_entropy, dense_attention, gradient
+from support.models.tiny_families import FUSED, TINY, WHOLE, arguments, pictures, tiny, whole
 from support.models.tiny_students import save_folder
 from timm.models.naflexvit import batch_patchify
 from torch import Tensor, nn
@@ -67,7 +67,7 @@ def run(model: nn.Module, x: Tensor, operator: Any = None) -> tuple[Tensor, list
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @kinds
 def test_a_hosted_model_is_timms(kind: str, dtype: torch.dtype) -> None:
-    model, x = tiny(kind, dtype=dtype), images(dtype=dtype)
+    model, x = tiny(kind, dtype=dtype), pictures(kind, dtype=dtype)
     twin, types = copy.deepcopy(model), [type(module) for module in model.modules()]
     hosts = host_attention(twin)
     assert all(isinstance(host, AttentionHost) for host in hosts.values())
@@ -91,7 +91,7 @@ def test_training_with_dropout_is_timms(kind: str) -> None:
     host_attention(twin)
     for each in (model, twin):
         torch.manual_seed(3)
-        outputs.append(each(images()))
+        outputs.append(each(pictures(kind)))
     torch.testing.assert_close(*outputs, rtol=1e-10, atol=1e-10)
 
 
@@ -104,20 +104,21 @@ def test_sites_are_what_runs(kind: str) -> None:
         site.block(model).register_forward_hook(
             lambda _, given, out: shapes.append(family.in_sequence(out).shape)
         )
-    model(images(dtype=torch.float32))
+    model(pictures(kind, dtype=torch.float32))
     assert [shape[1:] for shape in shapes] == [(site.shape.geometry.num_tokens, site.width) for site in found]
 
 
 @whole_kinds
 def test_a_converted_model_is_its_equation(kind: str) -> None:
-    model, x = whole(kind), images()
-    assert torch.allclose(convert(model, "*: softmax")(x), model(x), rtol=1e-10, atol=1e-10)
+    model, x = whole(kind), pictures(kind)
+    twin = copy.deepcopy(model)
+    assert torch.allclose(model(x), convert(model, "*: softmax")(x), rtol=1e-10, atol=1e-10)
     if TINY[kind].biased and not TINY[kind].gives_up:
         with pytest.raises(UnsupportedModelError, match="relative position bias, which linear"):
             convert(model, "*: linear")
         return
-    torch.testing.assert_close(run(copy.deepcopy(model), x)[0], model(x), rtol=1e-10, atol=1e-10)
-    expected, _ = run(copy.deepcopy(model), x, linear)
+    torch.testing.assert_close(run(copy.deepcopy(twin), x)[0], model(x), rtol=1e-10, atol=1e-10)
+    expected, _ = run(twin, x, linear)
     torch.testing.assert_close(ready(model, "*: linear", kind)(x), expected, rtol=1e-9, atol=1e-10)
 
 
@@ -128,22 +129,22 @@ def plan(kind: str) -> str:
 @kinds
 def test_a_student_is_saved_loaded_and_resized(kind: str, tmp_path: Path) -> None:
     student = ready(tiny(kind), plan(kind), kind)
-    student.train()(images(dtype=torch.float32)).square().mean().backward()
+    student.train()(pictures(kind, dtype=torch.float32)).square().mean().backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in student.eval().parameters())
     folder = save_folder(student, tmp_path / "student", TINY[kind].name, arguments(kind))
-    loaded, x = loading.load(folder), images(dtype=torch.float32)
+    loaded, x = loading.load(folder), pictures(kind, dtype=torch.float32)
     assert plan_of(loaded) == plan_of(student)
     assert torch.equal(loaded(x), student(x))
     if not TINY[kind].resizes:
         return
-    resize(student, OTHER)
-    assert image_size(student) == OTHER
-    y = images(dtype=torch.float32, size=OTHER)
-    assert torch.equal(loading.load(folder, img_size=OTHER)(y), student(y))
+    resize(student, TINY[kind].other)
+    assert image_size(student) == TINY[kind].other
+    y = pictures(kind, dtype=torch.float32, size=TINY[kind].other)
+    assert torch.equal(loading.load(folder, img_size=TINY[kind].other)(y), student(y))
     if plan(kind) == "*: keep":  # as in the next test
         return
     again = save_folder(
-        student, tmp_path / "again", TINY[kind].name, arguments(kind), {"input_size": (3, *OTHER)}
+        student, tmp_path / "again", TINY[kind].name, arguments(kind), {"input_size": (3, *TINY[kind].other)}
     )
     assert torch.equal(loading.load(again)(y), student(y))
 
@@ -152,18 +153,18 @@ def test_a_student_is_saved_loaded_and_resized(kind: str, tmp_path: Path) -> Non
 def test_a_resized_model_is_saved_as_it_is(kind: str, tmp_path: Path) -> None:
     if not TINY[kind].resizes:
         return
-    model, y = tiny(kind), images(dtype=torch.float32, size=OTHER)
+    model, y = tiny(kind), pictures(kind, dtype=torch.float32, size=TINY[kind].other)
     folder = save_folder(model, tmp_path / "model", TINY[kind].name, arguments(kind))
-    resize(model, OTHER)
-    shown = {"input_size": (3, *OTHER)}
-    again = save_folder(model, tmp_path / "again", TINY[kind].name, arguments(kind, OTHER), shown)
+    resize(model, TINY[kind].other)
+    shown = {"input_size": (3, *TINY[kind].other)}
+    again = save_folder(model, tmp_path / "again", TINY[kind].name, arguments(kind, TINY[kind].other), shown)
     torch.testing.assert_close(loading.load(again)(y), model(y))
-    torch.testing.assert_close(loading.load(folder, img_size=OTHER)(y), model(y))
+    torch.testing.assert_close(loading.load(folder, img_size=TINY[kind].other)(y), model(y))
 
 
 @kinds
 def test_maps_are_of_the_layers(kind: str) -> None:
-    model, x = tiny(kind), images(dtype=torch.float32)
+    model, x = tiny(kind), pictures(kind, dtype=torch.float32)
     maps = layer_maps(model, x, range(len(sites(model))))
     for site in sites(model):
         weights = maps[site.index].weights
@@ -173,8 +174,8 @@ def test_maps_are_of_the_layers(kind: str) -> None:
     if TINY[kind].whole is None:
         return
     model = whole(kind)
-    _, layers = run(copy.deepcopy(model), images())
-    for index, found in attention_maps(model, images()).items():
+    _, layers = run(copy.deepcopy(model), pictures(kind))
+    for index, found in attention_maps(model, pictures(kind)).items():
         torch.testing.assert_close(
             found, layers[index].map.float().reshape(found.shape), rtol=1e-4, atol=1e-6
         )
@@ -184,7 +185,7 @@ def test_maps_are_of_the_layers(kind: str) -> None:
 def test_products_are_those_of_torchs_counter(kind: str) -> None:
     model = tiny(kind)
     with FlopCounterMode(display=False) as counter, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
-        model(images(1, dtype=torch.float32))
+        model(pictures(kind, dtype=torch.float32)[:1])
     bias = TINY[kind].own_products
     assert sum(attention_macs(model)) + other_macs(model) + bias == counter.get_total_flops() // 2
 
@@ -195,21 +196,25 @@ def test_a_layer_is_aligned(kind: str) -> None:
         return
     teacher = tiny(kind, dtype=torch.float64)
     student = ready(tiny(kind, seed=1, dtype=torch.float64), plan(kind), kind)
-    losses = Alignment(teacher, student)(images())
+    losses = Alignment(teacher, student)(pictures(kind))
     assert losses.keys() == converted_layers(student).keys()
     torch.stack(list(losses.values())).sum().backward()
-    assert all(error > 0 for error in layer_errors(teacher, student, [images()]).values())
+    assert all(error > 0 for error in layer_errors(teacher, student, [pictures(kind)]).values())
     if TINY[kind].whole is not None:
         teacher = whole(kind)
         student = convert(teacher, "*: softmax")
         if converted_layers(student):  # else `softmax` keeps the layers
-            assert all(error < 1e-6 for error in layer_errors(teacher, student, [images()]).values())
+            assert all(error < 1e-6 for error in layer_errors(teacher, student, [pictures(kind)]).values())
 
 
 @pytest.mark.parametrize("method", ["attention_output", "block_output", "distill"])
 @kinds
 def test_a_student_is_taught(kind: str, method: str) -> None:
-    teacher, student, x = tiny(kind, dtype=torch.float64), tiny(kind, seed=1, dtype=torch.float64), images()
+    teacher, student, x = (
+        tiny(kind, dtype=torch.float64),
+        tiny(kind, seed=1, dtype=torch.float64),
+        pictures(kind),
+    )
     dual = DualViT(teacher, student, method)
     out = dual(x)
     torch.testing.assert_close(out.logits, student(x), rtol=1e-9, atol=1e-10)
@@ -220,10 +225,25 @@ def test_a_student_is_taught(kind: str, method: str) -> None:
         assert own(x).transfer_loss < 1e-12
 
 
+@kinds
+def test_blocks_that_run_again_are_taught_as_well(kind: str) -> None:
+    teacher, student, found = tiny(kind, dtype=torch.float64), tiny(kind, seed=1, dtype=torch.float64), []
+    if not hasattr(student, "set_grad_checkpointing"):
+        return
+    for checkpointing in (False, True):
+        twin: Any = copy.deepcopy(student)
+        twin.set_grad_checkpointing(checkpointing)
+        dual = DualViT(teacher, twin, "attention_output")
+        out = dual(pictures(kind))
+        (out.transfer_loss + out.logits.square().mean()).backward()
+        found.append(gradient(twin))
+    torch.testing.assert_close(*found, rtol=1e-6, atol=1e-8)
+
+
 @pytest.mark.parametrize("teacher", ["same", "plain"])
 @whole_kinds
 def test_distilled_maps_are_those_of_the_layers(kind: str, teacher: str) -> None:
-    student, x = whole(kind, seed=1), images()
+    student, x = whole(kind, seed=1), pictures(kind)
     site = sites(student)[0]
     if teacher == "plain" and layout_of(student, site).prefix not in ((), ("cls",)):
         return  # of other tokens
@@ -241,7 +261,8 @@ def plain_teacher(kind: str) -> nn.Module:
     """A plain vision transformer with as many tokens, layers and heads."""
     site = sites(whole(kind))[0]
     sizes = {"embed_dim": 8 * site.num_heads, "num_heads": site.num_heads, "depth": len(sites(whole(kind)))}
-    sizes["patch_size"] = SIZE[0] // site.shape.geometry.grid[0]
+    sizes["img_size"] = TINY[kind].size
+    sizes["patch_size"] = TINY[kind].size[0] // site.shape.geometry.grid[0]
     return dense.tiny("vit" if site.shape.geometry.num_prefix else "vit_no_prefix", **sizes)
 
 
@@ -253,7 +274,7 @@ def padded(sizes: list[tuple[int, int]]) -> tuple[dict[str, Tensor], list[Tensor
              "patch_valid": torch.zeros(len(sizes), most, dtype=torch.bool)}  # fmt: skip
     alone = []
     for index, (rows, columns) in enumerate(sizes):
-        image = images(1, seed=index, size=(8 * rows, 8 * columns))
+        image = dense.images(1, seed=index, size=(8 * rows, 8 * columns))
         count = rows * columns
         found["patches"][index, :count] = batch_patchify(image, (8, 8))[0][0]
         found["patch_coord"][index, :count] = torch.cartesian_prod(torch.arange(rows), torch.arange(columns))
@@ -291,7 +312,7 @@ def test_what_a_family_cannot_is_refused_by_name(kind: str) -> None:
 def test_merges_are_deformable_or_refused_by_name(kind: str) -> None:
     model = tiny(kind, dtype=torch.float64)
     if family_of(model).merges(model):
-        assert convert(model, "merge: deformable")(images()).isfinite().all()
+        assert convert(model, "merge: deformable")(pictures(kind)).isfinite().all()
         return
     with pytest.raises(UnsupportedModelError, match=type(model).__name__):
         convert(model, "merge: deformable")
@@ -304,7 +325,3 @@ def test_merges_are_deformable_or_refused_by_name(kind: str) -> None:
 def test_a_model_is_exported(kind: str, converted: bool, tmp_path: Path) -> None:
     model = ready(tiny(kind), plan(kind), kind) if converted else tiny(kind)
     assert export_model(model, tmp_path / "model.onnx").error <= 1e-5
-
-
-def test_images_of_the_table_have_its_size() -> None:
-    assert images().shape[-2:] == SIZE

@@ -117,7 +117,8 @@ def fit_student(
     if starts:
         for layer in layers.values():
             if not layer.operator.fitted:
-                layer.operator.adopt(Projections(layer.original, getattr(layer, "kept", "qkv")))
+                kept = getattr(layer, "kept", "qkv")
+                layer.operator.adopt(Projections(layer.original, kept, equal_parts=layer.cuts_rows))
     with preserved():
         if teacher is not None and _alike(teacher, student):
             taught = sharing_copy(teacher) if device.type == "cpu" else copy.deepcopy(teacher).to(device)

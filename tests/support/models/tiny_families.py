@@ -10,7 +10,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from graftvit.models.families import create_timm_model
-from timm.models import swin_transformer_v2_cr
+from support.models.dense import images
+from timm.models import nest, swin_transformer_v2_cr
 from torch import Tensor, nn
 
 SIZE, OTHER = (32, 48), (48, 24)
@@ -24,12 +25,16 @@ class Tiny:
     arguments: dict[str, Any]
     whole: dict[str, Any] | None = field(default_factory=dict)
     """Arguments with which every layer attends to all tokens; None where there are none."""
+    whole_made_by: Callable[..., nn.Module] | None = None
+    """The class of such a model, where timm's name does not take the arguments."""
     biased: bool = False
     """Its layers have a bias that an operator does not take; `without` gives it up if `gives_up`."""
     gives_up: bool = False
     resizes: bool = True
     own_products: int = 0
     """Multiply-adds that belong to no layer: of positions, and of attention between channels."""
+    size: tuple[int, int] = SIZE
+    other: tuple[int, int] = OTHER
 
 
 def _cosine(layer: Any, x: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -53,6 +58,24 @@ PLAIN = {"patch_size": 8, "embed_dim": 16, "depth": 2, "num_heads": 2, "num_clas
 ENCODER = {**PLAIN, "mlp_ratio": 2.0}
 STAGES: dict[str, Any] = {"embed_dim": 16, "depths": (1, 1), "num_heads": (2, 4), "num_classes": 3}
 TINY = {
+    "nest": Tiny(
+        "nest_tiny",
+        {"num_classes": 3},
+        whole={
+            "num_levels": 1, "embed_dims": (16,), "depths": (2,), "num_heads": (2,), "patch_size": 8, "num_classes": 3,
+        },
+        whole_made_by=nest.Nest,
+        size=(32, 32), other=(48, 48),
+    ),
+    "tiny_vit": Tiny(
+        "tiny_vit_5m_224",
+        {
+            "embed_dims": (8, 16, 32), "depths": (1, 1, 1), "num_heads": (1, 2, 4), "window_sizes": (3, 3, 2),
+            "num_classes": 3,
+        },
+        whole={"embed_dims": (8, 16), "depths": (1, 2), "num_heads": (1, 2), "window_sizes": (3, 4)},
+        biased=True, gives_up=True, size=(32, 32),
+    ),
     "swinv2_cr": Tiny(
         "swinv2_cr_tiny_224",
         {**STAGES, "depths": (2, 1), "window_size": 3},
@@ -90,27 +113,40 @@ TINY = {
 }  # fmt: skip
 
 
-def arguments(kind: str, size: tuple[int, int] = SIZE, **more: Any) -> dict[str, Any]:
+def arguments(kind: str, size: tuple[int, int] | None = None, **more: Any) -> dict[str, Any]:
     """Return the arguments of timm's constructor."""
-    return {**TINY[kind].arguments, "img_size": size, **more}
+    return {**TINY[kind].arguments, "img_size": size or TINY[kind].size, **more}
 
 
 def tiny(
-    kind: str, size: tuple[int, int] = SIZE, *, seed: int = 0, dtype: torch.dtype = torch.float32, **more: Any
+    kind: str,
+    size: tuple[int, int] | None = None,
+    *,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+    made_by: Callable[..., nn.Module] | None = None,
+    **more: Any,
 ) -> nn.Module:
     """Return a tiny model with random weights everywhere, in eval mode."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = create_timm_model(TINY[kind].name, **arguments(kind, size, **more))
+        given = arguments(kind, size, **more)
+        model = create_timm_model(TINY[kind].name, **given) if made_by is None else made_by(**given)
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.add_(0.15 * torch.randn_like(parameter))
     return model.to(dtype).eval()
 
 
+def pictures(kind: str, *, dtype: torch.dtype = torch.float64, size: tuple[int, int] | None = None) -> Tensor:
+    """Return images of the size of a kind."""
+    return images(dtype=dtype, size=size or TINY[kind].size)
+
+
 def whole(kind: str, **more: Any) -> nn.Module:
     """Return a tiny model in float64 whose layers attend to all tokens."""
-    return tiny(kind, dtype=torch.float64, **{**(TINY[kind].whole or {}), **more})
+    given = {**(TINY[kind].whole or {}), **more}
+    return tiny(kind, dtype=torch.float64, made_by=TINY[kind].whole_made_by, **given)
 
 
 WHOLE = [kind for kind, each in TINY.items() if each.whole is not None]
