@@ -439,8 +439,9 @@ class Family(ABC):
             reset: Any = getattr(module, "reset_parameters", None)
             if reset is not None:
                 reset()
-        own: Any = model
-        model.apply(own._init_weights)
+        own: Any = getattr(model, "_init_weights", None)
+        if own is not None:
+            model.apply(own)
         for module in model.modules():
             if isinstance(module, OffsetConv2d):
                 module.reset_parameters()

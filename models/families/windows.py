@@ -1,4 +1,4 @@
-"""Stages of windows that are not Swin's: DaViT (arXiv:2204.03645) and NesT (arXiv:2105.12723)."""
+"""Other stages of windows: DaViT (arXiv:2204.03645), NesT (arXiv:2105.12723) and GC ViT (arXiv:2206.09959)."""
 
 from __future__ import annotations
 
@@ -7,14 +7,16 @@ from typing import Any, ClassVar, cast
 
 from timm.models.davit import DaVit, SpatialBlock
 from timm.models.davit import WindowAttention as DavitAttention
+from timm.models.gcvit import GlobalContextVit, GlobalContextVitBlock, WindowAttentionGlobal
 from timm.models.nest import Attention as NestAttention
 from timm.models.nest import Nest, TransformerLayer
 from torch import Tensor, nn
 
 from ..attention.base import Geometry
+from ..errors import UnsupportedModelError
 from ..host import AttentionHost, WindowHost
 from ..map_structure import Size, Windows, resample_plainly
-from .site import AnySize, Blocks, Family, Hosts, size_of, submodule, vit
+from .site import AnySize, Blocks, Family, Hosts, attention_of, size_of, submodule, vit
 
 
 class BlockWindowHost(WindowHost):
@@ -216,4 +218,121 @@ def _positions(old: nn.Parameter, grid: Size) -> nn.Parameter:
     return nn.Parameter(blocks_cut(new, math.isqrt(old.shape[1])).clone(), requires_grad=old.requires_grad)
 
 
-FAMILIES = (Davit(), NesT())
+# GC ViT: windows, in every other block with queries that a convolution makes of the whole image.
+
+
+class LocalHost(BlockWindowHost):
+    """GC ViT: natively, softmax within windows with a relative position bias. Converted, the bias is of the grid."""
+
+    def window_bias(self, windows: Windows, like: Tensor) -> Tensor:
+        return self.table_bias().to(like.dtype)
+
+    def table_bias(self) -> Tensor:
+        """Return the bias of all pairs of tokens of the window that the layer is set to, (1, H, M, M)."""
+        rel_pos: Any = self.rel_pos
+        bias: Tensor = rel_pos.get_bias()
+        return bias
+
+    def grid_bias(self, grid: Size, q_BHND: Tensor | None) -> Tensor | None:
+        if not self.has_bias:
+            return None
+        rel_pos: Any = self.rel_pos
+        if tuple(rel_pos.window_size) != tuple(grid):
+            height, width = rel_pos.window_size
+            raise UnsupportedModelError(
+                f"the relative position bias of this layer is of a grid of {height}x{width} tokens, and the images "
+                f"have {grid[0]}x{grid[1]}: resize the model (graftvit.models.conversion.resize), or give up bias"
+            )
+        return self.table_bias()
+
+    def fit_bias(self, grid: Size) -> None:
+        rel_pos: Any = self.rel_pos
+        rel_pos.set_window_size(tuple(grid))
+
+
+class WholeContextBlock(GlobalContextVitBlock):
+    """timm's block of GC ViT whose attention gets the whole grid (B, height, width, C) instead of windows."""
+
+    def _window_attn(self, x: Tensor, q_global: Tensor | None = None) -> Any:
+        return self.attn(x)
+
+
+class GCViT(AnySize):
+    """timm's `gcvit_*`: sites are the blocks without queries of the whole image; the others stay. Windows are a part
+    of the image, whose size the model is built for."""
+
+    name = "gcvit (GC ViT)"
+    models = (GlobalContextVit,)
+    blocks = (GlobalContextVitBlock,)
+    hosts: ClassVar[Hosts] = {WindowAttentionGlobal: LocalHost}
+    whole: ClassVar[Blocks] = {GlobalContextVitBlock: WholeContextBlock}
+    gives_up = ("bias",)
+    sized_when_built = True
+    takes_size = True
+    resized_when_loaded = True
+
+    def paths(self, model: nn.Module) -> list[list[str]]:
+        return [
+            [path for path in stage if not self._is_global(model, path)] for stage in super().paths(model)
+        ]
+
+    def _is_global(self, model: nn.Module, path: str) -> bool:
+        return bool(getattr(attention_of(submodule(model, path)), "use_global", False))
+
+    def image_size(self, model: nn.Module) -> tuple[int, int] | None:
+        whole: Any = model
+        height, width = whole.stages[0].feat_size
+        return 4 * height, 4 * width
+
+    known_size = fixed_size = image_size
+
+    def is_strict(self, model: nn.Module) -> bool:
+        return True
+
+    def channels(self, model: nn.Module) -> int:
+        whole: Any = model
+        return int(whole.stem.conv1.in_channels)
+
+    def geometries(self, model: nn.Module, size: tuple[int, int]) -> list[Geometry]:
+        found, (height, width) = [], (-(-size[0] // 4), -(-size[1] // 4))
+        for _ in self.recomputed(model):
+            found.append(Geometry(0, (height, width)))
+            height, width = -(-height // 2), -(-width // 2)
+        return found
+
+    def resize(self, model: nn.Module, size: tuple[int, int]) -> None:
+        """Scale the windows with the images, as timm's constructor does, and resample their biases."""
+        old: Any = self.image_size(model)
+        for stage, geometry in zip(self.recomputed(model), self.geometries(model, size), strict=True):
+            blocks: Any = submodule(stage, "blocks")
+            for block in blocks:
+                sides = list(zip(size, block.window_size, old, strict=True))
+                if any(new * side % before for new, side, before in sides):
+                    raise ValueError("its images are not whole windows")
+                _set_window(block, tuple(new * side // before for new, side, before in sides))
+            stage.feat_size = geometry.grid  # type: ignore[assignment]
+
+    def attention_input(self, block: nn.Module) -> None:
+        return None  # it gets queries of the whole image, too
+
+    def embedding(self, model: nn.Module) -> nn.Module:
+        return submodule(model, "stem")
+
+    def initialize(self, model: nn.Module) -> None:
+        for module in model.modules():
+            reset: Any = getattr(module, "reset_parameters", None)
+            if reset is not None:
+                reset()
+
+
+def _set_window(block: Any, window: Size) -> None:
+    """Set the windows of a block of GC ViT, and its bias unless it was converted."""
+    layer = attention_of(block)
+    for each in (block, *getattr(layer, "_block", ())):
+        each.window_size = window
+    rel_pos = layer._modules.get("rel_pos")
+    if rel_pos is not None and not getattr(layer, "permanent", False):
+        rel_pos.set_window_size(window)
+
+
+FAMILIES = (Davit(), NesT(), GCViT())

@@ -127,6 +127,14 @@ def plan(kind: str) -> str:
 
 
 @kinds
+def test_a_student_may_start_without_weights(kind: str) -> None:
+    model, x = tiny(kind), pictures(kind, dtype=torch.float32)
+    for weights in ("mlp", "none"):
+        student = ready(model, plan(kind), kind, weights=weights)
+        assert student(x).isfinite().all()
+
+
+@kinds
 def test_a_student_is_saved_loaded_and_resized(kind: str, tmp_path: Path) -> None:
     student = ready(tiny(kind), plan(kind), kind)
     student.train()(pictures(kind, dtype=torch.float32)).square().mean().backward()

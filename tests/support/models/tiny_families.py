@@ -10,8 +10,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from graftvit.models.families import create_timm_model
-from support.models.dense import images
-from timm.models import nest, swin_transformer_v2_cr
+from support.models.dense import attend, images
+from timm.models import gcvit, nest, swin_transformer_v2_cr
 from torch import Tensor, nn
 
 SIZE, OTHER = (32, 48), (48, 24)
@@ -49,8 +49,23 @@ def _cosine(layer: Any, x: Tensor, mask: Tensor | None = None) -> Tensor:
     return layer.proj(out.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
 
 
+def _context(layer: Any, x: Tensor, q_global: Tensor | None = None) -> Tensor:
+    """GC ViT: a bias of relative positions; the queries may be those of the whole image."""
+    by_head = layer.qkv(x).unflatten(2, (-1, layer.num_heads, layer.head_dim)).permute(2, 0, 3, 1, 4)
+    if layer.use_global:  # no site
+        assert q_global is not None
+        k, v = by_head
+        q = q_global.flatten(1, 2).repeat_interleave(len(x) // len(q_global), 0)
+        q = q.unflatten(2, (layer.num_heads, -1)).transpose(1, 2)
+        out = attend(q, k, v, layer.rel_pos.get_bias(), layer.scale).out
+    else:
+        out = F.scaled_dot_product_attention(*by_head, attn_mask=layer.rel_pos.get_bias())
+    return layer.proj(out.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
+
+
 FUSED: dict[type[nn.Module], Callable[..., Tensor]] = {
     swin_transformer_v2_cr.WindowMultiHeadAttention: _cosine,
+    gcvit.WindowAttentionGlobal: _context,
 }
 """The equations of layers that timm computes without torch's function for attention, with it."""
 
@@ -58,6 +73,16 @@ PLAIN = {"patch_size": 8, "embed_dim": 16, "depth": 2, "num_heads": 2, "num_clas
 ENCODER = {**PLAIN, "mlp_ratio": 2.0}
 STAGES: dict[str, Any] = {"embed_dim": 16, "depths": (1, 1), "num_heads": (2, 4), "num_classes": 3}
 TINY = {
+    "gcvit": Tiny(
+        "gcvit_xxtiny",
+        {"num_classes": 3},
+        whole={
+            "embed_dim": 16, "depths": (3,), "num_heads": (2,), "window_ratio": (4,), "layer_scale": 0.5,
+        },
+        whole_made_by=gcvit.GlobalContextVit,
+        biased=True, gives_up=True, size=(64, 64),
+        own_products=606_208, other=(96, 96),
+    ),
     "nest": Tiny(
         "nest_tiny",
         {"num_classes": 3},
