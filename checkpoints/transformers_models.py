@@ -248,6 +248,11 @@ def _fill(folder: ModelFolder, model_class: Any, config: Any) -> tuple[Any, int]
         raise CheckpointError(
             f"{folder.origin} is not whole: {some(wrong, 3)} of its model are not in its weights"
         )
+    others = [key for key in map(str, info["unexpected_keys"]) if ".operator." in key]
+    if others:
+        raise CheckpointError(
+            f"{folder.origin} has weights of operators that the plan in its {CONFIG} does not name: {some(others, 3)}"
+        )
     return model.eval(), len(tensors)
 
 

@@ -217,7 +217,7 @@ def _describe_source(teacher: Pretrained) -> str:
 
 def _describe_tokens(model: nn.Module, student: nn.Module) -> str:
     """Return the size of the images and the tokens, stage by stage, and of the student if it has others."""
-    from ...models.families import depths, image_size, token_layout
+    from ...models.families import depths, image_size, layout_of, sites
     from ...models.merges import describe_unequal
 
     height, width = image_size(model) or (0, 0)
@@ -228,7 +228,7 @@ def _describe_tokens(model: nn.Module, student: nn.Module) -> str:
             head += f"the student: stages of {_list_grids(student)} tokens\n"
             head += f"warning: {why}, so layers cannot be calibrated or aligned; images with even grids avoid it\n"
         return head + "\n"
-    layout = token_layout(model)
+    layout = layout_of(model, sites(model)[0])
     return f"images of {height}x{width}: {layout.num_tokens} tokens, {layout.num_prefix} of them prefix tokens\n\n"
 
 

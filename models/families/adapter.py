@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from ..attention.base import QKV, Geometry, Heads
-from ..errors import UnsupportedModelError
+from ..errors import ConfigError, GraftError, UnsupportedModelError
 from ..host import AttentionHost
 from ..plan_syntax import KEEP
-from .site import PLACES, Family, Site, attention_of, listed, shallow, submodule
+from .site import OWN_PLACES, Family, Site, attention_of, evaluating, listed, shallow, submodule
 
 
 class AdaptedHost(AttentionHost):
@@ -24,7 +26,15 @@ class AdaptedHost(AttentionHost):
         return float(getattr(self.original, "dropout", 0.0))
 
     def forward(self, x: Tensor, *others: Any, **options: Any) -> Any:
-        """Attend over tokens (B, N, C), and return what the layer returns to its block."""
+        """Attend over tokens (B, N, C), and return what the layer returns to its block.
+
+        Raises UnsupportedModelError: the block gives another tensor, such as a mask.
+        """
+        if any(isinstance(each, Tensor) and each is not x for each in (*others, *options.values())):
+            raise UnsupportedModelError(
+                f"{type(self.original).__name__} is called with a mask or another tensor beside its tokens, which an "
+                "adapter does not read: give the model images alone"
+            )
         return self.merge(self.attend(self.heads_of(x)), x)
 
     def heads_of(self, *inputs: Any, **keywords: Any) -> Heads:
@@ -100,11 +110,71 @@ class Adapter(Family):
         own = {"adapter": self, "counted_as": num_heads, "__doc__": AdaptedHost.__doc__}
         host = type(f"{self.name}Host", (AdaptedHost,), own)
         self.hosts = {nn.Module: host}  # type: ignore[misc]
-        if attention not in PLACES:
-            PLACES.append(attention)
+        self.attention = attention
+        if not isinstance(prefix, tuple):
+            raise ConfigError(
+                f"prefix={prefix!r} of the adapter of {self.name}: give a tuple, such as ({prefix!r},)"
+            )
 
     def paths(self, model: nn.Module) -> list[list[str]]:
-        return [[f"{self.layers}.{name}" for name, _ in submodule(model, self.layers).named_children()]]
+        try:
+            children = dict(submodule(model, self.layers).named_children())
+        except (KeyError, AttributeError) as error:
+            raise UnsupportedModelError(
+                f"{self.name} has no {self.layers}: correct layers={self.layers + '.*'!r} of its adapter"
+            ) from error
+        for name, block in children.items():
+            if self.attention not in block._modules:
+                raise UnsupportedModelError(
+                    f"{self.layers}.{name} of {self.name} has no {self.attention}, but {', '.join(block._modules)}: "
+                    f"correct attention={self.attention!r} of its adapter"
+                )
+            OWN_PLACES[type(block)] = self.attention
+        return [[f"{self.layers}.{name}" for name in children]]
+
+    def sites(self, model: nn.Module) -> Iterator[Site]:
+        with self._reading():
+            found = list(super().sites(model))
+        yield from found
+
+    @contextmanager
+    def _reading(self) -> Iterator[None]:
+        """Raise UnsupportedModelError for what a function of the adapter raises inside."""
+        try:
+            yield
+        except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+            if isinstance(error, GraftError):
+                raise
+            reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+            raise UnsupportedModelError(
+                f"the adapter of {self.name} cannot read a block: {reason}"
+            ) from error
+
+    def check(self, model: nn.Module) -> None:
+        """Raise UnsupportedModelError unless the first block computes the same with its attention hosted."""
+        block = submodule(model, self.paths(model)[0][0])
+        if isinstance(attention_of(block), AttentionHost) or next(block.parameters()).is_meta:
+            return
+        with self._reading():
+            expected, found = self._outputs(model, block)
+        least = 1e-3 * float(expected.abs().max())
+        if not torch.allclose(found, expected, rtol=1e-2, atol=least):
+            raise UnsupportedModelError(
+                f"the adapter of {self.name} does not compute what the attention of a block does: check its qkv, out "
+                "and bias; logits are q·k / √D"
+            )
+
+    def _outputs(self, model: nn.Module, block: nn.Module) -> tuple[Tensor, Tensor]:
+        """Return the output of a block for some tokens, and the output with its attention hosted."""
+        [geometry], (width, _, _) = self.geometries(model, self.image_size(model)), self.sizes(block)
+        count = geometry.num_tokens * width
+        tokens = torch.arange(count).sin().view(1, -1, width).to(next(block.parameters()))
+        with torch.no_grad(), evaluating(block):
+            twin = shallow(block)
+            twin._modules[self.attention] = self.host(model, block)
+            expected: Tensor = block(tokens)
+            found: Tensor = twin(tokens)
+        return expected, found
 
     def image_size(self, model: nn.Module) -> tuple[int, int]:
         height, width = self.size(model)
@@ -153,3 +223,25 @@ class Adapter(Family):
 
     def features(self, model: nn.Module, images: Tensor) -> Any:
         return model(images)
+
+    def head(self, model: nn.Module, features: Any, *, pre_logits: bool = False) -> Tensor:
+        """Return the output of the model, its logits; an adapter does not say what goes into the classifier."""
+        if pre_logits:
+            raise self._no_features()
+        found: Tensor = features
+        return found
+
+    def num_classes(self, model: nn.Module) -> int:
+        return int(getattr(model, "num_classes", 0))
+
+    def classifiers(self, model: nn.Module) -> dict[str, nn.Module]:
+        raise self._no_features()
+
+    def feature_widths(self, model: nn.Module) -> tuple[int, int]:
+        raise self._no_features()
+
+    def _no_features(self) -> UnsupportedModelError:
+        return UnsupportedModelError(
+            f"{self.name} is read by an adapter, which gives its attention and its output alone: use another method "
+            "than feature"
+        )

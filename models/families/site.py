@@ -56,13 +56,18 @@ def vit(model: nn.Module) -> ViT:
     return cast(ViT, model)
 
 
-PLACES = ["attn", "attention", "self_attn"]
+PLACES = ("attn", "attention", "self_attn")
 """The names of an attention layer in its block: that of timm, and those of other libraries."""
+
+
+OWN_PLACES: dict[type[nn.Module], str] = {}
+"""The names for kinds of blocks that an adapter reads."""
 
 
 def attention_place(block: nn.Module) -> str:
     """Return the name of the attention layer in a block."""
-    return next((name for name in PLACES if name in block._modules), PLACES[0])
+    own = OWN_PLACES.get(type(block))
+    return own or next((name for name in PLACES if name in block._modules), PLACES[0])
 
 
 def attention_of(block: nn.Module) -> Any:
@@ -297,6 +302,10 @@ class Family(ABC):
         host._block = (block,)
         return host
 
+    def check(self, model: nn.Module) -> None:
+        """Raise UnsupportedModelError if a model, whose blocks are known, cannot be read after all."""
+        return
+
     def native_parts(self, model: nn.Module) -> NativeParts | None:
         """Return the parts of blocks and embeddings that all layers share; None where each stage has its own."""
         return None
@@ -319,7 +328,9 @@ class Family(ABC):
     def classifiers(self, model: nn.Module) -> dict[str, nn.Module]:
         """Return the layers after the pooled features, by name."""
         found = vit(model).get_classifier()
-        return {"head": found} if isinstance(found, nn.Module) else {}
+        if not isinstance(found, nn.Module):
+            return {}
+        return {"head": found._modules.get("fc") or found}  # timm's ClassifierHead pools before its `fc`
 
     def fixed_size(self, model: nn.Module) -> tuple[int, int] | None:
         """Return the only size (height, width) of images that a model takes; None if it takes any."""

@@ -189,12 +189,18 @@ def attend(
 
     `attention_mask` is added to the logits: a relative position bias, (1, H, N, N).
 
-    Raises UnsupportedModelError: a mask of true and false, which hides tokens.
+    Raises UnsupportedModelError: a mask of true and false, which hides tokens, or one that the operator does not take.
     """
     if attention_mask is not None and not attention_mask.is_floating_point():
         raise UnsupportedModelError(
             f"{type(getattr(module, 'original', module)).__name__} hides tokens by a mask, which a tower whose "
             "layers are hosted or converted does not support: give images without padding"
+        )
+    traits = getattr(getattr(module, "operator", None), "traits", None)
+    if attention_mask is not None and traits is not None and not traits.bias:
+        raise UnsupportedModelError(
+            f"{type(getattr(module, 'original', module)).__name__} is given a mask, which its operator "
+            f"{getattr(module, 'choice', '')} does not support: give images without a mask"
         )
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     heads = Heads(query, key, value, attention_mask, scale, dropout, getattr(module, "geometry", None))

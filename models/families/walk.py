@@ -154,6 +154,7 @@ def check_supported(model: nn.Module, *, copied: bool = False, to: str = "") -> 
         raise UnsupportedModelError(
             f"{name} {family.cannot[to]}, which is not supported here; supported are {SUPPORTED}"
         )
+    family.check(model)
     for index, block in enumerate(blocks_of(model)):
         attention = attention_of(block)
         attention = getattr(attention, "original", attention)  # a host has the layer that it replaces
@@ -185,7 +186,11 @@ def image_size(model: nn.Module) -> tuple[int, int] | None:
 
 def patch_size(model: nn.Module) -> tuple[int, int]:
     """Return the height and width of a patch; one pixel if unknown, or if patches overlap, which fill any image."""
-    return (find_family(model) or FAMILIES[0]).patch_size(model)
+    family = find_family(model)
+    if family is not None:
+        return family.patch_size(model)
+    size = getattr(getattr(model, "patch_embed", None), "patch_size", None) or (1, 1)
+    return int(size[0]), int(size[1])
 
 
 def image_channels(model: nn.Module) -> int:

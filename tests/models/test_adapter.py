@@ -5,11 +5,12 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from graftvit.models import convert, converted_layers, plan_of, register_family
+from graftvit.models import Adapter, convert, converted_layers, plan_of, register_family
 from graftvit.models.cost import attention_macs
 from graftvit.models.errors import ConfigError, UnsupportedModelError
 from graftvit.models.families import FAMILIES, sites
@@ -57,7 +58,7 @@ class OwnBlock(nn.Module):
         return out
 
 
-class OwnViT(nn.Module):
+class Base(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.stem = nn.Conv2d(3, 24, 8, 8)
@@ -69,6 +70,14 @@ class OwnViT(nn.Module):
             x = block(x)
         out: Tensor = x.mean(1)
         return out
+
+
+class OwnViT(Base):
+    """The model of the page."""
+
+
+class OtherViT(Base):
+    """The same, for adapters that are wrong."""
 
 
 @pytest.fixture(autouse=True)
@@ -172,3 +181,43 @@ def test_a_model_has_one_family_and_one_size() -> None:
         register_family(FAMILIES[-2])
     with pytest.raises(UnsupportedModelError, match="cannot resize it"):
         FAMILIES[-1].resize(tiny("own"), (8, 8))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "words"),
+    [
+        ({"layers": "nope.*"}, "has no nope"),
+        ({"attention": "nope"}, "has no nope, but norm, mixing, mlp"),
+        ({"qkv": lambda layer, x: (layer.value(x), layer.key(x), layer.query(x))}, "does not compute"),
+        ({"out": lambda layer, joined: joined}, "does not compute"),
+        ({"bias": None}, "does not compute"),
+        ({"qkv": lambda layer, x: None}, "cannot read a block: TypeError"),
+        ({"num_heads": "nope"}, "cannot read a block: AttributeError"),
+        ({"grid": lambda model, size: 3}, "cannot read a block: TypeError"),
+    ],
+)
+def test_a_wrong_adapter_is_refused(wrong: dict[str, Any], words: str) -> None:
+    right = FAMILIES[-1]
+    assert isinstance(right, Adapter)
+    given = {
+        "layers": "blocks_.*", "attention": "mixing", "qkv": right.qkv, "out": right.out, "grid": right.grid,
+        "image_size": right.size, "embedding": "stem", "prefix": (), "num_heads": "heads", "bias": right.bias,
+    }  # fmt: skip
+    register_family(Adapter(OtherViT, **{**given, **wrong}))
+    with pytest.raises(UnsupportedModelError, match=words):
+        convert(OtherViT(), "*: uniform")
+
+
+def test_what_an_adapter_does_not_read_is_refused() -> None:
+    model, x = tiny("torchvision"), images("torchvision")
+    with pytest.raises(UnsupportedModelError, match="another method than feature"):
+        DualViT(model, tiny("torchvision"), "feature")
+    assert DualViT(model, tiny("torchvision"), "logits")(x).transfer_loss >= 0
+    host = host_attention(tiny("own"))[0]
+    with pytest.raises(UnsupportedModelError, match="mask or another tensor"):
+        host(torch.zeros(1, 12, 24, dtype=torch.float64), torch.zeros(12, 12))
+    with pytest.raises(ConfigError, match="prefix='cls'"):
+        Adapter(
+            OtherViT, layers="l.*", attention="a", qkv=lambda layer, x: (x, x, x), out=lambda layer, x: x,
+            grid=lambda model, size: size, image_size=lambda model: (8, 8), embedding="e", prefix="cls",  # type: ignore[arg-type]
+        )  # fmt: skip

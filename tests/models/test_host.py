@@ -13,7 +13,15 @@ from graftvit.models.attention.base import QKV, Heads
 from graftvit.models.attention.softmax import Softmax
 from graftvit.models.conversion import convert, converted_layers, plan_of
 from graftvit.models.errors import UnsupportedModelError
-from graftvit.models.families import attention_shape, check_supported, depths, sites, token_layout
+from graftvit.models.families import (
+    attention_shape,
+    check_patches,
+    check_supported,
+    depths,
+    patch_size,
+    sites,
+    token_layout,
+)
 from graftvit.models.host import AttentionHost, GridHost
 from graftvit.models.hosting import host_attention, release_attention
 from graftvit.models.replay import _state
@@ -244,6 +252,12 @@ def test_a_plain_model_has_one_stage() -> None:
     assert [site.path for site in sites(model)] == ["blocks.0", "blocks.1"]
     assert sites(model)[1].shape.geometry.num_prefix == 1
     assert len(depths(model)) == 1
+
+
+def test_a_model_of_no_family_has_a_size_of_patches() -> None:
+    model = timm.create_model("resnet10t")
+    assert patch_size(model) == (1, 1)
+    check_patches(model)
 
 
 def test_a_model_of_no_family_is_refused_and_has_no_empty_list() -> None:
