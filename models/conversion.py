@@ -296,7 +296,7 @@ def _rows(fused: Any, parts: str, kept: Sequence[str]) -> nn.Module | None:
         return None
     less = copy.copy(fused)
     less._parameters = {name: _part(tensor, parts, kept) for name, tensor in fused._parameters.items()}
-    less.out_features = less.weight.shape[0]
+    setattr(less, "out_channels" if isinstance(less, nn.Conv2d) else "out_features", less.weight.shape[0])
     return less  # type: ignore[no-any-return]
 
 

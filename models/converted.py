@@ -23,6 +23,7 @@ from .families import (
     find_family,
     image_size,
     sites,
+    widths,
 )
 from .host import BIAS, REDUCTION, AttentionHost, GridHost
 from .layer_plan import Choice, canonical, check_choice, resolved
@@ -394,7 +395,7 @@ def _is_dropped(key: str, site: Site, path: str, layer: Any) -> bool:
 def _cut(tensors: dict[str, Tensor], own: Mapping[str, Tensor], prefix: str, name: str, layer: Any) -> None:
     """Cut the rows of a fused projection in `tensors` to those of the converted layer."""
     kept: Sequence[str] = getattr(layer, "kept", QKV)
-    full = len(name) * int(layer.original.proj.in_features) if hasattr(layer, "original") else 0
+    full = len(name) * widths(layer.original.proj)[1] if hasattr(layer, "original") else 0
     for key in [f"{prefix}weight", f"{prefix}bias"]:
         if key in tensors and key in own and len(tensors[key]) == full != len(own[key]):
             tensors[key] = kept_rows(tensors[key], name, kept)

@@ -24,6 +24,7 @@ from .families import (
     sites,
     token_layout,
     vit,
+    widths,
 )
 from .host import AttentionHost, GridHost
 
@@ -231,7 +232,7 @@ def _uncalled(model: nn.Module, called: set[nn.Module], accounting: Accounting) 
         fused = attention._modules.get("qkv")
         if fused is None or fused in called:
             continue
-        rows, biases = fused.out_features, 0
+        (rows, inner), biases = widths(fused), 0
         if isinstance(attention, ConvertedAttention) and not isinstance(attention, GridHost):
             rows = rows // 3 * len([part for part in QKV if part in attention.operator.needs])
         tokens = site.shape.geometry.num_tokens
@@ -240,7 +241,7 @@ def _uncalled(model: nn.Module, called: set[nn.Module], accounting: Accounting) 
         has_bias = fused.bias is not None or getattr(attention, "q_bias", None) is not None
         if has_bias and accounting == "true":
             biases = tokens * rows
-        products = tokens * rows * fused.in_features
+        products = tokens * rows * inner
         found.append(Operations(products, products + biases))
     return found
 

@@ -64,7 +64,8 @@ def merged(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         if BASE in name and name.endswith(".weight"):
             module = name.partition(BASE)[0]
             down, up = tensors[module + DOWN], tensors[module + UP]
-            tensor = tensor + SCALE * (up.to(tensor.dtype) @ down.to(tensor.dtype))
+            update = up.to(tensor.dtype).flatten(1) @ down.to(tensor.dtype).flatten(1)
+            tensor = tensor + SCALE * update.reshape(tensor.shape)
         plain[name.replace(BASE, ".")] = tensor
     return plain
 

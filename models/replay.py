@@ -84,7 +84,7 @@ def _stages(model: nn.Module) -> list[tuple[nn.Module, str]]:
     family = find_family(model)
     if family is None:
         return [(model, "blocks")]
-    return [(stage, family.rerun) for stage in family.recomputed(model)]
+    return [(stage, name) for stage in family.recomputed(model) for name in family.rerun]
 
 
 def _replay(stage: nn.Module, name: str, moment: Moment) -> None:

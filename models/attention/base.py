@@ -91,10 +91,10 @@ class Projections:
     def weight(self, part: str) -> Tensor:
         """Return the weight of "q", "k" or "v".
 
-        Raises UnsupportedModelError: the layer does not keep it in a linear layer.
+        Raises UnsupportedModelError: the layer does not keep it in a linear layer, or a convolution of one pixel.
         """
         linear, rows = self._find(part)
-        return linear.weight.data[rows]
+        return linear.weight.data[rows].flatten(1)
 
     def bias(self, part: str) -> Tensor | None:
         """Return the bias of "q", "k" or "v"; None without one."""
@@ -104,7 +104,7 @@ class Projections:
         linear, rows = self._find(part)
         return None if linear.bias is None else linear.bias.data[rows]
 
-    def _find(self, part: str) -> tuple[nn.Linear, slice]:
+    def _find(self, part: str) -> tuple[nn.Linear | nn.Conv2d, slice]:
         layer: Any = self._layer
         if part not in self._kept:
             raise UnsupportedModelError(
@@ -113,8 +113,10 @@ class Projections:
             )
         for name, parts in (("qkv", "qkv"), ("kv", "kv"), ("q", "q"), (f"{part}_proj", part)):
             linear = layer._modules.get(name)
-            if part in parts and isinstance(linear, nn.Linear) and (self._equal_parts or len(parts) == 1):
-                width, place = linear.out_features // len(parts), parts.index(part)
+            pixelwise = isinstance(linear, nn.Conv2d) and linear.kernel_size == (1, 1)
+            equal = self._equal_parts or len(parts) == 1
+            if part in parts and equal and (isinstance(linear, nn.Linear) or pixelwise):
+                width, place = len(linear.weight) // len(parts), parts.index(part)
                 return linear, slice(place * width, (place + 1) * width)
         raise UnsupportedModelError(
             f"{type(layer).__name__} has no linear layer that projects its {part}: take start=q for the operator hash"

@@ -97,6 +97,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float) 
     kernel = _kernel(q, bias)
     if kernel == "cpu":
         bias = None if bias is None else bias.expand(q.shape[0], -1, -1, -1)
+        q, k, v = (cuda_kernels.dense_channels(x) for x in (q, k, v))
         out, lse = aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, attn_mask=bias, scale=scale)
     elif kernel == "other":
         out, lse = _forward_by_image(q, k, v, bias, scale)
@@ -125,6 +126,7 @@ def backward(
         grad_out, out = fold_lse_gradient(grad_out, grad_lse, out)
     if kernel == "cpu":
         bias = None if bias is None else bias.expand(q.shape[0], -1, -1, -1)
+        grad_out, q, k, v, out = (cuda_kernels.dense_channels(x) for x in (grad_out, q, k, v, out))
         dq, dk, dv = aten._scaled_dot_product_flash_attention_for_cpu_backward(
             grad_out, q, k, v, out, lse, 0.0, False, attn_mask=bias, scale=scale
         )

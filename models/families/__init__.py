@@ -25,6 +25,7 @@ from .site import replace_block as replace_block
 from .site import shallow as shallow
 from .site import submodule as submodule
 from .site import vit as vit
+from .site import widths as widths
 from .walk import FAMILIES as FAMILIES
 from .walk import as_kind as as_kind
 from .walk import blocks_of as blocks_of

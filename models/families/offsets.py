@@ -117,7 +117,7 @@ class Tiny(AnySize):
     post_norm = (TinyVitBlock,)
     gives_up = ("bias",)
     resized_when_loaded = True
-    rerun = "stages"
+    rerun = ("stages",)
 
     def paths(self, model: nn.Module) -> list[list[str]]:
         return [

@@ -93,6 +93,7 @@ def classifier_of(model: nn.Module) -> nn.Module | None:
 def pooling_of(model: nn.Module) -> str | None:
     """Return the pooling before a model's head in timm's word, "" for none; None for a model that does not say it."""
     pooling = getattr(model, "global_pool", None)
+    pooling = getattr(pooling, "pool_type", pooling)  # of timm's module for it
     return pooling if isinstance(pooling, str) else None
 
 

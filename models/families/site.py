@@ -98,7 +98,7 @@ class NoAttention(nn.Module):
     """The image size for which the model was converted."""
 
     def forward(self, x: Tensor, *more: Any) -> Tensor:
-        return x.new_zeros(())
+        return x.new_zeros(x.shape[0], *(1,) * (x.ndim - 1))  # a row for each image, for timm's DropPath
 
     def set_input_size(self, *sizes: Any) -> None:
         """Do nothing: there is nothing that depends on the size."""
@@ -221,6 +221,13 @@ def merged_grid(merge: Any, size: tuple[int, int]) -> tuple[int, int]:
     return height, width
 
 
+def widths(projection: Any) -> tuple[int, int]:
+    """Return the widths of the output and of the input of a linear layer, or of a convolution of one pixel."""
+    if isinstance(projection, nn.Conv2d):
+        return projection.out_channels, projection.in_channels
+    return int(projection.out_features), int(projection.in_features)
+
+
 @dataclass(frozen=True)
 class NativeParts:
     """The components of a model's blocks and embeddings, apart from sizes."""
@@ -270,7 +277,7 @@ class Family(ABC):
     """Weights for images of another size are loaded at their own, and the model is then resized."""
     exported_hosted = False
     """torch cannot export timm's layers to ONNX, and can export their hosts."""
-    rerun = "blocks"
+    rerun: tuple[str, ...] = ("blocks",)
     """The list, in each of the modules `recomputed`, whose parts run again in the backward pass."""
     told_by = ""
     """Prefix of the weights that tell whether a file has timm's names; those of a head never do."""
@@ -554,6 +561,7 @@ def _sizes(block: Any) -> tuple[int, int, int]:
     attention = attention_of(block)
     projection = getattr(attention, "proj", None)
     if projection is None:
-        return int(block.mlp.fc1.in_features), 0, 0
-    heads = int(attention.num_heads)
-    return int(projection.out_features), heads, int(projection.in_features) // heads
+        first = next(part for part in block.mlp.modules() if isinstance(part, nn.Linear | nn.Conv2d))
+        return widths(first)[1], 0, 0
+    heads, (width, inner) = int(attention.num_heads), widths(projection)
+    return width, heads, inner // heads

@@ -154,13 +154,13 @@ class NesT(Family):
     hosts: ClassVar[Hosts] = {NestAttention: NestHost}
     whole: ClassVar[Blocks] = {TransformerLayer: WholeLayer}
     resized_when_loaded = True
-    rerun = "transformer_encoder"
+    rerun = ("transformer_encoder",)
 
     def paths(self, model: nn.Module) -> list[list[str]]:
         return [
             [
                 f"levels.{i}.transformer_encoder.{j}"
-                for j in range(len(list(submodule(level, self.rerun).children())))
+                for j in range(len(list(submodule(level, self.rerun[0]).children())))
             ]
             for i, level in enumerate(self.recomputed(model))
         ]

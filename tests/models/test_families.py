@@ -16,9 +16,10 @@ from graftvit.models.conversion import convert, converted_layers, plan_of, resiz
 from graftvit.models.copying.teacher_view import Normalization
 from graftvit.models.cost import attention_macs, other_macs
 from graftvit.models.errors import UnsupportedModelError
-from graftvit.models.families import check_supported, depths, family_of, image_size, layout_of, sites
+from graftvit.models.families import check_supported, depths, family_of, image_size, layout_of, sites, vit
 from graftvit.models.host import AttentionHost
 from graftvit.models.hosting import host_attention, release_attention
+from graftvit.models.lora import add_lora, merged
 from graftvit.transfer.align import Alignment
 from graftvit.transfer.analysis.compare.comparison_cells import layer_errors
 from graftvit.transfer.analysis.layer_maps import attention_maps, key_count, layer_maps
@@ -333,3 +334,43 @@ def test_merges_are_deformable_or_refused_by_name(kind: str) -> None:
 def test_a_model_is_exported(kind: str, converted: bool, tmp_path: Path) -> None:
     model = ready(tiny(kind), plan(kind), kind) if converted else tiny(kind)
     assert export_model(model, tmp_path / "model.onnx").error <= 1e-5
+
+
+@pytest.mark.parametrize("last", [0, 1])
+def test_stages_of_visformer_merge_tokens(last: int) -> None:
+    size, teacher = (64, 96), tiny("visformer", (64, 96), patch_size=16, depth=(2, 1, 2), dtype=torch.float64)
+    assert [site.name for site in sites(teacher)] == ["stage2.0", "stage3.0", "stage3.1"]
+    assert [site.shape.geometry.grid for site in sites(teacher)] == [(4, 6), (2, 3), (2, 3)]
+    student, x = convert(teacher, "*: linear; -1: none").eval(), pictures("visformer", size=size)
+    expected, _ = run(copy.deepcopy(teacher), x, linear)
+    kept = convert(teacher, "*: linear")
+    torch.testing.assert_close(kept(x), expected, rtol=1e-9, atol=1e-10)
+    vit(teacher).stage3[1].attn = vit(teacher).stage3[1].norm1 = None
+    torch.testing.assert_close(student(x), convert(teacher, "*: linear")(x), rtol=1e-9, atol=1e-10)
+    assert student.train()(x).isfinite().all()
+    dual = DualViT(teacher, kept, "block_output", layers=str(last))
+    assert dual(x).transfer_loss > 0
+    with pytest.raises(UnsupportedModelError, match="cannot be resized to 33x48"):
+        resize(teacher, (33, 48))
+    with pytest.raises(UnsupportedModelError, match="cannot be deformable"):
+        convert(teacher, "merge: deformable")
+
+
+@pytest.mark.parametrize("kind", ["sam", "visformer"])
+def test_adapters_are_merged(kind: str) -> None:
+    plain, model, x = tiny(kind), tiny(kind), pictures(kind, dtype=torch.float32)
+    add_lora(model, 3)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter, std=0.1)
+    wanted = model(x)
+    assert not torch.allclose(wanted, plain(x), atol=1e-3)
+    plain.load_state_dict(merged(model.state_dict()))
+    torch.testing.assert_close(plain(x), wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_projections_by_convolutions_are_read_as_linear_ones() -> None:
+    model = whole("visformer")
+    taken = convert(model, "0: hash(start=mean)").get_submodule("stage2.0.attn.qkv")
+    q, k, v = model.get_submodule("stage2.0.attn.qkv").weight.chunk(3)  # type: ignore[operator]
+    torch.testing.assert_close(taken.weight, torch.cat([(q + k) / 2, v]))

@@ -156,6 +156,12 @@ def test_large_logits_of_any_size_stay_finite(seed: int, dtype: torch.dtype, exp
     assert relative(pulled, wanted) < 5e-2
 
 
+@pytest.mark.parametrize("name", ATTENTION)
+def test_channels_that_are_apart_in_memory(name: str) -> None:
+    given = [x.mT.contiguous().mT for x in tensors((2, 3, 17, 17, 16), torch.float64)]
+    check_fused(name, given, 0.3, TOLERANCE[torch.float64])
+
+
 def test_layout_of_projections_as_timm_makes_them() -> None:
     qkv = torch.randn(2, 11, 3, 4, 8, dtype=torch.float64).permute(2, 0, 3, 1, 4)
     q, k, v = (x.clone(memory_format=torch.preserve_format).requires_grad_() for x in qkv.unbind(0))

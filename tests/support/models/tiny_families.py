@@ -135,6 +135,7 @@ TINY = {
         own_products=7_864_512,
     ),
     "deepseek": Tiny("deepseek_vit_412m", ENCODER),
+    "visformer": Tiny("visformer_tiny", {**PLAIN, "init_channels": 8, "conv_init": False, "depth": (1, 1, 1)}),
 }  # fmt: skip
 
 
