@@ -433,7 +433,7 @@ class WindowHost(GridHost):
         windows = self.windows(grid)
         if windows.window == grid and not any(windows.shift):
             return MapStructure()
-        return MapStructure(windows.window, windows.shift)
+        return MapStructure(windows.window, windows.shift, windows.spread)
 
     def native_pairs(self, geometry: Geometry) -> tuple[int, int]:
         windows = self.windows(geometry.grid)

@@ -19,6 +19,8 @@ class MapStructure:
     window: Size | None = None
     """The rows and columns of the windows within which tokens meet; None where all tokens meet."""
     shift: Size = (0, 0)
+    spread: bool = False
+    """The tokens of a window are as far apart as they can be: a window is a grid over the whole."""
     reduction: tuple[str, Size] | None = None
     """How the keys are made of the tokens: ("stride", rows and columns of a key's tokens), or ("pool", rows and columns
     of the keys); None where every token is a key."""
@@ -37,7 +39,8 @@ class MapStructure:
     def brief(self) -> str:
         """Say in a few words what a token attends to."""
         if self.window is not None:
-            return f"{_words(self.window)} {'shifted windows' if any(self.shift) else 'windows'}"
+            kind = "grids" if self.spread else "shifted windows" if any(self.shift) else "windows"
+            return f"{_words(self.window)} {kind}"
         if self.stripes:
             return f"stripes of {self.stripes}"
         if self.reduction is None:
@@ -47,6 +50,8 @@ class MapStructure:
 
     def __str__(self) -> str:
         if self.window is not None:
+            if self.spread:
+                return f"within grids of {_words(self.window)} tokens, spread over the whole"
             shifted = f" shifted by {_words(self.shift)}" if any(self.shift) else ""
             return f"within windows of {_words(self.window)} tokens{shifted}"
         if self.stripes:
@@ -70,11 +75,15 @@ def _words(size: Size) -> str:
 
 @dataclass(frozen=True)
 class Windows:
-    """Windows over a grid. The grid is shifted, then padded below and on the right to whole windows, as timm does."""
+    """Windows over a grid. The grid is shifted, then padded below and on the right to whole windows, as timm does.
+
+    With `spread` a window has not neighbors, but every n-th token down and across, as MaxViT's grids.
+    """
 
     grid: Size
     window: Size
     shift: Size = (0, 0)
+    spread: bool = False
 
     @property
     def padded(self) -> Size:
@@ -95,14 +104,18 @@ class Windows:
             assert pad_1H1D is not None
             x = self._pad(x, pad_1H1D.unsqueeze(2))
         (height, width), (rows, columns) = self.padded, self.window
-        cut: Tensor = x.unflatten(3, (width // columns, columns)).unflatten(2, (height // rows, rows))
+        if self.spread:
+            cut: Tensor = x.unflatten(3, (columns, width // columns)).unflatten(2, (rows, height // rows))
+            return cut.permute(0, 3, 5, 1, 2, 4, 6).flatten(4, 5).flatten(0, 2)
+        cut = x.unflatten(3, (width // columns, columns)).unflatten(2, (height // rows, rows))
         return cut.permute(0, 2, 4, 1, 3, 5, 6).flatten(4, 5).flatten(0, 2)
 
     def join(self, x: Tensor) -> Tensor:
         """Return windows (B·W, H, M, D) as the tokens of the grid, (B, H, N, D), without padded tokens."""
         (height, width), (rows, columns) = self.padded, self.window
         x = x.unflatten(2, self.window).unflatten(0, (-1, height // rows, width // columns))
-        x = x.permute(0, 3, 1, 4, 2, 5, 6).flatten(4, 5).flatten(2, 3)
+        order = (0, 3, 4, 1, 5, 2, 6) if self.spread else (0, 3, 1, 4, 2, 5, 6)
+        x = x.permute(order).flatten(4, 5).flatten(2, 3)
         if self.is_padded:
             x = x[:, :, : self.grid[0], : self.grid[1]]
         if any(self.shift):

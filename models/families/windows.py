@@ -1,4 +1,5 @@
-"""Other stages of windows: DaViT (arXiv:2204.03645), NesT (arXiv:2105.12723) and GC ViT (arXiv:2206.09959)."""
+"""Other stages of windows: DaViT (arXiv:2204.03645), NesT (arXiv:2105.12723), GC ViT (arXiv:2206.09959) and MaxViT
+(arXiv:2204.01697)."""
 
 from __future__ import annotations
 
@@ -8,11 +9,19 @@ from typing import Any, ClassVar, cast
 from timm.models.davit import DaVit, SpatialBlock
 from timm.models.davit import WindowAttention as DavitAttention
 from timm.models.gcvit import GlobalContextVit, GlobalContextVitBlock, WindowAttentionGlobal
+from timm.models.maxxvit import (
+    AttentionCl,
+    MaxxVit,
+    ParallelPartitionAttention,
+    PartitionAttention2d,
+    PartitionAttentionCl,
+    TransformerBlock2d,
+)
 from timm.models.nest import Attention as NestAttention
 from timm.models.nest import Nest, TransformerLayer
 from torch import Tensor, nn
 
-from ..attention.base import Geometry
+from ..attention.base import QKV, Geometry
 from ..errors import UnsupportedModelError
 from ..host import AttentionHost, WindowHost
 from ..map_structure import Size, Windows, resample_plainly
@@ -152,6 +161,7 @@ class NesT(Family):
     models = (Nest,)
     blocks = (TransformerLayer,)
     hosts: ClassVar[Hosts] = {NestAttention: NestHost}
+    exported_hosted = True
     whole: ClassVar[Blocks] = {TransformerLayer: WholeLayer}
     resized_when_loaded = True
     rerun = ("transformer_encoder",)
@@ -231,7 +241,7 @@ class LocalHost(BlockWindowHost):
         """Return the bias of all pairs of tokens of the window that the layer is set to, (1, H, M, M)."""
         rel_pos: Any = self.rel_pos
         bias: Tensor = rel_pos.get_bias()
-        return bias
+        return bias if bias.dim() == 4 else bias.unsqueeze(0)
 
     def grid_bias(self, grid: Size, q_BHND: Tensor | None) -> Tensor | None:
         if not self.has_bias:
@@ -309,7 +319,7 @@ class GCViT(AnySize):
                 sides = list(zip(size, block.window_size, old, strict=True))
                 if any(new * side % before for new, side, before in sides):
                     raise ValueError("its images are not whole windows")
-                _set_window(block, tuple(new * side // before for new, side, before in sides))
+                set_window(block, "window_size", tuple(new * side // before for new, side, before in sides))
             stage.feat_size = geometry.grid  # type: ignore[assignment]
 
     def attention_input(self, block: nn.Module) -> None:
@@ -319,20 +329,123 @@ class GCViT(AnySize):
         return submodule(model, "stem")
 
     def initialize(self, model: nn.Module) -> None:
-        for module in model.modules():
-            reset: Any = getattr(module, "reset_parameters", None)
-            if reset is not None:
-                reset()
+        reset(model)
 
 
-def _set_window(block: Any, window: Size) -> None:
-    """Set the windows of a block of GC ViT, and its bias unless it was converted."""
+def reset(model: nn.Module) -> None:
+    """Initialize every weight as its module does."""
+    for module in model.modules():
+        own: Any = getattr(module, "reset_parameters", None)
+        if own is not None:
+            own()
+
+
+def set_window(block: Any, name: str, window: Size) -> None:
+    """Set the windows of a block, whose attribute `name` they are, and its bias unless it was converted."""
     layer = attention_of(block)
     for each in (block, *getattr(layer, "_block", ())):
-        each.window_size = window
+        setattr(each, name, window)
     rel_pos = layer._modules.get("rel_pos")
     if rel_pos is not None and not getattr(layer, "permanent", False):
         rel_pos.set_window_size(window)
 
 
-FAMILIES = (Davit(), NesT(), GCViT())
+# MaxViT: after a convolution, windows and then grids of tokens that are spread over the whole.
+
+
+class PartitionHost(LocalHost):
+    """MaxViT: natively, softmax within windows or within spread grids, with a relative position bias."""
+
+    @property
+    def cuts_rows(self) -> bool:  # type: ignore[override]
+        """Whether q, k and v are not side by side in each head."""
+        return not getattr(self.original, "head_first", False)
+
+    def windows(self, grid: Size) -> Windows:
+        [block] = self._block
+        size: Any = block.partition_size
+        return Windows(grid, tuple(size), spread=not block.partition_block)
+
+    def window_bias(self, windows: Windows, like: Tensor) -> Tensor | None:  # type: ignore[override]
+        return super().window_bias(windows, like) if self.has_bias else None
+
+    def parts(self, x_BNC: Tensor, grid: Size) -> dict[str, Tensor]:
+        if self.cuts_rows:
+            return super().parts(x_BNC, grid)
+        by_head = self._project(x_BNC).unflatten(2, (self.num_heads, 3, -1))
+        return {part: x.flatten(2) for part, x in zip(QKV, by_head.unbind(3), strict=True)}
+
+
+class WholePartition(PartitionAttentionCl):
+    """timm's block of MaxViT whose attention gets the whole grid (B, height, width, C) instead of windows or grids."""
+
+    def _partition_attn(self, x: Tensor) -> Any:
+        return self.attn(x)
+
+    def set_partition_size(self, partition_size: Size) -> None:
+        """Change the windows; a converted layer has none."""
+        rows, columns = partition_size
+        set_window(self, "partition_size", (rows, columns))
+
+
+class MaxViT(AnySize):
+    """timm's `maxvit_*` whose blocks are windows and grids in turn: two sites each. Windows are a part of the image."""
+
+    name = "maxxvit (MaxViT)"
+    models = (MaxxVit,)
+    blocks = (PartitionAttentionCl,)
+    hosts: ClassVar[Hosts] = {AttentionCl: PartitionHost}
+    whole: ClassVar[Blocks] = {PartitionAttentionCl: WholePartition}
+    gives_up = ("bias",)
+    sized_when_built = True
+    takes_size = True
+    resized_when_loaded = True
+
+    def paths(self, model: nn.Module) -> list[list[str]]:
+        kinds = (PartitionAttentionCl, PartitionAttention2d, TransformerBlock2d, ParallelPartitionAttention)
+        found = [
+            [name for name, part in stage.named_modules(prefix=f"stages.{i}") if isinstance(part, kinds)]
+            for i, stage in enumerate(self.recomputed(model))
+        ]
+        return [stage for stage in found if stage]
+
+    def image_size(self, model: nn.Module) -> tuple[int, int] | None:
+        return size_of(model)
+
+    known_size = fixed_size = image_size
+
+    def is_strict(self, model: nn.Module) -> bool:
+        return True
+
+    def channels(self, model: nn.Module) -> int:
+        whole: Any = model
+        return int(whole.stem.conv1.in_channels)
+
+    def geometries(self, model: nn.Module, size: tuple[int, int]) -> list[Geometry]:
+        first = len(self.recomputed(model)) - len(self.paths(model))  # stages of convolutions come first
+        found, (height, width) = [], (-(-size[0] // 2), -(-size[1] // 2))
+        for _ in self.recomputed(model):
+            height, width = -(-height // 2), -(-width // 2)
+            found.append(Geometry(0, (height, width)))
+        return found[first:]
+
+    def resize(self, model: nn.Module, size: tuple[int, int]) -> None:
+        """Scale the windows with the images, as timm's constructor does, and resample their biases."""
+        whole: Any = model
+        if any(side % whole.partition_ratio for side in size):
+            raise ValueError(f"the sides of its images are multiples of {whole.partition_ratio}")
+        given = getattr(model, "_model_args", {})
+        whole.set_input_size(img_size=size)
+        whole._model_args = {**given, "img_size": size}  # timm notes windows, which follow from the size
+
+    def embedding(self, model: nn.Module) -> nn.Module:
+        return submodule(model, "stem")
+
+    def last_tokens(self, model: nn.Module) -> nn.Module:
+        return submodule(model, "norm")
+
+    def initialize(self, model: nn.Module) -> None:
+        reset(model)
+
+
+FAMILIES = (Davit(), NesT(), GCViT(), MaxViT())

@@ -10,6 +10,7 @@ from typing import Any
 
 import graftvit.checkpoints.pretrained as loading
 import pytest
+import timm
 import torch
 from graftvit.checkpoints.export import export_model
 from graftvit.models.conversion import convert, converted_layers, plan_of, resize
@@ -306,6 +307,11 @@ def test_padded_patches_are_shut_out(kind: str) -> None:
     )  # timm's positions are of float32
     with pytest.raises(UnsupportedModelError, match="padded tokens"):
         convert(model, "*: window(window=2)")(batch)
+
+
+def test_blocks_of_coatnet_are_refused_by_name() -> None:
+    with pytest.raises(UnsupportedModelError, match="TransformerBlock2d with Attention2d"):
+        check_supported(timm.create_model("test_coatnet"))
 
 
 @kinds

@@ -72,7 +72,20 @@ FUSED: dict[type[nn.Module], Callable[..., Tensor]] = {
 PLAIN = {"patch_size": 8, "embed_dim": 16, "depth": 2, "num_heads": 2, "num_classes": 3}
 ENCODER = {**PLAIN, "mlp_ratio": 2.0}
 STAGES: dict[str, Any] = {"embed_dim": 16, "depths": (1, 1), "num_heads": (2, 4), "num_classes": 3}
+MAXVIT = {
+    "embed_dim": (16, 32), "depths": (1, 1), "block_type": ("M", "M"), "stem_width": (8, 8), "num_classes": 3,
+    "transformer_dim_head": 8, "transformer_partition_ratio": 8,
+}  # fmt: skip
+ONE_STAGE = {
+    "embed_dim": (16,), "depths": (1,), "block_type": ("M",), "transformer_partition_ratio": 4,
+}  # fmt: skip
 TINY = {
+    "maxvit": Tiny("test_maxvit", MAXVIT, whole=ONE_STAGE, biased=True, gives_up=True),
+    "maxvit_tf": Tiny(
+        "test_maxvit",
+        {**MAXVIT, "transformer_head_first": True, "transformer_rel_pos_type": "bias_tf"},
+        own_products=90_816, whole=ONE_STAGE, biased=True, gives_up=True,
+    ),
     "gcvit": Tiny(
         "gcvit_xxtiny",
         {"num_classes": 3},
