@@ -230,7 +230,7 @@ def _uncalled(model: nn.Module, called: set[nn.Module], accounting: Accounting) 
     for site in sites(model):
         attention = site.layer(model)
         fused = attention._modules.get("qkv")
-        if fused is None or fused in called:
+        if fused is None or not called.isdisjoint(fused.modules()):
             continue
         (rows, inner), biases = widths(fused), 0
         if isinstance(attention, ConvertedAttention) and not isinstance(attention, GridHost):

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
+from timm.models.levit import Attention as LevitAttention
+from timm.models.levit import Levit, LevitBlock
 from timm.models.tiny_vit import Attention as TinyAttention
 from timm.models.tiny_vit import TinyVit, TinyVitBlock
 from torch import Tensor, nn
 
-from ..attention.base import QKV, Geometry
+from ..attention.base import QKV, Geometry, Heads
+from ..errors import UnsupportedModelError
 from ..host import WindowHost
 from ..map_structure import Size, Windows, offsets, resample_table
-from .site import AnySize, Blocks, Hosts
+from .site import AnySize, Blocks, Hosts, attention_of, submodule
 
 
 def distances(grid: Size, device: torch.device) -> Tensor:
@@ -41,7 +45,9 @@ def fit_distances(layer: Any, grid: Size) -> None:
     new = resample_distances(table.detach(), tuple(layer.resolution), grid)
     layer._parameters["attention_biases"] = nn.Parameter(new.clone(), requires_grad=table.requires_grad)
     layer.resolution = tuple(grid)
-    layer._buffers["attention_bias_idxs"] = distances(grid, table.device)
+    index = distances(grid, table.device).unflatten(0, grid)
+    step = getattr(layer, "stride", 1)
+    layer._buffers["attention_bias_idxs"] = index[::step, ::step].flatten(0, 1)
     layer.attention_bias_cache = {}
 
 
@@ -149,4 +155,155 @@ class Tiny(AnySize):
         forget_biases(model)
 
 
-FAMILIES = (Tiny(),)
+class LevitHost(DistanceHost):
+    """LeViT, whose values are r times as wide as its keys: as r heads, each with the same queries and keys.
+
+    Its input is (B, N, C), or (B, C, height, width).
+    """
+
+    def __init__(self, original: nn.Module, *more: Any) -> None:
+        super().__init__(original, *more)
+        layer: Any = original
+        if layer.val_dim % layer.key_dim:
+            raise UnsupportedModelError(
+                f"a head of {type(original).__name__} has keys of width {layer.key_dim} and values of {layer.val_dim}, "
+                "which is no multiple: this is not supported"
+            )
+
+    def project(self, x: Tensor, size: Size | None = None) -> Heads:  # type: ignore[override]
+        """Compute q, k and v of the heads."""
+        return super().project(x.flatten(2).transpose(1, 2) if x.dim() == 4 else x, self.resolution)
+
+    def parts(self, x_BNC: Tensor, grid: Size) -> dict[str, Tensor]:
+        parts = super().parts(x_BNC, grid)
+        for part in ("q", "k"):
+            by_head = parts[part].unflatten(2, (self.num_heads, -1))
+            parts[part] = by_head.repeat_interleave(times(self.original), 2).flatten(2)
+        return parts
+
+    def table_bias(self, grid: Size) -> Tensor:
+        return super().table_bias(grid).repeat_interleave(times(self.original), 1)
+
+    def merge(self, out_BHND: Tensor, x: Tensor) -> Tensor:
+        """Join the heads and project them back; return the shape of the input."""
+        out = out_BHND.transpose(1, 2).flatten(2)
+        image = out.transpose(1, 2).unflatten(2, self.resolution) if x.dim() == 4 else out
+        return self._child("proj", image)
+
+    def all_pairs(self, geometry: Geometry) -> int:
+        """Return the pairs of queries and keys as costs count them: timm forms a map once for r heads."""
+        return super().all_pairs(geometry) * (1 + times(self.original)) // 2
+
+    def _project(self, x_BNC: Tensor) -> Tensor:
+        layer: Any = self.original
+        if not layer.use_conv:
+            return self._child("qkv", x_BNC)
+        image = x_BNC.transpose(1, 2).unflatten(2, self.resolution)
+        return self._child("qkv", image).flatten(2).transpose(1, 2)
+
+    def _by_head(self, x_BNC: Tensor) -> Tensor:
+        heads: Tensor = x_BNC.unflatten(2, (self.num_heads * times(self.original), -1)).transpose(1, 2)
+        return heads
+
+
+def times(layer: Any) -> int:
+    """Return how many heads of the width of its keys the values of a head of LeViT are."""
+    return int(layer.val_dim // layer.key_dim)
+
+
+class LeViT(AnySize):
+    """timm's `levit_*` and `levit_conv_*`, of one image size. Attention between stages stays."""
+
+    name = "levit (LeViT)"
+    models = (Levit,)
+    blocks = (LevitBlock,)
+    hosts: ClassVar[Hosts] = {LevitAttention: LevitHost}
+    post_norm = (LevitBlock,)
+    gives_up = ("bias",)
+    cannot: ClassVar[Mapping[str, str]] = {
+        **AnySize.cannot,
+        "none": "takes its image size from its attention: name an operator, such as uniform",
+    }
+    sized_when_built = True
+    takes_size = True
+    resized_when_loaded = True
+    rerun = ("stages",)
+
+    def image_size(self, model: nn.Module) -> tuple[int, int] | None:
+        whole: Any = model
+        layer = attention_of(whole.stages[0].blocks[0])
+        height, width = getattr(layer, "original", layer).resolution
+        return height * whole.stem.stride, width * whole.stem.stride
+
+    known_size = fixed_size = image_size
+
+    def is_strict(self, model: nn.Module) -> bool:
+        return True
+
+    def patch_size(self, model: nn.Module) -> tuple[int, int]:
+        whole: Any = model
+        return whole.stem.stride, whole.stem.stride
+
+    def channels(self, model: nn.Module) -> int:
+        whole: Any = model
+        return int(whole.stem.conv1.linear.in_channels)
+
+    def geometries(self, model: nn.Module, size: tuple[int, int]) -> list[Geometry]:
+        step, _ = self.patch_size(model)
+        found, (height, width) = [], (size[0] // step, size[1] // step)
+        for _ in self.paths(model):
+            found.append(Geometry(0, (height, width)))
+            height, width = -(-height // 2), -(-width // 2)
+        return found
+
+    def resize(self, model: nn.Module, size: tuple[int, int]) -> None:
+        """Resample the biases, of attention between stages as well."""
+        whole: Any = model
+        step, _ = self.patch_size(model)
+        if any(side % step for side in size):
+            raise ValueError(f"the sides of its images are multiples of {step}")
+        before = None
+        for stage, geometry in zip(whole.stages, self.geometries(model, size), strict=True):
+            if before is not None:
+                _fit_downsampling(stage.downsample.attn_downsample, before)
+            for block in stage.blocks:
+                layer = getattr(block.attn, "original", block.attn)
+                if "attention_biases" in layer._parameters:
+                    fit_distances(layer, geometry.grid)
+                layer.resolution = geometry.grid
+            before = geometry.grid
+
+    def sizes(self, block: nn.Module) -> tuple[int, int, int]:
+        whole: Any = block
+        layer = getattr(whole.attn, "original", whole.attn)
+        return int(whole.mlp.ln1.linear.weight.shape[1]), layer.num_heads * times(layer), int(layer.key_dim)
+
+    def classifiers(self, model: nn.Module) -> dict[str, nn.Module]:
+        found = {name: model._modules.get(name) for name in ("head", "head_dist")}
+        return {name: head for name, head in found.items() if head is not None}
+
+    def in_sequence(self, out: Tensor) -> Tensor:
+        return out.flatten(2).transpose(1, 2) if out.dim() == 4 else out
+
+    def patches(self, tokens: Tensor, geometry: Geometry) -> Tensor:
+        found: Tensor = self.in_sequence(tokens).unflatten(1, geometry.grid)
+        return found
+
+    def embedding(self, model: nn.Module) -> nn.Module:
+        return submodule(model, "stem")
+
+    def recomputed(self, model: nn.Module) -> list[nn.Module]:
+        return [model]
+
+    def forget(self, model: nn.Module) -> None:
+        forget_biases(model)
+
+
+def _fit_downsampling(layer: Any, grid: Size) -> None:
+    """Set the attention between two stages to another grid of the stage before."""
+    fit_distances(layer, grid)
+    if hasattr(layer.q.down, "resolution"):
+        layer.q.down.resolution = grid
+
+
+FAMILIES = (Tiny(), LeViT())

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from graftvit.models.families import create_timm_model
 from support.models.dense import attend, images
-from timm.models import gcvit, nest, swin_transformer_v2_cr
+from timm.models import gcvit, levit, nest, swin_transformer_v2_cr
 from torch import Tensor, nn
 
 SIZE, OTHER = (32, 48), (48, 24)
@@ -63,9 +63,23 @@ def _context(layer: Any, x: Tensor, q_global: Tensor | None = None) -> Tensor:
     return layer.proj(out.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
 
 
+def _levit(layer: Any, x: Tensor) -> Tensor:
+    """LeViT: a bias of distances, and values wider than keys, here as several heads."""
+    tokens = layer.qkv(x).flatten(2).transpose(1, 2) if layer.use_conv else layer.qkv(x)
+    widths, count = [layer.key_dim, layer.key_dim, layer.val_dim], layer.val_dim // layer.key_dim
+    q, k, v = tokens.unflatten(2, (layer.num_heads, -1)).transpose(1, 2).split(widths, 3)
+    v = v.unflatten(3, (count, -1)).transpose(2, 3).flatten(1, 2)
+    q, k = (each.repeat_interleave(count, 1) for each in (q, k))
+    bias = layer.attention_biases[:, layer.attention_bias_idxs].repeat_interleave(count, 0)
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias).transpose(1, 2).flatten(2)
+    shown = out.transpose(1, 2).unflatten(2, x.shape[2:]) if layer.use_conv else out
+    return layer.proj(shown)  # type: ignore[no-any-return]
+
+
 FUSED: dict[type[nn.Module], Callable[..., Tensor]] = {
     swin_transformer_v2_cr.WindowMultiHeadAttention: _cosine,
     gcvit.WindowAttentionGlobal: _context,
+    levit.Attention: _levit,
 }
 """The equations of layers that timm computes without torch's function for attention, with it."""
 
@@ -79,7 +93,13 @@ MAXVIT = {
 ONE_STAGE = {
     "embed_dim": (16,), "depths": (1,), "block_type": ("M",), "transformer_partition_ratio": 4,
 }  # fmt: skip
+LEVIT = {
+    "embed_dim": (16, 32), "key_dim": 4, "num_heads": (2, 4), "depth": (1, 1), "stem_type": "s8", "num_classes": 3,
+}  # fmt: skip
+ONE_LEVIT = {"embed_dim": (16,), "num_heads": (2,), "depth": (2,)}
 TINY = {
+    "levit": Tiny("levit_128s", LEVIT, whole=ONE_LEVIT, biased=True, gives_up=True, own_products=11_520),
+    "levit_conv": Tiny("levit_conv_128s", LEVIT, whole=ONE_LEVIT, biased=True, gives_up=True, own_products=11_520),
     "maxvit": Tiny("test_maxvit", MAXVIT, whole=ONE_STAGE, biased=True, gives_up=True),
     "maxvit_tf": Tiny(
         "test_maxvit",
