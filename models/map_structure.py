@@ -29,6 +29,8 @@ class MapStructure:
     there are none."""
     padded: bool = False
     """Whether stripes are padded with keys of zeros that no token has."""
+    mixed: bool = False
+    """Whether heads are mixed before and after the softmax, so that no head has a map of its queries and keys."""
 
     @property
     def is_whole(self) -> bool:
@@ -44,7 +46,7 @@ class MapStructure:
         if self.stripes:
             return f"stripes of {self.stripes}"
         if self.reduction is None:
-            return "all"
+            return "all with mixed heads" if self.mixed else "all"
         kind, size = self.reduction
         return f"keys of {_words(size)}" if kind == "stride" else f"{_words(size)} pooled"
 
@@ -57,7 +59,7 @@ class MapStructure:
         if self.stripes:
             return f"within {'padded ' * self.padded}stripes {self.stripes} tokens wide"
         if self.reduction is None:
-            return "of all tokens to all tokens"
+            return f"of all tokens to all tokens{', mixed between heads' * self.mixed}"
         kind, size = self.reduction
         return (
             f"to keys of {_words(size)} tokens each" if kind == "stride" else f"to {_words(size)} pooled keys"

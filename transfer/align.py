@@ -253,8 +253,8 @@ def check_layer_loss(
         raise TransferError(f"align.match={name}; {did_you_mean(name, LAYER_LOSSES)}")
     if name != "output" and not whole_maps:
         raise TransferError(
-            f"align.match={name}: layer {layer} of the teacher has windows, reduced keys or a relative position bias, "
-            "and so no map of all pairs of tokens to compare; use output"
+            f"align.match={name}: layer {layer} of the teacher has windows, reduced keys, mixed heads or a relative "
+            "position bias, and so no map of all pairs of tokens to compare; use output"
         )
     traits = operator.traits
     if name != "output" and not traits.linear_in_v:

@@ -217,6 +217,8 @@ class Heads:
     geometry: Geometry | None = None
     key_mask: Tensor | None = None
     windows: Windows | None = None
+    to_map: Callable[[Tensor], Tensor] | None = None
+    """The map (B, H, N, N) of logits, where it is not their softmax: in a native host alone."""
 
     @property
     def seen(self) -> Tensor | None:

@@ -22,12 +22,15 @@ from .kernels import precise
 
 
 class Softmax:
-    """softmax(s Q Kᵀ + bias) V, by torch's fused attention."""
+    """softmax(s Q Kᵀ + bias) V, by torch's fused attention; the layer's own map, where it is not this softmax."""
 
     needs = QKV
 
     def __call__(self, heads: Heads) -> Tensor:
         q, k, v = heads.qkv()
+        if heads.to_map is not None:
+            maps = heads.to_map((heads.scale * q) @ k.transpose(-2, -1))
+            return F.dropout(maps, heads.dropout) @ v
         # torch's own default differs from D ** -0.5 in the last bit; timm relies on the default.
         scale = None if heads.scale == q.shape[-1] ** -0.5 else heads.scale
         return F.scaled_dot_product_attention(

@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, cast
 
 import torch
-from timm.layers import AttentionRope, resample_abs_pos_embed_nhwc
+from timm.layers import AttentionRope, resample_abs_pos_embed, resample_abs_pos_embed_nhwc
+from timm.models.cait import Cait, LayerScaleBlock, TalkingHeadAttn
 from timm.models.deepseek_vit import DeepseekVitBlock, DeepseekVitClassifier, DeepseekVitEncoder
 from timm.models.eva import EvaBlock
 from timm.models.gemma4_vit import (
@@ -30,7 +31,7 @@ from torch import Tensor, nn
 from ..attention.base import Geometry, Heads
 from ..errors import UnsupportedModelError
 from ..host import AttentionHost, WindowHost
-from ..map_structure import Size, Windows
+from ..map_structure import MapStructure, Size, Windows
 from ..plan_syntax import KEEP
 from .plain import BLOCKS, OneStage, Plain, patch_grid, prefix_kinds
 from .site import OF_PLAIN, Blocks, Hosts, Site, size_of
@@ -303,4 +304,58 @@ class Gemma(AnySize):
         return model.get_submodule("encoder") if "encoder" in model._modules else model
 
 
-FAMILIES = (Sam(), RelPos(), Encoders(), NaFlex(), Gemma())
+class TalkingHost(AttentionHost):
+    """CaiT: W softmax(L s Q Kᵀ) V, where L and W mix the heads (talking heads, arXiv:2003.02436)."""
+
+    after_heads = ("proj", "proj_drop")
+
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+        return self.merge(self.attend(self.heads_of(x)), x)
+
+    def heads_of(self, x: Tensor) -> Heads:
+        heads = self.project(x)
+        heads.to_map = None if self.permanent else self._mixed
+        return heads
+
+    def structure(self, grid: Size) -> MapStructure:
+        return MapStructure(mixed=True)
+
+    def has_whole_map(self, geometry: Geometry) -> bool:
+        return False
+
+    def _mixed(self, logits_BHNN: Tensor) -> Tensor:
+        mixed = self._child("proj_l", logits_BHNN.permute(0, 2, 3, 1)).permute(0, 3, 1, 2).softmax(-1)
+        out: Tensor = self._child("proj_w", mixed.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        return out
+
+
+class CaiT(Kindred):
+    """timm's `cait_*` (arXiv:2103.17239). The class token joins after these blocks, in two with class attention."""
+
+    name = "cait (CaiT)"
+    models = (Cait,)
+    blocks = (LayerScaleBlock,)
+    hosts: ClassVar[Hosts] = {TalkingHeadAttn: TalkingHost}
+    resized_when_loaded = True
+
+    def prefix(self, model: nn.Module, site: Site) -> tuple[str, ...]:
+        return ()
+
+    def geometries(self, model: nn.Module, size: tuple[int, int]) -> list[Geometry]:
+        return [Geometry(0, patch_grid(self.embedding(model), size))]
+
+    def resize(self, model: nn.Module, size: tuple[int, int]) -> None:
+        whole: Any = model
+        old = list(whole.patch_embed.grid_size)
+        whole.patch_embed.set_input_size(img_size=size)
+        new = list(whole.patch_embed.grid_size)
+        whole.pos_embed = _like(resample_abs_pos_embed(whole.pos_embed, new, old, 0), whole.pos_embed)
+
+    def with_blocks(self, model: nn.Module, blocks: Sequence[nn.Module], *, cut: bool) -> nn.Module:
+        twin = super().with_blocks(model, blocks, cut=cut)
+        if cut:
+            twin._modules["blocks_token_only"] = nn.ModuleList()
+        return twin
+
+
+FAMILIES = (Sam(), RelPos(), Encoders(), NaFlex(), Gemma(), CaiT())

@@ -51,6 +51,15 @@ def register_family(family: Family) -> None:
     FAMILIES.append(family)
 
 
+REFUSED = {
+    "DiffAttention": "takes the difference of two softmax maps",
+    "DiffParallelScalingBlock": "takes the difference of two softmax maps, and projects them with its MLP",
+    "ParallelScalingBlock": "projects queries, keys and values together with its MLP",
+    "ParallelThingsBlock": "has several attention layers side by side",
+}
+"""Why blocks and layers of supported models are refused, by the name of their class."""
+
+
 def find_family(model: nn.Module) -> Family | None:
     """Return the family of a model, or None."""
     return next((family for family in FAMILIES if isinstance(model, family.models)), None)
@@ -166,8 +175,10 @@ def check_supported(model: nn.Module, *, copied: bool = False, to: str = "") -> 
                 if attention is None
                 else f"{type(block).__name__} with {type(attention).__name__}"
             )
+            kinds = (type(block).__name__, type(attention).__name__)
+            why = next((f": it {REFUSED[kind]}" for kind in kinds if kind in REFUSED), "")
             raise UnsupportedModelError(
-                f"block {index} of {name} is a {part}, which is not supported; supported are {SUPPORTED}, "
+                f"block {index} of {name} is a {part}, which is not supported{why}; supported are {SUPPORTED}, "
                 "with one softmax attention a block"
             )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import importlib.util
+import itertools
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from graftvit.checkpoints.export import export_model
 from graftvit.models.conversion import convert, converted_layers, plan_of, resize
 from graftvit.models.copying.teacher_view import Normalization
 from graftvit.models.cost import attention_macs, other_macs
-from graftvit.models.errors import UnsupportedModelError
+from graftvit.models.errors import TransferError, UnsupportedModelError
 from graftvit.models.families import check_supported, depths, family_of, image_size, layout_of, sites, vit
 from graftvit.models.host import AttentionHost
 from graftvit.models.hosting import host_attention, release_attention
@@ -141,7 +142,9 @@ def test_a_student_may_start_without_weights(kind: str) -> None:
 def test_a_student_is_saved_loaded_and_resized(kind: str, tmp_path: Path) -> None:
     student = ready(tiny(kind), plan(kind), kind)
     student.train()(pictures(kind, dtype=torch.float32)).square().mean().backward()
-    assert all(p.grad is not None and p.grad.isfinite().all() for p in student.eval().parameters())
+    for name, p in student.eval().named_parameters():
+        mixes_heads = "attn.proj_l." in name or "attn.proj_w." in name  # of CaiT, which no operator does
+        assert mixes_heads or (p.grad is not None and p.grad.isfinite().all())
     folder = save_folder(student, tmp_path / "student", TINY[kind].name, arguments(kind))
     loaded, x = loading.load(folder), pictures(kind, dtype=torch.float32)
     assert plan_of(loaded) == plan_of(student)
@@ -155,7 +158,11 @@ def test_a_student_is_saved_loaded_and_resized(kind: str, tmp_path: Path) -> Non
     if plan(kind) == "*: keep":  # as in the next test
         return
     again = save_folder(
-        student, tmp_path / "again", TINY[kind].name, arguments(kind), {"input_size": (3, *TINY[kind].other)}
+        student,
+        tmp_path / "again",
+        TINY[kind].name,
+        arguments(kind, TINY[kind].other),
+        {"input_size": (3, *TINY[kind].other)},
     )
     assert torch.equal(loading.load(again)(y), student(y))
 
@@ -180,8 +187,7 @@ def test_maps_are_of_the_layers(kind: str) -> None:
     for site in sites(model):
         weights = maps[site.index].weights
         assert key_count(model, site) == weights.shape[-1]
-        assert (weights >= 0).all()
-        assert (weights.sum(-1) <= 1 + 1e-5).all()
+        assert kind == "cait" or ((weights >= 0).all() and (weights.sum(-1) <= 1 + 1e-5).all())
     if TINY[kind].whole is None:
         return
     model = whole(kind)
@@ -194,7 +200,7 @@ def test_maps_are_of_the_layers(kind: str) -> None:
 
 @kinds
 def test_products_are_those_of_torchs_counter(kind: str) -> None:
-    model = tiny(kind)
+    model = tiny(kind).requires_grad_(False)
     with FlopCounterMode(display=False) as counter, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
         model(pictures(kind, dtype=torch.float32)[:1])
     bias = TINY[kind].own_products
@@ -221,6 +227,8 @@ def test_a_layer_is_aligned(kind: str) -> None:
 @pytest.mark.parametrize("method", ["attention_output", "block_output", "distill"])
 @kinds
 def test_a_student_is_taught(kind: str, method: str) -> None:
+    if (kind, method) == ("cait", "distill"):  # refused, in a test of its own
+        return
     teacher, student, x = (
         tiny(kind, dtype=torch.float64),
         tiny(kind, seed=1, dtype=torch.float64),
@@ -314,6 +322,26 @@ def test_padded_patches_are_shut_out(kind: str) -> None:
 def test_blocks_of_coatnet_are_refused_by_name() -> None:
     with pytest.raises(UnsupportedModelError, match="TransformerBlock2d with Attention2d"):
         check_supported(timm.create_model("test_coatnet"))
+
+
+def test_talking_heads_are_converted_and_looked_at_but_not_distilled() -> None:
+    model: Any = tiny("cait", dtype=torch.float64)
+    blocks = len(model.blocks)  # the class attention after them stays as it is
+    places = itertools.cycle(range(blocks + 1))
+    expected, _ = run(
+        copy.deepcopy(model),
+        pictures("cait"),
+        lambda layer: linear(layer) if next(places) < blocks else layer.out,
+    )
+    torch.testing.assert_close(convert(model, "*: linear")(pictures("cait")), expected, rtol=1e-9, atol=1e-10)
+    own: list[Tensor] = []
+    model.blocks[0].attn.attn_drop.register_forward_hook(lambda _, given, out: own.append(out))
+    model(pictures("cait"))
+    torch.testing.assert_close(
+        attention_maps(model, pictures("cait"), [0])[0], own[0].float(), rtol=1e-4, atol=1e-5
+    )
+    with pytest.raises(TransferError, match="mixes its maps between heads"):
+        DualViT(model, tiny("cait", seed=1, dtype=torch.float64), "distill")
 
 
 @kinds

@@ -113,7 +113,7 @@ def test_layouts() -> None:
 
 @pytest.mark.parametrize("block", [ParallelScalingBlock, ParallelThingsBlock])
 def test_blocks_without_a_plain_attention_are_refused(block: type) -> None:
-    with pytest.raises(UnsupportedModelError, match=block.__name__):
+    with pytest.raises(UnsupportedModelError, match=rf"{block.__name__}, which is not supported: it "):
         check_supported(tiny(block_fn=block))
 
 

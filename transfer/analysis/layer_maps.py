@@ -192,6 +192,8 @@ def key_count(model: nn.Module, site: Site) -> int:
 def softmax_map(heads: Heads) -> Tensor:
     """Return the softmax map (B, H, N, M) of projections, in float32."""
     q, k = heads.qk()
+    if heads.to_map is not None:
+        return heads.to_map((heads.scale * q) @ k.transpose(-2, -1)).float()
     logits_BHNM = (q.float() @ k.float().transpose(-2, -1)) * heads.scale
     if heads.bias is not None:
         logits_BHNM = logits_BHNM + heads.bias.float()

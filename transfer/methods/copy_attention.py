@@ -7,7 +7,7 @@ from torch import nn
 from ...models.copying.copying_operators import COPIES, Copy
 from ...models.copying.tape import Link
 from ..loss_config import LossConfig
-from .map_loss import LayerMaps, differ, differ_in, padding
+from .map_loss import LayerMaps, differ, differ_in, mixing, padding
 from .method import AttentionMethod, Pairing
 
 
@@ -28,6 +28,8 @@ class CopyAttention(AttentionMethod):
         return self.kind.copies_map
 
     def refuses(self, config: LossConfig, teacher: LayerMaps, student: LayerMaps) -> str | None:
+        if teacher.structure.mixed or student.structure.mixed:
+            return mixing(teacher, student)
         if teacher.structure != student.structure:
             return f"{differ(teacher, student)}, and a layer copies only from one of the same structure"
         if teacher.structure.padded:

@@ -12,7 +12,7 @@ from ...models.copying.copying_operators import Part
 from ...models.copying.grids import pick_dim
 from ...models.copying.tape import Link
 from ..loss_config import LossConfig
-from .map_loss import WHOLE, LayerMaps, MapLoss, differ, differ_in, padding
+from .map_loss import WHOLE, LayerMaps, MapLoss, differ, differ_in, mixing, padding
 from .method import AttentionMethod, Pairing, joined_projector, squared_error
 from .taught_layer import Observer
 
@@ -31,6 +31,8 @@ class DistillMaps(AttentionMethod):
 
     def refuses(self, config: LossConfig, teacher: LayerMaps, student: LayerMaps) -> str | None:
         t, s = teacher.structure, student.structure
+        if t.mixed or s.mixed:
+            return mixing(teacher, student)
         if t != s and (t.is_whole or t.reduction is not None or not s.is_whole):
             return f"{differ(teacher, student)}, and only maps within windows are distilled into others: maps {WHOLE}"
         if t.padded or s.padded:

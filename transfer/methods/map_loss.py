@@ -49,6 +49,14 @@ def differ(teacher: LayerMaps, student: LayerMaps) -> str:
     return f"the teacher's maps are {teacher.structure} and the student's {student.structure}"
 
 
+def mixing(teacher: LayerMaps, student: LayerMaps) -> str:
+    """Say that maps are mixed between heads; empty where none are."""
+    owner = next(
+        (name for name, maps in (("teacher", teacher), ("student", student)) if maps.structure.mixed), ""
+    )
+    return owner and f"the {owner} mixes its maps between heads, so they are no softmax of queries and keys"
+
+
 def padding(teacher: LayerMaps, student: LayerMaps) -> str:
     """Say that maps of padded stripes have a key that is no token."""
     owner, maps = ("teacher", teacher) if teacher.structure.padded else ("student", student)

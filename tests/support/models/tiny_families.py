@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from graftvit.models.families import create_timm_model
 from support.models.dense import attend, images
-from timm.models import gcvit, levit, nest, swin_transformer_v2_cr
+from timm.models import cait, gcvit, levit, nest, swin_transformer_v2_cr
 from torch import Tensor, nn
 
 SIZE, OTHER = (32, 48), (48, 24)
@@ -32,7 +32,7 @@ class Tiny:
     gives_up: bool = False
     resizes: bool = True
     own_products: int = 0
-    """Multiply-adds that belong to no layer: of positions, and of attention between channels."""
+    """Multiply-adds that belong to no layer: of positions, between channels, and of class tokens."""
     size: tuple[int, int] = SIZE
     other: tuple[int, int] = OTHER
 
@@ -76,10 +76,17 @@ def _levit(layer: Any, x: Tensor) -> Tensor:
     return layer.proj(shown)  # type: ignore[no-any-return]
 
 
+def _plain(layer: Any, x: Tensor) -> Tensor:
+    """CaiT without its mixing of heads: what an operator replaces."""
+    q, k, v = layer.qkv(x).unflatten(2, (3, layer.num_heads, -1)).permute(2, 0, 3, 1, 4)
+    return layer.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
+
+
 FUSED: dict[type[nn.Module], Callable[..., Tensor]] = {
     swin_transformer_v2_cr.WindowMultiHeadAttention: _cosine,
     gcvit.WindowAttentionGlobal: _context,
     levit.Attention: _levit,
+    cait.TalkingHeadAttn: _plain,
 }
 """The equations of layers that timm computes without torch's function for attention, with it."""
 
@@ -166,6 +173,11 @@ TINY = {
         "gemma4_vit_167m",
         {**PLAIN, "head_dim": 16, "intermediate_size": 32, "num_kv_heads": 1, "use_clipped_linears": False},
         own_products=7_864_512,
+    ),
+    "cait": Tiny(
+        "cait_xxs24_224",
+        {**PLAIN, "depth_token_only": 1, "init_values": 0.5},
+        whole=None, own_products=800,
     ),
     "deepseek": Tiny("deepseek_vit_412m", ENCODER),
     "visformer": Tiny("visformer_tiny", {**PLAIN, "init_channels": 8, "conv_init": False, "depth": (1, 1, 1)}),
