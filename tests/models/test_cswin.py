@@ -123,8 +123,13 @@ def test_logits_of_attnzero_are_those_of_the_published_equations(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [*CSWIN, *ATTNZERO])
-@pytest.mark.parametrize("size", [(224, 224), (384, 384), (224, 160)])
+@pytest.mark.parametrize(
+    ("name", "size"),
+    [
+        *((name, (224, 224)) for name in [*CSWIN, *ATTNZERO]),
+        *((name, size) for name in ("cswin_tiny", "attnzero_cswin_t") for size in ((384, 384), (224, 160))),
+    ],
+)
 def test_models_of_the_published_widths_are_the_published_ones(
     tmp_path: Path, name: str, size: tuple[int, int]
 ) -> None:
