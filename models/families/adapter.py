@@ -13,7 +13,7 @@ from ..attention.base import QKV, Geometry, Heads
 from ..errors import ConfigError, GraftError, UnsupportedModelError
 from ..host import AttentionHost
 from ..plan_syntax import KEEP
-from .site import OWN_PLACES, Family, Site, attention_of, evaluating, listed, shallow, submodule
+from .site import OWN_PLACES, Family, Site, attention_of, evaluating, shallow, submodule
 
 
 class AdaptedHost(AttentionHost):
@@ -209,14 +209,6 @@ class Adapter(Family):
 
     def attention_input(self, block: nn.Module) -> None:
         return None
-
-    def with_blocks(self, model: nn.Module, blocks: Sequence[nn.Module], *, cut: bool) -> nn.Module:
-        *parents, last = self.layers.split(".")
-        twin = part = shallow(model)
-        for name in parents:
-            part._modules[name] = part = shallow(submodule(part, name))
-        part._modules[last] = listed(submodule(part, last), blocks)
-        return twin
 
     def embedding(self, model: nn.Module) -> nn.Module:
         return submodule(model, self.first)

@@ -11,7 +11,6 @@ from __future__ import annotations
 import copy
 import inspect
 import sys
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, cast
 
@@ -23,7 +22,7 @@ from ..attention.softmax import Softmax
 from ..errors import UnsupportedModelError
 from ..host import AttentionHost
 from ..plan_syntax import KEEP
-from .site import Family, Hosts, Site, attention_of, attention_place, listed, shallow, submodule
+from .site import Family, Hosts, Site, attention_of, attention_place, submodule
 
 LIBRARY = "transformers"
 INTERFACE = "graftvit"
@@ -389,14 +388,6 @@ class Towers(Family):
         raise UnsupportedModelError(
             f"{type(model).__name__} is a model of transformers, which has the image size of its configuration"
         )
-
-    def with_blocks(self, model: nn.Module, blocks: Sequence[nn.Module], *, cut: bool) -> nn.Module:
-        *parents, last, _ = layer_paths(model)[0].split(".")
-        twin = part = shallow(model)
-        for name in parents:
-            part._modules[name] = part = shallow(submodule(part, name))
-        part._modules[last] = listed(submodule(part, last), blocks)
-        return twin
 
     def sizes(self, block: nn.Module) -> tuple[int, int, int]:
         layer = attention_of(block)
