@@ -64,6 +64,14 @@ def has_bias(attention: nn.Module) -> bool:
     return any(parts.get(name) is not None for name in BIAS)
 
 
+def wrong_bias(own: Size, grid: Size) -> UnsupportedModelError:
+    """Return the error of a converted layer whose bias is of another grid than its tokens."""
+    return UnsupportedModelError(
+        f"the relative position bias of this layer is of a grid of {own[0]}x{own[1]} tokens, and the images have "
+        f"{grid[0]}x{grid[1]}: resize the model (graftvit.models.conversion.resize), or give up bias"
+    )
+
+
 REDUCTION = ("sr", "norm", "pool", "act")
 """The parts of PVT's layers that make keys fewer."""
 

@@ -25,8 +25,8 @@ class MapStructure:
     """How the keys are made of the tokens: ("stride", rows and columns of a key's tokens), or ("pool", rows and columns
     of the keys); None where every token is a key."""
     stripes: int = 0
-    """The width of the stripes within which tokens meet, columns in half of the heads and rows in the others; 0 where
-    there are none."""
+    """Width of the stripes within which tokens meet, columns in half of the heads and rows in the others. 0: no
+    stripes."""
     padded: bool = False
     """Whether stripes are padded with keys of zeros that no token has."""
     mixed: bool = False

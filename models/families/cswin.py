@@ -359,8 +359,8 @@ class StripeHost(GridHost):
     def attended(self, heads: Heads) -> Heads:
         """Return the projections with a bias of all pairs of tokens, `OUTSIDE` where they do not meet.
 
-        Where stripes are padded, keys and values have one token more, of zeros: it stands for the padding of a
-        stripe, whose number of tokens is its weight.
+        Padded stripes add one key and one value of zeros. Its bias is the logarithm of the number of padded tokens
+        that a query sees, so it has their weight in the softmax.
         """
         grid = heads.tokens().grid
         stripes = self.stripes(grid)

@@ -16,7 +16,7 @@ from ..attention.base import QKV, Geometry, Heads
 from ..errors import UnsupportedModelError
 from ..host import WindowHost
 from ..map_structure import Size, Windows, offsets, resample_table
-from .site import AnySize, Blocks, Hosts, attention_of, submodule
+from .site import AnySize, Blocks, Hosts, OneSize, attention_of, named_heads
 
 
 def distances(grid: Size, device: torch.device) -> Tensor:
@@ -211,7 +211,7 @@ def times(layer: Any) -> int:
     return int(layer.val_dim // layer.key_dim)
 
 
-class LeViT(AnySize):
+class LeViT(OneSize):
     """timm's `levit_*` and `levit_conv_*`, of one image size. Attention between stages stays."""
 
     name = "levit (LeViT)"
@@ -221,12 +221,9 @@ class LeViT(AnySize):
     post_norm = (LevitBlock,)
     gives_up = ("bias",)
     cannot: ClassVar[Mapping[str, str]] = {
-        **AnySize.cannot,
+        **OneSize.cannot,
         "none": "takes its image size from its attention: name an operator, such as uniform",
     }
-    sized_when_built = True
-    takes_size = True
-    resized_when_loaded = True
     rerun = ("stages",)
 
     def image_size(self, model: nn.Module) -> tuple[int, int] | None:
@@ -234,11 +231,6 @@ class LeViT(AnySize):
         layer = attention_of(whole.stages[0].blocks[0])
         height, width = getattr(layer, "original", layer).resolution
         return height * whole.stem.stride, width * whole.stem.stride
-
-    known_size = fixed_size = image_size
-
-    def is_strict(self, model: nn.Module) -> bool:
-        return True
 
     def patch_size(self, model: nn.Module) -> tuple[int, int]:
         whole: Any = model
@@ -279,8 +271,7 @@ class LeViT(AnySize):
         return int(whole.mlp.ln1.linear.weight.shape[1]), layer.num_heads * times(layer), int(layer.key_dim)
 
     def classifiers(self, model: nn.Module) -> dict[str, nn.Module]:
-        found = {name: model._modules.get(name) for name in ("head", "head_dist")}
-        return {name: head for name, head in found.items() if head is not None}
+        return named_heads(model)
 
     def in_sequence(self, out: Tensor) -> Tensor:
         return out.flatten(2).transpose(1, 2) if out.dim() == 4 else out
@@ -288,9 +279,6 @@ class LeViT(AnySize):
     def patches(self, tokens: Tensor, geometry: Geometry) -> Tensor:
         found: Tensor = self.in_sequence(tokens).unflatten(1, geometry.grid)
         return found
-
-    def embedding(self, model: nn.Module) -> nn.Module:
-        return submodule(model, "stem")
 
     def recomputed(self, model: nn.Module) -> list[nn.Module]:
         return [model]

@@ -149,8 +149,8 @@ class RelPosHost(AttentionHost):
         return shared if own is None else own.get_bias()
 
 
-class Kindred(OneStage):
-    """Models whose layers are those of a plain vision transformer, and whose rest is not."""
+class PlainLike(OneStage):
+    """Models whose layers are those of a plain vision transformer, and whose rest is not; some have an `encoder`."""
 
     kept = KEEP
     keeps_all = True
@@ -159,8 +159,11 @@ class Kindred(OneStage):
         **dict.fromkeys(OF_PLAIN, "is no plain vision transformer"),
     }
 
+    def trunk(self, model: nn.Module) -> str:
+        return "encoder." if "encoder" in model._modules else ""
 
-class RelPos(Kindred):
+
+class RelPos(PlainLike):
     """timm's `vit_relpos_*` and `vit_srelpos_*`."""
 
     name = "vision_transformer_relpos (ViT with relative positions)"
@@ -177,16 +180,13 @@ class RelPos(Kindred):
 # Encoders of vision language models, and their classifiers, whose `encoder` they are. They take images of any size.
 
 
-class Encoders(Kindred):
+class Encoders(PlainLike):
     """timm's `qwen3_vit_*` and `deepseek_vit_*`: rotary positions, and tokens (B, height, width, C) as the features."""
 
     name = "qwen3_vit and deepseek_vit (encoders of Qwen3-VL and DeepSeek)"
     models = (Qwen3VitEncoder, Qwen3VitClassifier, DeepseekVitEncoder, DeepseekVitClassifier)
     blocks = (EvaBlock, DeepseekVitBlock)
     hosts: ClassVar[Hosts] = {AttentionRope: AttentionHost}
-
-    def trunk(self, model: nn.Module) -> str:
-        return "encoder." if "encoder" in model._modules else ""
 
     def takes_any_grid(self, model: nn.Module) -> bool:
         return True
@@ -201,7 +201,7 @@ class Encoders(Kindred):
         return next((model.get_submodule(name) for name in names if name in model._modules), model)
 
 
-class AnySize(Kindred):
+class AnySizeEncoder(PlainLike):
     """Models that no size is built into: the one that they were told, else that of the published weights."""
 
     sized_when_built = False
@@ -228,7 +228,7 @@ class AnySize(Kindred):
         cast(Any, model).img_size = size
 
 
-class NaFlex(AnySize):
+class NaFlex(AnySizeEncoder):
     """timm's `naflexvit_*`. Images of several sizes in a batch come as patches with padding, which is masked."""
 
     name = "naflexvit (NaFlex ViT)"
@@ -275,16 +275,13 @@ class GemmaHost(AttentionHost):
         return x_BHND if part == "q" else x_BHND.repeat_interleave(self.kv_groups, dim=1)
 
 
-class Gemma(AnySize):
+class Gemma(AnySizeEncoder):
     """timm's `gemma4_vit_*`: the encoder of Gemma 4, and its classifiers."""
 
     name = "gemma4_vit (encoder of Gemma 4)"
     models = (Gemma4VitEncoder, Gemma4VitClassifier)
     blocks = (Gemma4Block,)
     hosts: ClassVar[Hosts] = {Gemma4Attention: GemmaHost}
-
-    def trunk(self, model: nn.Module) -> str:
-        return "encoder." if "encoder" in model._modules else ""
 
     def geometries(self, model: nn.Module, size: tuple[int, int]) -> list[Geometry]:
         height, width = self.patch_size(model)
@@ -329,7 +326,7 @@ class TalkingHost(AttentionHost):
         return out
 
 
-class CaiT(Kindred):
+class CaiT(PlainLike):
     """timm's `cait_*` (arXiv:2103.17239). The class token joins after these blocks, in two with class attention."""
 
     name = "cait (CaiT)"

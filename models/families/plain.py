@@ -21,7 +21,19 @@ from ..attention.base import Geometry
 from ..errors import UnsupportedModelError
 from ..host import AttentionHost
 from ..plan_syntax import KEEP
-from .site import Block, Family, Hosts, NativeParts, Site, listed, shallow, size_of, submodule, vit
+from .site import (
+    Block,
+    Family,
+    Hosts,
+    NativeParts,
+    Site,
+    listed,
+    named_heads,
+    shallow,
+    size_of,
+    submodule,
+    vit,
+)
 
 MODELS = (VisionTransformer, Beit, Eva)
 BLOCKS = (PlainBlock, ResPostBlock, BeitBlock, EvaBlock, EvaBlockPostNorm)
@@ -353,8 +365,7 @@ class Plain(OneStage):
         return getattr(model, "rel_pos_bias", None) is not None or super().has_bias(model, site)
 
     def classifiers(self, model: nn.Module) -> dict[str, nn.Module]:
-        found = {name: model._modules.get(name) for name in ("head", "head_dist")}
-        return {name: head for name, head in found.items() if head is not None}
+        return named_heads(model)
 
 
 FAMILIES = (Plain(),)

@@ -249,6 +249,12 @@ OF_PLAIN = ("copying", "mirroring", "measuring", "masking")
 """What is for plain vision transformers alone: words of `Family.cannot`."""
 
 
+def named_heads(model: nn.Module) -> dict[str, nn.Module]:
+    """Return the heads of a model that has one, or one more for a distillation token, by name."""
+    found = {name: model._modules.get(name) for name in ("head", "head_dist")}
+    return {name: head for name, head in found.items() if head is not None}
+
+
 class Family(ABC):
     """Models that are built in one way. A new family is a file in this folder with a table `FAMILIES`."""
 
@@ -554,6 +560,26 @@ class AnySize(Family):
 
     def recomputed(self, model: nn.Module) -> list[nn.Module]:
         return list(submodule(model, "stages").children())
+
+
+class OneSize(AnySize):
+    """The same for models of one size of images, that of their windows or tables, which are resampled for another."""
+
+    sized_when_built = True
+    takes_size = True
+    resized_when_loaded = True
+
+    def known_size(self, model: nn.Module) -> tuple[int, int] | None:
+        return self.image_size(model)
+
+    def fixed_size(self, model: nn.Module) -> tuple[int, int] | None:
+        return self.image_size(model)
+
+    def is_strict(self, model: nn.Module) -> bool:
+        return True
+
+    def embedding(self, model: nn.Module) -> nn.Module:
+        return submodule(model, "stem")
 
 
 def _sizes(block: Any) -> tuple[int, int, int]:

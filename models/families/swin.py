@@ -19,8 +19,7 @@ from timm.models.swin_transformer_v2_cr import (
 from torch import Tensor, nn
 
 from ..attention.base import Geometry
-from ..errors import UnsupportedModelError
-from ..host import WindowHost
+from ..host import WindowHost, wrong_bias
 from ..map_structure import Size, Windows, offsets, resample_table
 from ..token_merging import TokenMerging
 from .plain import patch_grid
@@ -127,11 +126,7 @@ class SwinV2Host(SwinHost):
 
     def bias_on(self, grid: Size) -> Tensor:
         """Raise UnsupportedModelError: the bias is computed from the distances of the layer's own grid."""
-        height, width = self.window_size
-        raise UnsupportedModelError(
-            f"the relative position bias of this layer is of a grid of {height}x{width} tokens, and the images "
-            f"have {grid[0]}x{grid[1]}: resize the model (graftvit.models.conversion.resize), or give up bias"
-        )
+        raise wrong_bias(self.window_size, grid)
 
     def relative_bias(self) -> Tensor:
         layer: Any = self.original

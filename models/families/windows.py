@@ -22,10 +22,9 @@ from timm.models.nest import Nest, TransformerLayer
 from torch import Tensor, nn
 
 from ..attention.base import QKV, Geometry
-from ..errors import UnsupportedModelError
-from ..host import AttentionHost, WindowHost
+from ..host import AttentionHost, WindowHost, wrong_bias
 from ..map_structure import Size, Windows, resample_plainly
-from .site import AnySize, Blocks, Family, Hosts, attention_of, size_of, submodule, vit
+from .site import AnySize, Blocks, Family, Hosts, OneSize, attention_of, size_of, submodule, vit
 
 
 class BlockWindowHost(WindowHost):
@@ -93,9 +92,6 @@ class Davit(AnySize):
 
     def in_sequence(self, out: Tensor) -> Tensor:
         return out.flatten(2).transpose(1, 2)
-
-    def embedding(self, model: nn.Module) -> nn.Module:
-        return submodule(model, "stem")
 
     def last_tokens(self, model: nn.Module) -> nn.Module:
         return submodule(model, "norm_pre")
@@ -248,11 +244,7 @@ class LocalHost(BlockWindowHost):
             return None
         rel_pos: Any = self.rel_pos
         if tuple(rel_pos.window_size) != tuple(grid):
-            height, width = rel_pos.window_size
-            raise UnsupportedModelError(
-                f"the relative position bias of this layer is of a grid of {height}x{width} tokens, and the images "
-                f"have {grid[0]}x{grid[1]}: resize the model (graftvit.models.conversion.resize), or give up bias"
-            )
+            raise wrong_bias(rel_pos.window_size, grid)
         return self.table_bias()
 
     def fit_bias(self, grid: Size) -> None:
@@ -267,7 +259,7 @@ class WholeContextBlock(GlobalContextVitBlock):
         return self.attn(x)
 
 
-class GCViT(AnySize):
+class GCViT(OneSize):
     """timm's `gcvit_*`: sites are the blocks without queries of the whole image; the others stay. Windows are a part
     of the image, whose size the model is built for."""
 
@@ -277,9 +269,6 @@ class GCViT(AnySize):
     hosts: ClassVar[Hosts] = {WindowAttentionGlobal: LocalHost}
     whole: ClassVar[Blocks] = {GlobalContextVitBlock: WholeContextBlock}
     gives_up = ("bias",)
-    sized_when_built = True
-    takes_size = True
-    resized_when_loaded = True
 
     def paths(self, model: nn.Module) -> list[list[str]]:
         return [
@@ -293,11 +282,6 @@ class GCViT(AnySize):
         whole: Any = model
         height, width = whole.stages[0].feat_size
         return 4 * height, 4 * width
-
-    known_size = fixed_size = image_size
-
-    def is_strict(self, model: nn.Module) -> bool:
-        return True
 
     def channels(self, model: nn.Module) -> int:
         whole: Any = model
@@ -324,9 +308,6 @@ class GCViT(AnySize):
 
     def attention_input(self, block: nn.Module) -> None:
         return None  # it gets queries of the whole image, too
-
-    def embedding(self, model: nn.Module) -> nn.Module:
-        return submodule(model, "stem")
 
     def initialize(self, model: nn.Module) -> None:
         reset(model)
@@ -388,7 +369,7 @@ class WholePartition(PartitionAttentionCl):
         set_window(self, "partition_size", (rows, columns))
 
 
-class MaxViT(AnySize):
+class MaxViT(OneSize):
     """timm's `maxvit_*` whose blocks are windows and grids in turn: two sites each. Windows are a part of the image."""
 
     name = "maxxvit (MaxViT)"
@@ -397,9 +378,6 @@ class MaxViT(AnySize):
     hosts: ClassVar[Hosts] = {AttentionCl: PartitionHost}
     whole: ClassVar[Blocks] = {PartitionAttentionCl: WholePartition}
     gives_up = ("bias",)
-    sized_when_built = True
-    takes_size = True
-    resized_when_loaded = True
 
     def paths(self, model: nn.Module) -> list[list[str]]:
         kinds = (PartitionAttentionCl, PartitionAttention2d, TransformerBlock2d, ParallelPartitionAttention)
@@ -411,11 +389,6 @@ class MaxViT(AnySize):
 
     def image_size(self, model: nn.Module) -> tuple[int, int] | None:
         return size_of(model)
-
-    known_size = fixed_size = image_size
-
-    def is_strict(self, model: nn.Module) -> bool:
-        return True
 
     def channels(self, model: nn.Module) -> int:
         whole: Any = model
@@ -437,9 +410,6 @@ class MaxViT(AnySize):
         given = getattr(model, "_model_args", {})
         whole.set_input_size(img_size=size)
         whole._model_args = {**given, "img_size": size}  # timm notes windows, which follow from the size
-
-    def embedding(self, model: nn.Module) -> nn.Module:
-        return submodule(model, "stem")
 
     def last_tokens(self, model: nn.Module) -> nn.Module:
         return submodule(model, "norm")

@@ -24,7 +24,7 @@ class Tiny:
     name: str
     arguments: dict[str, Any]
     whole: dict[str, Any] | None = field(default_factory=dict)
-    """Arguments with which every layer attends to all tokens; None where there are none."""
+    """Arguments that make every layer attend to all tokens; None if the family cannot."""
     whole_made_by: Callable[..., nn.Module] | None = None
     """The class of such a model, where timm's name does not take the arguments."""
     biased: bool = False
