@@ -253,7 +253,7 @@ def run_all(commands: list[list[str]], environments: list[Mapping[str, str]], cw
         for command, environment in zip(commands, environments, strict=True)
     ]
     try:
-        said = [one.communicate(timeout=150)[1] for one in started]
+        said = [one.communicate(timeout=600)[1] for one in started]
     finally:
         for one in started:
             one.kill()

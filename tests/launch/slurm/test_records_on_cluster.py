@@ -129,7 +129,7 @@ def test_a_terminal_that_ends_sbatch_cuts_no_submission(run: ClusterRun, number:
         process = begin(run, "submit", run.recipe(), *AT_ONCE, *waiting)
         until(submitted.with_suffix(".begun").exists, "the order")
         os.killpg(process.pid, number)
-        _, said = process.communicate(timeout=60)
+        _, said = process.communicate(timeout=600)
         assert submitted.exists()
         (job,) = queue(run.cluster)
         assert process.returncode == 128 + number

@@ -64,7 +64,7 @@ def test_a_local_run_is_stopped_through_its_controller(
     controller.stdout.readline()
     assert f"`graftvit jobs resume {tmp_path}` resumes" in typed("jobs", "stop", tmp_path, *words).out
     assert JobFolder(tmp_path).asked_to_stop(str(controller.pid))
-    assert int(controller.communicate(timeout=10)[0]) == number
+    assert int(controller.communicate(timeout=60)[0]) == number
 
 
 @pytest.mark.slurm

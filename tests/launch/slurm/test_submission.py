@@ -161,7 +161,7 @@ def test_other_resources_of_nodes_count_whatever_state_they_are_in(
 @pytest.mark.parametrize("dry", [[], ["--dry_run"]])
 def test_what_needs_no_torch_is_told_before_it_is_loaded(user: Path, line: str, dry: list[str]) -> None:
     program = "import atexit\natexit.register(lambda: print('torch loaded:', 'torch' in sys.modules))"
-    out, err = python(program, "submit", "run.yaml", *line.split(), *dry).communicate(timeout=60)
+    out, err = python(program, "submit", "run.yaml", *line.split(), *dry).communicate(timeout=600)
     assert "torch loaded: False" in out, err
     assert err.startswith("graftvit: error: ") == (line != "--help")
     assert ("#SBATCH" in out) == (bool(dry) and line != "--help")
@@ -169,7 +169,7 @@ def test_what_needs_no_torch_is_told_before_it_is_loaded(user: Path, line: str, 
 
 @pytest.mark.slow
 def test_what_is_slow_is_announced(user: Path) -> None:
-    out, err = python("", "submit", "run.yaml", "--time", "60", "--dry_run").communicate(timeout=120)
+    out, err = python("", "submit", "run.yaml", "--time", "60", "--dry_run").communicate(timeout=600)
     assert "#SBATCH" in out, err
     assert err == "graftvit: checking the run: its settings, teacher, data and plan ...\n"
 
@@ -221,7 +221,7 @@ def test_who_stops_a_submission_in_time_is_told_that_nothing_was_submitted(
     assert process.stderr.readline() == "here\n"
     assert (user / "bin" / "sbatch.called").exists() == called
     process.send_signal(number)
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=600)
     assert (user / "bin" / "sbatch.called").exists() == called
     if called:
         assert "nothing" not in err
