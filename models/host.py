@@ -87,7 +87,7 @@ class AttentionHost(nn.Module):
     geometry: Geometry | None = None
     """The tokens of the sequence, for operators that need the grid."""
     gets_grid = False
-    """Whether the block passes the grid together with the tokens."""
+    """Whether the layer knows the grid of its input: the block passes it, or the input has its shape."""
     after_heads: tuple[str, ...] = ("norm", "gate", "proj", "proj_drop")
     """The children through which the output of the heads goes."""
     counted_as = "num_heads"

@@ -370,17 +370,20 @@ class Alignment(nn.Module):
 
         TransferError where the student has one grid, and this is another.
         """
-        layers = [layer for layer in converted_layers(self.student).values() if not layer.gets_grid]
+        layers = {
+            index: layer for index, layer in converted_layers(self.student).items() if not layer.gets_grid
+        }
         if not layers:
             return
-        (found,) = family_of(teacher).geometries(teacher, images)
-        grid, own = found.grid, sites(self.student)[0].shape.geometry.grid
-        if grid != own and family_of(self.student).is_strict(self.student):
-            raise TransferError(
-                f"images of {images[0]}x{images[1]} have the patch grid {grid[0]}x{grid[1]} in the teacher, and the "
-                f"student has {own[0]}x{own[1]} alone: align them on images of the student's size"
-            )
-        for layer in layers:
+        stages, places = family_of(teacher).geometries(teacher, images), sites(self.student)
+        is_strict = family_of(self.student).is_strict(self.student)
+        for index, layer in layers.items():
+            grid, own = stages[places[index].stage].grid, places[index].shape.geometry.grid
+            if grid != own and is_strict:
+                raise TransferError(
+                    f"images of {images[0]}x{images[1]} have the patch grid {grid[0]}x{grid[1]} in the teacher, and "
+                    f"the student has {own[0]}x{own[1]} alone: align them on images of the student's size"
+                )
             layer.tokens.geometry = Geometry(layer.tokens.geometry.num_prefix, grid)
 
     def used_parameters(self) -> list[nn.Parameter]:

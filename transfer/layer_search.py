@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..models.converted import converted_layers, whole_plan
 from ..models.copying.teacher_view import shallow
 from ..models.errors import TransferError
-from ..models.families import attention_of, attention_place, sites, vit
+from ..models.families import attention_of, attention_place, family_of, sites
 from .align import check_alike
 
 
@@ -84,7 +84,8 @@ def search_layers(
 
 def tokens_of(model: nn.Module, images: Tensor) -> Tensor:
     """Return the final tokens in float32, before pooling and head."""
-    return vit(model).forward_features(images).float()
+    family = family_of(model)
+    return family.tokens(family.features(model, images)).float()
 
 
 @contextmanager

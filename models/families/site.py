@@ -97,7 +97,7 @@ class NoAttention(nn.Module):
     plan_size: tuple[int, int] | None = None
     """The image size for which the model was converted."""
 
-    def forward(self, x: Tensor, *more: Any) -> Tensor:
+    def forward(self, x: Tensor, *more: Any, **options: Any) -> Tensor:
         return x.new_zeros(x.shape[0], *(1,) * (x.ndim - 1))  # a row for each image, for timm's DropPath
 
     def set_input_size(self, *sizes: Any) -> None:
@@ -211,14 +211,18 @@ def size_of(embedding: Any) -> tuple[int, int] | None:
     return None if size is None else (int(size[0]), int(size[1]))
 
 
-def merged_grid(merge: Any, size: tuple[int, int]) -> tuple[int, int]:
-    """Return the height and width of the output of a merge or patch embedding that is a convolution."""
-    convolution = merge.dconv if isinstance(merge, TokenMerging) else merge.proj
+def convolved(convolution: Any, size: tuple[int, int]) -> tuple[int, int]:
+    """Return the height and width of the output of a convolution."""
     sides: Any = zip(
         size, convolution.kernel_size, convolution.stride, convolution.padding, strict=True
     )  # fmt: skip
     height, width = ((side + 2 * padding - kernel) // stride + 1 for side, kernel, stride, padding in sides)
     return height, width
+
+
+def merged_grid(merge: Any, size: tuple[int, int]) -> tuple[int, int]:
+    """Return the height and width of the output of a merge or patch embedding that is a convolution."""
+    return convolved(merge.dconv if isinstance(merge, TokenMerging) else merge.proj, size)
 
 
 def widths(projection: Any) -> tuple[int, int]:

@@ -18,7 +18,7 @@ from ...models.attention.base import Geometry, without_prefix
 from ...models.attention.softmax import SoftmaxAttention
 from ...models.converted import converted_layers
 from ...models.errors import CheckpointError, ConfigError, TransferError, counted
-from ...models.families import evaluating, sites, vit
+from ...models.families import evaluating, family_of, sites
 from ...models.host import AttentionHost
 from ...models.hosting import Call, release_attention, watch_layer
 from ...models.programs.primitives import Polynomial
@@ -76,7 +76,7 @@ def record_layers(teacher: nn.Module, images: Tensor) -> list[RecordedLayer]:
     hooks = [watch_layer(teacher, site, partial(see, site.shape.geometry)) for site in places]
     try:
         with evaluating(teacher):
-            vit(teacher).forward_features(images.to(next(teacher.parameters())))
+            family_of(teacher).features(teacher, images.to(next(teacher.parameters())))
     finally:
         for hook in hooks:
             hook.remove()

@@ -103,6 +103,10 @@ ONE_STAGE = {
 LEVIT = {
     "embed_dim": (16, 32), "key_dim": 4, "num_heads": (2, 4), "depth": (1, 1), "stem_type": "s8", "num_classes": 3,
 }  # fmt: skip
+PIT = {
+    "patch_size": 8, "stride": 4, "base_dims": (8, 8), "depth": (1, 2), "heads": (1, 2), "num_classes": 3,
+}  # fmt: skip
+ONE_PIT = {"stride": 8, "base_dims": (8,), "depth": (2,), "heads": (2,)}
 ONE_LEVIT = {"embed_dim": (16,), "num_heads": (2,), "depth": (2,)}
 TINY = {
     "levit": Tiny("levit_128s", LEVIT, whole=ONE_LEVIT, biased=True, gives_up=True, own_products=11_520),
@@ -180,6 +184,8 @@ TINY = {
         whole=None, own_products=800,
     ),
     "deepseek": Tiny("deepseek_vit_412m", ENCODER),
+    "pit": Tiny("pit_s_224", PIT, whole=ONE_PIT),
+    "pit_distilled": Tiny("pit_s_distilled_224", PIT, whole=ONE_PIT),
     "visformer": Tiny("visformer_tiny", {**PLAIN, "init_channels": 8, "conv_init": False, "depth": (1, 1, 1)}),
 }  # fmt: skip
 

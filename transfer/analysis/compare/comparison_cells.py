@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ....checkpoints.files import safe_name
 from ....models.conversion import ConvertedAttention, converted_layers, sharing_copy
 from ....models.errors import ConfigError, did_you_mean
-from ....models.families import sites, vit
+from ....models.families import family_of, sites
 from ....models.host import AttentionHost
 from ....models.hosting import Call, watch_layer
 from ...cells import State, cell_state, digest, load_record, pick_named
@@ -387,7 +387,7 @@ def layer_errors(teacher: nn.Module, student: nn.Module, batches: Sequence[Tenso
     ]
     try:
         for images in batches:
-            vit(teacher).forward_features(images)
+            family_of(teacher).features(teacher, images)
     finally:
         for hook in hooks:
             hook.remove()
