@@ -22,12 +22,16 @@ from ...models.errors import ConfigError, JsonDict, did_you_mean
 from ...models.families import check_patches, create_timm_model, pooling_of
 from ...models.mirror import mirror_arguments
 from ...models.parts import OutsideTeacher
+from ...models.small import without_memory
 from ..config import AUTO, RunConfig, StudentConfig, TeacherConfig
 from ..data.augment import with_settings
 from ..methods.loss_terms import DEFAULT_TEACHER, check_teacher, choose_teachers, placed, term_methods
 
 FRESH = StudentConfig(model="vit_base_patch16_224", global_pool="avg")
 """The model of a student that starts from fresh weights."""
+
+REFUSALS = (TypeError, ValueError, AssertionError, RuntimeError)
+"""What timm's constructors raise for arguments that they do not take."""
 
 
 @dataclass(frozen=True)
@@ -55,21 +59,28 @@ class StudentPlan:
 
         Raises ConfigError: timm refuses the arguments. UnsupportedModelError: it does not take images of this size.
         """
+        arguments = {"drop_path_rate": drop_path, **self.arguments}
         try:
-            model = create_timm_model(self.architecture, drop_path_rate=drop_path, **self.arguments)
-        except (TypeError, ValueError, AssertionError, RuntimeError) as error:
+            model = create_timm_model(self.architecture, **arguments)
+        except REFUSALS as error:
             raise ConfigError(
                 f"student.model={self.architecture!r} cannot be built with {self.arguments}: "
-                f"{error or 'timm refused them'}{self._pooling_hint}"
+                f"{error or 'timm refused them'}{self._pooling_hint(arguments)}"
             ) from error
         check_patches(model)
         return model
 
-    @property
-    def _pooling_hint(self) -> str:
-        """The setting that a student with a head for a token needs; its default is average pooling."""
-        pooled = self.arguments.get("global_pool") == "avg" and "distilled" in self.architecture
-        return " Give student.global_pool=token (avg is the default)." if pooled else ""
+    def _pooling_hint(self, arguments: JsonDict) -> str:
+        """Return the setting that a student needs which only its pooling keeps from being built."""
+        if arguments.get("global_pool") != "avg":
+            return ""
+        others = {name: value for name, value in arguments.items() if name != "global_pool"}
+        try:
+            with without_memory():
+                create_timm_model(self.architecture, **others)
+        except REFUSALS:
+            return ""
+        return " Give student.global_pool=token (avg is the default)."
 
 
 def settings_of(start: Pretrained) -> StudentConfig:

@@ -98,6 +98,18 @@ def test_what_timm_refuses_is_said_in_one_sentence() -> None:
         plan.create()
 
 
+@pytest.mark.parametrize("model", ["pit_ti_224", "deit_tiny_distilled_patch16_224"])
+def test_a_student_that_pools_a_token_is_told_so(model: str) -> None:
+    for arguments, told in (({}, True), ({"depht": 3}, False)):
+        config = student_run(
+            student={"model": model, "model_args": arguments, "img_size": 224, "global_pool": "avg"}
+        )
+        plan = plan_student(config.student, 7, None, resolve_preprocessing(config, None))
+        with pytest.raises(ConfigError) as error:
+            plan.create()
+        assert ("student.global_pool=token" in str(error.value)) == told
+
+
 def test_position_embeddings_start_as_wide_as_asked(tmp_path: Path) -> None:
     widths = {}
     for std in (0.2, None):
