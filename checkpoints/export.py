@@ -323,6 +323,9 @@ def _for_inference(model: nn.Module) -> Iterator[nn.Module]:
     if family is not None and family.exported_hosted:
         model = sharing_copy(model)
         host_attention(model)
+        for module in model.modules():  # a layer that is no site: ONNX has no fused attention within windows
+            if hasattr(module, "fused_attn"):
+                module.fused_attn = False  # type: ignore[assignment]
     with families.evaluating(model):
         yield model
 

@@ -19,7 +19,7 @@ from ..models.converted import is_mark, marks_of, refuse_other_operators
 from ..models.copied import ARCHITECTURE as COPIED
 from ..models.copied import copying_of, resize
 from ..models.errors import CheckpointError, Json
-from ..models.families import Site, family_named, patch_size, sites, vit
+from ..models.families import Site, family_named, patch_size, position_grid, sites, vit
 from ..models.families.pvt_v1 import PVT
 from ..models.map_structure import offsets, resample_plainly, resample_table
 from .architecture import INNER
@@ -70,7 +70,7 @@ TOKENS = ("cls_token", "dist_token", "reg_token")
 
 def num_prefix_rows(model: nn.Module) -> int:
     """Return rows of a model's `pos_embed` before those of the patches."""
-    height, width = vit(model).patch_embed.grid_size
+    height, width = position_grid(model)
     return int(model.get_parameter("pos_embed").shape[1] - height * width)
 
 
@@ -344,7 +344,7 @@ def source_grid(model: nn.Module, weights: Weights) -> tuple[int, int] | None:
 
 def _absolute(model: nn.Module, weights: Weights, target: Tensor, method: Method) -> tuple[Tensor, str]:
     position = weights.tensors["pos_embed"]
-    new = tuple(vit(model).patch_embed.grid_size)
+    new = position_grid(model)
     old = source_grid(model, weights)
     if old == new or position.shape[2] != target.shape[2]:
         return position, ""

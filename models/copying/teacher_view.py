@@ -5,7 +5,7 @@ A view shares every parameter and buffer with the teacher and changes nothing in
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -18,7 +18,6 @@ from ..attention.base import Operator
 from ..errors import TransferError
 from ..families import (
     Block,
-    Family,
     attention_of,
     attention_place,
     blocks_of,
@@ -205,16 +204,18 @@ class LastAttention(nn.Module):
 class RecordedBlock(nn.Module):
     """A block that puts its output on the tape."""
 
-    def __init__(self, block: nn.Module, family: Family, layer: int, tape: Tape) -> None:
+    def __init__(
+        self, block: nn.Module, in_sequence: Callable[[Any], Tensor], layer: int, tape: Tape
+    ) -> None:
         super().__init__()
         self.block = block
-        self.family = family
+        self.in_sequence = in_sequence
         self.layer = layer
         self.tape = tape
 
     def forward(self, *args: Any, **options: Any) -> Any:
         out = self.block(*args, **options)
-        self.tape.blocks[self.layer] = self.family.in_sequence(out)
+        self.tape.blocks[self.layer] = self.in_sequence(out)
         return out
 
 
@@ -333,7 +334,9 @@ def _view_block(teacher: nn.Module, block: Block, index: int, wanted: Wanted, ta
         host = recording_host(teacher, block, recorder)
         twin = shallow(whole_grid(block))
         twin._modules[attention_place(twin)] = host
-    return RecordedBlock(twin, family_of(teacher), index, tape) if index in wanted.blocks else twin
+    if index not in wanted.blocks:
+        return twin
+    return RecordedBlock(twin, family_of(teacher).sequencer(teacher), index, tape)
 
 
 def recording_host(teacher: nn.Module, block: Block, operator: Operator) -> AttentionHost:

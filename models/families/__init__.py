@@ -44,6 +44,7 @@ from .walk import native_host as native_host
 from .walk import patch_size as patch_size
 from .walk import paths_of as paths_of
 from .walk import plan_depth as plan_depth
+from .walk import position_grid as position_grid
 from .walk import register_family as register_family
 from .walk import sites as sites
 from .walk import whole_grid as whole_grid

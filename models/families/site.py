@@ -366,6 +366,11 @@ class Family(ABC):
         size = getattr(getattr(model, "patch_embed", None), "patch_size", None) or (1, 1)
         return int(size[0]), int(size[1])
 
+    def position_grid(self, model: nn.Module) -> tuple[int, int]:
+        """Return the rows and columns of the patches that a model's `pos_embed` is of."""
+        height, width = vit(model).patch_embed.grid_size
+        return int(height), int(width)
+
     def channels(self, model: nn.Module) -> int:
         """Return the channels of the images that a model takes."""
         return int(vit(model).patch_embed.proj.in_channels)
@@ -408,6 +413,10 @@ class Family(ABC):
     def in_sequence(self, out: Tensor) -> Tensor:
         """Return the output of a block as (B, N, C)."""
         return out.flatten(1, 2) if out.dim() == 4 else out
+
+    def sequencer(self, model: nn.Module) -> Callable[[Any], Tensor]:
+        """Return `in_sequence` with the tokens row by row, also where the order of a model's tokens is its own."""
+        return self.in_sequence
 
     def features(self, model: nn.Module, images: Tensor) -> Any:
         """Run a model up to its features, of which `tokens` and `head` give parts."""

@@ -204,6 +204,11 @@ def patch_size(model: nn.Module) -> tuple[int, int]:
     return int(size[0]), int(size[1])
 
 
+def position_grid(model: nn.Module) -> tuple[int, int]:
+    """Return the rows and columns of the patches that a model's `pos_embed` is of."""
+    return (find_family(model) or FAMILIES[0]).position_grid(model)
+
+
 def image_channels(model: nn.Module) -> int:
     """Return the channels of the images that a model takes."""
     return (find_family(model) or FAMILIES[0]).channels(model)

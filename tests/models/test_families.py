@@ -410,3 +410,42 @@ def test_projections_by_convolutions_are_read_as_linear_ones() -> None:
     taken = convert(model, "0: hash(start=mean)").get_submodule("stage2.0.attn.qkv")
     q, k, v = model.get_submodule("stage2.0.attn.qkv").weight.chunk(3)  # type: ignore[operator]
     torch.testing.assert_close(taken.weight, torch.cat([(q + k) / 2, v]))
+
+
+def test_blocks_of_hiera_are_compared_row_by_row() -> None:
+    model: Any = tiny("hiera", (64, 96), stages=(2, 2, 3), q_pool=2, mask_unit_size=(4, 4),
+                      mask_unit_attn=(True, True, False))  # fmt: skip
+    sequence, found = family_of(model).sequencer(model), []
+    for site in sites(model):
+        index = int(site.path.rpartition(".")[2])
+        site.block(model).register_forward_hook(
+            lambda _, given, out, i=index: found.append((sequence(out), model.reroll(out, i).flatten(1, 2)))
+        )
+    model(pictures("hiera", size=(64, 96), dtype=torch.float32))
+    assert [site.path for site in sites(model)] == [
+        "blocks.0",
+        "blocks.1",
+        "blocks.3",
+        "blocks.5",
+        "blocks.6",
+    ]
+    assert len(found) == len(sites(model))
+    assert all(torch.equal(ours, theirs) for ours, theirs in found)
+
+
+@pytest.mark.parametrize(
+    "changes", [{"q_pool": 0}, {"mask_unit_size": (4, 4)}, {"q_stride": (1, 2)}, {"patch_drop_rate": 0.5}]
+)
+def test_a_hiera_whose_tokens_are_no_grid_is_refused(changes: dict[str, Any]) -> None:
+    with pytest.raises(UnsupportedModelError, match="a Hiera"):
+        check_supported(tiny("hiera", **changes))
+
+
+def test_positions_of_windows_stay_when_a_hiera_is_resized() -> None:
+    model: Any = tiny("hiera", abs_win_pos_embed=True, global_pos_size=(4, 6))
+    before = copy.deepcopy(model.state_dict())
+    resize(model, TINY["hiera"].other)
+    other: Any = tiny("hiera", TINY["hiera"].other, abs_win_pos_embed=True, global_pos_size=(4, 6))
+    other.load_state_dict(before)
+    y = pictures("hiera", dtype=torch.float32, size=TINY["hiera"].other)
+    assert torch.equal(model(y), other(y))

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor, nn
 
 from ...models.copying.tape import Link, Tape
 from ...models.copying.teacher_view import Wanted
-from ...models.families import Family, blocks_of, family_of
+from ...models.families import blocks_of, family_of
 from .method import Installed, Pairing, TransferMethod, TransferPlan, projector, squared_error
 
 
@@ -25,10 +27,10 @@ class BlockOutput(TransferMethod):
 
     def install(self, pairing: Pairing) -> Installed:
         installed, blocks = Installed(), blocks_of(pairing.student)
-        family = family_of(pairing.student)
+        in_sequence = family_of(pairing.student).sequencer(pairing.student)
         for link in pairing.plan.links:
             learned = projector(installed.projectors, link, link.student.width, link.teacher.width)
-            match = _MatchBlock(family, link, pairing.tape, pairing.loss_name(link), learned)
+            match = _MatchBlock(in_sequence, link, pairing.tape, pairing.loss_name(link), learned)
             pairing.changes.hooks.append(blocks[link.pair.student].register_forward_hook(match))
         return installed
 
@@ -37,17 +39,17 @@ class BlockOutput(TransferMethod):
 class _MatchBlock:
     """A forward hook of a student's block: the error of its output."""
 
-    family: Family
+    in_sequence: Callable[[Any], Tensor]
     link: Link
     tape: Tape
     name: str
     projector: nn.Module | None
 
-    def __call__(self, module: nn.Module, inputs: object, out: Tensor) -> None:
+    def __call__(self, module: nn.Module, inputs: object, out: Any) -> None:
         if not self.tape.active:
             return
         pair, tokens = self.link.pair, self.link.tokens
-        student = tokens.student.pick(self.family.in_sequence(out), 1)
+        student = tokens.student.pick(self.in_sequence(out), 1)
         teacher = tokens.teacher.pick(self.tape.blocks[pair.teacher], 1)
         if self.projector is not None:
             student = self.projector(student)

@@ -108,7 +108,13 @@ PIT = {
 }  # fmt: skip
 ONE_PIT = {"stride": 8, "base_dims": (8,), "depth": (2,), "heads": (2,)}
 ONE_LEVIT = {"embed_dim": (16,), "num_heads": (2,), "depth": (2,)}
+HIERA = {
+    "embed_dim": 16, "num_heads": 2, "stages": (2, 2), "q_pool": 1, "mask_unit_size": (2, 2),
+    "mask_unit_attn": (True, False), "num_classes": 3,
+}  # fmt: skip
+ONE_HIERA = {"stages": (2,), "q_pool": 0, "mask_unit_size": (1, 1), "mask_unit_attn": (False,)}
 TINY = {
+    "hiera": Tiny("hiera_tiny_224", HIERA, whole=ONE_HIERA, own_products=6144),
     "levit": Tiny("levit_128s", LEVIT, whole=ONE_LEVIT, biased=True, gives_up=True, own_products=11_520),
     "levit_conv": Tiny("levit_conv_128s", LEVIT, whole=ONE_LEVIT, biased=True, gives_up=True, own_products=11_520),
     "maxvit": Tiny("test_maxvit", MAXVIT, whole=ONE_STAGE, biased=True, gives_up=True),
