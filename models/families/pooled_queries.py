@@ -1,4 +1,4 @@
-"""Hiera (arXiv:2306.00989): stages whose first layer pools its queries.
+"""Hiera (arXiv:2306.00989) and SAM 2's image encoder (arXiv:2408.00714): stages whose first layer pools its queries.
 
 That layer has fewer queries than keys, and its block fewer tokens after it than before: it is no site, and stays.
 """
@@ -15,13 +15,15 @@ from timm.layers import init_weight_vit, resample_abs_pos_embed, trunc_normal_
 from timm.models import named_apply
 from timm.models.hiera import Hiera as HieraModel
 from timm.models.hiera import HieraBlock, MaskUnitAttention, Reroll, Unroll
+from timm.models.hieradet_sam2 import HieraDet, MultiScaleAttention, MultiScaleBlock
 from torch import Tensor, nn
 
 from ..attention.base import Geometry, Heads
 from ..errors import UnsupportedModelError
 from ..host import AttentionHost, WindowHost
 from ..map_structure import Size, Windows
-from .site import Family, Hosts, attention_of, submodule
+from .plain import patch_grid
+from .site import AnySize, Blocks, Family, Hosts, attention_of, merged_grid, submodule
 
 
 class OneList(Family):
@@ -205,4 +207,63 @@ class Hiera(OneList):
         return partial(_sequence, [each.grid for each in self.geometries(model, self.image_size(model))])
 
 
-FAMILIES = (Hiera(),)
+# SAM 2's image encoder: the same with windows of any size, over images of any size.
+
+
+class DetectorHost(WindowHost):
+    """SAM 2: natively, softmax within windows or of all tokens."""
+
+    def windows(self, grid: Size) -> Windows:
+        [block] = self._block
+        rows, columns = block.window_size  # type: ignore[misc]
+        return Windows(grid, (rows, columns) if rows else grid)
+
+
+class WholeGridBlock(MultiScaleBlock):
+    """timm's block of SAM 2 whose attention gets the whole grid (B, height, width, C) instead of windows."""
+
+    @property
+    def is_windowed(self) -> bool:  # type: ignore[override]
+        """No windows; the object's own `is_windowed` is what timm gave it."""
+        return False
+
+
+class Sam2(OneList, AnySize):
+    """timm's `sam2_hiera_*` and `hieradet_*`. They take images of any size, and interpolate their positions to it."""
+
+    name = "hieradet_sam2 (image encoder of SAM 2)"
+    models = (HieraDet,)
+    blocks = (MultiScaleBlock,)
+    hosts: ClassVar[Hosts] = {MultiScaleAttention: DetectorHost}
+    whole: ClassVar[Blocks] = {MultiScaleBlock: WholeGridBlock}
+
+    def geometries(self, model: nn.Module, size: tuple[int, int]) -> list[Geometry]:
+        whole: Any = model
+        embedding, pools = whole.patch_embed, [end + 1 in whole.q_pool_blocks for end in whole.stage_ends]
+        pads = hasattr(embedding, "dynamic_feat_size")
+        found, (rows, columns) = [], patch_grid(embedding, size) if pads else merged_grid(embedding, size)
+        for pooled_next in pools:
+            found.append(Geometry(0, (rows, columns)))
+            if pooled_next:
+                rows, columns = rows // whole.q_stride[0], columns // whole.q_stride[1]
+        return found
+
+    def resize(self, model: nn.Module, size: tuple[int, int]) -> None:
+        """Change the size alone: positions are interpolated for each batch.
+
+        Raises ValueError: the patches are no whole windows of the first stage, for each of which there are positions.
+        """
+        whole: Any = model
+        first, side = self.geometries(model, size)[0].grid, whole.window_spec[0]
+        if any(length % side for length in first):
+            raise ValueError(f"its patches are no whole windows of {side}x{side}")
+        super().resize(model, size)
+
+    def patches(self, tokens: Tensor, geometry: Geometry) -> Tensor:
+        return tokens
+
+    def recomputed(self, model: nn.Module) -> list[nn.Module]:
+        return [model]
+
+
+FAMILIES = (Hiera(), Sam2())

@@ -449,3 +449,13 @@ def test_positions_of_windows_stay_when_a_hiera_is_resized() -> None:
     other.load_state_dict(before)
     y = pictures("hiera", dtype=torch.float32, size=TINY["hiera"].other)
     assert torch.equal(model(y), other(y))
+
+
+def test_sam2_takes_whole_windows_and_other_patches() -> None:
+    with pytest.raises(UnsupportedModelError, match="whole windows of 4x4"):
+        resize(tiny("sam2"), (40, 48))
+    model, x = tiny("sam2", patch_size=(8, 8), window_spec=(2, 3)), pictures("sam2", dtype=torch.float32)
+    assert [site.shape.geometry.grid for site in sites(model)] == [(4, 6), (4, 6), (2, 3), (2, 3)]
+    assert convert(model, "*: linear")(x).isfinite().all()
+    image: Any = model
+    assert image.forward_features(x).shape == (2, 2, 3, 32)

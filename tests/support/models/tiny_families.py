@@ -114,6 +114,15 @@ HIERA = {
 }  # fmt: skip
 ONE_HIERA = {"stages": (2,), "q_pool": 0, "mask_unit_size": (1, 1), "mask_unit_attn": (False,)}
 TINY = {
+    "sam2": Tiny(
+        "sam2_hiera_tiny",
+        {
+            "embed_dim": 16, "num_heads": 2, "stages": (2, 3), "q_pool": 1, "window_spec": (4, 4),
+            "global_att_blocks": (4,), "global_pos_size": (3, 3), "num_classes": 3,
+        },
+        whole={"stages": (2,), "q_pool": 0, "window_spec": (4,), "global_att_blocks": (0, 1)},
+        own_products=24_576, other=(48, 32),
+    ),
     "hiera": Tiny("hiera_tiny_224", HIERA, whole=ONE_HIERA, own_products=6144),
     "levit": Tiny("levit_128s", LEVIT, whole=ONE_LEVIT, biased=True, gives_up=True, own_products=11_520),
     "levit_conv": Tiny("levit_conv_128s", LEVIT, whole=ONE_LEVIT, biased=True, gives_up=True, own_products=11_520),
