@@ -265,6 +265,7 @@ def convert_layer(
     keep_bias = has_bias(attention) and operator.traits.bias
     kept = tuple(part for part in QKV if part in operator.needs or not native.cuts_rows)
     bare = _without_parts(attention, kept, dropped_names(kept, keep_bias, native.reduction))
+    native.prepare(bare)
     layer = kind(bare, operator, choice, tokens, kept)
     if keep_bias:
         layer.fit_bias(tokens.geometry.grid)

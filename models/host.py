@@ -172,6 +172,9 @@ class AttentionHost(nn.Module):
     def fit_bias(self, grid: Size) -> None:
         """Prepare the bias of a converted layer for all pairs of tokens of a grid."""
 
+    def prepare(self, bare: nn.Module) -> None:
+        """Change a copy of timm's layer, which shares its parts, for a conversion to attention over all tokens."""
+
     def heads_of(self, *inputs: Any, **keywords: Any) -> Heads:
         """Return the projections for the arguments with which timm's block calls the layer."""
         return self._masked(*_given(*inputs, **keywords))

@@ -1,29 +1,35 @@
-"""Hiera (arXiv:2306.00989) and SAM 2's image encoder (arXiv:2408.00714): stages whose first layer pools its queries.
+"""Hiera (arXiv:2306.00989), SAM 2's image encoder (arXiv:2408.00714) and MViTv2 (arXiv:2112.01526): stages whose first
+layer pools its queries.
 
 That layer has fewer queries than keys, and its block fewer tokens after it than before: it is no site, and stays.
 """
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any, ClassVar
 
 import torch
-from timm.layers import init_weight_vit, resample_abs_pos_embed, trunc_normal_
+import torch.nn.functional as F
+from timm.layers import init_weight_vit, resample_abs_pos_embed, trunc_normal_, trunc_normal_tf_
 from timm.models import named_apply
 from timm.models.hiera import Hiera as HieraModel
 from timm.models.hiera import HieraBlock, MaskUnitAttention, Reroll, Unroll
 from timm.models.hieradet_sam2 import HieraDet, MultiScaleAttention, MultiScaleBlock
+from timm.models.mvitv2 import MultiScaleAttention as PoolingAttention
+from timm.models.mvitv2 import MultiScaleBlock as PoolingBlock
+from timm.models.mvitv2 import MultiScaleVit
 from torch import Tensor, nn
 
-from ..attention.base import Geometry, Heads
+from ..attention.base import QKV, Geometry, Heads
 from ..errors import UnsupportedModelError
-from ..host import AttentionHost, WindowHost
-from ..map_structure import Size, Windows
+from ..host import AttentionHost, GridHost, WindowHost
+from ..map_structure import MapStructure, Size, Windows
 from .plain import patch_grid
-from .site import AnySize, Blocks, Family, Hosts, attention_of, merged_grid, submodule
+from .site import AnySize, Blocks, Family, Hosts, attention_of, merged_grid, submodule, vit
 
 
 class OneList(Family):
@@ -266,4 +272,210 @@ class Sam2(OneList, AnySize):
         return [model]
 
 
-FAMILIES = (Hiera(), Sam2())
+# MViTv2: a convolution of each head pools queries, keys and values, in most blocks the keys and values to fewer.
+
+
+class PoolingHost(GridHost):
+    """MViTv2: natively, keys and values are of a smaller grid. Converted, they are pooled with a step of one token.
+
+    b(i, j) = q_i · (r_h(row of i, row of j) + r_w(column of i, column of j)), where the rows of keys are `steps` apart;
+    the queries are added to the output. Prefix tokens are not pooled and have no bias.
+    """
+
+    cuts_rows = False
+    reads = ("q",)
+
+    @property
+    def steps(self) -> Size:
+        """The rows and columns of tokens from one key of timm's layer to the next."""
+        layer: Any = self.original
+        pool = layer._modules.get("pool_k")
+        rows, columns = getattr(layer, "steps", None) or ((1, 1) if pool is None else pool.stride)
+        return int(rows), int(columns)
+
+    def prepare(self, bare: nn.Module) -> None:
+        bare.steps = self.steps  # type: ignore[assignment]
+        for name in ("pool_k", "pool_v"):
+            pool: Any = copy.copy(bare._modules.get(name))
+            if pool is not None:
+                pool.stride = (1, 1)
+                bare._modules[name] = pool
+
+    def structure(self, grid: Size) -> MapStructure:
+        return MapStructure() if self.steps == (1, 1) else MapStructure(reduction=("stride", self.steps))
+
+    def native_pairs(self, geometry: Geometry) -> tuple[int, int]:
+        rows, columns = (side // step for side, step in zip(geometry.grid, self.steps, strict=True))
+        return geometry.num_tokens, geometry.num_prefix + rows * columns
+
+    def parts(self, x_BNC: Tensor, grid: Size) -> dict[str, Tensor]:
+        projected = zip(QKV, self._child("qkv", x_BNC).chunk(3, -1), strict=True)
+        needs = {*self.operator.needs, *self.reads}
+        return {part: self._pooled(part, x, grid) for part, x in projected if part in needs}
+
+    def _pooled(self, part: str, x_BNC: Tensor, grid: Size) -> Tensor:
+        x_BHDN = x_BNC.unflatten(2, (self.num_heads, -1)).permute(0, 2, 3, 1)
+        if self._modules.get(f"pool_{part}") is not None:
+            prefix, patches = x_BHDN.split([x_BHDN.shape[3] - grid[0] * grid[1], grid[0] * grid[1]], 3)
+            images = self._child(f"pool_{part}", patches.flatten(0, 1).unflatten(2, grid))
+            x_BHDN = torch.cat([prefix, images.flatten(2).unflatten(0, prefix.shape[:2])], 3)
+        return self._child(f"norm_{part}", x_BHDN.permute(0, 3, 1, 2)).flatten(2)
+
+    def attended(self, heads: Heads) -> Heads:
+        return heads.each(lambda x: x, self._bias_of(heads.tokens().grid, heads.q, self.steps))
+
+    def grid_bias(self, grid: Size, q_BHND: Tensor | None) -> Tensor | None:
+        return self._bias_of(grid, q_BHND, (1, 1))
+
+    def _bias_of(self, grid: Size, q_BHND: Tensor | None, steps: Size) -> Tensor | None:
+        """Return the bias (B, H, N, M) of keys that are `steps` apart."""
+        if q_BHND is None or not self.has_bias:
+            return None
+        prefix = q_BHND.shape[2] - grid[0] * grid[1]
+        tables: Any = self.rel_pos_h, self.rel_pos_w
+        rows, columns = map(_rows_of, tables, grid, self.steps, steps)
+        q = q_BHND[:, :, prefix:].unflatten(2, grid)
+        by_row = torch.einsum("bhrcd,rkd->bhrck", q, rows).unsqueeze(-1)
+        by_column = torch.einsum("bhrcd,ckd->bhrck", q, columns).unsqueeze(-2)
+        return F.pad((by_row + by_column).flatten(4, 5).flatten(2, 3), (prefix, 0, prefix, 0))
+
+    def with_local(self, out_BHND: Tensor, heads: Heads) -> Tensor:
+        layer: Any = self.original
+        return out_BHND + heads.qk()[0] if layer.residual_pooling else out_BHND
+
+
+def _rows_of(table_RD: Tensor, side: int, own: int, step: int) -> Tensor:
+    """Return the row of a table for each query and each key that is `step` tokens from the last one.
+
+    Row r is of the distance r - (side - own), as timm's layer has it, whose keys are `own` apart; it has none for a key
+    behind the last of those, and the nearest one is taken.
+    """
+    queries, keys = (torch.arange(0, side, each, device=table_RD.device) for each in (1, step))
+    return table_RD[(queries[:, None] - keys + side - own).clamp_min(0)]
+
+
+class WholePoolingBlock(PoolingBlock):
+    """timm's block of MViTv2 whose attention returns the tokens alone, without their grid, which stays."""
+
+    def forward(self, x_BNC: Tensor, feat_size: list[int]) -> tuple[Tensor, list[int]]:
+        x_BNC = x_BNC + self.drop_path1(self.attn(self.norm1(x_BNC), feat_size))
+        normed = self.norm2(x_BNC)
+        shortcut = x_BNC if self.shortcut_proj_mlp is None else self.shortcut_proj_mlp(normed)
+        return shortcut + self.drop_path2(self.mlp(normed)), feat_size
+
+
+class MViTv2(Family):
+    """timm's `mvitv2_*`, of one size of square images."""
+
+    name = "mvitv2 (MViTv2)"
+    models = (MultiScaleVit,)
+    blocks = (PoolingBlock,)
+    hosts: ClassVar[Hosts] = {PoolingAttention: PoolingHost}
+    whole: ClassVar[Blocks] = {PoolingBlock: WholePoolingBlock}
+    gives_up = ("bias",)
+    resized_when_loaded = True
+
+    def paths(self, model: nn.Module) -> list[list[str]]:
+        """Return the names of the blocks but the first of each later stage, which pools its queries."""
+        return [
+            [f"stages.{i}.blocks.{name}" for name in list(submodule(stage, "blocks")._modules)[min(i, 1) :]]
+            for i, stage in enumerate(self.recomputed(model))
+        ]
+
+    def check(self, model: nn.Module) -> None:
+        """Raise UnsupportedModelError unless convolutions pool the tokens, and positions are relative."""
+        parts = dict(model.named_modules())
+        first = parts.get("stages.0.blocks.0.attn.pool_q")
+        pools: list[Any] = [part for name, part in parts.items() if ".attn.pool_" in name]
+        odd = all(
+            isinstance(pool, nn.Conv2d) and all(side % 2 for side in pool.kernel_size) for pool in pools
+        )
+        starts = first is None or first.stride == (1, 1)
+        per_head = not any(getattr(part, "unshared", False) for part in parts.values())
+        if not (odd and starts and per_head and vit(model).pos_embed is None):
+            raise UnsupportedModelError(
+                "a MultiScaleVit is supported with mode=conv, kernels of an odd size, stride_q=(1, 1) in its first "
+                "stage and use_abs_pos=False alone"
+            )
+
+    def image_size(self, model: nn.Module) -> tuple[int, int]:
+        whole: Any = model
+        (rows, columns), (down, right) = whole.stages[0].feat_size, whole.patch_embed.proj.stride
+        return rows * down, columns * right
+
+    known_size = fixed_size = image_size
+
+    def is_strict(self, model: nn.Module) -> bool:
+        return True
+
+    def geometries(self, model: nn.Module, size: tuple[int, int]) -> list[Geometry]:
+        whole: Any = model
+        own, found = self.image_size(model), []
+        for stage in whole.stages:
+            rows, columns = (
+                new * side // old for new, side, old in zip(size, stage.feat_size, own, strict=True)
+            )
+            found.append(Geometry(whole.num_prefix_tokens, (rows, columns)))
+        return found
+
+    def resize(self, model: nn.Module, size: tuple[int, int]) -> None:
+        """Resample the tables of relative positions along their length, as timm does when it loads weights.
+
+        Raises ValueError: images are not square, or a layer would not pool whole steps.
+        """
+        whole: Any = model
+        step = self._step(model)
+        if size[0] != size[1] or size[0] % step:
+            raise ValueError(f"its images are square, and their sides multiples of {step}")
+        before = None
+        for stage, geometry in zip(whole.stages, self.geometries(model, size), strict=True):
+            for block in stage.blocks:
+                _fit_tables(attention_of(block), (before or geometry.grid)[0])
+                before = geometry.grid
+            stage.feat_size = geometry.grid
+
+    def _step(self, model: nn.Module) -> int:
+        """Return the pixels of which the sides of images are multiples, so that each layer pools whole steps."""
+        whole: Any = model
+        pixels, found = self.image_size(model)[0], 1
+        for stage in whole.stages:
+            pools = [attention_of(block)._modules.get("pool_k") for block in stage.blocks]
+            for step in [1, *(pool.stride[0] for pool in pools if pool is not None)]:
+                found = math.lcm(found, pixels // stage.feat_size[0] * step)
+        return found
+
+    def sizes(self, block: nn.Module) -> tuple[int, int, int]:
+        """Return the width after a block, whose MLP may widen it, and the sizes of its attention."""
+        whole: Any = block
+        _, heads, head_dim = super().sizes(block)
+        return int(whole.mlp.fc2.out_features), heads, head_dim
+
+    def in_sequence(self, out: Any) -> Tensor:
+        tokens: Tensor = out[0]
+        return tokens
+
+    def attention_input(self, block: nn.Module) -> None:
+        return None  # a block returns the grid, too
+
+    def recomputed(self, model: nn.Module) -> list[nn.Module]:
+        return list(submodule(model, "stages").children())
+
+    def initialize(self, model: nn.Module) -> None:
+        super().initialize(model)
+        for name, parameter in model.named_parameters():
+            if name.rpartition(".")[2] in ("rel_pos_h", "rel_pos_w", "cls_token"):
+                trunc_normal_tf_(parameter, std=0.02)
+
+
+def _fit_tables(layer: Any, side: int) -> None:
+    """Resample the tables of a layer for another number of rows and columns of its input."""
+    pools: list[Any] = [layer._modules.get(name) for name in ("pool_q", "pool_k")]
+    length = 2 * (side // min(1 if pool is None else pool.stride[0] for pool in pools)) - 1
+    for name in ("rel_pos_h", "rel_pos_w"):
+        old = layer._parameters.get(name)
+        if old is not None and len(old) != length:
+            new = F.interpolate(old.detach().T[None], length, mode="linear")[0].T
+            layer._parameters[name] = nn.Parameter(new.clone(), requires_grad=old.requires_grad)
+
+
+FAMILIES = (Hiera(), Sam2(), MViTv2())

@@ -26,7 +26,7 @@ MISTAKES = [
     ("benchmark energy pvt_v2_b0 --plan 'stage1: hsh'", "did you mean 'hash'"),
     ("benchmark energy pvt_v2_b0 --img_size 0", "--img_size"),
     ("benchmark energy pvt_v2_b0 --accounting tru", "published"),
-    ("benchmark energy mvitv2_tiny", "whose operations are not known"),
+    ("benchmark energy crossvit_9_240", "whose operations are not known"),
     ("convert teacher --output_dir x", "the following arguments are required: --plan"),
     ("convert teacher --plan '*: linaer' --output_dir x", "unknown operator 'linaer'; did you mean 'linear'"),
     (

@@ -161,7 +161,7 @@ def test_a_model_without_attention_is_counted_and_unknown_attention_refused() ->
     size = convnext.pretrained_cfg["input_size"][1]
     assert products(convnext) == counted(convnext, (size, size))
     with pytest.raises(UnsupportedModelError, match="attention of a kind whose operations are not known"):
-        count_operations(timm.create_model("mvitv2_tiny"))
+        count_operations(timm.create_model("crossvit_9_240"))
 
 
 def test_the_model_is_left_as_it_was() -> None:

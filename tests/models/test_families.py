@@ -30,6 +30,7 @@ from support.models import dense
 from support.models.dense import Layer, cross_entropy, dense_attention, gradient
 from support.models.tiny_families import FUSED, TINY, WHOLE, arguments, pictures, tiny, whole
 from support.models.tiny_students import save_folder
+from timm.models import mvitv2
 from timm.models.naflexvit import batch_patchify
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -459,3 +460,39 @@ def test_sam2_takes_whole_windows_and_other_patches() -> None:
     assert convert(model, "*: linear")(x).isfinite().all()
     image: Any = model
     assert image.forward_features(x).shape == (2, 2, 3, 32)
+
+
+@pytest.mark.parametrize("kind", ["mvitv2", "mvitv2_cls"])
+def test_keys_of_mvitv2_keep_their_place_where_there_are_more(kind: str) -> None:
+    model = tiny(kind, dtype=torch.float64)
+    student, site = convert(model, "*: softmax"), sites(model)[0]
+    native, converted = family_of(model).host(model, site.block(model)), site.layer(student)
+    prefix, grid = site.shape.geometry.num_prefix, site.shape.geometry.grid
+    x = torch.randn(2, site.shape.geometry.num_tokens, site.width, dtype=torch.float64)
+    few, many = native.attended(native.heads_of(x, grid)), converted.heads_of(x, grid)
+    places = torch.arange(grid[0] * grid[1]).unflatten(0, grid)[::2, ::2].flatten() + prefix
+    own = torch.cat([torch.arange(prefix), places])
+    assert converted.structure(grid).is_whole
+    assert native.structure(grid).reduction == ("stride", (2, 2))
+    for theirs, ours in zip((few.q, few.k, few.v), (many.q, many.k, many.v), strict=True):
+        torch.testing.assert_close(ours if theirs is few.q else ours[:, :, own], theirs)
+    torch.testing.assert_close(many.bias[..., own], few.bias)
+    assert many.bias.shape == (2, 2, site.shape.geometry.num_tokens, site.shape.geometry.num_tokens)
+
+
+def test_reduced_keys_beside_a_class_token_are_shared_by_their_tokens() -> None:
+    model, x = tiny("mvitv2_cls"), pictures("mvitv2_cls", dtype=torch.float32)
+    found = layer_maps(model, x, [0])[0]
+    assert found.weights.shape[-1] == 1 + 4 * 4
+    shared = found.on_tokens()
+    assert shared.shape[-2:] == (65, 65)
+    torch.testing.assert_close(shared[..., 0], found.weights[..., 0])
+    torch.testing.assert_close(shared.sum(-1), torch.ones(2, 2, 65))
+
+
+@pytest.mark.parametrize("changes", [{"mode": "max"}, {"kernel_qkv": (2, 2)}, {"use_abs_pos": True}])
+def test_an_mvitv2_that_pools_otherwise_is_refused(changes: dict[str, Any]) -> None:
+    sizes = {"depths": (2,), "embed_dim": (16,), "num_heads": (2,), "stride_q": ((1, 1),)}
+    model = mvitv2.MultiScaleVit(mvitv2.MultiScaleVitCfg(**{**sizes, **changes}), img_size=(32, 32))
+    with pytest.raises(UnsupportedModelError, match="a MultiScaleVit"):
+        check_supported(model)

@@ -102,7 +102,9 @@ class KeyPlaces:
     def on_tokens(self, weights: Tensor) -> Tensor:
         """Return weights (..., N, M) by token, (..., N, N): that of a reduced key is shared evenly by its tokens."""
         if self.cells is not None:
-            return weights @ self.cells.shares(self.geometry.grid).to(weights)
+            prefix = torch.eye(self.geometry.num_prefix, dtype=torch.float64)
+            shares: Tensor = torch.block_diag(prefix, self.cells.shares(self.geometry.grid))
+            return weights @ shares.to(weights)
         if self.windows is None:
             return weights
         tokens = self.window_tokens().to(weights.device)

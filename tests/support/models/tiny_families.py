@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from graftvit.models.families import create_timm_model
 from support.models.dense import attend, images
-from timm.models import cait, gcvit, levit, nest, swin_transformer_v2_cr
+from timm.models import cait, gcvit, levit, mvitv2, nest, swin_transformer_v2_cr
 from torch import Tensor, nn
 
 SIZE, OTHER = (32, 48), (48, 24)
@@ -76,6 +76,28 @@ def _levit(layer: Any, x: Tensor) -> Tensor:
     return layer.proj(shown)  # type: ignore[no-any-return]
 
 
+def _pooling(layer: Any, x: Tensor, feat_size: Any) -> tuple[Tensor, Any]:
+    """MViTv2: pooled queries, keys and values, decomposed relative positions, and the queries added."""
+    prefix, parts, grids = int(layer.has_cls_token), [], []
+    for name, part in zip("qkv", layer.qkv(x).unflatten(2, (3, layer.num_heads, -1)).unbind(2), strict=True):
+        pool, norm = getattr(layer, f"pool_{name}"), getattr(layer, f"norm_{name}")
+        by_head = part.transpose(1, 2)
+        image = by_head[:, :, prefix:].transpose(2, 3).unflatten(3, tuple(feat_size))
+        image = torch.stack([pool(head) for head in image.unbind(1)], 1)
+        parts.append(norm(torch.cat([by_head[:, :, :prefix], image.flatten(3).transpose(2, 3)], 2)))
+        grids.append(image.shape[3:])
+    q, k, v = parts
+    bias = q.new_zeros(*q.shape[:3], k.shape[2])
+    places = [torch.cartesian_prod(torch.arange(rows), torch.arange(columns)) for rows, columns in grids[:2]]
+    for axis, table in enumerate((layer.rel_pos_h, layer.rel_pos_w)):
+        of_q, of_k = grids[0][axis], grids[1][axis]
+        steps = max(of_k // of_q, 1), max(of_q // of_k, 1)
+        row = places[0][:, None, axis] * steps[0] - (places[1][None, :, axis] - (of_k - 1)) * steps[1]
+        bias[:, :, prefix:, prefix:] += (q[:, :, prefix:, None] * table[row]).sum(-1)
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias) + q
+    return layer.proj(out.transpose(1, 2).flatten(2)), grids[0]
+
+
 def _plain(layer: Any, x: Tensor) -> Tensor:
     """CaiT without its mixing of heads: what an operator replaces."""
     q, k, v = layer.qkv(x).unflatten(2, (3, layer.num_heads, -1)).permute(2, 0, 3, 1, 4)
@@ -87,6 +109,7 @@ FUSED: dict[type[nn.Module], Callable[..., Tensor]] = {
     gcvit.WindowAttentionGlobal: _context,
     levit.Attention: _levit,
     cait.TalkingHeadAttn: _plain,
+    mvitv2.MultiScaleAttention: _pooling,
 }
 """The equations of layers that timm computes without torch's function for attention, with it."""
 
@@ -113,7 +136,30 @@ HIERA = {
     "mask_unit_attn": (True, False), "num_classes": 3,
 }  # fmt: skip
 ONE_HIERA = {"stages": (2,), "q_pool": 0, "mask_unit_size": (1, 1), "mask_unit_attn": (False,)}
+MVIT = {"embed_dim": (16, 32), "depths": (2, 3), "num_heads": (2, 4), "stride_q": ((1, 1), (2, 2))}
+mvitv2.model_cfgs |= {  # the only way to a model of another size
+    "tiny": mvitv2.MultiScaleVitCfg(**MVIT, stride_kv_adaptive=(2, 2)),
+    "tiny_cls": mvitv2.MultiScaleVitCfg(
+        **MVIT, stride_kv_adaptive=(2, 2), use_cls_token=True, expand_attn=False
+    ),
+    "whole": mvitv2.MultiScaleVitCfg((2,), (16,), (2,), stride_q=((1, 1),), stride_kv=((1, 1),)),
+    "whole_cls": mvitv2.MultiScaleVitCfg(
+        (2,), (16,), (2,), stride_q=((1, 1),), stride_kv=((1, 1),), use_cls_token=True
+    ),
+}
 TINY = {
+    "mvitv2": Tiny(
+        "mvitv2_tiny",
+        {"cfg_variant": "tiny", "num_classes": 3},
+        whole={"cfg_variant": "whole"}, biased=True, gives_up=True, size=(32, 32), other=(64, 64),
+        own_products=98_304,
+    ),
+    "mvitv2_cls": Tiny(
+        "mvitv2_tiny",
+        {"cfg_variant": "tiny_cls", "num_classes": 3},
+        whole={"cfg_variant": "whole_cls"}, biased=True, gives_up=True, size=(32, 32), other=(64, 64),
+        own_products=103_488,
+    ),
     "sam2": Tiny(
         "sam2_hiera_tiny",
         {
