@@ -108,6 +108,8 @@ def _describe_length(config: RunConfig) -> str:
 
 
 def _train(config: RunConfig) -> int:
+    # First: to register operators, torch asks the file system for every module that was imported before.
+    from ...models.attention import fused  # noqa: F401
     from ...transfer.engine.train import train
 
     result = train(config)

@@ -9,12 +9,10 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import IterableDataset
@@ -30,6 +28,9 @@ from .loaders import create_train_loader
 from .loading import BadImage, BadImages, Batch, TrainBatches, cause, name_of
 from .sampler import MIXING, BatchRequest, derive_seed, epoch_order, preserved
 from .streams import StreamBatches
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 # A picture of training images as the model sees them: after augmentation and mixing, in colors for the eye.
 
@@ -114,6 +115,9 @@ def _name(label: int, names: Sequence[str]) -> str:
 
 
 def _draw(pictures: NDArray[np.float32], captions: Sequence[str]) -> Figure:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # here: a run draws nothing
+    from matplotlib.figure import Figure
+
     columns = min(COLUMNS, len(pictures))
     rows = math.ceil(len(pictures) / columns)
     figure = Figure(figsize=(1.5 * columns, 1.85 * rows), layout="constrained")

@@ -8,21 +8,18 @@ import os
 import re
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.tracking import GeneralTracker, TensorBoardTracker, WandBTracker
 from accelerate.utils import is_wandb_available
-from rich.console import RenderableType
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.text import Text
 from torch import Tensor, nn
 
 from ...checkpoints.atomic import write_bytes
@@ -30,6 +27,9 @@ from ...checkpoints.files import append_line, open_lines, parse_record, read_lin
 from ...models.errors import ConfigError, Json, JsonDict, RunFailedError, one_sentence
 from ..metrics.measure import LAYER as LAYER_METRIC
 from .parallel import local
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
 
 # Measure how long a process waits: the clock of a record, and the exposed gradient communication of DDP.
 
@@ -191,52 +191,56 @@ NOTABLE_WAIT = 0.1
 """The share of time spent waiting for data above which the line shows it."""
 
 
-class TwoLines(Progress):
-    """The bar, and the numbers on a second line, because one line would be too wide for most terminals."""
-
-    numbers = ""
-
-    def get_renderables(self) -> Iterable[RenderableType]:
-        yield from super().get_renderables()
-        yield Text(self.numbers, style="dim")
-
-
 class ProgressBar:
     """Steps done and time left; below, losses, learning rate and images per second.
 
-    The step count changes with each step, without synchronization; the numbers change with each log record.
+    The step count changes with each step, without synchronization; the numbers change with each log record. They have a
+    second line, because one line would be too wide for most terminals.
     """
 
     def __init__(self, total: int, *, shown: bool, done: int = 0, name: str = "epoch 0") -> None:
-        self._bar = TwoLines(
+        self._numbers = ""
+        self._bar: Progress | None = None
+        if not (shown and sys.stdout.isatty()):
+            return
+        from rich.console import Group  # here: a job has no terminal
+        from rich.live import Live
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+        from rich.text import Text
+
+        bar = self._bar = Progress(
             TextColumn("{task.description}"),
             BarColumn(bar_width=None),
             MofNCompleteColumn(),
             TimeRemainingColumn(compact=True),
-            disable=not (shown and sys.stdout.isatty()),
         )
-        self._task = self._bar.add_task(name, total=total, completed=done)
+        self._task = bar.add_task(name, total=total, completed=done)
+        self._live = Live(get_renderable=lambda: Group(bar, Text(self._numbers, style="dim")))
 
     def __enter__(self) -> ProgressBar:
-        self._bar.start()
+        if self._bar is not None:
+            self._live.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._bar.stop()
+        if self._bar is not None:
+            self._live.stop()
 
     def step(self, done: int, epoch: int) -> None:
         """Show that `done` optimizer steps are done."""
-        self._bar.update(self._task, completed=done, description=f"epoch {epoch}")
+        if self._bar is not None:
+            self._bar.update(self._task, completed=done, description=f"epoch {epoch}")
 
     def advance(self, count: int) -> None:
         """Show that `count` more are done."""
-        self._bar.advance(self._task, count)
+        if self._bar is not None:
+            self._bar.advance(self._task, count)
 
     def show(self, record: Mapping[str, float]) -> None:
         """Show the numbers of a log record."""
-        self._bar.numbers = numbers(record)
+        self._numbers = numbers(record)
 
 
 LAYER = re.compile(r"(.*\.)?layer\d+")

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-
-from scipy.stats import binomtest, norm
+from statistics import NormalDist
 
 ACCURACIES = ("top1", "knn_top1", "probe_top1")
 Interval = tuple[float, float]
-Z = float(norm.ppf(0.975))
+Z = NormalDist().inv_cdf(0.975)
 
 
 def accuracy_interval(percent: float, samples: int) -> Interval:
     """Return the Wilson interval of an accuracy in percent on independent images (binomial)."""
+    from scipy.stats import binomtest  # here: no run needs it before it reports
+
     found = binomtest(round(percent / 100 * samples), samples).proportion_ci(method="wilson")
     return 100 * found.low, 100 * found.high
 
