@@ -37,6 +37,10 @@ class TrainingState:
     tensors: dict[str, Tensor]
     meta: JsonDict
 
+    def outline(self) -> TrainingState:
+        """Return the same with tensors that have a shape and no memory."""
+        return TrainingState({name: tensor.to("meta") for name, tensor in self.tensors.items()}, self.meta)
+
 
 def write_state(path: Path, state: TrainingState) -> None:
     """Write `state` to `path`, whole or not at all, and return when it is on the disk.

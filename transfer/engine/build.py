@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from timm.layers.weight_init import trunc_normal_
 from torch import Tensor, nn
 
@@ -52,7 +53,7 @@ from ..target_shards import TargetShards, check_metric, find_shards
 from .best import Criterion, choose, classifies
 from .modes import Mode, Models, Task, TransferTask, mode_of
 from .optim import check_adapters, check_optimizer
-from .parallel import check_layers_apart
+from .parallel import check_layers_apart, outline_of, read_once, receive, take_first
 from .runlog import check_trackers
 from .students import (
     FRESH,
@@ -113,6 +114,7 @@ def build(
     world_size: int = 1,
     commits: Mapping[str, str | None] = NO_COMMITS,
     weights: bool = True,
+    group: dist.ProcessGroup | None = None,
 ) -> Parts:
     """Build a run on the CPU. The student's fresh weights depend on `config.seed` alone, not on the rank.
 
@@ -123,6 +125,7 @@ def build(
         commits: Those that the teachers were loaded at when the run began, by name, for a run that resumes.
         weights: False for a dry run: parameters are on the meta device, published weights are not downloaded, and the
             training set may be absent where the settings say its number of classes.
+        group: Of all processes, whose first one reads all weights. The others' teachers have none until `receive`.
 
     Raises ConfigError, CheckpointError, DataError or TransferError, one sentence each.
     """
@@ -130,25 +133,30 @@ def build(
     check_settings(mode)
     _check_data(mode, weights=weights)  # before a teacher is downloaded
     torch.manual_seed(config.seed)
-    whole = find_whole(config.student)
-    start = find_start(mode, commits, weights=weights)
+    whole = read_once(lambda: find_whole(config.student), group, _outline)
+    start = read_once(lambda: find_start(mode, commits, weights=weights), group, _outline)
     config = settle(config, start)
     mode = mode_of(config)
     size = input_size(config.student, whole)[1:]
     loaded = replace(start, weights=None) if start is not None and config.starting_source == TEACHER else None
-    teachers = load_teachers(mode, size, commits, loaded, weights=weights)
+    teachers = read_once(
+        lambda: load_teachers(mode, size, commits, loaded, weights=weights), group, _outlines
+    )
     teacher = teachers.get(DEFAULT_TEACHER)
     spec = resolve_preprocessing(config, start or teacher, whole)
     with preserved():
         train_loader = _train_loader(mode, spec, rank, world_size, absent=not weights)
         eval_loader = _eval_loader(mode, spec, train_loader, rank, world_size)
-    origin = start if whole is None else _open_start(mode, whole, commits, weights=weights)
+    origin = start
+    if whole is not None:
+        origin = read_once(lambda: _open_start(mode, whole, commits, weights=weights), group, _outline)
     head = mode.head(train_loader.head(), teachers, origin)
     mode.check_classes(teachers, head)
     plan = mode.plan(head.num_classes, teacher, spec, whole)
     plan = replace(plan, label_names=head.label_names)
-    student, init, warnings = _student(mode, plan, origin, weights=weights)
-    task = mode.task(Models(student, teachers, spec, _calibration(config, spec, weights=weights)))
+    student, init, warnings = _student(mode, plan, origin, group, weights=weights)
+    images = _calibration(config, spec, teachers, group, weights=weights)
+    task = mode.task(Models(student, teachers, spec, images))
     mode.freeze(task.trainable)
     check_adapters(task.trainable, config.optim)
     if config.engine.fsdp:
@@ -194,6 +202,15 @@ def build(
         warnings=warnings,
         targets=targets,
     )
+
+
+def _outline(found: Pretrained | None) -> Pretrained | None:
+    """Return what another process than the first one gets of a model: all but the weights."""
+    return None if found is None else replace(found, model=outline_of(found.model), weights=None)
+
+
+def _outlines(found: dict[str, Pretrained]) -> dict[str, Pretrained]:
+    return {name: replace(each, model=outline_of(each.model), weights=None) for name, each in found.items()}
 
 
 def find_start(
@@ -352,7 +369,12 @@ def identify_teachers(*configs: RunConfig) -> list[str]:
 
 
 def _student(
-    mode: Mode, plan: StudentPlan, start: Pretrained | None, *, weights: bool
+    mode: Mode,
+    plan: StudentPlan,
+    start: Pretrained | None,
+    group: dist.ProcessGroup | None,
+    *,
+    weights: bool,
 ) -> tuple[nn.Module, JsonDict | None, list[str]]:
     """Return the student with its starting weights, where these are from, and what of them it does not take over."""
     config = mode.config
@@ -373,7 +395,7 @@ def _student(
             raise ConfigError(f"student.pos_embed_std: {plan.architecture} has no learned position embedding")
         trunc_normal_(position, std=config.student.pos_embed_std)
     mode.start_head(student)
-    init, warnings = _start_from(mode, student, start, weights=weights)
+    init, warnings = _started(mode, student, start, group, weights=weights)
     if config.optim.lora is not None:
         add_lora(student, config.optim.lora)
     if config.student.grad_checkpointing:
@@ -392,14 +414,28 @@ def _recompute(student: nn.Module) -> None:
         ) from error
 
 
-def _start_from(
-    mode: Mode, student: nn.Module, start: Pretrained | None, *, weights: bool
+def _started(
+    mode: Mode,
+    student: nn.Module,
+    start: Pretrained | None,
+    group: dist.ProcessGroup | None,
+    *,
+    weights: bool,
 ) -> tuple[JsonDict | None, list[str]]:
-    """Load the weights to start from, the teacher's own or others; say where they are from, and what is left out."""
+    """Give a student fresh weights, or those to start from, which the first process has; return as `_start_from`."""
     if start is None:
         start_fresh(student)
         _check_fitted(mode, student, student.state_dict())
         return None, []
+    found = read_once(lambda: _start_from(mode, student, start, weights=weights), group)
+    take_first(student, group)
+    return found
+
+
+def _start_from(
+    mode: Mode, student: nn.Module, start: Pretrained, *, weights: bool
+) -> tuple[JsonDict, list[str]]:
+    """Load the weights to start from, the teacher's own or others; say where they are from, and what is left out."""
     report = load_weights(
         student,
         start.source if start.weights is None else start.weights,
@@ -421,12 +457,24 @@ def _check_fitted(mode: Mode, student: nn.Module, fresh: Collection[str]) -> Non
             raise UnsupportedModelError(module.not_fitted)
 
 
-def _calibration(config: RunConfig, spec: Preprocessing, *, weights: bool) -> Callable[[], Tensor | None]:
-    """Return the first images of the first process, on every process: all must match the same heads."""
+def _calibration(
+    config: RunConfig,
+    spec: Preprocessing,
+    teachers: Mapping[str, Pretrained],
+    group: dist.ProcessGroup | None,
+    *,
+    weights: bool,
+) -> Callable[[], Tensor | None]:
+    """Return the first images of the first process, on every process: all must match the same heads.
+
+    The teachers, which are to be matched on them, have their weights then.
+    """
 
     def first_images() -> Tensor | None:
         if not weights:
             return None
+        for teacher in teachers.values():
+            receive(teacher.model, group)
         with preserved():
             return next(create_train_loader(config.data, spec, seed=config.seed, labels=False).epoch(0))[0]
 

@@ -39,7 +39,7 @@ from . import deadline
 from .build import Parts
 from .modes import Task, TransferTask, check_learns
 from .optim import Schedule, WeightAverage, create_optimizer
-from .parallel import gather, raise_together
+from .parallel import gather, raise_together, receive
 from .resume_check import Position
 from .runlog import ProgressBar
 from .scoring import teacher_top1
@@ -240,7 +240,7 @@ def prepare_targets(
     note: Note | None = None
     with preserved():
         if todo:
-            parts.task.to(accelerator.device)
+            _place(parts, accelerator, group)
             _fill(config, parts, parts.task.dual, accelerator, group, cache, todo, signals)
         if any(gather(signals.received is not None, group)):
             return
@@ -248,13 +248,20 @@ def prepare_targets(
             path = cache.folder / f"teacher_top1-{_digest_of_test(parts, group)}.json"
             note = gather(_read_note(path), group)[0]
         if wanted and note is None:
-            parts.task.to(accelerator.device)
+            _place(parts, accelerator, group)
             note = {"teacher_top1": teacher_top1(parts, accelerator)}
             if accelerator.is_main_process:
                 _keep_note(path, note)
     parts.cached_top1 = (note or {}).get("teacher_top1") if wanted else None
     parts.train_loader.batches.beside = TargetRows(cache)
     parts.task.dual.dismiss()
+
+
+def _place(parts: Parts, accelerator: Accelerator, group: dist.ProcessGroup | None) -> None:
+    """Move the task and its teachers to the device."""
+    for teacher in parts.teachers.values():
+        receive(teacher.model, group, accelerator.device)
+    parts.task.to(accelerator.device)
 
 
 def _missing(

@@ -9,8 +9,6 @@ import socket
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
-from datetime import timedelta
-from typing import cast
 
 import torch
 import torch.distributed as dist
@@ -35,7 +33,7 @@ from ..staging import StagingStoppedError, stage
 from ..target_shards import TargetRows
 from . import deadline
 from .build import Parts
-from .parallel import gather, raise_together
+from .parallel import gather, patient, raise_together, receive
 from .signals import StopSignals
 from .students import sharded_teachers
 
@@ -83,6 +81,8 @@ def fit_operators(
     device = torch.device("cpu") if alone else accelerator.device
     kept = _UntilSignal(FittedLayers(config.output_dir), accelerator.is_main_process, signals)
     layers: dict[int, ConvertedAttention] | None = None
+    if config.student.calibrate and config.starting_source is not None and parts.loaded is not None:
+        receive(parts.loaded.model, group)
     with suppress(_StoppedError):
         layers = fit_student(config, parts, device, kept)
     if any(gather(layers is None, group)) or layers is None:
@@ -193,9 +193,6 @@ def _first_images(config: RunConfig, parts: Parts, accelerator: Accelerator) -> 
 
 # Stage data for all processes of a run: one process per node copies, and the others wait.
 
-PATIENCE = timedelta(days=7)
-"""How long processes wait for the slowest node. If a process dies, the waiting ends immediately."""
-
 
 def stage_together(
     config: DataConfig, group: dist.ProcessGroup | None, stopped: Callable[[], bool] = lambda: False
@@ -212,14 +209,13 @@ def stage_together(
         if error is not None:
             raise error
         return staged
-    waiting = cast(dist.ProcessGroup, dist.new_group(backend="gloo", timeout=PATIENCE))
-    try:
+    with patient(group) as waiting:
         return _on_each_node(config, waiting, stopped)
-    finally:
-        dist.destroy_process_group(waiting)
 
 
-def _on_each_node(config: DataConfig, group: dist.ProcessGroup, stopped: Callable[[], bool]) -> DataConfig:
+def _on_each_node(
+    config: DataConfig, group: dist.ProcessGroup | None, stopped: Callable[[], bool]
+) -> DataConfig:
     nodes = gather((socket.gethostname(), os.environ.get("SLURMD_NODENAME", "")), group)
     rank = dist.get_rank()
     first = nodes.index(nodes[rank])

@@ -8,9 +8,12 @@ is not a child of the task and stays whole on every process.
 from __future__ import annotations
 
 import atexit
+import copy
 import os
-from collections.abc import Iterable, Mapping
-from typing import TypeVar, cast
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -23,11 +26,14 @@ from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from ...models.attention.base import AttentionOperator
+from ...models.conversion import forget
 from ...models.errors import ConfigError, GraftError
 from ..config import RunConfig
 from .students import check_sharding, sharded_teachers
 
 T = TypeVar("T")
+M = TypeVar("M", bound=nn.Module)
+CPU = torch.device("cpu")
 
 
 def create_accelerator(config: RunConfig) -> Accelerator:
@@ -156,12 +162,16 @@ def local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def placed_like(value: Tensor, reference: Tensor) -> Tensor:
-    """Return `value` with the device, type and sharding of `reference`; the inverse of `whole`."""
-    moved = value.to(device=reference.device, dtype=reference.dtype)
-    if isinstance(reference, DTensor):
-        return distribute_tensor(moved, reference.device_mesh, reference.placements)
-    return moved
+def placed_like(value: Tensor, reference: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
+    """Return `value` with the device, type and sharding of `reference`; the inverse of `whole`.
+
+    Only the first process of `group` needs a value, from which each gets its shard, or all of it: all must call it.
+    """
+    if not isinstance(reference, DTensor):
+        return from_first(value, group).to(device=reference.device, dtype=reference.dtype)
+    mine = torch.empty_like(value, device=reference.device) if value.is_meta else value
+    moved = mine.to(device=reference.device, dtype=reference.dtype)
+    return distribute_tensor(moved, reference.device_mesh, reference.placements)
 
 
 def gather(item: T, group: dist.ProcessGroup | None) -> list[T]:
@@ -178,3 +188,99 @@ def raise_together(error: GraftError | None, group: dist.ProcessGroup | None) ->
     first = next((found for found in gather(error, group) if found is not None), None)
     if first is not None:
         raise error or first
+
+
+# Read a file in the first process only. The others get an outline of what it holds, whose tensors have a shape and no
+# memory, and then the tensors, one at a time, where they are needed.
+
+PATIENCE = timedelta(days=7)
+"""How long processes wait for one that reads or copies a file. If it dies, the waiting ends immediately."""
+
+
+@contextmanager
+def patient(group: dist.ProcessGroup | None) -> Iterator[dist.ProcessGroup | None]:
+    """Give a gloo group of all processes to wait for one that reads or copies files; None for one process."""
+    if group is None:
+        yield None
+        return
+    waiting = cast(dist.ProcessGroup, dist.new_group(backend="gloo", timeout=PATIENCE))
+    try:
+        yield waiting
+    finally:
+        dist.destroy_process_group(waiting)
+
+
+def _same(found: T) -> T:
+    return found
+
+
+def read_once(read: Callable[[], T], group: dist.ProcessGroup | None, outline: Callable[[T], T] = _same) -> T:
+    """Return what `read` gives in the first process, and to the others its `outline`. All processes must call it.
+
+    All processes continue with the random generator of the first one. Raises its GraftError on every process.
+    """
+    if group is None:
+        return read()
+    if dist.get_rank(group):
+        answer: list[Any] = [None]
+        dist.broadcast_object_list(answer, 0, group)
+        error, found, generator = answer[0]
+        if error is not None:
+            raise error
+        torch.set_rng_state(generator)
+        return cast(T, found)
+    try:
+        read_here = read()
+    except GraftError as failure:
+        dist.broadcast_object_list([(failure, None, None)], 0, group)
+        raise
+    dist.broadcast_object_list([(None, outline(read_here), torch.get_rng_state())], 0, group)
+    return read_here
+
+
+def from_first(value: Tensor, group: dist.ProcessGroup | None, device: torch.device = CPU) -> Tensor:
+    """Return the first process's `value` on every process; the others may have an outline of it.
+
+    All processes must call it, with a tensor of the same shape and type.
+    """
+    if group is None:
+        return value
+    if value.is_meta:
+        there = torch.empty(value.shape, dtype=value.dtype, device=device)
+    else:
+        there = value.detach().to(device).contiguous()
+    dist.broadcast(there.view(-1).view(torch.uint8), 0, group=group if device.type == "cpu" else None)
+    return there
+
+
+def outline_of(model: M) -> M:
+    """Return a copy of a model whose parameters and buffers have a shape and no memory."""
+    empty: dict[int, Any] = {id(buffer): buffer.to("meta") for buffer in model.buffers()}
+    for parameter in model.parameters():
+        empty[id(parameter)] = nn.Parameter(parameter.to("meta"), requires_grad=parameter.requires_grad)
+    forget(model)
+    return copy.deepcopy(model, empty)
+
+
+def receive(model: nn.Module, group: dist.ProcessGroup | None, device: torch.device = CPU) -> None:
+    """Give the outlines in `model` the values that the first process has, on `device`, tensor by tensor.
+
+    The tensors stay the same objects, so modules that share them have the values, too. All processes must call it.
+    """
+    if group is None:
+        return
+    tensors = [*model.parameters(), *model.buffers()]
+    first, *_, last = gather([tensor.is_meta for tensor in tensors], group)
+    for tensor, nowhere, missing in zip(tensors, first, last, strict=True):
+        if missing and not nowhere:
+            value = from_first(tensor, group, device)
+            if tensor.is_meta:
+                own = nn.Parameter(value, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else value
+                torch.utils.swap_tensors(tensor, own)
+
+
+@torch.no_grad()
+def take_first(model: nn.Module, group: dist.ProcessGroup | None) -> None:
+    """Copy the first process's parameters and buffers into those of the others, which are there."""
+    for tensor in (*model.parameters(), *model.buffers()) if group is not None else ():
+        tensor.copy_(from_first(tensor, group))

@@ -217,30 +217,14 @@ def refuse_existing(folder: Path) -> None:
             )
 
 
-def check_agreement(steps: list[int | None], folder: Path) -> None:
-    """CheckpointError where processes read different states, as a file system that lags can make them."""
-    if len(set(steps)) > 1:
+def check_same_code(origins: list[JsonDict]) -> None:
+    """CheckpointError where the processes would compute a teacher with different code."""
+    codes = [(own.get("teacher") or {}).get("library") for own in origins]
+    if len(set(codes)) > 1:
         raise CheckpointError(
-            f"the processes read different states from {folder} (steps {steps}): "
-            "put output_dir on a disk that every machine sees"
+            f"the processes compute the teacher with different code ({', '.join(map(str, codes))}): put one "
+            "environment on a disk that every machine sees"
         )
-
-
-def check_same_teacher(origins: list[JsonDict]) -> None:
-    """CheckpointError where a branch on the hub moved while the processes loaded from it, or their disks differ."""
-    if all(own == origins[0] for own in origins):
-        return
-    loaded = [[origin and origin["revision"] for origin in own.values()] for own in origins]
-    if any(commits != loaded[0] for commits in loaded):
-        raise CheckpointError(
-            f"the processes loaded different weights from the hub (commits {loaded}): give teacher.revision"
-        )
-    teachers = [own.get("teacher") or {} for own in origins]
-    read = [f"{(own.get('digest') or 'unknown')[:12]} in {own.get('library')}" for own in teachers]
-    raise CheckpointError(
-        f"the processes loaded different weights or descriptions of them (sha256 {', '.join(read)}): put them, and one "
-        "environment, on a disk that every machine sees"
-    )
 
 
 def check_same_split(found: list[bool]) -> None:

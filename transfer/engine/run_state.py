@@ -21,7 +21,7 @@ from ..config import RunConfig
 from .elastic import GlobalBatch
 from .modes import Task
 from .optim import WeightAverage
-from .parallel import gather, gathered, placed_like, raise_together
+from .parallel import from_first, gather, gathered, placed_like, raise_together
 from .resume_check import Position, settings
 from .runlog import Meters, RunLog
 from .students import StudentPlan
@@ -103,9 +103,10 @@ class RunState:
         }
 
     def restore(self, state: TrainingState) -> None:
-        """Restore everything from `state`."""
-        restore_optimizer(state.tensors, state.meta["optimizer_numbers"], self.task, self.optimizer)
-        restore_weights(state.tensors, self.task.saved, self.average)
+        """Restore everything from `state`, of which other processes than the first one have the outline."""
+        tensors, group = state.tensors, self.group
+        restore_optimizer(tensors, state.meta["optimizer_numbers"], self.task, self.optimizer, group)
+        restore_weights(tensors, self.task.saved, self.average, group)
         if self.average is not None:
             self.average.updates = int(state.meta["ema_updates"])
         if self.accelerator.scaler is not None and state.meta["scaler"]:
@@ -118,6 +119,7 @@ class RunState:
             rank=self.accelerator.process_index,
             processes=self.accelerator.num_processes,
             before=state.meta["world_size"],
+            group=self.group,
         )
 
 
@@ -138,19 +140,27 @@ def capture_weights(module: nn.Module, average: WeightAverage | None, *, keep: b
 
 
 @torch.no_grad()
-def restore_weights(tensors: Mapping[str, Tensor], module: nn.Module, average: WeightAverage | None) -> None:
+def restore_weights(
+    tensors: Mapping[str, Tensor],
+    module: nn.Module,
+    average: WeightAverage | None,
+    group: dist.ProcessGroup | None = None,
+) -> None:
     """Copy the weights back in place, so that compiled or sharded modules and the optimizer stay valid.
 
     Raises CheckpointError that names a tensor that is missing or has another shape.
     """
     for name, target in module.state_dict().items():
-        target.copy_(placed_like(_find(tensors, name, target), target))
+        target.copy_(_find(tensors, name, target, group))
     if average is not None:
         for name, target in average.average.items():
-            target.copy_(placed_like(_find(tensors, f"ema.{name}", target), target))
+            target.copy_(_find(tensors, f"ema.{name}", target, group))
 
 
-def _find(tensors: Mapping[str, Tensor], name: str, target: Tensor) -> Tensor:
+def _find(
+    tensors: Mapping[str, Tensor], name: str, target: Tensor, group: dist.ProcessGroup | None
+) -> Tensor:
+    """Return a tensor of the state, placed like `target`."""
     found = tensors.get(name)
     if found is None:
         raise CheckpointError(f"the saved state has no {name!r}: it was written for another model")
@@ -159,9 +169,10 @@ def _find(tensors: Mapping[str, Tensor], name: str, target: Tensor) -> Tensor:
             f"the saved state has {name!r} with shape {tuple(found.shape)}, "
             f"the model wants {tuple(target.shape)}"
         )
-    if is_mark(name) and not torch.equal(found.cpu(), target.cpu()):
+    placed = placed_like(found, target, group)
+    if is_mark(name) and not torch.equal(placed, target):
         raise CheckpointError(f"the saved state has {name!r} of another operator than the model")
-    return found
+    return placed
 
 
 def capture_optimizer(
@@ -204,6 +215,7 @@ def restore_optimizer(
     numbers: Json,
     task: nn.Module,
     optimizer: torch.optim.Optimizer,
+    group: dist.ProcessGroup | None = None,
 ) -> None:
     """Restore the slots of each parameter, sharded like it. Groups come from the configuration, but for counters."""
     parameters = dict(task.named_parameters())
@@ -211,7 +223,8 @@ def restore_optimizer(
     for key, value in {**slots, **numbers}.items():
         if key.startswith("group."):
             index, name = key.removeprefix("group.").split("|", 1)
-            optimizer.param_groups[int(index)][name] = value.clone() if isinstance(value, Tensor) else value
+            value = from_first(value, group).clone() if isinstance(value, Tensor) else value
+            optimizer.param_groups[int(index)][name] = value
             continue
         name, slot = key.removeprefix("optimizer.").rsplit("|", 1)
         parameter = parameters.get(name)
@@ -221,8 +234,9 @@ def restore_optimizer(
             )
         if isinstance(value, Tensor):
             # A slot with the parameter's shape lives beside it; a step counter stays a scalar on the CPU.
+            beside = value.shape == parameter.shape
             value = (
-                placed_like(value, parameter.detach()) if value.shape == parameter.shape else value.clone()
+                placed_like(value, parameter.detach(), group) if beside else from_first(value, group).clone()
             )
         optimizer.state[parameter][slot] = value
 
@@ -247,6 +261,7 @@ def restore_meters(
     rank: int,
     processes: int,
     before: int,
+    group: dist.ProcessGroup | None = None,
 ) -> None:
     """Restore the sums of this process. If the number of processes changed, the first process gets all sums.
 
@@ -254,10 +269,11 @@ def restore_meters(
     """
     for name, meter in meters.items():
         keys = [f"meters.{number}.{name}" for number in range(before)]
+        all_sums = [from_first(tensors[key], group) for key in keys]
         if processes == before:
-            sums = tensors[keys[rank]]
+            sums = all_sums[rank]
         else:
-            sums = torch.stack([tensors[key] for key in keys]).sum(0)
+            sums = torch.stack(all_sums).sum(0)
             sums = sums if rank == 0 else torch.zeros_like(sums)
         saved = counts[keys[0]]  # all processes have added as many
         meter.load(saved["count"] * before // processes, saved["names"], sums)

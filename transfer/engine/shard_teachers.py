@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import torch.distributed as dist
 from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -20,22 +21,31 @@ from ...models.families import blocks_of, find_family
 from ..config import RunConfig
 from .build import Parts
 from .modes import TransferTask
+from .parallel import receive
 from .students import sharded_teachers
 
 
-def shard_teachers(config: RunConfig, parts: Parts, accelerator: Accelerator) -> None:
+def shard_teachers(
+    config: RunConfig, parts: Parts, accelerator: Accelerator, group: dist.ProcessGroup | None
+) -> None:
     """Shard the teachers that `shard` names, each block on its own; each device gets one whole block at a time."""
     sharded, task = sharded_teachers(config), parts.task
     if not sharded or not isinstance(task, TransferTask):
         return
     mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
     for name in sharded:
-        gather_to_run(task.dual.teachers[name], task.dual.teacher_views[name], mesh)
+        gather_to_run(task.dual.teachers[name], task.dual.teacher_views[name], mesh, group)
 
 
-def gather_to_run(teacher: nn.Module, view: nn.Module, mesh: DeviceMesh) -> None:
-    """Shard the blocks of a teacher, and let each block of its view gather the weights of its own to run."""
+def gather_to_run(
+    teacher: nn.Module, view: nn.Module, mesh: DeviceMesh, group: dist.ProcessGroup | None = None
+) -> None:
+    """Shard the blocks of a teacher, and let each block of its view gather the weights of its own to run.
+
+    Where the first process of `group` alone has the weights, each block is sent whole, and only its shard is kept.
+    """
     for unit in shard_units(teacher):
+        receive(unit, group)
         fully_shard(unit, mesh=mesh, reshard_after_forward=True)
     for block, own in _paired_blocks(view, teacher):
         if block is not own:

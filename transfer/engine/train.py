@@ -31,14 +31,23 @@ from .fit_operators import fit_operators, leave_to_us, measure_features, stage_t
 from .loop import Loop
 from .modes import PretrainTask
 from .optim import Schedule, WeightAverage, create_optimizer, describe_batch
-from .parallel import create_accelerator, gather, gathered, host_group, raise_together, shard
+from .parallel import (
+    create_accelerator,
+    gather,
+    gathered,
+    host_group,
+    patient,
+    raise_together,
+    read_once,
+    receive,
+    shard,
+)
 from .resume_check import (
     Position,
-    check_agreement,
     check_length,
+    check_same_code,
     check_same_run,
     check_same_split,
-    check_same_teacher,
     commits_of,
     refuse_existing,
     settings,
@@ -136,7 +145,8 @@ def train(config: RunConfig) -> RunResult:
     accelerator = create_accelerator(config)
     group = host_group(accelerator)
     with StopSignals(group, config.engine.stop_grace) as signals, _fence(config, accelerator, group) as fence:
-        state = _find_state(config, accelerator, group, fence)
+        with patient(group) as waiting:
+            state = _find_state(config, fence, waiting)
         data = stage_together(config.data, group, lambda: signals.received is not None)
         early = _signal(signals, group)
         if early is not None:
@@ -144,8 +154,9 @@ def train(config: RunConfig) -> RunResult:
         commits = {} if state is None else commits_of(state.meta)
         rank, world = accelerator.process_index, accelerator.num_processes
         here = config.model_copy(update={"data": data})
-        parts = build(here, rank=rank, world_size=world, commits=commits)
-        check_same_teacher(gather(parts.origins, group))
+        with patient(group) as waiting:
+            parts = build(here, rank=rank, world_size=world, commits=commits, group=waiting)
+        check_same_code(gather(parts.origins, group))
         check_same_split(gather(parts.eval_loader is not None, group))
         early = _signal(signals, group)
         if early is not None:
@@ -217,18 +228,18 @@ def _states(config: RunConfig, fence: Fence) -> StateFolder:
     return StateFolder(config.output_dir / "checkpoints", fence.token, fence.guard)
 
 
-def _find_state(
-    config: RunConfig, accelerator: Accelerator, group: dist.ProcessGroup | None, fence: Fence
-) -> TrainingState | None:
-    """Return the state to resume from. Every process reads it, and all must have read the same."""
+def _find_state(config: RunConfig, fence: Fence, group: dist.ProcessGroup | None) -> TrainingState | None:
+    """Return the state to resume from, which the first process reads; to the others, its outline."""
     if config.engine.resume == "never":
         return None
-    state = _states(config, fence).load()
-    steps = gather(None if state is None else position_of(state).step, group)
-    check_agreement(steps, config.output_dir)
+    state = read_once(_states(config, fence).load, group, _outline)
     if state is not None:
         check_same_run(state.meta, config)
     return state
+
+
+def _outline(state: TrainingState | None) -> TrainingState | None:
+    return None if state is None else state.outline()
 
 
 def _prepare(
@@ -243,7 +254,7 @@ def _prepare(
     schedule = batch.schedule(config, accelerator.num_processes)
     parts.train_loader.batches_per_epoch = schedule.accum * schedule.steps_per_epoch
     n_parameters = sum(p.numel() for p in parts.task.parameters() if p.requires_grad)
-    model = _wrap(config, accelerator, parts)
+    model = _wrap(config, accelerator, parts, group)
     optimizer = create_optimizer(parts.task, parts.task.trainable, config.optim, schedule.peak)
     average = None if config.optim.ema is None else WeightAverage(parts.task.trainable, config.optim.ema)
     run_state = RunState(
@@ -265,9 +276,13 @@ def _prepare(
     return run_state, schedule
 
 
-def _wrap(config: RunConfig, accelerator: Accelerator, parts: Parts) -> nn.Module:
+def _wrap(
+    config: RunConfig, accelerator: Accelerator, parts: Parts, group: dist.ProcessGroup | None
+) -> nn.Module:
     """Return the task on its device, compiled if requested, sharded or replicated."""
-    shard_teachers(config, parts, accelerator)  # block by block, before a whole teacher would move
+    shard_teachers(config, parts, accelerator, group)  # block by block, before a whole teacher would move
+    for teacher in parts.teachers.values():
+        receive(teacher.model, group, accelerator.device)
     task: nn.Module = parts.task.to(accelerator.device)  # moves the teacher, too
     if config.student.compile:
         task.compile(fullgraph=True)

@@ -13,6 +13,7 @@ import timm
 import torch
 import torch.distributed as dist
 from graftvit.transfer.config import RunConfig
+from graftvit.transfer.engine.parallel import outline_of, read_once, receive
 from graftvit.transfer.engine.shard_teachers import gather_to_run, shard_units
 from graftvit.transfer.methods.dual import DualViT
 from support.hub.ports import free_ports
@@ -37,7 +38,7 @@ STEPS: list[tuple[str, list[dict[str, Any]]]] = [
 
 
 def step_results(family: str, losses: list[dict[str, Any]]) -> dict[str, Any]:
-    """One step with a whole and with a sharded teacher, on this rank."""
+    """One step with a whole teacher, and with a sharded one that the first rank alone has, on this rank."""
     if family.startswith("test_"):
         torch.manual_seed(1)
         teacher: Any = timm.create_model(family, num_classes=5).double().eval()
@@ -55,10 +56,14 @@ def step_results(family: str, losses: list[dict[str, Any]]) -> dict[str, Any]:
         DualViT(copy.deepcopy(teacher), copy.deepcopy(student), losses=losses).double()(x).transfer_loss
     )
     torch.manual_seed(3)
+    group = dist.group.WORLD
+    own = teacher
+    teacher = read_once(lambda: own, group, outline_of)
     dual = DualViT(teacher, student, losses=losses).double()
     units = shard_units(teacher)
     before = sum(parameter.numel() for unit in units for parameter in unit.parameters())
-    gather_to_run(teacher, dual.teacher_views["teacher"], init_device_mesh("cpu", (2,)))
+    gather_to_run(teacher, dual.teacher_views["teacher"], init_device_mesh("cpu", (2,)), group)
+    receive(teacher, group)
     found = [dual(x).transfer_loss for _ in range(2)]
     held = [parameter for unit in units for parameter in unit.parameters()]
     after = sum(p.to_local().numel() if isinstance(p, DTensor) else p.numel() for p in held)

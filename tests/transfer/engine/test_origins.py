@@ -20,7 +20,7 @@ from graftvit.models.plain_yaml import parse_yaml
 from graftvit.transfer.config import StudentConfig
 from graftvit.transfer.engine import build as building
 from graftvit.transfer.engine.build import identify_teachers
-from graftvit.transfer.engine.resume_check import check_same_teacher, check_same_weights
+from graftvit.transfer.engine.resume_check import check_same_code, check_same_weights
 from graftvit.transfer.engine.train import train
 from safetensors.torch import load_file, save_file
 from support.runs.engine_runs import config, make_convnext, make_teacher, several_losses, state
@@ -96,14 +96,12 @@ def test_students_say_what_they_learned_from(tmp_path: Path, teacher: Path, hub:
     assert stopped.provenance["teacher"]["revision"] == COMMIT
 
 
-def test_processes_that_loaded_different_weights_stop() -> None:
-    commits = [{"teacher": {"revision": commit}, "init": None} for commit in (COMMIT, MOVED)]
-    check_same_teacher(commits[:1] * 2)
-    with pytest.raises(CheckpointError, match=r"different weights from the hub .*give teacher\.revision"):
-        check_same_teacher(commits)
-    files = [{"teacher": {"revision": None, "digest": digit * 64}, "init": None} for digit in "12"]
-    with pytest.raises(CheckpointError, match=r"different weights .*11111.*22222.*every machine"):
-        check_same_teacher(files)
+def test_processes_that_compute_a_teacher_with_different_code_stop() -> None:
+    origins = [{"teacher": {"library": f"timm {version}"}, "init": None} for version in "12"]
+    check_same_code(origins[:1] * 2)
+    check_same_code([{"teacher": None, "init": None}] * 2)
+    with pytest.raises(CheckpointError, match=r"different code \(timm 1, timm 2\)"):
+        check_same_code(origins)
 
 
 @pytest.fixture

@@ -7,11 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from graftvit.models.errors import CheckpointError, ConfigError, DataError
+from graftvit.models.errors import ConfigError, DataError
 from graftvit.transfer.config import RunConfig
 from graftvit.transfer.engine.resume_check import (
     Position,
-    check_agreement,
     check_length,
     check_same_run,
     check_same_split,
@@ -81,12 +80,6 @@ def test_resume_never_leaves_an_existing_run_alone(tmp_path: Path) -> None:
     (tmp_path / "log.jsonl").touch()
     with pytest.raises(ConfigError, match=r"already holds a run \(log.jsonl\).*engine.resume=never"):
         refuse_existing(tmp_path)
-
-
-def test_processes_that_read_different_states_stop(tmp_path: Path) -> None:
-    check_agreement([3, 3], tmp_path)
-    with pytest.raises(CheckpointError, match="different states"):
-        check_agreement([3, None], tmp_path)
 
 
 def test_processes_of_which_some_have_no_test_images_stop() -> None:
