@@ -12,7 +12,6 @@ Hosts of one family alone are in the family's file (`families/`).
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any, cast
 
@@ -287,10 +286,11 @@ class AttentionHost(nn.Module):
         return x if child is None else child(x)
 
 
-class GridHost(AttentionHost, ABC):
+class GridHost(AttentionHost):
     """An attention layer of a pyramid; its input is (B, N, C) with the grid, or (B, height, width, C).
 
-    Tokens before those of the grid are prefix tokens.
+    Tokens before those of the grid are prefix tokens. This class is the host of layers with one projection `qkv` whose
+    softmax is over all tokens.
     """
 
     gets_grid = True
@@ -340,9 +340,9 @@ class GridHost(AttentionHost, ABC):
     def heads_of(self, *inputs: Any, **keywords: Any) -> Heads:
         return self.project(*inputs, **keywords)
 
-    @abstractmethod
     def parts(self, x_BNC: Tensor, grid: Size) -> dict[str, Tensor]:
         """Return the parts `kept` of q, k and v, (B, N, H·D); native keys and values may have fewer tokens."""
+        return dict(zip(self.kept, self._project(x_BNC).chunk(len(self.kept), -1), strict=True))
 
     def normed(self, part: str, x_BHND: Tensor | None) -> Tensor | None:
         """Return queries or keys after the layer's own norm."""
@@ -369,6 +369,9 @@ class GridHost(AttentionHost, ABC):
         layer: Any = self.original
         if hasattr(layer, "init_non_persistent_buffers"):
             layer.init_non_persistent_buffers()
+
+    def _project(self, x_BNC: Tensor) -> Tensor:
+        return self._child("qkv", x_BNC)
 
     def _by_head(self, x_BNC: Tensor) -> Tensor:
         x_BNHD: Tensor = x_BNC.unflatten(2, (self.num_heads, -1))
@@ -424,9 +427,6 @@ class WindowHost(GridHost):
         """Return what is added to the native logits of each window, (1 or W, H, M, M)."""
         return None
 
-    def parts(self, x_BNC: Tensor, grid: Size) -> dict[str, Tensor]:
-        return dict(zip(self.kept, self._project(x_BNC).chunk(len(self.kept), -1), strict=True))
-
     def attended(self, heads: Heads) -> Heads:
         windows = self.windows(heads.tokens().grid)
         pads = self._zero() if windows.is_padded else heads  # not read without padding
@@ -449,9 +449,6 @@ class WindowHost(GridHost):
     def native_pairs(self, geometry: Geometry) -> tuple[int, int]:
         windows = self.windows(geometry.grid)
         return windows.padded[0] * windows.padded[1], windows.window[0] * windows.window[1]
-
-    def _project(self, x_BNC: Tensor) -> Tensor:
-        return self._child("qkv", x_BNC)
 
     def _zero(self) -> Heads:
         """Return the projections of a token of zeros, with which timm pads the grid."""

@@ -348,9 +348,6 @@ class StripeHost(GridHost):
         found: list[Stripes] = layer.stripes(grid)
         return found
 
-    def parts(self, x_BNC: Tensor, grid: Size) -> dict[str, Tensor]:
-        return dict(zip(self.kept, self._child("qkv", x_BNC).chunk(len(self.kept), -1), strict=True))
-
     def attend(self, heads: Heads) -> Tensor:
         if self.is_native and isinstance(self.operator, Softmax):
             return stripe_softmax(heads, self.stripes(heads.tokens().grid))

@@ -35,9 +35,6 @@ class PooledHost(GridHost):
         assert self.geometry is not None  # the family's `host` sets it
         return super().project(x, self.geometry.grid)
 
-    def parts(self, x_BNC: Tensor, grid: Size) -> dict[str, Tensor]:
-        return dict(zip(self.kept, self._child("qkv", x_BNC).chunk(len(self.kept), -1), strict=True))
-
 
 class PiT(Family):
     """timm's `pit_*`. Their positions are of one image size, and are resampled for another."""
