@@ -167,7 +167,7 @@ def patch_features(model: nn.Module, features: Any, images: tuple[int, int]) -> 
     """
     family = find_family(model)
     if family is not None:
-        return family.patches(family.tokens(features), family.geometries(model, images)[-1])
+        return family.patches(family.tokens(features), family.last_geometry(model, images))
     if not isinstance(features, Tensor):
         if isinstance(model, OutsideTeacher):
             return model.patches(features)

@@ -341,6 +341,9 @@ class CaiT(PlainLike):
     def geometries(self, model: nn.Module, size: tuple[int, int]) -> list[Geometry]:
         return [Geometry(0, patch_grid(self.embedding(model), size))]
 
+    def last_geometry(self, model: nn.Module, size: tuple[int, int]) -> Geometry:
+        return Geometry(1, super().last_geometry(model, size).grid)
+
     def resize(self, model: nn.Module, size: tuple[int, int]) -> None:
         whole: Any = model
         old = list(whole.patch_embed.grid_size)

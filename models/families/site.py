@@ -391,6 +391,10 @@ class Family(ABC):
     def geometries(self, model: nn.Module, size: tuple[int, int]) -> list[Geometry]:
         """Return the tokens of each stage for images of this size (height, width)."""
 
+    def last_geometry(self, model: nn.Module, size: tuple[int, int]) -> Geometry:
+        """Return the tokens after the final norm: those of the last stage, and those that join after its blocks."""
+        return self.geometries(model, size)[-1]
+
     @abstractmethod
     def resize(self, model: nn.Module, size: tuple[int, int]) -> None:
         """Prepare the model for images of another size, and resample what is tied to the size."""

@@ -87,6 +87,9 @@ class Davit(AnySize):
             found.append(Geometry(0, grid))
         return found
 
+    def embedding(self, model: nn.Module) -> nn.Module:
+        return submodule(model, "stem")
+
     def attention_input(self, block: nn.Module) -> None:
         return None  # a convolution of the grid comes first
 

@@ -22,6 +22,7 @@ from graftvit.models.families import check_supported, depths, family_of, image_s
 from graftvit.models.host import AttentionHost
 from graftvit.models.hosting import host_attention, release_attention
 from graftvit.models.lora import add_lora, merged
+from graftvit.models.parts import patch_features, run_features
 from graftvit.transfer.align import Alignment
 from graftvit.transfer.analysis.compare.comparison_cells import layer_errors
 from graftvit.transfer.analysis.layer_maps import attention_maps, key_count, layer_maps
@@ -243,6 +244,17 @@ def test_a_student_is_taught(kind: str, method: str) -> None:
     own = DualViT(teacher, copy.deepcopy(teacher), method)
     if method != "distill":
         assert own(x).transfer_loss < 1e-12
+
+
+@kinds
+def test_patches_after_the_final_norm_are_taught(kind: str) -> None:
+    teacher, student, x = tiny(kind), tiny(kind, seed=1), pictures(kind, dtype=torch.float32)
+    with torch.no_grad():
+        patches = patch_features(teacher, run_features(teacher, x), TINY[kind].size)
+    assert patches.shape[1:3] == sites(teacher)[-1].shape.geometry.grid
+    out = DualViT(teacher, student, "feature", tokens="both", weight=1.0)(x)
+    assert set(out.parts) == {"feature", "patches"}
+    assert all(part > 0 for part in out.parts.values())
 
 
 @kinds

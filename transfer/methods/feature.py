@@ -34,7 +34,7 @@ def student_patches(student: nn.Module, tokens_BNC: Tensor, images: Grid) -> Ten
     Raises TransferError: the student dropped patches.
     """
     family = family_of(student)
-    geometry = family.geometries(student, images)[-1]
+    geometry = family.last_geometry(student, images)
     if tokens_BNC.dim() == 3 and tokens_BNC.shape[1] != geometry.num_tokens:
         rows, columns = geometry.grid
         raise TransferError(
