@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..models.copying.teacher_view import LARGEST
 from ..models.errors import CheckpointError, Json, JsonDict
-from ..models.families import image_size
+from ..models.families import find_family, image_size
 from .report import shortened
 
 CROP_MODES = ("center", "squash", "border")
@@ -111,10 +111,10 @@ class Preprocessing:
 
 
 def input_size(model: nn.Module, described: Json | None = None) -> tuple[int, int, int]:
-    """Return channels, height and width of a model's images; what `described` says where its patches leave it open."""
+    """Return channels, height and width of a model's images; what `described` says where the model leaves it open."""
     channels, height, width = (described or {}).get("input_size") or (3, 224, 224)
-    projection = getattr(getattr(model, "patch_embed", None), "proj", None)
-    channels = getattr(projection, "in_channels", channels)
+    family, projection = find_family(model), getattr(getattr(model, "patch_embed", None), "proj", None)
+    channels = getattr(projection, "in_channels", channels) if family is None else family.channels(model)
     height, width = image_size(model) or (height, width)
     return int(channels), int(height), int(width)
 
