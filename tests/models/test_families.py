@@ -405,6 +405,27 @@ def test_stages_of_visformer_merge_tokens(last: int) -> None:
         convert(teacher, "merge: deformable")
 
 
+@pytest.mark.parametrize("last", [0, 1])
+def test_stages_of_volo_are_of_plain_blocks(last: int) -> None:
+    teacher, x = whole("volo", downsamples=(True, True, False)), pictures("volo")
+    assert [site.name for site in sites(teacher)] == ["stage2.0", "stage3.0", "stage3.1"]
+    assert [site.shape.geometry.grid for site in sites(teacher)] == [(4, 6), (2, 3), (2, 3)]
+    expected, _ = run(copy.deepcopy(teacher), x, linear)
+    student = convert(teacher, "*: linear")
+    torch.testing.assert_close(student(x), expected, rtol=1e-9, atol=1e-10)
+    assert DualViT(teacher, student, "block_output", layers=str(last))(x).transfer_loss > 0
+    with pytest.raises(UnsupportedModelError, match="cannot be resized to 36x48"):
+        resize(teacher, (36, 48))
+
+
+@pytest.mark.parametrize("changes", [{}, {"post_layers": None, "global_pool": "avg", "use_aux_head": False}])
+def test_the_class_token_of_volo_joins_after_its_blocks(changes: dict[str, Any]) -> None:
+    model, x = whole("volo", **changes), pictures("volo")
+    features = run_features(model, x)
+    expected = (features if changes else features[:, 1:]).unflatten(1, (4, 6))
+    assert torch.equal(patch_features(model, features, TINY["volo"].size), expected)
+
+
 @pytest.mark.parametrize("kind", ["sam", "visformer"])
 def test_adapters_are_merged(kind: str) -> None:
     plain, model, x = tiny(kind), tiny(kind), pictures(kind, dtype=torch.float32)

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from graftvit.models.families import create_timm_model
 from support.models.dense import attend, images
-from timm.models import cait, gcvit, levit, mvitv2, nest, swin_transformer_v2_cr
+from timm.models import cait, gcvit, levit, mvitv2, nest, swin_transformer_v2_cr, volo
 from torch import Tensor, nn
 
 SIZE, OTHER = (32, 48), (48, 24)
@@ -247,6 +247,12 @@ TINY = {
     "deepseek": Tiny("deepseek_vit_412m", ENCODER),
     "pit": Tiny("pit_s_224", PIT, whole=ONE_PIT),
     "pit_distilled": Tiny("pit_s_distilled_224", PIT, whole=ONE_PIT),
+    "volo": Tiny(
+        "volo_d1_224",
+        {"patch_size": 4, "stem_hidden_dim": 8, "mlp_ratio": 0.25, "num_classes": 3},
+        whole={"layers": (1, 1, 2), "embed_dims": (8, 16, 16), "num_heads": (1, 2, 2)},
+        whole_made_by=volo.VOLO, own_products=1_531_392,
+    ),
     "visformer": Tiny("visformer_tiny", {**PLAIN, "init_channels": 8, "conv_init": False, "depth": (1, 1, 1)}),
 }  # fmt: skip
 
