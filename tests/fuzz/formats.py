@@ -36,6 +36,7 @@ from graftvit.transfer.cells import load_record, save_record
 from graftvit.transfer.config import DataConfig
 from graftvit.transfer.data.archives import count_images, unpack
 from graftvit.transfer.data.datasets import open_dataset
+from graftvit.transfer.data.image_folder import INDEX, find_images, pack_lists, read_index
 from graftvit.transfer.data.loading import EvalBatches
 from graftvit.transfer.data.sampler import BatchRequest
 from graftvit.transfer.search.program_search import open_search, recorded_generations, run_search
@@ -360,6 +361,22 @@ def _check_images(folder: Path) -> None:
         raise GraftError(refused[0])
 
 
+def _make_index(folder: Path) -> None:
+    for name in ("cat", "dog"):
+        (folder / "set" / name).mkdir(parents=True)
+        for number in range(20):
+            (folder / "set" / name / f"{number}.png").touch()
+    (folder / INDEX).write_bytes(pack_lists([find_images(folder / "set")]))
+
+
+def _check_index(folder: Path) -> None:
+    lists = read_index(folder / INDEX)
+    if not lists:
+        raise GraftError("the index is damaged")
+    for place, path in zip(lists[0].files, find_images(folder / "set").files, strict=True):
+        _equal(Path(path).relative_to(folder), Path(place).relative_to(lists[0].root.parent))
+
+
 # The records of a search.
 
 
@@ -619,6 +636,9 @@ FORMATS: dict[str, Format] = {
         _make_recipe, lambda rng, folder: damage_yaml(rng, folder / "recipe.yaml"), _check_recipe
     ),
     "image": Format(_make_images, _damage_images, _check_images),
+    "index of images": Format(
+        _make_index, lambda rng, folder: damage_bytes(rng, folder / INDEX), _check_index
+    ),
     "search": Format(_make_search, _damage_search, _check_search),
     "rows": Format(
         _make_rows("rows.jsonl"), _damage_rows, lambda folder: _check_rows(folder / "rows.jsonl", _read_lines)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import importlib.util
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from torch.utils.data import IterableDataset
 
+from ...checkpoints.files import is_folder
 from ...models.errors import ConfigError, DataError, did_you_mean
 from ..config import DataConfig
 from ..first_checks import check_folder
@@ -202,6 +203,17 @@ def undivided(config: DataConfig) -> bool:
         return config.dataset in ("", "folder") and root.is_file()
     usual = (*TRAIN_NAMES, *EVAL_NAMES, config.train_split, config.val_split)
     return not any((root / name).is_dir() for name in usual if name)
+
+
+def folders_of(config: DataConfig, splits: Iterable[str | None]) -> list[Path]:
+    """Return the folders in which `open_dataset` looks for the images of the splits, each once; none for another kind
+    of data set."""
+    root = Path(config.data_path or "")
+    if config.dataset not in ("", "folder") or config.data_path is None or not is_folder(root):
+        return []
+    whole = root if undivided(config) else None
+    found = [split_folder(root, split) or whole for split in splits if split]
+    return list(dict.fromkeys(filter(None, found)))
 
 
 def _training_names(

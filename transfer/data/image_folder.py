@@ -2,22 +2,30 @@
 
 from __future__ import annotations
 
+import io
+import itertools
 import logging
 import os
-from collections.abc import Collection, Iterator, Mapping, Sequence
+import re
+import stat
+import time
+import zlib
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, BinaryIO, Literal, NamedTuple, Protocol
 
 from PIL import ExifTags, Image, UnidentifiedImageError
-from timm.utils.misc import natural_key
+from pydantic import BaseModel
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
+from ...checkpoints.atomic import write_bytes
 from ...checkpoints.files import open_regular
 from ...checkpoints.report import some
-from ...models.errors import DataError
+from ...models.errors import DataError, GraftError
 
 # One face for the map-style data sets of timm and torchvision: read an image, name it, list the labels.
 
@@ -45,7 +53,7 @@ class Header(NamedTuple):
 @contextmanager
 def open_image(path: str | Path) -> Iterator[Image.Image]:
     """Open an image file, not decoded yet. Raises DataError where it is no regular file, and whatever Pillow does."""
-    with open_regular(Path(path), refusal=DataError) as file:
+    with _open(path) as file:
         try:
             image = Image.open(file)
         except UnidentifiedImageError as error:
@@ -53,6 +61,34 @@ def open_image(path: str | Path) -> Iterator[Image.Image]:
             raise DataError(f"{path} {'is empty' if empty else 'is no image that can be read'}") from error
         with image:
             yield image
+
+
+WHOLE = 4 << 20
+"""Bytes up to which an image file is read at once."""
+
+
+def _open(path: str | Path) -> BinaryIO:
+    """Open an image by one `open` and one `fstat`: where millions are read, each further question to a shared disk
+    counts. Only what cannot be opened so is looked at closely."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+    except (OSError, ValueError):
+        return open_regular(Path(path), refusal=DataError)  # says why
+    try:
+        status = os.fstat(descriptor)
+        if stat.S_ISREG(status.st_mode) and status.st_size <= WHOLE:
+            return io.BytesIO(_read(descriptor, status.st_size))
+    finally:
+        os.close(descriptor)
+    return open_regular(Path(path), refusal=DataError)
+
+
+def _read(descriptor: int, size: int) -> bytes:
+    """Return the bytes of a file of that size: one call on a local disk, several where the system reads in pieces."""
+    data = os.read(descriptor, size + 1)
+    while len(data) < size and (more := os.read(descriptor, size - len(data))):
+        data += more
+    return data
 
 
 class ImageSource(Protocol):
@@ -194,13 +230,31 @@ IMAGE_TYPES = IMG_EXTENSIONS
 """Endings of the files that are read as images; timm alone reads the first three kinds."""
 NAMED = 5
 """How many of a kind a warning names."""
+SETTLING = 10 * 10**9
+"""Nanoseconds after a change of a folder in which another one may leave its times as they are: file systems count in
+steps of up to two seconds, by clocks of their own."""
 Key = tuple[int, int]
 """Device and number of a file, which all of its names share."""
 
 
+class Seen(NamedTuple):
+    """What the system says of a folder. Its times change when an entry comes, goes or is renamed."""
+
+    device: int
+    number: int
+    modified: int
+    changed: int
+
+    @property
+    def key(self) -> Key | None:
+        """None where the file system does not number its files."""
+        return (self.device, self.number) if self.number else None
+
+
 @dataclass
 class Found:
-    """The images below `root`, in no order. Links are followed where they lead to what is not there already."""
+    """The images below `root`, in natural order of their paths. Links are followed where they lead to what is not there
+    already."""
 
     root: Path
     files: list[str] = field(default_factory=list)
@@ -209,11 +263,19 @@ class Found:
     """True if some files are links."""
     left_out: list[str] = field(default_factory=list)
     """Links to folders and files that are there already."""
+    seen: dict[str, Seen] = field(default_factory=dict)
+    """The folders, each as it was before it was looked through."""
+    settled: bool = True
+    """Whether there are the same images as long as the folders stay as they were."""
+    kept: bool = False
+    """Whether the list is an earlier one."""
+    numbers: set[Key] | None = None
+    """The numbers of all files, where they are known."""
 
     def class_names(self) -> tuple[str, ...]:
         """Return the names of the folders that images lie in, in natural order; none where all lie in `root` itself."""
         names = {self.class_of(path) for path in self.files} - {""}
-        return tuple(sorted(names, key=natural_key))
+        return tuple(sorted(names, key=natural_order))
 
     def class_of(self, path: str) -> str:
         """Return the name of the folder that an image lies in, "" for `root` itself."""
@@ -222,22 +284,50 @@ class Found:
 
     def keys(self) -> set[Key]:
         """Return the numbers of all files that are there."""
-        return {key for path in self.files if (key := _key(path)) is not None}
+        if self.numbers is None:
+            self.numbers = {key for path in self.files if (key := _key(path)) is not None}
+        return self.numbers
+
+
+def natural_order(name: str) -> tuple[list[str | int], str]:
+    """Return what sorts 2 before 10 and heeds no case, as timm does; names that are equal so have an order, too."""
+    parts: list[str | int] = list(re.split(r"(\d+)", name.lower()))
+    parts[1::2] = map(int, parts[1::2])
+    return parts, name
+
+
+_listed: ContextVar[Mapping[Path, Found]] = ContextVar("_listed", default={})  # noqa: B039 - nobody writes into it
+
+
+@contextmanager
+def listed(known: Iterable[Found]) -> Iterator[None]:
+    """Let `find_images` return these within the block, without a look at their folders."""
+    token = _listed.set({found.root: found for found in known})
+    try:
+        yield
+    finally:
+        _listed.reset(token)
 
 
 def find_images(root: Path) -> Found:
     """Look through `root`. A folder or file in it is taken before a link to it, and of several links the
     first."""
-    found = Found(root)
+    known = _listed.get().get(root)
+    if known is not None:
+        return known
+    found, began = Found(root), time.time_ns()
     files: list[str] = []
     folders = [str(root)]
     while folders:
         linked_folders: list[str] = []
         for folder in folders:
             _walk(found, folder, files, linked_folders)
-        folders = sorted(linked_folders, key=natural_key)
+        folders = sorted(linked_folders, key=natural_order)
     if files:
-        _add_links(found, sorted(files, key=natural_key))
+        _add_links(found, sorted(files, key=natural_order))
+    found.files.sort(key=natural_order)
+    last = max((max(seen.modified, seen.changed) for seen in found.seen.values()), default=began)
+    found.settled &= last < began - SETTLING
     return found
 
 
@@ -246,21 +336,35 @@ def _walk(found: Found, folder: str, linked_files: list[str], linked_folders: li
     waiting = [folder]
     while waiting:
         folder = waiting.pop()
-        key = _key(folder)
-        if key in found.folders:
+        if _is_again(found, folder):
             found.left_out.append(folder)
             continue
-        if key is not None:
-            found.folders.add(key)
         try:
             with os.scandir(folder) as entries:
                 for entry in entries:
+                    is_link = entry.is_symlink()
                     if _is_folder(entry):
-                        (linked_folders if entry.is_symlink() else waiting).append(entry.path)
-                    elif Path(entry.name).suffix.lower() in IMAGE_TYPES:
-                        (linked_files if entry.is_symlink() else found.files).append(entry.path)
+                        (linked_folders if is_link else waiting).append(entry.path)
+                        continue
+                    found.settled &= not is_link  # what it leads to may change, and no folder here shows that
+                    if Path(entry.name).suffix.lower() in IMAGE_TYPES:
+                        (linked_files if is_link else found.files).append(entry.path)
         except OSError as error:
+            found.settled = False
             logger.warning("%s cannot be read and is left out: %s", folder, error.strerror or error)
+
+
+def _is_again(found: Found, folder: str) -> bool:
+    """Note a folder as it is now; return whether it was noted by another name."""
+    seen = _look_at(folder)
+    if seen is None:
+        return False
+    found.seen[folder] = seen
+    if seen.key in found.folders:
+        return True
+    if seen.key is not None:
+        found.folders.add(seen.key)
+    return False
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:
@@ -284,20 +388,173 @@ def _add_links(found: Found, links: list[str]) -> None:
             known.add(key)
 
 
-def _key(path: str) -> Key | None:
-    """Return the number of a file; None for what is not there, and where the file system does not number its files."""
+def _look_at(path: str) -> Seen | None:
+    """Return what the system says of a file or folder; None for what is not there."""
     try:
-        status = Path(path).stat()
+        status = os.stat(path)  # noqa: PTH116
     except OSError:
         return None
-    return (status.st_dev, status.st_ino) if status.st_ino else None
+    return Seen(status.st_dev, status.st_ino, status.st_mtime_ns, status.st_ctime_ns)
+
+
+def _key(path: str) -> Key | None:
+    """Return the number of a file; None for what is not there, and where the file system does not number its files."""
+    seen = _look_at(path)
+    return None if seen is None else seen.key
+
+
+# The index of a run: its list of images, for the other processes of the run and for its next start.
+
+INDEX = "images.index"
+"""Its name in the run folder."""
+LARGEST = 1 << 30
+"""Bytes of an index that is read, and of its text; a million images have some thirty million."""
+
+
+class _Listing(BaseModel):
+    """A `Found` as it is written. A name of a file is its bytes, one for each character."""
+
+    root: str
+    folders: list[tuple[str, Seen]]
+    files: list[tuple[str, list[str]]]
+    """The names of images that follow one another in one folder."""
+    linked: bool
+    left_out: list[str]
+    numbers: list[Key] | None
+
+
+class _Index(BaseModel):
+    format: Literal[1]
+    listings: list[_Listing]
+
+
+def pack_lists(found: Iterable[Found]) -> bytes:
+    """Return lists of images as bytes, for `unpack_lists`."""
+    index = _Index(format=1, listings=[_plain(each) for each in found])
+    return zlib.compress(index.model_dump_json().encode(), level=1)
+
+
+def _plain(found: Found) -> _Listing:
+    inside = len(os.path.join(found.root, ""))  # noqa: PTH118
+    runs = itertools.groupby(
+        (path[inside:].rpartition(os.sep) for path in found.files), key=lambda parts: parts[0]
+    )
+    return _Listing(
+        root=_as_text(str(found.root)),
+        folders=[(_as_text(path[inside:]), seen) for path, seen in found.seen.items()],
+        files=[(_as_text(folder), [_as_text(parts[2]) for parts in run]) for folder, run in runs],
+        linked=found.linked,
+        left_out=[_as_text(path[inside:]) for path in found.left_out],
+        numbers=None if found.numbers is None else sorted(found.numbers),
+    )
+
+
+def unpack_lists(data: bytes, roots: Sequence[Path] | None = None, *, limit: int = 0) -> list[Found]:
+    """Return the lists that `pack_lists` packed, below other `roots` if they are given.
+
+    Raises DataError: the bytes are damaged, have a text of more than `limit` bytes, or a name that leads out of its
+    folder.
+    """
+    try:
+        text = zlib.decompressobj().decompress(data, limit)
+        listings = _Index.model_validate_json(text).listings
+        places = roots or [Path(_as_name(each.root)) for each in listings]
+        return [_below(place, each) for place, each in zip(places, listings, strict=True)]
+    except (ValueError, zlib.error) as error:
+        raise DataError("the index of the images is damaged") from error
+
+
+def _below(root: Path, listing: _Listing) -> Found:
+    names = [_as_name(folder) for folder, _ in listing.folders]
+    _check_inside(*names, *map(_as_name, listing.left_out))
+    found = Found(root, linked=listing.linked, kept=True)
+    found.seen = {_join(root, name): seen for name, (_, seen) in zip(names, listing.folders, strict=True)}
+    found.folders = {seen.key for seen in found.seen.values() if seen.key is not None}
+    found.left_out = [_join(root, _as_name(path)) for path in listing.left_out]
+    found.numbers = None if listing.numbers is None else set(listing.numbers)
+    for folder, files in listing.files:
+        place = _join(root, _as_name(folder))
+        if place not in found.seen:
+            raise ValueError(f"{place} was not looked through")
+        decoded = [_as_name(name) for name in files]
+        if any(os.sep in name or not name for name in decoded):
+            raise ValueError(f"{place} has a file that lies elsewhere")
+        _check_inside(*decoded)
+        found.files += [_join(place, name) for name in decoded]
+    return found
+
+
+def _check_inside(*paths: str) -> None:
+    if any(path.startswith(os.sep) or ".." in Path(path).parts for path in paths):
+        raise ValueError("a path leads out of its folder")
+
+
+def _join(folder: str | Path, name: str) -> str:
+    return os.path.join(folder, name) if name else str(folder)  # noqa: PTH118
+
+
+def _as_text(name: str) -> str:
+    return os.fsencode(name).decode("latin-1")
+
+
+def _as_name(text: str) -> str:
+    return os.fsdecode(text.encode("latin-1"))
+
+
+def find_again(roots: Sequence[Path], index: Path) -> list[Found]:
+    """Return the images of each root: those in the file `index` where no folder has changed since, else look."""
+    kept = {found.root: found for found in read_index(index)}
+    return [_unchanged(kept.get(root)) or find_images(root) for root in roots]
+
+
+def read_index(path: Path) -> list[Found]:
+    """Return the lists in a file; none where it is not there, or is damaged."""
+    if not path.exists():
+        return []
+    try:
+        with open_regular(path, refusal=DataError) as file:
+            if file.seek(0, os.SEEK_END) > LARGEST:
+                raise DataError(f"{path} has more than {LARGEST:,} bytes")
+            file.seek(0)
+            return unpack_lists(file.read(LARGEST), limit=LARGEST)
+    except (GraftError, OSError) as error:
+        logger.warning("%s is not used, and the folders are looked through again: %s", path, error)
+        return []
+
+
+def _unchanged(found: Found | None) -> Found | None:
+    """Return a list whose folders are as they were. Their device may have another number, as after a restart."""
+    if found is None:
+        return None
+    now = {path: _look_at(path) for path in found.seen}
+    if any(each is None or each[1:] != found.seen[path][1:] for path, each in now.items()):
+        return None
+    found.seen, found.numbers = {path: each for path, each in now.items() if each is not None}, None
+    found.folders = {each.key for each in found.seen.values() if each.key is not None}
+    return found
+
+
+def keep_index(found: Sequence[Found], path: Path) -> None:
+    """Write the lists that a next start may use, if there are new ones. Raises WriteFailedError."""
+    settled = [each for each in found if each.settled]
+    if not all(each.kept for each in settled):
+        write_bytes(path, pack_lists(settled))
+
+
+def number_together(found: Sequence[Found]) -> None:
+    """Find out now what `count_shared` of two lists asks for."""
+    if any(_may_share(*pair) for pair in itertools.combinations(found, 2)):
+        for each in found:
+            each.keys()
+
+
+def _may_share(one: Found, other: Found) -> bool:
+    return one.linked or other.linked or bool(one.folders & other.folders)
 
 
 def count_shared(one: Found, other: Found) -> int:
     """Return how many images of `one` are images of `other`."""
-    if not (one.linked or other.linked or one.folders & other.folders):
-        return 0
-    return len(one.keys() & other.keys())
+    return len(one.keys() & other.keys()) if _may_share(one, other) else 0
 
 
 class FolderImages:
@@ -311,7 +568,7 @@ class FolderImages:
             )
         self.found = found
         self._mode = mode
-        self._files = sorted(_classified(found), key=natural_key)
+        self._files = _classified(found)
         names = found.class_names()
         numbers = {name: number for number, name in enumerate(names)} or {"": UNLABELED}
         self.class_names: Sequence[str] | None = names or None
@@ -351,7 +608,7 @@ def _tell(found: Found, files: Collection[str]) -> None:
             found.root, len(found.left_out), some(sorted(found.left_out), NAMED),
         )  # fmt: skip
     places: dict[str, set[str]] = {}
-    for folder in {Path(path.rpartition(os.sep)[0]) for path in files}:
+    for folder in map(Path, {path.rpartition(os.sep)[0] for path in files}):
         places.setdefault(folder.name, set()).add(str(folder.relative_to(found.root)))
     several = [
         f"{name} ({some(sorted(each), NAMED)})" for name, each in sorted(places.items()) if len(each) > 1

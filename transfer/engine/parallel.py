@@ -13,6 +13,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import torch
@@ -27,8 +28,10 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from ...models.attention.base import AttentionOperator
 from ...models.conversion import forget
-from ...models.errors import ConfigError, GraftError
-from ..config import RunConfig
+from ...models.errors import ConfigError, DataError, GraftError
+from ..config import DataConfig, RunConfig
+from ..data.datasets import folders_of
+from ..data.image_folder import Found, find_again, number_together, pack_lists, unpack_lists
 from .students import check_sharding, sharded_teachers
 
 T = TypeVar("T")
@@ -284,3 +287,30 @@ def take_first(model: nn.Module, group: dist.ProcessGroup | None) -> None:
     """Copy the first process's parameters and buffers into those of the others, which are there."""
     for tensor in (*model.parameters(), *model.buffers()) if group is not None else ():
         tensor.copy_(from_first(tensor, group))
+
+
+def list_together(
+    config: DataConfig, splits: Iterable[str | None], group: dist.ProcessGroup | None, index: Path
+) -> list[Found]:
+    """Return the images of a folder's splits, which the first process finds for all: in `index`, or in the folders.
+
+    All processes of `group` must call it, and have the same list then, on paths of their own. Raises DataError on all
+    of them: one does not see the same splits as the first.
+    """
+    roots = folders_of(config, splits)
+    names = gather([root.name for root in roots], group)
+    if any(own != names[0] for own in names):
+        rank = next(rank for rank, own in enumerate(names) if own != names[0])
+        raise DataError(
+            f"rank {rank} sees the folders {names[rank]} of splits in {config.data_path}, and rank 0 {names[0]}: put "
+            "data.data_path on a disk that every machine sees"
+        )
+    found: list[Found] = []
+
+    def find() -> bytes:
+        found.extend(find_again(roots, index))
+        number_together(found)
+        return b"" if group is None else pack_lists(found)
+
+    packed = read_once(find, group) if roots else b""
+    return found or (unpack_lists(packed, roots) if roots else [])

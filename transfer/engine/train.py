@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 import uuid
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from ...checkpoints import provenance
-from ...checkpoints.atomic import write_text
+from ...checkpoints.atomic import WriteFailedError, write_text
 from ...checkpoints.state import StateFolder, TrainingState
 from ...checkpoints.student import write_student
 from ...models.copied import copy_attention
@@ -22,20 +22,22 @@ from ...models.errors import GraftError, Json, check_types
 from ...models.lora import merged
 from ...models.plain_yaml import write_yaml
 from ..config import RunConfig
+from ..data.image_folder import INDEX, Found, keep_index, listed
 from ..data.sampler import preserved
-from .build import Parts, build
+from .build import Parts, build, check_settings
 from .cached_targets import prepare_targets
 from .elastic import GlobalBatch, describe, settle
 from .fence import Fence
 from .fit_operators import fit_operators, leave_to_us, measure_features, stage_together
 from .loop import Loop
-from .modes import PretrainTask
+from .modes import PretrainTask, mode_of
 from .optim import Schedule, WeightAverage, create_optimizer, describe_batch
 from .parallel import (
     create_accelerator,
     gather,
     gathered,
     host_group,
+    list_together,
     patient,
     raise_together,
     read_once,
@@ -144,7 +146,11 @@ def train(config: RunConfig) -> RunResult:
     """
     accelerator = create_accelerator(config)
     group = host_group(accelerator)
-    with StopSignals(group, config.engine.stop_grace) as signals, _fence(config, accelerator, group) as fence:
+    with (
+        StopSignals(group, config.engine.stop_grace) as signals,
+        _fence(config, accelerator, group) as fence,
+        ExitStack() as stack,
+    ):
         with patient(group) as waiting:
             state = _find_state(config, fence, waiting)
         data = stage_together(config.data, group, lambda: signals.received is not None)
@@ -154,7 +160,12 @@ def train(config: RunConfig) -> RunResult:
         commits = {} if state is None else commits_of(state.meta)
         rank, world = accelerator.process_index, accelerator.num_processes
         here = config.model_copy(update={"data": data})
+        check_settings(mode_of(here))  # before folders are looked through
+        index = config.output_dir / INDEX
         with patient(group) as waiting:
+            splits = data.train_split, data.val_split if config.evaluates else None
+            found = list_together(data, splits, waiting, index)
+            stack.enter_context(listed(found))
             parts = build(here, rank=rank, world_size=world, commits=commits, group=waiting)
         check_same_code(gather(parts.origins, group))
         check_same_split(gather(parts.eval_loader is not None, group))
@@ -175,6 +186,8 @@ def train(config: RunConfig) -> RunResult:
         else:
             parts.task.measured()
         check_length(position, schedule.total_steps)
+        if accelerator.is_main_process and data.stage is None:
+            _keep_index(found, index, fence)
         with _recorder(config, parts, accelerator, run_state.log, position, schedule) as recorder:
             loop = Loop(config, accelerator, parts, run_state, schedule, recorder, signals, position)
             _start(loop, state)
@@ -192,6 +205,15 @@ def train(config: RunConfig) -> RunResult:
             )
     best = {} if position.best is None else {f"best_{position.best_metric}": position.best}
     return RunResult({**position.metrics, **best}, config.output_dir, position.step, loop.finished, stopped)
+
+
+def _keep_index(found: Sequence[Found], index: Path, fence: Fence) -> None:
+    """Keep the lists of images for the next start, which can do without them."""
+    try:
+        with fence.guard():
+            keep_index(found, index)
+    except WriteFailedError as error:
+        logger.warning("%s", error)
 
 
 def _signal(signals: StopSignals, group: dist.ProcessGroup | None) -> int | None:

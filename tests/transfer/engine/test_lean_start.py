@@ -8,6 +8,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from graftvit.transfer.config import RunConfig
+from graftvit.transfer.data import image_folder
+from graftvit.transfer.engine.train import train
+from support.files.image_folders import class_folder
+from support.runs.engine_runs import ARCHITECTURE, ARGUMENTS
 
 NOT_BEFORE_A_STEP = {
     "IPython", "datasets", "matplotlib", "onnx", "onnxruntime", "pandas", "pyarrow", "rich",
@@ -61,3 +66,32 @@ def test_a_rank_imports_little_beyond_timm_and_torch(before_the_step: set[str]) 
     ours = {name for name in before_the_step - modules(PLAIN) if name.split(".")[0] != "graftvit"}
     assert packages(ours) & {"torchvision", "torch._dynamo", "torch._inductor", "sympy", "triton"} == set()
     assert len(ours) < 300, sorted(ours)
+
+
+def test_a_run_lists_its_images_once_and_a_resumed_run_never(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    walked: list[str] = []
+    real = image_folder._walk
+    monkeypatch.setattr(image_folder, "SETTLING", -(10**15))  # or the folders would have to be older
+    monkeypatch.setattr(
+        image_folder,
+        "_walk",
+        lambda found, folder, *rest: (walked.append(folder), real(found, folder, *rest)),
+    )
+    data = class_folder(tmp_path / "images", train=8, validation=4)
+    for steps, folders in ((1, ["train", "validation"]), (2, []), (3, ["train"])):
+        train(
+            RunConfig(
+                mode="scratch",
+                output_dir=tmp_path / "run",
+                student={"model": ARCHITECTURE, "model_args": ARGUMENTS},
+                data={"data_path": str(data), "batch_size": 4, "workers": 0},
+                optim={"max_steps": steps, "warmup_epochs": 0},
+                engine={"trackers": [], "progress": False, "device": "cpu"},
+            )
+        )
+        assert [Path(folder).name for folder in walked] == folders
+        walked.clear()
+        if steps == 2:  # an image by another name
+            (data / "train" / "dark" / "000.png").rename(data / "train" / "dark" / "new.png")
