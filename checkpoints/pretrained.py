@@ -19,7 +19,16 @@ from ..models.converted import MARK, converted_layers, drop_other_operators, dro
 from ..models.copied import ARCHITECTURE as COPIED
 from ..models.copied import copying_of
 from ..models.errors import CheckpointError, Json, JsonDict, check_types
-from ..models.families import check_patches, family_of, find_family, image_size, patch_size, sites, vit
+from ..models.families import (
+    any_family,
+    check_patches,
+    family_of,
+    find_family,
+    image_size,
+    patch_size,
+    sites,
+    vit,
+)
 from ..models.families.pvt_v1 import PVT
 from ..models.families.towers import PLAN, is_transformers
 from ..models.plan_syntax import plan_text
@@ -121,6 +130,8 @@ def _load(
         channels = loaded.preprocessing.input_size[0]
         shown = replace(loaded.preprocessing, input_size=(channels, *as_pair(img_size)))
         loaded = replace(loaded, preprocessing=shown)
+        if any_family(built) is not None:
+            resize(built, shown.input_size[1:])
     family = find_family(built)
     if family is not None and not family.sized_when_built and image_size(built) is None:
         resize(built, loaded.preprocessing.input_size[1:])

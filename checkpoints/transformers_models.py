@@ -170,6 +170,9 @@ def load_tower(source: Opened, timm_settings: Json) -> nn.Module | None:
         model = convert(kind(config), plan)  # the other has no buffers but those in the weights
     except (ConfigError, UnsupportedModelError) as error:
         raise CheckpointError(f"{folder.origin}: {error}") from error
+    dtype = getattr(config, "dtype", None)
+    if isinstance(dtype, torch.dtype):
+        model.to(dtype)
     model.load_state_dict(read.state_dict())
     return model.eval()
 

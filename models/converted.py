@@ -243,8 +243,8 @@ def refuse_other(origin: str, path: str, theirs: Choice, layer: ConvertedAttenti
     if theirs != ours:
         words = ("softmax attention" if each.operator == AS_IT_IS else str(each) for each in (theirs, ours))
         raise CheckpointError(
-            f"{origin} has weights of {next(words)} in {path}, where the model has {next(words)}: load them into a "
-            "model with those operators, which `graftvit.load` makes from a saved folder, and convert afterwards"
+            f"{origin} has weights of {next(words)} in {path}, where the model has {next(words)}: convert "
+            "the model first by the plan that the weights were made with (graftvit.convert), then load them"
         )
 
 

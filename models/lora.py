@@ -36,6 +36,9 @@ def add_lora(model: nn.Module, rank: int) -> None:
     except UnsupportedModelError as error:
         raise UnsupportedModelError(f"optim.lora: {error}") from error
     places = sites(model)
+    widest = max(site.width for site in places)
+    if rank > widest:
+        raise ConfigError(f"optim.lora={rank} is more than the width of the model: give at most {widest}")
     for site in places:
         layer = site.layer(model)
         if any(getattr(layer, f"{part}_bias", None) is not None for part in ("q", "v")):

@@ -7,10 +7,9 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from .errors import ConfigError, TransferError, UnsupportedModelError
-from .families import find_family
+from .families import any_family, find_family, valueless
 
 # A teacher from another library, with the interface of a timm classifier.
 
@@ -123,7 +122,7 @@ def _wrong(found: Tensor | None, name: str, said: str) -> TransferError:
 
 def run_features(model: nn.Module, images: Tensor) -> Any:
     """Run a model up to its features, of which `patch_features` and `run_head` give parts."""
-    family, timm_model = find_family(model), cast(Any, model)
+    family, timm_model = any_family(model), cast(Any, model)
     return timm_model.forward_features(images) if family is None else family.features(model, images)
 
 
@@ -202,17 +201,8 @@ def fixed_size(model: nn.Module) -> tuple[int, int] | None:
     """Return the only size (height, width) of images that a model takes; None if it takes any."""
     if isinstance(model, OutsideTeacher):
         return model.img_size
-    family = find_family(model)
-    if family is not None:
-        return family.fixed_size(model)
-    described = getattr(model, "pretrained_cfg", None) or {}
-    if described.get("fixed_input_size") and getattr(model, "patch_embed", None) is None:
-        return int(described["input_size"][1]), int(described["input_size"][2])
-    embedding: Any = getattr(model, "patch_embed", None)
-    size = getattr(embedding, "img_size", None)
-    if size is None or not getattr(embedding, "strict_img_size", True):
-        return None
-    return int(size[0]), int(size[1])
+    family = any_family(model)
+    return None if family is None else family.fixed_size(model)
 
 
 def check_takes(model: nn.Module, size: tuple[int, int], section: str) -> None:
@@ -222,13 +212,11 @@ def check_takes(model: nn.Module, size: tuple[int, int], section: str) -> None:
     """
     if isinstance(model, OutsideTeacher):  # may need real values: the first step will show
         return
-    tensors = dict(model.named_parameters()) | dict(model.named_buffers())
-    empty = {name: tensor.to("meta") for name, tensor in tensors.items()}
-    dtype = next((tensor.dtype for tensor in tensors.values() if tensor.is_floating_point()), torch.float32)
+    dtype = next((each.dtype for each in model.parameters() if each.is_floating_point()), torch.float32)
     image = torch.empty(1, image_channels(model), *size, dtype=dtype, device="meta")
     try:
         with torch.no_grad():
-            functional_call(model, empty, (image,))
+            valueless(model)(image)
     except NotImplementedError:
         return  # an operation that the meta device does not have: the first step will show
     except (RuntimeError, AssertionError, ValueError) as error:

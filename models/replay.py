@@ -17,7 +17,7 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
 from .errors import TransferError
-from .families import find_family
+from .families import any_family
 
 _State = tuple[bool, list[tuple[int, ...]], list[tuple[object, ...]]]
 
@@ -81,7 +81,7 @@ def restore_blocks(model: nn.Module) -> None:
 
 def _stages(model: nn.Module) -> list[tuple[nn.Module, str]]:
     """Return the model, or the stages of a pyramid that can be checkpointed, with the name of their lists of parts."""
-    family = find_family(model)
+    family = any_family(model)
     if family is None:
         return [(model, "blocks")]
     return [(stage, name) for stage in family.recomputed(model) for name in family.rerun]

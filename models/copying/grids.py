@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import TransferError, UnsupportedModelError
-from ..families import SUPPORTED, TokenLayout, family_of, fills, find_family
+from ..families import TokenLayout, family_of, fills
 
 Size = tuple[int, int]
 """Height and width."""
@@ -92,10 +92,7 @@ class ImageSizes:
 
     def __init__(self, teacher: nn.Module, student: nn.Module) -> None:
         for model in (teacher, student):
-            if find_family(model) is None:
-                raise UnsupportedModelError(
-                    f"{type(model).__name__} has no patch embedding for the whole model; supported are {SUPPORTED}"
-                )
+            family_of(model)  # another model is refused
         self._models = (teacher, student)
 
     def grids(self, images: Size) -> Grids:

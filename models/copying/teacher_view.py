@@ -248,6 +248,9 @@ class WholeModel(nn.Module):
 
     def forward(self, images: Tensor) -> None:
         whole = self.tape.whole
+        if not self.wanted:
+            family_of(self.model).run_blocks(self.model, images)
+            return
         features = run_features(self.model, images)
         if "patches" in self.wanted:
             whole["patches"] = patch_features(self.model, features, (images.shape[-2], images.shape[-1]))
@@ -305,6 +308,8 @@ def view_teacher(teacher: nn.Module, wanted: Wanted, tape: Tape) -> nn.Module:
     """Return a view that puts what is `wanted` on the tape, and computes nothing beyond."""
     if wanted.whole and not wanted.layers:
         return WholeModel(shallow(teacher), wanted.whole, tape)
+    if not family_of(teacher).reads_attention:
+        return _watch_outputs(teacher, wanted, tape)
     own = blocks_of(teacher)
     blocks = [_view_block(teacher, block, index, wanted, tape) for index, block in enumerate(own)]
     if wanted.whole:
@@ -318,6 +323,25 @@ def view_teacher(teacher: nn.Module, wanted: Wanted, tape: Tape) -> nn.Module:
             host.operator.needs = wanted.parts[last]
         blocks[last] = LastAttention(norm, host, host.operator)
     return truncated(teacher, blocks[: last + 1])
+
+
+@dataclass(eq=False)
+class _KeepBlock:
+    """Keeps the output of a block of the teacher."""
+
+    tape: Tape
+    layer: int
+
+    def __call__(self, tokens_BNC: Tensor) -> None:
+        self.tape.blocks[self.layer] = tokens_BNC
+
+
+def _watch_outputs(teacher: nn.Module, wanted: Wanted, tape: Tape) -> nn.Module:
+    """Return a view of a teacher whose blocks stay as they are."""
+    twin, family = shallow(teacher), family_of(teacher)
+    for layer in sorted(wanted.blocks):
+        family.watch_block(twin, layer, _KeepBlock(tape, layer))
+    return WholeModel(twin, wanted.whole, tape)
 
 
 def view_attention(

@@ -24,12 +24,15 @@ from .site import evaluating as evaluating
 from .site import replace_block as replace_block
 from .site import shallow as shallow
 from .site import submodule as submodule
+from .site import valueless as valueless
 from .site import vit as vit
 from .site import widths as widths
 from .walk import FAMILIES as FAMILIES
+from .walk import any_family as any_family
 from .walk import as_kind as as_kind
 from .walk import blocks_of as blocks_of
 from .walk import check_patches as check_patches
+from .walk import check_size as check_size
 from .walk import check_supported as check_supported
 from .walk import constructor_arguments as constructor_arguments
 from .walk import create_timm_model as create_timm_model
@@ -45,6 +48,7 @@ from .walk import patch_size as patch_size
 from .walk import paths_of as paths_of
 from .walk import plan_depth as plan_depth
 from .walk import position_grid as position_grid
+from .walk import refuse_compiled as refuse_compiled
 from .walk import register_family as register_family
 from .walk import sites as sites
 from .walk import whole_grid as whole_grid

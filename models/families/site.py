@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, ClassVar, TypeVar, cast
+from typing import Any, ClassVar, Protocol, TypeVar, cast
 
 from torch import Tensor, nn
 
@@ -160,6 +160,14 @@ class Site:
         replace_block(model, self.path, block)
 
 
+def valueless(model: M) -> M:
+    """Return a copy of a model without values, on the meta device, which computes only shapes."""
+    tensors = (*model.parameters(), *model.buffers())
+    memo: dict[int, Any] = {id(each): each.detach().to("meta") for each in tensors}
+    memo |= {id(each): nn.Parameter(memo[id(each)], False) for each in model.parameters()}
+    return copy.deepcopy(model, memo)
+
+
 def shallow(module: M) -> M:
     """Return a module with the same parameters and buffers whose children can be replaced."""
     twin = copy.copy(module)
@@ -208,6 +216,8 @@ def _end_with(opened: dict[str, nn.Module], path: str) -> None:
 def size_of(embedding: Any) -> tuple[int, int] | None:
     """Return the height and width of the images that a patch embedding was built for; None if it takes any."""
     size = getattr(embedding, "img_size", None)
+    if isinstance(size, int):
+        return size, size
     return None if size is None else (int(size[0]), int(size[1]))
 
 
@@ -249,6 +259,23 @@ class NativeParts:
     pooling: str
 
 
+class Handle(Protocol):
+    """What ends a watch."""
+
+    def remove(self) -> None: ...
+
+
+@dataclass(eq=False)
+class _Shown:
+    """A forward hook that shows the output of a module, as `read` returns it."""
+
+    see: Callable[[Any], None]
+    read: Callable[[Any], Any] | None = None
+
+    def __call__(self, module: nn.Module, inputs: object, out: Any) -> None:
+        self.see(out if self.read is None else self.read(out))
+
+
 OF_PLAIN = ("copying", "mirroring", "measuring", "masking")
 """What is for plain vision transformers alone: words of `Family.cannot`."""
 
@@ -285,6 +312,8 @@ class Family(ABC):
     """timm's constructor takes `img_size`."""
     resized_when_loaded = False
     """Weights for images of another size are loaded at their own, and the model is then resized."""
+    reads_attention = True
+    """Whether layers of these models are hosted, converted and looked at; without it only their outputs are read."""
     exported_hosted = False
     """torch cannot export timm's layers to ONNX, and can export their hosts."""
     rerun: tuple[str, ...] = ("blocks",)
@@ -507,6 +536,19 @@ class Family(ABC):
         """Return these tokens as (B, rows, columns, C) of the last grid, without prefix tokens."""
         found: Tensor = tokens
         return found if tokens.dim() == 4 else found[:, geometry.num_prefix :].unflatten(1, geometry.grid)
+
+    def watch_block(self, model: nn.Module, index: int, see: Callable[[Tensor], None]) -> Handle:
+        """Call `see` with the output (B, N, C) of a block in each forward pass by `predict`, until it is removed."""
+        path = [path for stage in self.paths(model) for path in stage][index]
+        return submodule(model, path).register_forward_hook(_Shown(see, self.sequencer(model)))
+
+    def watch_tokens(self, model: nn.Module, see: Callable[[Any], None]) -> Handle:
+        """Call `see` with what `tokens` takes in each forward pass by `predict`, until it is removed."""
+        return self.last_tokens(model).register_forward_hook(_Shown(see))
+
+    def run_blocks(self, model: nn.Module, images: Tensor) -> None:
+        """Run a model as far as its blocks are needed."""
+        self.features(model, images)
 
     def recomputed(self, model: nn.Module) -> list[nn.Module]:
         """Return the modules that run their parts in `rerun` again in the backward pass with `grad_checkpointing`."""

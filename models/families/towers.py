@@ -109,12 +109,23 @@ def tower_of(model: nn.Module) -> Tower:
     return TOWERS[tower_config(model).model_type]
 
 
+VALID = "Dinov2Model or ViTForImageClassification"
+
+
 def why_not(kind: Any) -> str:
     """Return why a class of transformers is not supported; empty for one that is."""
     config = kind.config_class
     vision = getattr(config, "sub_configs", {}).get("vision_config", config)
     name = str(getattr(vision, "model_type", ""))
-    if "input_ids" in inspect.signature(kind.forward).parameters:
+    inputs = inspect.signature(kind.forward).parameters
+    if "pixel_values" not in inputs:
+        return f"{kind.__name__} of transformers takes no images: give a vision tower, such as {VALID}"
+    if hasattr(kind, "forward_with_filtered_kwargs"):
+        return (
+            f"{kind.__name__} of transformers gives maps of some of its layers, and neither all tokens nor classes: "
+            "load the same weights as the tower itself, by AutoModel.from_pretrained"
+        )
+    if "input_ids" in inputs:
         return f"{kind.__name__} takes text as well as images: give its vision tower alone, such as model.vision_model"
     if name not in TOWERS:
         return (
@@ -484,8 +495,8 @@ class Towers(Family):
 
     def describe_plan(self, model: nn.Module, plan: str | None) -> None:
         theirs: Any = model
-        if plan is None:
-            vars(theirs.config).pop(PLAN, None)
+        if plan is None:  # it is loaded as a tower all the same
+            setattr(theirs.config, PLAN, f"*: {KEEP}")
             return
         register()
         theirs.set_attn_implementation(INTERFACE)

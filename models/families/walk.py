@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Mapping
 from importlib import import_module
 from pathlib import Path
 from pkgutil import iter_modules
-from typing import Any, cast
+from typing import Any, NoReturn, cast
 
 import timm
 from timm.models import is_model, model_entrypoint, split_model_name_tag
@@ -16,6 +17,7 @@ from ..attention.base import Geometry
 from ..errors import ConfigError, UnsupportedModelError
 from ..host import AttentionHost
 from ..plan_syntax import KEEP
+from .intermediates import REST
 from .plain import (
     SUPPORTED,
     TokenLayout,
@@ -61,22 +63,44 @@ REFUSED = {
 
 
 def find_family(model: nn.Module) -> Family | None:
-    """Return the family of a model, or None."""
+    """Return the family of a model whose attention is read, or None."""
     return next((family for family in FAMILIES if isinstance(model, family.models)), None)
 
 
+def any_family(model: nn.Module) -> Family | None:
+    """Return the family of a model, of any other model of timm that whose outputs alone are read, or None."""
+    return None if is_compiled(model) else find_family(model) or (REST if REST.takes(model) else None)
+
+
 def family_of(model: nn.Module) -> Family:
-    """Return the family of a model.
+    """Return the family of a model, as `any_family` does.
 
     Raises UnsupportedModelError: the model is of no supported family.
     """
-    family = find_family(model)
-    if family is None:
-        refuse_other(model)
+    return any_family(model) or _refuse(model)
+
+
+def is_compiled(model: nn.Module) -> bool:
+    """Return whether a model is what torch.compile returns, which hides the model itself."""
+    return "_orig_mod" in model._modules
+
+
+def refuse_compiled(model: nn.Module) -> None:
+    """Raise UnsupportedModelError for what torch.compile returns."""
+    if is_compiled(model):
+        kind = type(model._modules["_orig_mod"]).__name__
         raise UnsupportedModelError(
-            f"{type(model).__name__} is not a supported model; supported are {SUPPORTED}, and {STAGED}"
+            f"this {kind} was compiled by torch.compile: give the model itself, and compile what is made of it"
         )
-    return family
+
+
+def _refuse(model: nn.Module) -> NoReturn:
+    refuse_compiled(model)
+    refuse_other(model)
+    raise UnsupportedModelError(
+        f"{type(model).__name__} is not a supported model; supported are {SUPPORTED}, {STAGED}, and models that "
+        "graftvit.models.Adapter reads"
+    )
 
 
 def sites(model: nn.Module) -> list[Site]:
@@ -151,14 +175,20 @@ def plan_depth(model: nn.Module) -> int | list[int]:
     return sum(found) if family_of(model).kept == KEEP else found
 
 
-def check_supported(model: nn.Module, *, copied: bool = False, to: str = "") -> None:
+def check_supported(model: nn.Module, *, copied: bool = False, to: str = "", attention: bool = True) -> None:
     """Raise `UnsupportedModelError` if the model or one of its blocks is not supported.
+
+    Without `attention` only the outputs of its blocks and its whole results are needed.
 
     A model that copies its teacher's attention is supported only with `copied`: it has no attention of its own to
     convert or to teach. `to` names what shall be done, of `Family.cannot`.
     """
     refuse_copied(model, copied)
     name, family = type(model).__name__, family_of(model)
+    if not family.reads_attention:
+        if attention:
+            _refuse(model)
+        return
     if to in family.cannot:
         raise UnsupportedModelError(
             f"{name} {family.cannot[to]}, which is not supported here; supported are {SUPPORTED}"
@@ -214,6 +244,16 @@ def image_channels(model: nn.Module) -> int:
     return (find_family(model) or FAMILIES[0]).channels(model)
 
 
+def check_size(model: nn.Module, size: tuple[int, int]) -> None:
+    """Raise UnsupportedModelError if a model that takes images of one size is given others."""
+    family = family_of(model)
+    fixed = family.image_size(model) if family.is_strict(model) else None
+    if fixed is not None and size != fixed:
+        raise UnsupportedModelError(
+            f"images of {size[0]}x{size[1]} are given, and {type(model).__name__} takes {fixed[0]}x{fixed[1]} alone"
+        )
+
+
 # Create a timm model at an image size, also where timm's constructor takes none.
 
 
@@ -223,19 +263,30 @@ def create_timm_model(name: str, /, **arguments: Any) -> nn.Module:
     A family whose constructor does not take `img_size`, or only checks it, is created and then resized.
     """
     family = family_named(name)
-    late = family is not None and not family.sized_when_built
+    late = not _takes_size(name) if family is None else not family.sized_when_built
     size = arguments.pop("img_size", None) if late else None
-    model = timm.create_model(name, pretrained=False, **arguments)
-    if family is not None and size is not None:
-        family.resize(model, (size, size) if isinstance(size, int) else (int(size[0]), int(size[1])))
+    model: nn.Module = timm.create_model(name, pretrained=False, **arguments)
+    if size is not None:
+        size = (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
+        family_of(model).resize(model, size)
     return model
 
 
 def constructor_arguments(architecture: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
     """Return `arguments` as timm's own constructor takes them: without `img_size` where it has no such argument."""
     family = family_named(architecture)
-    takes_size = family is None or family.takes_size
+    takes_size = _takes_size(architecture) if family is None else family.takes_size
     return {key: value for key, value in arguments.items() if takes_size or key != "img_size"}
+
+
+def _takes_size(architecture: str) -> bool:
+    """Return whether timm's constructor of a model of no family takes `img_size`; true for a name that timm has not."""
+    name = split_model_name_tag(architecture)[0]
+    if not is_model(name):
+        return True
+    known = vars(import_module(model_entrypoint(name).__module__)).values()
+    kinds = [each for each in known if inspect.isclass(each) and hasattr(each, "forward_intermediates")]
+    return not kinds or any("img_size" in inspect.signature(kind).parameters for kind in kinds)
 
 
 def family_named(architecture: str) -> Family | None:

@@ -260,9 +260,12 @@ def test_a_model_of_no_family_has_a_size_of_patches() -> None:
     check_patches(model)
 
 
-def test_a_model_of_no_family_is_refused_and_has_no_empty_list() -> None:
+def test_a_model_of_no_family_has_blocks_without_attention_and_another_is_refused() -> None:
+    assert [site.num_heads for site in sites(timm.create_model("resnet10t"))] == [0] * 5
     with pytest.raises(UnsupportedModelError, match="ResNet is not a supported model"):
-        sites(timm.create_model("resnet10t"))
+        check_supported(timm.create_model("resnet10t"))
+    with pytest.raises(UnsupportedModelError, match="Linear is not a supported model"):
+        sites(nn.Linear(2, 2))
 
 
 @pytest.mark.parametrize("kind", ["pvt", "svt", "swin", "swinv2"])

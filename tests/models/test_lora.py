@@ -115,6 +115,8 @@ def test_what_cannot_have_adapters_is_named(monkeypatch: pytest.MonkeyPatch) -> 
     for model in (vit("beit_base_patch16_224", num_heads=2), tiny("swinv2")):
         with pytest.raises(UnsupportedModelError, match="layer 0 stores the biases of q and v apart"):
             add_lora(model, 2)
+    with pytest.raises(ConfigError, match=r"optim\.lora=4611686018427387904"):
+        add_lora(vit(), 2**62)
     monkeypatch.setitem(sys.modules, "peft", None)
     with pytest.raises(ConfigError, match=r"needs peft, not installed: pip install 'graftvit\[lora\]'"):
         add_lora(vit(), 2)

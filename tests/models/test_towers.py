@@ -355,3 +355,20 @@ def test_transformers_is_not_imported() -> None:
         "assert 'transformers' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_folder_keeps_the_type_of_its_weights_and_its_library(tmp_path: Path) -> None:
+    half = convert(tower("vit").to(torch.bfloat16), "0: linear")
+    half.save_pretrained(tmp_path / "half")
+    assert {each.dtype for each in graftvit.load(tmp_path / "half").parameters()} == {torch.bfloat16}
+    convert(tower("vit"), "*: softmax").save_pretrained(tmp_path / "softmax")
+    again = graftvit.load(tmp_path / "softmax")
+    assert type(again) is type(tower("vit"))
+    torch.testing.assert_close(tokens(again, images()), tokens(tower("vit"), images()))
+
+
+def test_a_model_of_text_is_not_told_of_a_vision_tower() -> None:
+    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
+    text = transformers.BertModel(transformers.BertConfig(vocab_size=10, **sizes))
+    with pytest.raises(UnsupportedModelError, match="takes no images"):
+        convert(text, "*: linear")

@@ -273,3 +273,39 @@ def test_what_a_tower_cannot_do_is_refused_by_name(tmp_path: Path) -> None:
 
 
 SHALLOW = {"depths": [1, 1], "num_heads": [1, 2], "window_size": 4}
+
+
+# What is refused, and how.
+
+
+def test_a_tower_without_a_classifier_learns_pooled_features() -> None:
+    student = tower("dinov2")
+    out = DualViT(tower("vit"), student, "feature")(images())
+    expected = 1 - F.cosine_similarity(student(images()).pooler_output, out.logits, dim=-1)
+    torch.testing.assert_close(expected, torch.zeros(2), atol=1e-5, rtol=0)
+    assert float(out.transfer_loss) > 0
+    same = DualViT(copy.deepcopy(student), student, "feature")(images())
+    assert float(same.transfer_loss) == pytest.approx(0, abs=1e-5)
+
+
+def test_a_backbone_is_refused_by_name() -> None:
+    config = transformers.Dinov2Config(**SIZES)
+    backbone = transformers.Dinov2Backbone(config)
+    with pytest.raises(UnsupportedModelError, match="Dinov2Backbone"):
+        DualViT(backbone, tower("vit"), "feature")
+    with pytest.raises(UnsupportedModelError, match="AutoModel"):
+        convert(backbone, "*: linear")
+
+
+def test_maps_at_another_size_are_refused_in_our_words() -> None:
+    with pytest.raises(UnsupportedModelError, match="40x40"):
+        attention_maps(tower("vit"), images(size=(40, 40)))
+
+
+def test_a_compiled_model_is_refused_with_what_to_do() -> None:
+    compiled: Any = torch.compile(tower("vit"))
+    for teacher, student in ((compiled, tower("vit")), (tower("vit"), compiled)):
+        with pytest.raises(UnsupportedModelError, match="compile"):
+            DualViT(teacher, student, "distill")
+    with pytest.raises(UnsupportedModelError, match="compile"):
+        convert(compiled, "*: linear")

@@ -20,7 +20,7 @@ from ...models.conversion import sharing_copy
 from ...models.converted import ConvertedAttention
 from ...models.copied import CopiedAttention
 from ...models.errors import ConfigError, DataError, TransferError
-from ...models.families import Site, blocks_of, check_supported, family_of, native_host, sites
+from ...models.families import Site, blocks_of, check_size, check_supported, family_of, native_host, sites
 from ...models.host import AttentionHost
 from ...models.hosting import Call, watch_layer
 from ...models.map_structure import Size, Windows
@@ -175,6 +175,7 @@ def layer_maps(
     check_supported(model, copied=True)
     asking = asking or {}
     twin, maps = sharing_copy(model).eval(), dict[int, LayerMap]()
+    check_size(twin, (images.shape[-2], images.shape[-1]))
     stages = family_of(twin).geometries(twin, (images.shape[-2], images.shape[-1]))
     for site in sites(twin):
         if site.index in layers and site.num_heads:

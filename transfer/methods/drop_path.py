@@ -42,13 +42,14 @@ class SharedDropPath(nn.Module):
         return x * mask.view(-1, *[1] * (x.dim() - 1))  # (B, N, C), and (B, height, width, C) of Swin
 
 
-def check_shares(name: str, teacher: nn.Module) -> None:
+def check_shares(name: str, teacher: nn.Module, student: nn.Module) -> None:
     """Raise TransferError: the teacher of this name has no blocks whose masks could be the student's."""
-    if find_family(teacher) is None:
-        raise TransferError(
-            "transfer.share_drop_path needs a teacher with the blocks of a vision transformer, and "
-            f"{name} is a {type(teacher).__name__}: set it to false"
-        )
+    for role, model in ((name, teacher), ("the student", student)):
+        if find_family(model) is None:
+            raise TransferError(
+                "transfer.share_drop_path needs a teacher with the blocks of a vision transformer, and such a student; "
+                f"{role} is a {type(model).__name__}: set it to false"
+            )
 
 
 def share_drop_paths(student: nn.Module, teacher_view: nn.Module, tape: Tape) -> list[SharedDropPath]:

@@ -135,11 +135,11 @@ class DualViT(nn.Module):
         DualViT(teacher, student, losses=[{"method": "distill", "weight": 3}, {"method": "feature", "weight": 1}])
 
     `teacher` is one model, or several by name, which an entry of `losses` names as its `teacher`; an entry without
-    a name learns from the first. The student is a timm model of the plain ViT families
-    (`graftvit.models.families.SUPPORTED`), and so is a teacher whose layers are used; `feature` and `logits` take any
-    classifier of timm. A teacher is never registered: it is not trained, not in the state dict, and stays in eval
-    mode. Both may also be vision towers of transformers (docs/transfer.md). The student stays an ordinary model of its
-    library, with its own state dict; while it is taught, its attention layers are hosted (`release` puts its own back).
+    a name learns from the first. Both are timm models of a supported family (`graftvit.models.families.SUPPORTED`, and
+    pyramids); `feature`, `logits` and `block_output` take any models of timm. A teacher is never registered: it is not
+    trained, not in the state dict, and stays in eval mode. Both may also be vision towers of transformers
+    (docs/transfer.md). The student stays an ordinary model of its library, with its own state dict; while it is taught,
+    its attention layers are hosted (`release` puts its own back).
 
     Without normalizations, each model's `pretrained_cfg` says how its images are normalized; `forward` takes
     images as the student wants them. A student on the meta device has no heads to match: `heads=match` stays open.
@@ -179,7 +179,7 @@ class DualViT(nn.Module):
         for index, (kind, name) in enumerate(zip(kinds, chosen, strict=True)):
             with placed(self.config, index):
                 check_teacher(models[name], kind)
-        check_supported(student)
+        check_supported(student, attention=any(kind.uses_heads for kind in kinds))
         self._normalization = norm
         layered = {name for kind, name in zip(kinds, chosen, strict=True) if kind.uses_layers}
         self._sides = tuple(
@@ -480,7 +480,7 @@ class DualViT(nn.Module):
     def _shared_drop_paths(self) -> list[SharedDropPath]:
         """Share the masks of the student with the first teacher."""
         first = self._sides[0]
-        check_shares(first.name, first.model)
+        check_shares(first.name, first.model, self.student)
         return share_drop_paths(self.student, self._views[first.name], self._tapes[first.name])
 
     def _check_step(self, images: Tensor) -> None:
@@ -518,7 +518,9 @@ class DualViT(nn.Module):
             raise TransferError("the teachers were dismissed and see no more images: give what they taught")
         for side in self._sides:
             rules = [term.plan.grids for term in self._terms if term.side is side]
-            self._tapes[side.name].begin(*{side.input.grids(images, rule) for rule in rules})
+            tape = self._tapes[side.name]
+            tape.begin(*{side.input.grids(images, rule) for rule in rules})
+            tape.features["images"] = images
         if self.training:
             for drop_path in self._drop_paths:
                 drop_path.draw(images.shape[0], images)

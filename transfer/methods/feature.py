@@ -12,11 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...models.attention.kernels import precise
-from ...models.copying.tape import KeepOutput, Tape
+from ...models.copying.tape import Tape
 from ...models.copying.teacher_view import Wanted
 from ...models.errors import Json, TransferError
 from ...models.families import family_of
-from ...models.parts import feature_width, patch_width
+from ...models.parts import feature_width, num_classes, patch_width
 from ..loss_config import LossConfig
 from .method import Installed, Pairing, TransferMethod, TransferPlan
 from .standardize import Measured, Standardizer
@@ -93,6 +93,8 @@ def _overlap(fine: int, coarse: int, like: Tensor) -> Tensor:
 # The features of a student and of a teacher that are compared: the pooled ones, and those of the patches.
 
 HEADS = ("head", "head_dist")
+PREDICTION = "prediction"
+"""The name of the student's prediction on the tape."""
 
 
 @dataclass(eq=False)
@@ -129,16 +131,27 @@ class Pooled(FeaturePart):
 
     loss_name = "feature"
     words = "the pooled features before the head"
+    predicts = False
+    """Whether the student has no head, and its prediction are its pooled features."""
 
     @property
     def widths(self) -> tuple[int, int]:
         return feature_width(self.student), feature_width(self.teacher)
 
     def record(self, changes: Changes) -> None:
-        for name, head in family_of(self.student).classifiers(self.student).items():
+        heads = family_of(self.student).classifiers(self.student)
+        if not heads and num_classes(self.student):
+            raise TransferError(
+                f"transfer.tokens: the head of the student, a {type(self.student).__name__}, is not one layer after "
+                "its pooled features: use tokens=patches, or logits"
+            )
+        for name, head in heads.items():
             changes.hooks.append(head.register_forward_pre_hook(_KeepInput(self.tape, name)))
+        self.predicts = not heads
 
     def of_student(self) -> Tensor:
+        if self.predicts:
+            return self.tape.features[PREDICTION]
         inputs = [self.tape.features[name] for name in HEADS if name in self.tape.features]
         if not inputs:
             raise _not_seen("head")
@@ -159,14 +172,13 @@ class Patches(FeaturePart):
         return patch_width(self.student), patch_width(self.teacher)
 
     def record(self, changes: Changes) -> None:
-        last = family_of(self.student).last_tokens(self.student)
-        changes.hooks.append(last.register_forward_hook(KeepOutput(self.tape, "tokens")))
+        family = family_of(self.student)
+        changes.hooks.append(family.watch_tokens(self.student, _Keep(self.tape, "tokens")))
 
     def of_student(self) -> Tensor:
-        tokens, images = self.tape.features.get("tokens"), self.tape.features.get("images")
-        if tokens is None or images is None:
+        tokens, size = self.tape.features.get("tokens"), image_size_of(self.tape)
+        if tokens is None:
             raise _not_seen("final norm")
-        size = _size(images)
         patches = student_patches(self.student, family_of(self.student).tokens(tokens), size)
         theirs = teacher_patches(self.tape.whole["patches"], self._grid(size))
         return average_to(patches, self._common(size, theirs))
@@ -190,19 +202,22 @@ PARTS: dict[str, tuple[type[FeaturePart], ...]] = {
 """By the value of `transfer.tokens`."""
 
 
-def record_images(student: nn.Module, tape: Tape, changes: Changes) -> None:
-    """Keep the student's images on the tape."""
-    embedding = family_of(student).embedding(student)
-    changes.hooks.append(embedding.register_forward_pre_hook(_KeepInput(tape, "images")))
-
-
 def image_size_of(tape: Tape) -> tuple[int, int]:
     """Return height and width of the student's images in this step."""
-    return _size(tape.features["images"])
-
-
-def _size(images: Tensor) -> tuple[int, int]:
+    images = tape.features["images"]
     return int(images.shape[-2]), int(images.shape[-1])
+
+
+@dataclass(eq=False)
+class _Keep:
+    """Keeps an output of the student."""
+
+    tape: Tape
+    name: str
+
+    def __call__(self, out: Tensor) -> None:
+        if self.tape.active:
+            self.tape.features[self.name] = out
 
 
 @dataclass(eq=False)
@@ -256,7 +271,6 @@ class Feature(TransferMethod):
 
     def install(self, pairing: Pairing) -> Installed:
         config, installed, losses = pairing.config, Installed(), []
-        record_images(pairing.student, pairing.tape, pairing.changes)
         for kind in PARTS[config.tokens]:
             part = kind(pairing.student, pairing.teacher, pairing.tape)
             part.record(pairing.changes)
@@ -300,6 +314,8 @@ class _Losses:
     losses: Sequence[_FeatureLoss]
 
     def __call__(self, logits: Tensor) -> dict[str, Tensor]:
+        for loss in self.losses:
+            loss.part.tape.features[PREDICTION] = logits
         return {loss.part.loss_name: loss() for loss in self.losses}
 
 

@@ -20,7 +20,7 @@ from ...models.copied import copied_layers
 from ...models.copying.tape import Link
 from ...models.copying.teacher_view import Normalization, ShownImages, TeacherInput, WholeInput
 from ...models.errors import ConfigError, GraftError, TransferError, UnsupportedModelError, did_you_mean
-from ...models.families import check_supported, find_family, image_size, is_supported
+from ...models.families import check_supported, find_family, image_size, is_supported, refuse_compiled
 from ...models.parts import OutsideTeacher as OutsideTeacher
 from ...models.parts import check_takes, image_channels
 from ..loss_config import LossEntry, TransferConfig
@@ -183,6 +183,7 @@ def refuse_name(role: str, model: object, loader: str) -> None:
             f"{role} is of type {type(model).__name__} and no model: give one as graftvit.{loader} returns "
             f"it{wrapped}"
         )
+    refuse_compiled(model)
 
 
 def model_of(name: str, teacher: Teacher) -> nn.Module:
@@ -255,11 +256,11 @@ def check_teacher(teacher: nn.Module, method: TransferMethod) -> None:
             "timm gives features and classes alone: use feature or logits"
         )
     try:
-        check_supported(teacher, copied=True)
+        check_supported(teacher, copied=True, attention=method.uses_heads)
     except UnsupportedModelError as error:
         raise UnsupportedModelError(
             f"transfer.method={method.name} reads the layers of its teacher, and {error}; feature and logits take any "
-            "classifier"
+            "classifier, block_output any model of timm"
         ) from error
     others = {index: str(layer.choice) for index, layer in converted_layers(teacher).items()}
     others |= dict.fromkeys(copied_layers(teacher), "the attention of a teacher of its own")

@@ -11,7 +11,6 @@ from ...models.copying.tape import HeadMap, LayerPair, Link
 from ...models.errors import TransferError
 from ...models.families import (
     Site,
-    check_supported,
     depths,
     family_of,
     find_family,
@@ -154,9 +153,7 @@ def _first_heads(teacher: Site, student: Site) -> HeadMap:
 def resolve_plan(config: LossConfig, teacher: nn.Module, student: nn.Module) -> TransferPlan:
     """Resolve layers, heads and tokens; raises `TransferError` where the two models do not fit the method."""
     method = find_method(config.method)
-    if find_family(teacher) is None:
-        if method.uses_layers:
-            check_supported(teacher)
+    if not method.uses_layers and find_family(teacher) is None:
         return TransferPlan(method, (), (), tokens=config.tokens)
     notes = (report_mismatch(compare_models(teacher, student)),)
     if not method.uses_layers:

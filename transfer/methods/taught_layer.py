@@ -9,7 +9,6 @@ from typing import Any, ClassVar, NamedTuple
 from weakref import ReferenceType, WeakKeyDictionary, WeakSet, ref
 
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from ...models.attention.base import QKV, Heads
 from ...models.attention.fused import attention_with_lse
@@ -18,6 +17,7 @@ from ...models.conversion import ConvertedAttention
 from ...models.copying.copying_operators import Copy, softmax
 from ...models.copying.tape import Link, Tape
 from ...models.errors import TransferError
+from ...models.families.site import Handle
 from ...models.host import BIAS, AttentionHost
 from ...models.hosting import release_attention
 from .drop_path import release_drop_paths
@@ -30,7 +30,7 @@ from .map_loss import window_attention
 class Changes:
     """What a `DualViT` changed in its student beside the hosts of its attention and its drop paths."""
 
-    hooks: list[RemovableHandle] = field(default_factory=list)
+    hooks: list[Handle] = field(default_factory=list)
     frozen: list[nn.Parameter] = field(default_factory=list)
 
 
