@@ -28,7 +28,6 @@ MODELS: dict[str, dict[str, Any]] = {
     "edgenext_xx_small": {},
     "coat_lite_tiny": {"img_size": 64},
     "xcit_nano_12_p16_224": {"img_size": 64, "depth": 2},
-    "pit_ti_224": {"img_size": 64, "patch_size": 8},
 }
 
 
