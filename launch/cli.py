@@ -35,7 +35,7 @@ GROUPS = {
     },
     "cluster": {
         "submit": "run a training, a sweep, a comparison or another long command on a SLURM cluster",
-        "jobs": "show the runs on a cluster; print their logs, stop, resume, forget and summarize them",
+        "jobs": "show the runs on a cluster; print their logs, stop, resume and summarize them",
     },
     "analyze": {
         "evaluate": "measure top-1, top-5 and loss of one or more checkpoints, and of their ensemble",

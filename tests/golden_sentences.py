@@ -57,7 +57,6 @@ GOLDEN = {
     "jobs logs ''":
         "argument RUN: '' is not a folder: give the folder of a run or of a sweep; see `graftvit jobs logs "
         "--help`",
-    "jobs forget": "give either the runs to forget, or --ended for all runs that have no job",
     "jobs summary .":
         ". is not a sweep, because it has no sweep.json: give the output_dir of `graftvit submit --sweep`",
     "submit digits_scratch --site none.yaml": "--site none.yaml does not exist",

@@ -31,7 +31,6 @@ ALLOWED = {
     "checkpoints/weight_files.py safe_open": CHECKED,
     "launch/cli.py open": SYSTEM,
     "launch/load_config.py read_text": OWN,
-    "launch/slurm/checks.py read_text": SYSTEM,
     "launch/slurm/batch.py read_bytes": OWN,
     "launch/slurm/batch.py read_text": OWN,
     "transfer/analysis/demo_cells.py read_text": OWN,

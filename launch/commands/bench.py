@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ...models.errors import ConfigError, RunFailedError, counted
-from ..flags import Action, Parser, command_parser, parse_command, run_action, whole
-from ..say import say, tell
+from ..flags import Action, Parser, command_parser, find_action, parse_command, run_action, whole
+from ..say import hint, say, tell
+from ..submitted import Work
 
 if TYPE_CHECKING:
     import argparse
@@ -51,17 +52,34 @@ def _add_choices(parser: Parser) -> None:
 
 
 def _run(argv: list[str]) -> int:
-    return _train(_parser("run", "CONFIG --output_dir DIR [--flag value ...]"), argv, extends=False)
+    return _train(argv, extends=False)
 
 
 def _extend(argv: list[str]) -> int:
-    parser = _parser("extend", "ROWS CONFIG --output_dir DIR [--flag value ...]")
-    parser.add_argument("rows", metavar="ROWS", type=Path, help=ROWS_HELP)
-    return _train(parser, argv, extends=True)
+    return _train(argv, extends=True)
 
 
-def _train(parser: Parser, argv: list[str], *, extends: bool) -> int:
-    """Train models with programs, and write the rows."""
+def check(argv: list[str], *, here: bool = True) -> Work:
+    """Check the arguments of `run` and `extend`, the actions that train."""
+    action, words = find_action(argv, ACTIONS)
+    if action not in ("run", "extend"):
+        raise ConfigError(f"`{hint('programs', 'bench', action)}` takes seconds: run it here")
+    arguments, settings = _parse(words, extends=action == "extend")
+    if here:
+        from ..load_config import load_bench, load_rows
+
+        load_bench(arguments.config, settings)
+        if action == "extend":
+            load_rows(arguments.rows)
+    return Work(arguments.output_dir, workers=arguments.processes - 1)
+
+
+def _parse(argv: list[str], *, extends: bool) -> tuple[argparse.Namespace, list[Setting]]:
+    """Parse the arguments of a training of models with programs."""
+    usage = "CONFIG --output_dir DIR [--flag value ...]"
+    parser = _parser("extend", f"ROWS {usage}") if extends else _parser("run", usage)
+    if extends:
+        parser.add_argument("rows", metavar="ROWS", type=Path, help=ROWS_HELP)
     parser.add_argument("config", metavar="CONFIG", help="recipe or YAML file with a section 'attnbench'")
     parser.output_dir("folder of records and rows", required=True)
     text = "a program, or attnzero_..., beside the controls"
@@ -81,7 +99,12 @@ def _train(parser: Parser, argv: list[str], *, extends: bool) -> int:
         "--threads", "threads of a training; changes the rounding", type=whole(1), default=1, metavar="N"
     )
     _add_choices(parser)
-    arguments, settings = parse_command(parser, argv, only=DATA)
+    return parse_command(parser, argv, only=DATA)
+
+
+def _train(argv: list[str], *, extends: bool) -> int:
+    """Train models with programs, and write the rows."""
+    arguments, settings = _parse(argv, extends=extends)
     from ...transfer.bench_rows import merge_rows, write_rows
     from ..load_config import load_rows
 

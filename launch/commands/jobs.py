@@ -1,4 +1,4 @@
-"""`graftvit jobs`: show the runs on a cluster; print their logs; stop, resume and forget them; summarize a sweep."""
+"""`graftvit jobs`: show the runs on a cluster; print their logs; stop and resume them; summarize a sweep."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING
 from ...models.errors import ConfigError, GraftError
 from ..flags import Action, command_parser, describe_actions, run_folder, whole
 from ..say import hint, say, say_aside
+from .submit import show_or_send
 
 if TYPE_CHECKING:
-    from ..slurm.job_folder import JobFolder, Submission
-    from ..slurm.jobs import RunStatus
+    from ..slurm.folder import Job, JobFolder
+    from ..slurm.jobs import Status
     from ..slurm.logs import Follower
 
 EXAMPLES = (
@@ -24,9 +25,10 @@ EXAMPLES = (
     "graftvit jobs --active --watch        # repeat the table of waiting and running runs until none is left",
     "graftvit jobs --last 5                # the five runs that were submitted last",
     "graftvit jobs --json | jq '.[].state'",
+    "graftvit jobs /scratch/me/sweep --cost    # GPU hours, hours in the queue, steps lost",
     "graftvit jobs logs /scratch/me/distill --follow",
     "graftvit jobs logs /scratch/me/distill --rank 3 --lines 200",
-    "graftvit jobs logs /scratch/me/distill --rank all    # all ranks, merged by time",
+    "graftvit jobs logs /scratch/me/distill --rank all    # all ranks, one after the other",
     "graftvit jobs stop /scratch/me/distill          # save after the next step, then end; not requeued",
     "graftvit jobs stop /scratch/me/distill --now    # end at once; the last saved state remains",
     "graftvit jobs stop /scratch/me/sweep            # stop all cells that wait or run",
@@ -35,8 +37,6 @@ EXAMPLES = (
     "graftvit jobs resume /scratch/me/distill --nodes 4 --time 1-00:00:00    # on fewer nodes, the same global batch",
     "graftvit jobs resume /scratch/me/distill --nodes 2 --dry_run            # how the batch would be shared",
     "graftvit jobs resume /scratch/me/sweep                                  # the cells that failed or were stopped",
-    "graftvit jobs forget /scratch/me/distill     # `graftvit jobs` no longer lists it",
-    "graftvit jobs forget --ended                 # all runs whose jobs have ended",
     "graftvit jobs summary runs/layers > table.md",
 )
 RUNS_HELP = "folder of a run or of a sweep"
@@ -51,7 +51,7 @@ def run(argv: list[str]) -> int:
 
 def _show(argv: list[str]) -> int:
     """Print a table, one run in detail, or JSON."""
-    from ..slurm.jobs_text import describe, problems, to_json, watch, write_table
+    from ..slurm.jobs_text import cost_table, describe, problems, to_json, watch, write_table
 
     arguments = _parse_show(argv)
     if arguments.watch:
@@ -59,6 +59,9 @@ def _show(argv: list[str]) -> int:
             watch(lambda: _read_status(arguments, tries=1), sys.stdout, _describe_none(arguments))
         except KeyboardInterrupt:  # the normal way to end it
             say("\n")
+        return 0
+    if arguments.cost:
+        say(cost_table(list(_name_runs(arguments.runs))))
         return 0
     status, names = _read_status(arguments)
     if arguments.json:
@@ -81,23 +84,23 @@ def _parse_show(argv: list[str]) -> argparse.Namespace:
         "scheduler if it answers.\n\n"
         f"{describe_actions(ACTIONS)}\n\n`graftvit jobs ACTION --help` explains an action.",
         EXAMPLES,
-        usage="[ACTION] [RUN ...] [--active] [--last N] [--watch | --json]",
+        usage="[ACTION] [RUN ...] [--active] [--last N] [--watch | --json | --cost]",
     )
     parser.add_argument("runs", type=run_folder, nargs="*", metavar="RUN", help=RUNS_HELP)
     parser.switch("--active", "only runs that wait or run")
     parser.flag("--last", "only the N runs that were submitted last", type=whole(1), metavar="N")
     parser.switch(
-        "--watch",
-        "redraw the table until no run is active, or Ctrl-C; in a pipe, print it when a state has changed",
+        "--watch", "print the table each time that a state has changed, until no run is active, or Ctrl-C"
     )
     parser.switch("--json", "print all known facts as JSON, for scripts")
+    parser.switch("--cost", "hours of GPUs and of the queue, by Slurm's accounting, and steps lost")
     arguments = parser.parse_args(argv)
-    if arguments.watch and arguments.json:
-        raise ConfigError("--watch and --json cannot be combined: give one of them")
+    if sum((arguments.watch, arguments.json, arguments.cost)) > 1:
+        raise ConfigError("--watch, --json and --cost cannot be combined: give one of them")
     return arguments
 
 
-def _read_status(arguments: argparse.Namespace, **asking: int) -> tuple[Sequence[RunStatus], Sequence[str]]:
+def _read_status(arguments: argparse.Namespace, **asking: int) -> tuple[Sequence[Status], Sequence[str]]:
     """Return the current status of the runs, and their names."""
     from ..slurm.jobs import describe_runs
 
@@ -112,10 +115,11 @@ def _read_status(arguments: argparse.Namespace, **asking: int) -> tuple[Sequence
 
 def _name_runs(given: Sequence[Path]) -> dict[Path, str]:
     """Map each run folder to its name: a path that every command accepts in this folder."""
-    from ..slurm.jobs import listed_runs, run_folders
+    from ..slurm.folder import known
+    from ..slurm.jobs import run_folders
 
     names = {}
-    for folder in given or listed_runs():
+    for folder in given or known():
         try:
             runs = run_folders(folder)
         except GraftError:
@@ -137,8 +141,8 @@ def _describe_none(arguments: argparse.Namespace) -> str:
 
 def _logs(argv: list[str]) -> int:
     """Print the end of the logs of the job that `graftvit jobs` shows; with --follow also new lines."""
-    from ..slurm.job_folder import JobFolder
-    from ..slurm.jobs import run_folders, shown_submission
+    from ..slurm.folder import JobFolder
+    from ..slurm.jobs import run_folders, shown_job
 
     arguments = _parse_logs(argv)
     folders = run_folders(arguments.run)
@@ -147,13 +151,13 @@ def _logs(argv: list[str]) -> int:
         raise ConfigError(
             f"{folder} has several runs: choose one, as in `{hint('jobs', 'logs', folders[0])}`"
         )
-    submission = shown_submission(folder)
-    _check_rank(folder, submission, arguments)
-    paths = _find_logs(JobFolder(folder), submission, arguments.rank)
+    job = shown_job(folder)
+    _check_rank(folder, job, arguments)
+    paths = _find_logs(JobFolder(folder), job, arguments.rank)
     followers: dict[Path, Follower] = {}
-    shown = (_show_merged if arguments.rank is None else _show_end)(paths(), arguments.lines, followers)
+    shown = _show_end(paths(), arguments.lines, followers)
     if arguments.follow:
-        _follow(folder, paths, followers, arguments.rank, shown)
+        _follow(folder, paths, followers, shown)
     elif shown is None:
         say_aside(f"graftvit: there is no log yet: `{hint('jobs', folder)}` shows the state of the run\n")
     return 0
@@ -162,9 +166,7 @@ def _logs(argv: list[str]) -> int:
 def _parse_logs(argv: list[str]) -> argparse.Namespace:
     parser = command_parser(
         "jobs logs",
-        "Print the standard error and standard output of one process of a run. With `--rank all`, print the lines of "
-        "all processes, merged by the times in lines of torch, submitit and Slurm; a line without a time stays after "
-        "the line before it.",
+        "Print the standard error and standard output of one process of a run, or of all.",
         EXAMPLES,
         "RUN [--rank K|all] [--lines N] [--follow]",
     )
@@ -185,27 +187,25 @@ def _parse_logs(argv: list[str]) -> argparse.Namespace:
     return arguments
 
 
-def _check_rank(folder: Path, submission: Submission | None, arguments: argparse.Namespace) -> None:
+def _check_rank(folder: Path, job: Job | None, arguments: argparse.Namespace) -> None:
     from ..slurm.logs import ranks_with_logs
 
-    there = [] if submission is None else ranks_with_logs(submission)
+    there = [] if job is None else ranks_with_logs(job)
     if there and arguments.rank not in (None, *there) and not arguments.follow:
         raise ConfigError(
             f"--rank {arguments.rank} has no log in {folder}: ranks with logs are {_format_ranges(there)}"
         )
 
 
-def _find_logs(
-    files: JobFolder, submission: Submission | None, rank: int | None
-) -> Callable[[], tuple[Path, ...]]:
+def _find_logs(files: JobFolder, job: Job | None, rank: int | None) -> Callable[[], tuple[Path, ...]]:
     """Return a function that finds the logs of a job, or of a newer job after the run is submitted again."""
     from ..slurm.logs import all_files, log_files
 
-    first = files.submission()
+    first = files.job()
 
     def paths() -> tuple[Path, ...]:
-        newest = files.submission()
-        shown = submission if newest == first else newest
+        newest = files.job()
+        shown = job if newest == first else newest
         if shown is None:
             return ()
         return all_files(shown) if rank is None else log_files(shown, rank)
@@ -226,33 +226,18 @@ def _show_end(paths: tuple[Path, ...], lines: int, followers: dict[Path, Followe
     return shown
 
 
-def _show_merged(paths: tuple[Path, ...], lines: int, followers: dict[Path, Follower]) -> Path | None:
-    from ..slurm.logs import Follower, merged
-
-    followers.update({path: Follower.at_end(path) for path in paths})
-    found = merged(paths, lines)
-    say("".join(f"{_split_progress(line)}\n" for line in found))
-    sys.stdout.flush()
-    return paths[0] if found else None
-
-
 def _follow(
     folder: Path,
     paths: Callable[[], tuple[Path, ...]],
     followers: dict[Path, Follower],
-    rank: int | None,
     shown: Path | None,
 ) -> None:
-    from ..slurm.jobs import describe_run
-    from ..slurm.logs import follow, with_rank
+    from ..slurm.jobs import describe_runs
+    from ..slurm.logs import follow
 
-    for path, text in follow(paths, lambda: describe_run(folder).over, followers):
-        if rank is None:
-            say(with_rank(path, _split_progress(text), followers))
-            sys.stdout.flush()
-        else:
-            shown = _write(path, text, shown)
-    status = describe_run(folder)
+    for path, text in follow(paths, lambda: describe_runs([folder])[0].over, followers):
+        shown = _write(path, text, shown)
+    (status,) = describe_runs([folder])
     say_aside(f"graftvit: the run is {status.state}{f': {status.why}' if status.why else ''}\n")
 
 
@@ -293,7 +278,7 @@ def _stop(argv: list[str]) -> int:
 def _stop_one(folder: Path, now: bool) -> int:
     """Stop one folder and return the exit code. An error is printed, so that the other folders are still stopped."""
     from ..slurm.jobs import describe_runs, run_folders
-    from ..slurm.stopping import stop
+    from ..slurm.stop import stop
 
     try:
         stopped = stop(folder, now=now)
@@ -313,9 +298,9 @@ def _stop_one(folder: Path, now: bool) -> int:
 def _resume(argv: list[str]) -> int:
     """Submit the unfinished runs of a folder again."""
     from ..slurm.lock import stoppable
-    from ..slurm.preview import preview_again
-    from ..slurm.setting_layers import add_cluster_flags, asked_by, describe
-    from ..slurm.stopping import find_unfinished, resume, wait_for_stops
+    from ..slurm.plan import asked_before, plan_again, unfinished
+    from ..slurm.site_file import add_cluster_flags, asked_by
+    from ..slurm.stop import wait_for_stops
 
     parser = command_parser(
         "jobs resume",
@@ -334,40 +319,9 @@ def _resume(argv: list[str]) -> int:
     with stoppable():
         if not arguments.dry_run:
             wait_for_stops(arguments.run)
-        unfinished = find_unfinished(arguments.run)
-        asked = asked_by(arguments, unfinished.resources)
-        config = asked.config()
-        if arguments.dry_run:
-            shown = preview_again(unfinished, config, unchecked=arguments.unchecked)
-            say(f"{describe(asked)}\n{shown.text}")
-            if shown.problem is not None:
-                raise shown.problem
-            return 0
-        say(resume(unfinished, config, unchecked=arguments.unchecked))
-    return 0
-
-
-def _forget(argv: list[str]) -> int:
-    """Remove runs from the list."""
-    from ..slurm.jobs import forget_ended, forget_run
-
-    parser = command_parser(
-        "jobs forget",
-        "Remove runs from the list of `graftvit jobs`. Their folders do not change; `graftvit jobs RUN` shows them. "
-        "A run returns to the list when it is submitted or resumed. A run that has a job cannot be removed.",
-        EXAMPLES,
-        "RUN ... | --ended",
-    )
-    parser.add_argument("runs", type=run_folder, nargs="*", metavar="RUN", help=RUNS_HELP)
-    parser.switch("--ended", "all runs in the list that have no job")
-    arguments = parser.parse_args(argv)
-    if bool(arguments.runs) == arguments.ended:
-        raise ConfigError("give either the runs to forget, or --ended for all runs that have no job")
-    for folder in arguments.runs:
-        forget_run(folder)
-    forgotten = forget_ended() if arguments.ended else arguments.runs
-    say("".join(f"forgotten: {folder}\n" for folder in forgotten) or "no run in the list has ended\n")
-    return 0
+        jobs = unfinished(arguments.run)
+        asked = asked_by(arguments, asked_before(jobs))
+        return show_or_send(arguments, asked, plan_again(arguments.run, jobs, asked.config()))
 
 
 def _summary(argv: list[str]) -> int:
@@ -395,6 +349,5 @@ ACTIONS = {
     "logs": Action("print the logs of a run", _logs),
     "stop": Action("save and end a running job, cancel a waiting one", _stop),
     "resume": Action("submit a run again from its last state, on the same nodes or on others", _resume),
-    "forget": Action("remove a run from the list, and keep its folder", _forget),
     "summary": Action("summarize a sweep: mean ± std over seeds as CSV, Markdown and a plot", _summary),
 }

@@ -34,12 +34,13 @@ def run(argv: list[str]) -> int:
 
 
 def check(argv: list[str], *, here: bool = True) -> Work:
-    """Check the arguments of `search`, the only action that can be submitted."""
-    if argv[:1] != ["search"]:
+    """Check the arguments of `search` and `bench`, the actions that can be submitted."""
+    actions = {"search": search.check, "bench": bench.check}
+    if (action := next(iter(argv), "")) not in actions:
         raise ConfigError(
-            f"`{hint('programs', *argv[:1])}` cannot be submitted: of its actions only `search` can"
+            f"`{hint('programs', *argv[:1])}` cannot be submitted: of its actions only `search` and `bench` can"
         )
-    return search.check(argv[1:], here=here)
+    return actions[action](argv[1:], here=here)
 
 
 def _draw(argv: list[str]) -> int:

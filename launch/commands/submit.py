@@ -13,9 +13,9 @@ from ..say import hint, say
 from ..submitted import SUBMITTED, command_name
 
 if TYPE_CHECKING:
-    from ..slurm.requests import SubmissionPlan
-    from ..slurm.setting_layers import Asked
-    from ..slurm.settings import ClusterConfig
+    from ..slurm.batch import Batch
+    from ..slurm.request import Request
+    from ..slurm.site_file import Asked
 
 EXAMPLES = (
     "graftvit submit attention_distill_vit_large --data_path /data/imagenet --output_dir /scratch/me/distill "
@@ -44,7 +44,7 @@ def run(argv: list[str]) -> int:
         return _submit_work(argv)
     _refuse_command(argv)
     from ..slurm.lock import stoppable
-    from ..slurm.setting_layers import add_cluster_flags, asked_by
+    from ..slurm.site_file import add_cluster_flags, asked_by
 
     usage = "[RECIPE_OR_YAML] [--flag value ...] [section.key=value ...]"
     parser = command_parser("submit", DESCRIPTION, EXAMPLES, usage)
@@ -54,13 +54,14 @@ def run(argv: list[str]) -> int:
     parser.switch("--dry_run", DRY_RUN)
     add_cluster_flags(parser)
     arguments, settings = parse_command(parser, argv, explain=False)
-    from ..slurm.requests import plan_run
+    from ..slurm.plan import plan_run
 
     asked = asked_by(arguments)
-    config = asked.config()
+    request = asked.config()
     with stoppable():
-        plan = plan_run(arguments.recipe, settings, arguments.sweep, _check_early(arguments, config))
-        return _show_or_send(arguments, asked, plan, config)
+        early = _check_early(arguments, request)
+        batch = plan_run(arguments.recipe, settings, arguments.sweep, request, early)
+        return show_or_send(arguments, asked, batch)
 
 
 def _refuse_command(argv: list[str]) -> None:
@@ -80,7 +81,7 @@ def _refuse_command(argv: list[str]) -> None:
 def _submit_work(argv: list[str]) -> int:
     """Submit a command that is not a run. Flags that do not belong to the cluster belong to the command."""
     from ..slurm.lock import stoppable
-    from ..slurm.setting_layers import add_cluster_flags, asked_by
+    from ..slurm.site_file import add_cluster_flags, asked_by
 
     command = command_name(argv)
     parser = command_parser(
@@ -99,41 +100,35 @@ def _submit_work(argv: list[str]) -> int:
     add_cluster_flags(parser)
     own, words = split_words(parser, argv)
     arguments = parser.parse_args(own)
-    from ..slurm.requests import describe as describe_work
-    from ..slurm.requests import plan_work
+    from ..slurm.plan import describe_work, plan_work
 
     asked = asked_by(arguments)
-    config = asked.config()
+    request = asked.config()
     with stoppable():
-        _check_early(arguments, config)()
-        plan, config = plan_work(
-            words, arguments.job_dir, config, shares=arguments.shares, unchecked=arguments.unchecked
-        )
-        return _show_or_send(arguments, asked, plan, config, describe_work(plan))
+        _check_early(arguments, request)()
+        shares, unchecked = arguments.shares, arguments.unchecked
+        batch = plan_work(words, arguments.job_dir, request, shares=shares, unchecked=unchecked)
+        return show_or_send(arguments, asked, batch, describe_work(batch))
 
 
-def _check_early(arguments: argparse.Namespace, config: ClusterConfig) -> Callable[[], None]:
+def _check_early(arguments: argparse.Namespace, request: Request) -> Callable[[], None]:
     """Return the check that runs before slow ones; a dry run shows the script even if this check would fail."""
-    from ..slurm.submission import check_early
+    from ..slurm.submit import check_early
 
-    return lambda: None if arguments.dry_run or arguments.unchecked else check_early(config)
+    return lambda: None if arguments.dry_run or arguments.unchecked else check_early(request)
 
 
-def _show_or_send(
-    arguments: argparse.Namespace, asked: Asked, plan: SubmissionPlan, config: ClusterConfig, before: str = ""
-) -> int:
-    """Show or submit the plan, after printing `before`."""
-    from ..slurm.preview import preview
-    from ..slurm.setting_layers import describe
-    from ..slurm.submission import check, send
+def show_or_send(arguments: argparse.Namespace, asked: Asked, batch: Batch, before: str = "") -> int:
+    """Show or submit the batch, after printing `before`."""
+    from ..slurm.site_file import describe
+    from ..slurm.submit import check, preview, send
 
-    unchecked = arguments.unchecked
     if arguments.dry_run:
-        shown = preview(plan, config, unchecked=unchecked)
-        say(f"{describe(asked)}\n{before}{shown.text}")
-        if shown.problem is not None:
-            raise shown.problem
+        text, problem = preview(batch, unchecked=arguments.unchecked)
+        say(f"{describe(asked)}\n{before}{text}")
+        if problem is not None:
+            raise problem
         return 0
-    waits = check(plan, config, unchecked=unchecked)
-    say(before + send(plan, config, waits))
+    check(batch, unchecked=arguments.unchecked)
+    say(before + send(batch))
     return 0

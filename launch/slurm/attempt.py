@@ -9,12 +9,15 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import threading
 import time
 import traceback
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import submitit
 
@@ -22,11 +25,9 @@ from ...models.errors import GraftError, escaped, one_sentence
 from ...transfer.engine import deadline, early_signals
 from ..garbage import collect_seldom
 from ..submitted import command_name
-from .batch import LOG_START
-from .environment import limit_threads
+from .environment import LOG_START, export_ranks, forget_old_results, keep_results, limit_threads, requeue
 from .failures import Failure, classify
-from .job_folder import Attempt, JobFolder, newest_state, read_order
-from .pitfalls import export_ranks, forget_old_results, keep_results, requeue
+from .folder import Attempt, JobFolder, newest_state, read_order
 from .scheduler import fallen_nodes, reason_of_signal
 
 WAIT_FOR_THE_END = 600
@@ -36,12 +37,12 @@ STOPPED = 128 + signal.SIGUSR2
 
 
 @dataclass(frozen=True)
-class JobTask:
+class Task:
     """`graftvit WORDS` in a job; picklable, and called once in each task of each attempt."""
 
     words: list[str]
     output_dir: Path
-    directory: Path
+    directory: Path = field(default_factory=Path.cwd)
     """The folder that the user submitted from: relative paths of the run start there."""
 
     def __call__(self) -> dict[str, str]:
@@ -61,7 +62,8 @@ class JobTask:
         if record.asked_to_stop:  # a request that came too late for the previous attempt
             record.note(outcome="stopped", ended=time.time())
             raise SystemExit(STOPPED)
-        code = self._run(record)
+        with record.watched():
+            code = self._run(record)
         if code == 0 and not self.output_dir.is_dir():  # a command, which writes elsewhere
             sys.stderr.write(f"graftvit: {self._gone}; `graftvit {command_name(self.words)}` is through\n")
             raise SystemExit(0)
@@ -144,10 +146,22 @@ def _words(record: Record) -> str:
     """Return the signal that counts, with its reason if the scheduler knows it."""
     numbers = early_signals.received
     number = signal.SIGUSR2 if signal.SIGUSR2 in numbers else numbers[-1]
-    submission = record.folder.submission()
-    delay = 90 if submission is None else int(submission.resources["signal_delay"])
+    job = record.folder.job()
+    delay = 90 if job is None else int(job.resources["signal_delay"])
     reason = reason_of_signal(record.raw_job_id, delay) if record.cluster == "slurm" else ""
     return signal.Signals(number).name + (f" ({reason})" if reason else "")
+
+
+def _lost_steps(output_dir: Path) -> int:
+    """Return the logged steps that come after the last state, which an attempt repeats."""
+    from ...checkpoints.state import read_meta
+    from .jobs import current_stage, read_progress
+
+    try:
+        saved = read_meta(current_stage(output_dir) / "checkpoints" / "last.safetensors")["position"]["step"]
+        return max(0, read_progress(output_dir).step - int(saved))
+    except (GraftError, OSError, LookupError, TypeError, ValueError):
+        return 0
 
 
 SHORT_ATTEMPTS = 3
@@ -162,7 +176,7 @@ class Record:
         self.job_id, self.raw_job_id, self.cluster = job.job_id, job.raw_job_id, job.cluster
         self._warned = False
         self._earlier = folder.attempts()
-        self._name = ""
+        self._name = self._why = ""
         self._begun: dict[str, object] = {}
         if self.rank == 0:
             self._begin(job)
@@ -183,9 +197,45 @@ class Record:
             "world_size": job.num_tasks,
             "before": before,
             "state": newest_state(self.folder.output_dir),
+            "lost": _lost_steps(self.folder.output_dir) if self._earlier else 0,
             "log_start": int(start) if (start := os.environ.get(LOG_START, "")).isdigit() else None,
         }
         self._name = self.folder.begin(**self._begun)  # type: ignore[arg-type]
+        again = {"why": self._earlier[-1].why or self._earlier[-1].signal} if self._earlier else {}
+        # a command that takes long keeps no run from its start
+        tell = partial(self._tell, "restart" if self._earlier else "start", **again)
+        threading.Thread(target=tell, name="on_event", daemon=True).start()
+
+    def _tell(self, event: str, **known: object) -> None:
+        if (resources := self._resources()).get("on_event"):
+            from .events import tell
+
+            tell(self.folder, event, resources, **self._identity(), **known)
+
+    def _identity(self) -> dict[str, object]:
+        number = int(self._name.partition("-")[0])
+        return {
+            "job_id": self.job_id,
+            "attempt": number,
+            "restart": self.restart,
+            "nodes": self._begun["nodes"],
+        }
+
+    def _resources(self) -> Mapping[str, Any]:
+        try:
+            job = self.folder.job_of(self.job_id) or self.folder.job()
+        except (GraftError, OSError):
+            return {}
+        return {} if job is None else job.resources
+
+    def watched(self) -> AbstractContextManager[None]:
+        """Tell the command of `on_event` where the run makes no progress inside."""
+        resources = self._resources() if self.rank == 0 else {}
+        if not resources.get("on_event"):
+            return nullcontext()
+        from .events import StallWatch
+
+        return StallWatch(self.folder, resources, self._identity())
 
     @property
     def asked_to_stop(self) -> bool:
@@ -199,6 +249,14 @@ class Record:
         gone = not self.folder.attempt_path(self._name).exists()
         fields = {**self._begun, **event} if gone else event
         self._written(lambda: self.folder.note(self._name, **fields))
+        self._why = str(event.get("why") or event.get("signal") or self._why)
+        told = {"finished": "finish", "stopped": "stop"} | (
+            {} if self.cluster == "slurm" else {"failed": "failure"}
+        )
+        if (
+            event.get("outcome") in told
+        ):  # whether a job of Slurm has failed for good, its batch script decides
+            self._tell(told[str(event["outcome"])], why=self._why)
 
     def fail(self, error: BaseException, text: str) -> None:
         """Write down how this rank failed: `text`, and its kind."""

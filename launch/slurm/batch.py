@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import compileall
 import hashlib
 import os
+import py_compile
 import re
 import shlex
 import shutil
 import subprocess
+import sys
 import uuid
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, distribution, requires, version
 from importlib.util import find_spec
@@ -18,23 +21,14 @@ from typing import Any
 
 import submitit
 
-from ...checkpoints.atomic import write_folder
+from ...checkpoints.atomic import write_file, write_folder, write_text
 from ...models.errors import ConfigError
-from .settings import ClusterConfig, check_line
-
-LOG_START = "GRAFTVIT_LOG_START"
-"""The variable with the bytes that earlier attempts have written into the error log of the script and of rank 0.
-
-The script counts them: srun tells there of a rank that fails at once, while the first rank still starts.
-"""
-
-
-@dataclass(frozen=True)
-class Request:
-    """One run to submit: the words after `graftvit`, and the folder that it writes."""
-
-    words: list[str]
-    output_dir: Path
+from ...transfer.config import RunConfig
+from ..say import say_aside
+from .attempt import Task
+from .environment import LOG_START
+from .request import Request, check_line
+from .sweep import Sweep
 
 
 def new_identity() -> str:
@@ -43,24 +37,32 @@ def new_identity() -> str:
 
 
 @dataclass(frozen=True)
-class Launch:
-    """Runs that go to the cluster together, as one job or as one array, and what they ask of it."""
+class Batch:
+    """What goes to the cluster together, as one job or as one array, and what it asks of it."""
 
-    name: str
     folder: Path
     """Its `jobs/` has the logs, the copy of the code and what submitit writes."""
-    requests: Sequence[Request]
-    config: ClusterConfig
-    cpus_per_task: int
+    tasks: Sequence[Task]
+    """Without the cells of a sweep that have finished with these very settings."""
+    request: Request
+    cores: int
+    """Cores of a process."""
+    frozen: Mapping[Path, str] = field(default_factory=dict)
+    """Files to write before it is submitted."""
+    first: Task | None = None
+    """What the others have to wait for: the teacher of a comparison."""
+    configs: Sequence[RunConfig] = ()
+    """The run to check and describe: the first stage of the first cell, or the teacher to train."""
+    sweep: Sweep | None = None
+    comparison: bool = False
+    again: bool = False
+    """Whether it was submitted before, with these very settings."""
     after: str | None = None
     """The job that has to finish first; if it fails, these jobs are cancelled."""
     identity: str = field(default_factory=new_identity)
 
     def __post_init__(self) -> None:
-        """Check the names of folders.
-
-        Raises ConfigError: one that the script or the list of runs names would end its line.
-        """
+        """Raise ConfigError for a folder whose name would end its line of the script, or of the list of runs."""
         for what, folder in (
             ("--output_dir", str(self.folder)),
             ("the folder that you submit from,", str(Path.cwd())),
@@ -71,7 +73,25 @@ class Launch:
                 raise ConfigError(f"{what} {folder!r} cannot be given to the cluster: {error}") from error
 
     @property
+    def name(self) -> str:
+        """The name of the job; it distinguishes runs of the same name in different places."""
+        place = self.folder.resolve()  # whichever link leads to it
+        word = re.sub(r"[^\w.,=+-]", "-", place.name)
+        return f"graftvit-{word}-{hashlib.sha256(os.fsencode(place)).hexdigest()[:8]}"
+
+    @property
+    def is_array(self) -> bool:
+        """Return whether it is an array of jobs."""
+        return len(self.tasks) > 1
+
+    @property
+    def runs(self) -> list[Path]:
+        """The folders of all tasks, that which the others wait for first."""
+        return [one.output_dir for one in ([self.first] if self.first else []) + list(self.tasks)]
+
+    @property
     def logs(self) -> Path:
+        """The folder of the logs."""
         return self.folder / "jobs" / "logs"
 
     @property
@@ -84,109 +104,119 @@ class Launch:
         """The script that starts the interpreter of each task."""
         return self.place / "start.sh"
 
+    @property
+    def unpack(self) -> Path:
+        """The script that unpacks packs on a node."""
+        return self.place / "unpack.sh"
 
-def job_name(folder: Path) -> str:
-    """Return the job name of a submission to `folder`; it distinguishes runs of the same name in different places."""
-    place = folder.resolve()  # whichever link leads to it
-    word = re.sub(r"[^\w.,=+-]", "-", place.name)
-    return f"graftvit-{word}-{hashlib.sha256(os.fsencode(place)).hexdigest()[:8]}"
+    def write(self) -> None:
+        """Freeze the configurations in the run folders. Raises WriteFailedError."""
+        for path, text in self.frozen.items():
+            write_text(path, text)
+        if self.sweep is not None:
+            self.sweep.save()
 
 
-def executor_of(launch: Launch) -> submitit.AutoExecutor:
+def executor_of(batch: Batch) -> submitit.AutoExecutor:
     """Return the executor with its resources; write nothing."""
-    config = launch.config
-    executor = submitit.AutoExecutor(folder=launch.logs, cluster=config.cluster)
-    executor.update_parameters(**_common(launch))
-    if config.cluster == "slurm":
-        executor.update_parameters(**_of_slurm(launch))
-    elif config.cluster == "local" and (config.setup or config.node_setup):
-        executor.update_parameters(local_setup=[*config.setup, *config.node_setup])
+    request = batch.request
+    executor = submitit.AutoExecutor(folder=batch.logs, cluster=request.cluster)
+    executor.update_parameters(**_common(batch))
+    if request.cluster == "slurm":
+        executor.update_parameters(**_of_slurm(batch))
+    elif request.cluster == "local" and (request.setup or request.node_setup):
+        executor.update_parameters(local_setup=[*request.setup, *request.node_setup])
     return executor
 
 
-def script(launch: Launch) -> str:
+def script(batch: Batch) -> str:
     """Return the sbatch script as it would be submitted; write nothing."""
-    executor: Any = executor_of(launch)._executor
-    count = len(launch.requests)
-    if count > 1:
-        executor.parameters["map_count"] = count  # as submitit does for an array
-    return str(executor._make_submission_file_text(command(launch), "%j"))
+    executor: Any = executor_of(batch)._executor
+    if batch.is_array:
+        executor.parameters["map_count"] = len(batch.tasks)  # as submitit does for an array
+    return str(executor._make_submission_file_text(command(batch), "%j"))
 
 
-def command(launch: Launch) -> str:
-    """Return the command of each task: it reads the request from the folder of the launch."""
-    return f"sh {shlex.quote(str(launch.start))} -u -m submitit.core._submit {shlex.quote(str(launch.place))}"
+def command(batch: Batch) -> str:
+    """Return the command of each task: it reads the request from the folder of the batch."""
+    words = f"sh {shlex.quote(str(batch.start))} -u -m submitit.core._submit {shlex.quote(str(batch.place))}"
+    request = batch.request
+    if request.container is None or not request.container.endswith(".sif") or request.cluster != "slurm":
+        return words
+    devices = ["--nv"] if request.gpu_count else []
+    mounts = ["--bind", request.container_mounts] if request.container_mounts else []
+    return f"{shlex.join(['apptainer', 'exec', *devices, *mounts, request.container])} {words}"
 
 
-def _common(launch: Launch) -> dict[str, Any]:
+def _common(batch: Batch) -> dict[str, Any]:
     """Return the resources by the names that submitit has for every cluster."""
-    config = launch.config
+    request = batch.request
     common: dict[str, Any] = {
-        "name": launch.name,
-        "timeout_min": config.minutes,
-        "nodes": config.nodes,
-        "tasks_per_node": config.tasks,
+        "name": batch.name,
+        "timeout_min": request.minutes,
+        "nodes": request.nodes,
+        "tasks_per_node": request.tasks,
     }
-    if config.gpu_count and config.cluster != "slurm":
-        common["gpus_per_node"] = config.gpu_count
+    if request.gpu_count and request.cluster != "slurm":
+        common["gpus_per_node"] = request.gpu_count
     return common
 
 
-def _of_slurm(launch: Launch) -> dict[str, Any]:
-    config = launch.config
-    more: dict[str, Any] = {"requeue": True, "chdir": os.getcwd(), **config.options()}  # noqa: PTH109
+def _of_slurm(batch: Batch) -> dict[str, Any]:
+    request = batch.request
+    more: dict[str, Any] = {"requeue": True, "chdir": os.getcwd(), **request.options()}  # noqa: PTH109
     steps = [
-        f"--cpus-per-task={launch.cpus_per_task}",
+        f"--cpus-per-task={batch.cores}",
         "--kill-on-bad-exit=1",
     ]  # srun >= 22.05 inherits no cores
-    if config.container:
-        steps.append(f"--container-image={config.container}")
-    if config.container_mounts:
-        steps.append(f"--container-mounts={config.container_mounts}")
-    if launch.after is not None:
-        more["dependency"] = f"afterok:{launch.after}"
+    if request.container and not request.container.endswith(".sif"):
+        steps.append(f"--container-image={request.container}")
+        steps += [f"--container-mounts={request.container_mounts}"] if request.container_mounts else []
+    if batch.after is not None:
+        more["dependency"] = f"afterok:{batch.after}"
         more["kill_on_invalid_dep"] = "yes"
     return {
-        "cpus_per_task": launch.cpus_per_task,
-        "slurm_signal_delay_s": config.signal_delay,
-        "slurm_array_parallelism": config.array_parallelism,
+        "cpus_per_task": batch.cores,
+        "slurm_signal_delay_s": request.signal_delay,
+        "slurm_array_parallelism": request.array_parallelism,
         "slurm_setup": [
             f"export {LOG_START}=$(stat -L -c %s /dev/fd/2)",
-            *config.setup,
-            *_node_setup(launch),
+            *request.setup,
+            *_node_setup(batch),
         ],
-        "slurm_teardown": _after_the_end(launch),
+        "slurm_teardown": _after_the_end(batch),
         "slurm_srun_args": steps,
         "slurm_additional_parameters": more,
     }
 
 
-def _node_setup(launch: Launch) -> list[str]:
+def _node_setup(batch: Batch) -> list[str]:
     """Return a step of one task a node, which has all cores of the job there.
 
     Signals wait for its end: a preempted job whose step dies of SIGTERM has failed, and is not started again.
     """
-    config = launch.config
-    if not config.node_setup:
+    request = batch.request
+    unpack = [f"sh {shlex.quote(str(batch.unpack))}"] if request.pack != "no" else []
+    if not request.node_setup and not unpack:
         return []
-    lines = "\n".join(["trap '' TERM USR2", *config.node_setup])
+    lines = "\n".join(["trap '' TERM USR2", *unpack, *request.node_setup])
     step = [
-        f"--nodes={config.nodes}",
-        f"--ntasks={config.nodes}",
+        f"--nodes={request.nodes}",
+        f"--ntasks={request.nodes}",
         "--ntasks-per-node=1",
         "--kill-on-bad-exit=1",
     ]
-    cores = f"--cpus-per-task={launch.cpus_per_task * config.tasks}"
+    cores = f"--cpus-per-task={batch.cores * request.tasks}"
     return [shlex.join(["srun", *step, cores, "bash", "-e", "-c", lines]) + " || exit $?"]
 
 
-def _after_the_end(launch: Launch) -> list[str]:
+def _after_the_end(batch: Batch) -> list[str]:
     """Return lines after srun: an error may be one after which the job is started again (`restart`).
 
     A file system that is away takes the folder along, and often comes back. Where its neighbors are there, or it is
     itself and our part of it is not, somebody has removed or moved that.
     """
-    paths = (launch.folder, launch.folder.parent, launch.start, launch.place)
+    paths = (batch.folder, batch.folder.parent, batch.start, batch.place)
     folder, above, start, place = (shlex.quote(str(path)) for path in paths)
     return [
         "code=$?",
@@ -215,7 +245,7 @@ def copy_package(folder: Path) -> Path:
     target = folder / f"code-{digest.hexdigest()[:12]}"
     if not target.is_dir():
         size = sum(path.stat().st_size for path in files.values())
-        write_folder(target, lambda new: _copy(files, new), size=size)
+        write_folder(target, lambda new: _copy(files, new, target), size=size)
     return target
 
 
@@ -247,16 +277,19 @@ def _folder(module: str) -> Path:
     return Path(next(iter(spec.submodule_search_locations)))
 
 
-def _copy(files: dict[str, Path], folder: Path) -> None:
+def _copy(files: dict[str, Path], folder: Path, target: Path) -> None:
+    """Copy and compile: a file that is never checked for a newer source costs a rank nothing."""
     for name, path in files.items():
-        target = folder / name
-        target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(path, target)
+        place = folder / name
+        place.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, place)
     metadata = folder / f"graftvit-{version('graftvit')}.dist-info" / "METADATA"
     metadata.parent.mkdir()
     installed = distribution("graftvit")  # PKG-INFO where it is found through the egg-info of a checkout
     text = installed.read_text("METADATA") or installed.read_text("PKG-INFO") or ""
     metadata.write_text(text, encoding="utf-8")
+    unchecked = py_compile.PycInvalidationMode.UNCHECKED_HASH
+    compileall.compile_dir(folder, quiet=2, invalidation_mode=unchecked, stripdir=folder, prependdir=target)
 
 
 def _revision() -> dict[str, Any]:
@@ -290,3 +323,97 @@ def _version(name: str) -> str | None:
         return version(name)
     except PackageNotFoundError:
         return None
+
+
+# Pack the environment and the code into files, which one task of each node unpacks to its local disk.
+#
+#     env-<digest>.tar     the environment
+#     base-<digest>.tar    the interpreter that it stands on, unless that is the system's
+#     code-<digest>.tar    the copy of the package
+#
+# A job then reads three files of the shared disk on each node, whatever its processes, and its nodes need not see the
+# the environment. A pack is made once, by a digest of the names, sizes and times of its files.
+
+NODE_FOLDER = '"${SLURM_TMPDIR:-${TMPDIR:-/tmp}}/graftvit-$(id -u)"'
+"""The folder of a node that packs are unpacked to, for the shell."""
+SYSTEM = ("/usr", "/usr/local")
+"""Prefixes of interpreters that nodes have themselves."""
+UNPACK = """\
+#!/bin/sh
+set -eu
+parent={parent}
+mkdir -p -m 700 "$parent"
+[ -O "$parent" ] || {{ echo "graftvit: $parent is another user's" >&2; exit 1; }}
+exec 9>"$parent/.lock"
+if command -v flock >/dev/null; then flock 9; fi  # another job of this node may unpack the same
+find "$parent" -mindepth 1 -maxdepth 1 -mtime +30 -exec rm -rf {{}} +
+for pack in {packs}; do
+  name=$(basename "$pack")
+  place="$parent/${{name%.*}}"
+  if [ ! -d "$place" ]; then
+    new=$(mktemp -d "$parent/.$name.XXXXXX")
+    case "$name" in
+      *.squashfs) unsquashfs -quiet -no-progress -force -dest "$new" "$pack" ;;
+      *) tar -xf "$pack" -C "$new" ;;
+    esac
+    if [ -f "$new/pyvenv.cfg" ] && [ -n "${{base:-}}" ]; then  # it stands on the interpreter that was unpacked before
+      sed -i "s|^home = .*|home = $base/bin|" "$new/pyvenv.cfg"
+      ln -sf "$base/bin/{python}" "$new/bin/python"
+    fi
+    mv -T "$new" "$place" 2>/dev/null || rm -rf "$new"
+  fi
+  touch "$place"
+  case "$name" in base-*) base="$place" ;; esac
+done
+"""
+
+
+def make_packs(code: Path, folder: Path, kind: str) -> list[Path]:
+    """Return the packs of the interpreter, the environment and the code in `folder`, made where they are not there.
+
+    Raises ConfigError: the program that packs is not here, or failed; WriteFailedError: there is no room.
+    """
+    program = "mksquashfs" if kind == "squashfs" else "tar"
+    if shutil.which(program) is None:
+        raise ConfigError(f"--pack {kind}: there is no {program} here")
+    base, env = Path(sys.base_prefix), Path(sys.prefix)
+    own = base not in (env, *map(Path, SYSTEM))
+    parts = ({"base": base} if own else {}) | {"env": env, "code": code}
+    return [_make(name, root, folder, kind) for name, root in parts.items()]
+
+
+def unpack_script(packs: Sequence[Path]) -> str:
+    """Return the shell script that a task of each node runs before the processes start."""
+    words = " ".join(shlex.quote(str(pack)) for pack in packs)
+    python = f"python{sys.version_info.major}.{sys.version_info.minor}"
+    return UNPACK.format(parent=NODE_FOLDER, packs=words, python=python)
+
+
+def on_node(packs: Sequence[Path], name: str) -> str:
+    """Return the place of a pack on a node, as a word of the shell."""
+    return next(f"{NODE_FOLDER}/{pack.stem}" for pack in packs if pack.name.startswith(f"{name}-"))
+
+
+def _make(name: str, root: Path, folder: Path, kind: str) -> Path:
+    digest, size = hashlib.sha256(str(root).encode()), 0
+    for path in sorted(root.rglob("*")):
+        if "__pycache__" not in path.parts or name == "code":
+            known = path.lstat()
+            size += known.st_size
+            digest.update(
+                f"{path.relative_to(root)}\0{known.st_size}\0{known.st_mtime_ns}\n".encode(errors="replace")
+            )
+    target = folder / f"{name}-{digest.hexdigest()[:12]}.{kind}"
+    if not target.exists():
+        say_aside(f"graftvit: packing {root} into {target} ...\n")
+        folder.mkdir(parents=True, exist_ok=True)
+        write_file(target, lambda new: _write(root, new, kind), size=size)
+    return target
+
+
+def _write(root: Path, new: Path, kind: str) -> None:
+    squash = ["mksquashfs", str(root), str(new), "-noappend", "-quiet", "-no-progress"]
+    words = squash if kind == "squashfs" else ["tar", "-cf", str(new), "-C", str(root), "."]
+    done = subprocess.run(words, capture_output=True, text=True)
+    if done.returncode != 0:
+        raise ConfigError(f"{words[0]} cannot pack {root}: {done.stderr.strip()[-300:]}")

@@ -49,16 +49,24 @@ _MACHINE = (
 
 @dataclass(frozen=True)
 class Failure:
-    """How a rank failed."""
+    """How a rank, or an attempt, failed."""
 
-    rank: int
-    kind: Kind
+    rank: int | None = None
+    """The rank that failed, or is to blame; None where none is known."""
+    kind: Kind = "cause"
     """`cause`: by an error of its own; `consequence`: because another rank failed."""
-    transient: bool
+    transient: bool = True
     """Whether a restart may help."""
-    text: str
+    text: str = ""
+    """The last words of the rank, or of the scheduler."""
     written: float = 0.0
     """Unix time."""
+    why: str = ""
+    """The reason in one line; empty without one."""
+    state: str = ""
+    """`node failed`, `failed`, `preempted` or `timed out` where Slurm said so; else only the ranks' files tell."""
+    node: str = ""
+    """The node of the rank, if known."""
 
     def to_text(self) -> str:
         """Return the text for a file: the error, and its kind in the last line."""

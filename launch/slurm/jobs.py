@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
+import math
 import os
 import re
 import shutil
 import time
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,24 +19,22 @@ from ...models.errors import ConfigError, GraftError
 from ..load_config import load_config
 from ..say import hint
 from ..submitted import SUBMITTED
-from .job_folder import Attempt, JobFolder, Submission, forget, is_copied, known, listed, plain, read_order
-from .judging import (
-    ACTIVE,
+from .failures import Failure
+from .folder import Attempt, Job, JobFolder, read_order, write_number
+from .lock import is_alive, is_ordered, is_submitting, watchers
+from .logs import NOTHING, SILENT, blame, blame_start, log_starts
+from .scheduler import (
     AT_WORK,
-    NOTHING,
-    SILENT,
+    REMOVED,
+    TRIES,
+    UNKNOWN,
     WAITING,
-    Blame,
-    Evidence,
-    Restart,
-    blame,
-    blame_start,
-    judge,
-    log_starts,
-    restarts_of,
+    NoAnswerError,
+    State,
+    job_states,
+    number_by_name,
+    waiting,
 )
-from .lookup import find_submissions, is_alive
-from .scheduler import TRIES, JobState, NoAnswerError, job_states
 from .sweep import load_sweep
 
 # Measure how far a run is, from its log and its configuration alone.
@@ -49,7 +50,7 @@ class Progress:
     stage: str = ""
     step: int = 0
     total_steps: int | None = None
-    """None before it can be known: at the end of the first epoch, or at once with `optim.max_steps`."""
+    """None before the first record."""
     epoch: int = 0
     """Epochs that are behind."""
     epochs: int | None = None
@@ -77,7 +78,7 @@ def read_progress(folder: Path, training_since: float | None = None) -> Progress
         return Progress(stage)
     epochs = [record for record in records if "n_parameters" in record]
     step = max((int(record["step"]) for record in records), default=0)
-    limit, total = _length(inner, epochs)
+    limit, total = _length(inner, records, epochs)
     pace = _seconds_a_step(records, epochs)
     # what the attempt has done since its last record; before its first one it starts, and has done nothing
     age = time.time() - written if training_since is not None and written > training_since else 0.0
@@ -107,19 +108,26 @@ def current_stage(folder: Path) -> Path:
     return folder if (folder / "config.yaml").is_file() or not stages else max(stages)[1]
 
 
-def _length(folder: Path, epochs: list[dict[str, Any]]) -> tuple[int | None, int | None]:
-    """Return epochs and steps of the whole run, as far as they can be known."""
+def _length(
+    folder: Path, records: list[dict[str, Any]], epochs: list[dict[str, Any]]
+) -> tuple[int | None, int | None]:
+    """Return epochs and steps of the whole run, as far as its records tell."""
+    totals = [record["total_steps"] for record in records if "total_steps" in record]
+    if not totals:  # none yet, or of an earlier version
+        return None, _length_by_config(folder, epochs) if epochs else None
+    total = int(totals[-1])
+    step, done = (int(epochs[-1]["step"]), int(epochs[-1]["epoch"]) + 1) if epochs else (0, 0)
+    return max(done, math.ceil(total * done / step)) if step else None, total
+
+
+def _length_by_config(folder: Path, epochs: list[dict[str, Any]]) -> int | None:
     try:
         optim = load_config(folder).optim
     except GraftError:
-        return None, None
-    if optim.max_steps is not None:
-        return None, optim.max_steps
-    if not epochs:
-        return optim.epochs, None
+        return None
     before = epochs[-2]["step"] if len(epochs) > 1 else 0
     left = optim.epochs - epochs[-1]["epoch"] - 1
-    return optim.epochs, int(epochs[-1]["step"] + left * (epochs[-1]["step"] - before))
+    return optim.max_steps or int(epochs[-1]["step"] + left * (epochs[-1]["step"] - before))
 
 
 def _seconds_a_step(records: list[dict[str, Any]], epochs: list[dict[str, Any]]) -> float | None:
@@ -140,21 +148,37 @@ def _top1(record: dict[str, Any]) -> Any:
 
 FULL = 1 << 20
 """Bytes that are less than what a run writes at its end."""
-GONE = "its folder was removed or moved"
-Submissions = Mapping[Path, Sequence[Submission]]
+ACTIVE = ("pending", "requeued", "running", "stopping")
+ENDINGS = {
+    "CANCELLED": "cancelled", "TIMEOUT": "timed out", "PREEMPTED": "preempted", "NODE_FAIL": "node failed",
+    "COMPLETED": "unknown", "REVOKED": "cancelled",
+}  # fmt: skip
+STARTING = "starting"
+BY_STOP = "`graftvit jobs stop`"
+UNSURE = "unsure"
+"""The mark in the folder of a launch: sbatch was called, and its answer was lost."""
+LATE = 300.0
+"""Seconds in which such a job may still come into the queue."""
 
 
 @dataclass(frozen=True)
-class JudgedJob:
+class Judged:
     """One job of a run."""
 
-    submission: Submission
-    job: JobState
-    state: str
+    run: Path
+    job: Job
+    slurm: State
+    """What Slurm reports."""
+    state: str = ""
     why: str = ""
     last: Attempt | None = None
     """Its last attempt that wrote files."""
-    found: Blame = NOTHING
+    found: Failure = NOTHING
+    """Why the last attempt ended, if it failed."""
+    stopping: bool = False
+    """Whether it was asked to stop."""
+    problem: str = ""
+    """Why the scheduler could not be asked."""
 
     @property
     def active(self) -> bool:
@@ -164,12 +188,27 @@ class JudgedJob:
     @property
     def words(self) -> str:
         """Return its name for a sentence."""
-        return f"job {self.submission.job_id}" if self.submission.job_id else "a job that is being submitted"
+        return f"job {self.job.job_id}" if self.job.job_id else "a job that is being submitted"
+
+    @property
+    def now(self) -> Attempt | None:
+        """Return the attempt that the scheduler reports; None if that has written nothing (yet)."""
+        return self.last if self.last is not None and self.last.restart >= self.slurm.restarts else None
 
 
 @dataclass(frozen=True)
-class RunStatus:
-    """The present state of a run."""
+class Restart:
+    """A restart of a run, and its reason."""
+
+    attempt: int
+    started: float
+    nodes: list[str]
+    why: str
+
+
+@dataclass(frozen=True)
+class Status:
+    """The present state of a run, as a user sees it."""
 
     folder: Path
     job_id: str
@@ -181,7 +220,10 @@ class RunStatus:
     why: str = ""
     nodes: list[str] = field(default_factory=list)
     world_size: int | None = None
-    restarts: list[Restart] = field(default_factory=list)
+    restarts: int = 0
+    """How often it was started again: by Slurm's count where that is known to be more than what was recorded."""
+    history: list[Restart] = field(default_factory=list)
+    """The restarts that were recorded."""
     progress: Progress = field(default_factory=Progress)
     starts: float | None = None
     """When a waiting job is expected to start, Unix time."""
@@ -213,58 +255,32 @@ class RunStatus:
 def run_folders(folder: Path) -> list[Path]:
     """Return the run itself, or the submitted cells of a sweep or comparison, the run of its teacher first.
 
-    A folder that is gone is its own run where it has a job that waits or runs.
-
     Raises ConfigError: nothing was submitted to the folder.
     """
     folder = folder.absolute()
     if not is_folder(folder):
-        living, problem = _without_folder([folder])
-        if living:
-            return living
         near = near_path(folder, folders=True) or "give the output_dir of a run"
-        raise ConfigError(f"{folder} is no folder: {near}" + (f"; {problem}" if problem else ""))
+        raise ConfigError(f"{folder} is no folder: {near}")
     sweep = load_sweep(folder)
     cells = [cell.folder for cell in sweep.cells] if sweep else sorted((folder / "cells").glob("*"))
     if cells and not sweep:
         cells.insert(0, folder / "teacher")
-    own = [folder] if cells and not sweep and JobFolder(folder).submissions() else []
-    found = own + _submitted(cells) or _submitted([folder])
-    if found:
+    own = [folder] if cells and not sweep and JobFolder(folder).jobs() else []
+    found = own + [cell for cell in cells if JobFolder(cell).jobs()] or [folder]
+    if JobFolder(found[0]).jobs():
         return found
     raise ConfigError(
         f"{folder} was never submitted: `{hint('submit', 'CONFIG', '--output_dir', folder)}` does that"
     )
 
 
-def listed_runs() -> list[Path]:
-    """Return this user's existing runs, and removed ones that still have a job; the last submitted one at the end."""
-    runs = listed()
-    living, _ = _without_folder(runs)
-    return [run for run in runs if is_folder(run) or run in living]
+def home(run: Path) -> Path:
+    """Return the folder that a run is submitted to: the folder of its sweep or comparison, or its own."""
+    above = run.parent.parent if run.parent.name == "cells" else run.parent if run.name == "teacher" else run
+    return above if (above / "jobs").is_dir() or (above / "sweep.json").exists() else run
 
 
-def _without_folder(runs: Iterable[Path]) -> tuple[list[Path], str]:
-    """Return runs whose folder was removed but not their job, and why Slurm could not be asked."""
-    judged, problem = _judge([run for run in runs if not is_folder(run)], TRIES)
-    return [run for run, jobs in judged.items() if any(one.active for one in jobs)], problem
-
-
-def _submitted(runs: list[Path]) -> list[Path]:
-    """Return runs with a submission, or with a job without one. Raises GraftError if that cannot be found out."""
-    submissions, problem = _submissions(runs, by_name=True)
-    found = [run for run in runs if submissions[run]]
-    if problem and not found:
-        raise GraftError(problem)
-    return found
-
-
-def describe_run(folder: Path) -> RunStatus:
-    """Describe one run. Raises ConfigError: it was never submitted."""
-    return describe_runs([folder])[0]
-
-
-def describe_runs(folders: Iterable[Path], *, tries: int = TRIES) -> list[RunStatus]:
+def describe_runs(folders: Iterable[Path], *, tries: int = TRIES) -> list[Status]:
     """Describe several runs, with one question to the scheduler. Raises ConfigError: one was never submitted."""
     judged, problem = _judge(list(folders), tries)
     for folder, jobs in judged.items():
@@ -273,88 +289,113 @@ def describe_runs(folders: Iterable[Path], *, tries: int = TRIES) -> list[RunSta
     return [_status(folder, jobs, problem) for folder, jobs in judged.items()]
 
 
-def judge_jobs(
-    runs: Iterable[Path], *, strict: bool = False, by_name: bool = True
-) -> dict[Path, list[JudgedJob]]:
+def judge_jobs(runs: Iterable[Path], *, strict: bool = False) -> dict[Path, list[Judged]]:
     """Return all jobs that each run ever had, the oldest first.
 
     Args:
         runs: Run folders, submitted or not.
         strict: Raise NoAnswerError where the scheduler does not answer, instead of judging by the files.
-        by_name: As in `find_submissions`.
     """
-    judged, problem = _judge(list(runs), TRIES, by_name)
+    judged, problem = _judge(list(runs), TRIES)
     if problem and strict:
         raise NoAnswerError(problem)
     return judged
 
 
-def shown_job(jobs: Sequence[JudgedJob]) -> JudgedJob:
-    """Return the newest job of a run, or the newest active one if that one has ended."""
+def active_jobs(runs: Iterable[Path]) -> list[Judged]:
+    """Return the jobs that wait or run. Raises NoAnswerError."""
+    return [one for jobs in judge_jobs(runs, strict=True).values() for one in jobs if one.active]
+
+
+def shown_job(folder: Path) -> Job | None:
+    """Return the job that describes a run: the newest, or the newest active one if that one has ended."""
+    jobs = JobFolder(folder).jobs()
+    return (
+        jobs[0]
+        if len(jobs) == 1
+        else _shown(judged).job
+        if (judged := _judge([folder], 1)[0][folder])
+        else None
+    )
+
+
+def _shown(jobs: Sequence[Judged]) -> Judged:
     return next((one for one in reversed(jobs) if one.active), jobs[-1])
 
 
-def shown_submission(folder: Path) -> Submission | None:
-    """Return the submission of the job that `describe_run` describes; None without a record.
-
-    The scheduler is asked where there are several alone, and but once.
-    """
-    submissions = JobFolder(folder).submissions()
-    if len(submissions) < 2:
-        return submissions[0] if submissions else None
-    return shown_job(_judge([folder], 1)[0][folder]).submission
-
-
-def _judge(runs: list[Path], tries: int, by_name: bool = True) -> tuple[dict[Path, list[JudgedJob]], str]:
+def _judge(runs: list[Path], tries: int) -> tuple[dict[Path, list[Judged]], str]:
     """Return all jobs of each run, and why the scheduler could not be asked if it was needed."""
-    submissions, problem = _submissions(runs, by_name)
-    states: Mapping[str, JobState] = {}
-    wanted = [one.job_id for jobs in submissions.values() for one in jobs if one.cluster == "slurm"]
+    problem, found = "", dict[Path, list[Job]]()
+    for run in runs:
+        try:
+            found[run] = _jobs(run)
+        except GraftError as error:  # records without a number, and nobody to ask
+            found[run], problem = JobFolder(run).jobs(), str(error)
+    wanted = [one.job_id for jobs in found.values() for one in jobs if one.cluster == "slurm" and one.job_id]
+    states: Mapping[str, State] = {}
     if not problem:
         try:
-            states = job_states(filter(None, wanted), tries=tries)
+            states = job_states(wanted, tries=tries)
         except GraftError as error:
             problem = str(error)
-    return {run: [_judged(run, one, states, problem) for one in submissions[run]] for run in runs}, problem
+    return {run: [_judged(run, one, states, problem) for one in jobs] for run, jobs in found.items()}, problem
 
 
-def _submissions(runs: list[Path], by_name: bool) -> tuple[Submissions, str]:
-    try:
-        return find_submissions(runs, by_name=by_name), ""
-    except GraftError as error:  # records without a number, and nobody to ask
-        return {run: JobFolder(run).submissions() for run in runs}, str(error)
+def _jobs(run: Path) -> list[Job]:
+    """Return the jobs of a run; what was interrupted before it became one is left out. Raises GraftError."""
+    found = JobFolder(run).jobs()
+    return (
+        found
+        if all(one.job_id for one in found)
+        else list(filter(None, (_numbered(one, run) for one in found)))
+    )
 
 
-def _judged(run: Path, submission: Submission, states: Mapping[str, JobState], problem: str) -> JudgedJob:
+def _numbered(job: Job, run: Path) -> Job | None:
+    """Return a job whose number may not have been written, with it; without one while it is being submitted."""
+    if job.job_id:
+        return job
+    launch = Path(job.launch)
+    numbers = (
+        [number_by_name(job.name, launch / "submit.sh")] if job.cluster == "slurm" else watchers(job.logs)
+    )
+    if number := next(filter(None, numbers), ""):
+        with contextlib.suppress(OSError):  # another user's run
+            write_number(launch, number)
+        return replace(job, job_id=number if job.index is None else f"{number}_{job.index}")
+    under_way = is_submitting(home(run)) or is_ordered(launch / "submit.sh")
+    may_come = (launch / UNSURE).exists() and time.time() - job.submitted < LATE
+    return job if under_way or may_come else None
+
+
+def _judged(run: Path, job: Job, states: Mapping[str, State], problem: str) -> Judged:
     files = JobFolder(run)
-    attempts = [attempt for attempt in files.attempts() if attempt.job_id == submission.job_id]
+    attempts = [attempt for attempt in files.attempts() if attempt.job_id == job.job_id]
     last = attempts[-1] if attempts else None
-    job = states.get(submission.job_id, JobState())
-    if is_copied(submission, run) or not _is_its_own(submission, job):
-        job = JobState()
-    if submission.cluster != "slurm":
+    slurm = states.get(job.job_id, State())
+    if job.cluster != "slurm":
         problem = ""
-        job = (
-            JobState("RUNNING", restarts=last.restart if last else 0) if is_alive(submission) else JobState()
-        )
-    elif not submission.job_id and not problem:
-        return JudgedJob(submission, job, "pending", "is being submitted")
-    elif job == JobState() and not problem and _is_foreign(files):
-        problem = "Slurm shows nothing of this job of another user"
-    seen = Evidence(run, job, last, files.asked_to_stop(submission.job_id), problem)
-    found = _blame(files, submission, seen)
-    state, why = judge(Evidence(run, job, last, seen.stopping, problem, found))
+        slurm = State("RUNNING", restarts=last.restart if last else 0) if is_alive(job) else State()
+    elif slurm.state == REMOVED:
+        slurm = State("CANCELLED") if last is None else State()
+    elif not _is_its_own(job, slurm):
+        slurm = State()
+    if not job.job_id and not problem:
+        return Judged(run, job, slurm, "pending", "is being submitted")
+    if slurm == State() and not problem and (owner := _other_owner(files)):
+        problem = f"Slurm shows nothing of this job of {owner}"
+    seen = Judged(run, job, slurm, last=last, stopping=files.asked_to_stop(job.job_id), problem=problem)
+    seen = replace(seen, found=_blame(files, seen))
+    state, why = judge(seen)
     if why == SILENT and _is_full(run):
         why = f"{SILENT}; the file system of {run} is full"
-    if not is_folder(run):
-        why = "; ".join(filter(None, [why, GONE]))
-    return JudgedJob(submission, job, state, why, last, found)
+    return replace(seen, state=state, why=why)
 
 
-def _is_its_own(submission: Submission, job: JobState) -> bool:
+def _is_its_own(job: Job, slurm: State) -> bool:
     """Return whether the job of this number is the submitted one: numbers repeat on two clusters, or after a reset."""
-    by_script = job.script is not None and job.script.parent == Path(submission.launch)
-    return not submission.name or job.name in ("", submission.name) or by_script
+    by_script = slurm.script is not None and slurm.script.parent == Path(job.launch)
+    return not job.name or slurm.name in ("", job.name) or by_script
 
 
 def _is_full(folder: Path) -> bool:
@@ -365,96 +406,206 @@ def _is_full(folder: Path) -> bool:
         return False
 
 
-def _is_foreign(files: JobFolder) -> bool:
-    """Return whether the run is another user's: a cluster may hide such jobs."""
-    return files.folder.exists() and files.folder.stat().st_uid != os.getuid() != 0
+def _other_owner(files: JobFolder) -> str:
+    """Return whose run it is, if another user's, whose jobs a cluster may hide; else nothing."""
+    try:
+        foreign = files.folder.exists() and files.folder.stat().st_uid != os.getuid() != 0
+        return files.folder.owner() if foreign else ""
+    except (OSError, KeyError):
+        return "another user"
 
 
-def _blame(files: JobFolder, submission: Submission, seen: Evidence) -> Blame:
+def _blame(files: JobFolder, seen: Judged) -> Failure:
     """Return why the job, or its last attempt, ended; nothing where it waits, runs or ended well."""
-    if seen.job.state in WAITING:
+    if seen.slurm.state in WAITING:
         return NOTHING
     if seen.now is None:
-        return NOTHING if seen.job.state in AT_WORK else blame_start(submission, first=seen.last is None)
-    if seen.now.outcome == "failed" or (seen.now.outcome is None and seen.job.state not in AT_WORK):
-        return blame(files, seen.now, submission)
+        return NOTHING if seen.slurm.state in AT_WORK else blame_start(seen.job, first=seen.last is None)
+    if seen.now.outcome == "failed" or (seen.now.outcome is None and seen.slurm.state not in AT_WORK):
+        return blame(files, seen.now, seen.job)
     return NOTHING
 
 
-def _status(folder: Path, jobs: Sequence[JudgedJob], problem: str) -> RunStatus:
-    shown = shown_job(jobs)
-    living = [one for one in jobs if one.active]
-    files, job, last, state = JobFolder(folder), shown.job, shown.last, shown.state
+# Judge a job in plain words.
+
+
+def judge(seen: Judged) -> tuple[str, str]:
+    """Return the state in plain words, and why."""
+    slurm, last = seen.slurm, seen.last
+    if slurm.state in WAITING:
+        again = slurm.restarts > 0 or last is not None
+        return ("requeued" if again else "pending"), waiting(slurm.reason, slurm.start)
+    if slurm.state in AT_WORK:
+        return _at_work(seen)
+    if last is not None and last.outcome == "finished":
+        return "finished", ""
+    return _by_files(seen) if slurm.state == UNKNOWN else _ended(seen)
+
+
+def _at_work(seen: Judged) -> tuple[str, str]:
+    """Judge a job that holds nodes."""
+    now, word = seen.now, seen.slurm.state.lower()
+    held = "" if word in ("running", "completing") else word
+    if now is None and word == "completing" and seen.last is not None:  # of the attempt before
+        return "requeued", seen.last.signal or seen.last.why or word
+    if now is None:
+        return ("stopping", held) if seen.stopping else ("running", held or STARTING)
+    if now.outcome == "requeued":
+        return "requeued", now.signal
+    if now.outcome is not None:  # its nodes are not free yet, and its other ranks may hang: it can be stopped
+        why = seen.found.why or now.why
+        return "stopping", f"{now.outcome}: {why}" if why else now.outcome
+    if now.signal or seen.stopping or word == "completing":
+        return "stopping", now.signal or held
+    return "running", held
+
+
+def _ended(seen: Judged) -> tuple[str, str]:
+    """Judge a job that the scheduler reports as ended, and that did not finish."""
+    slurm, now, found = seen.slurm, seen.now, seen.found
+    by_stop = BY_STOP if seen.stopping else ""
+    if now is not None and now.outcome == "stopped" and slurm.state != "CANCELLED":
+        return "stopped", by_stop or now.signal
+    state = ENDINGS.get(slurm.state, "failed")
+    if state == "cancelled" and by_stop:
+        return state, by_stop
+    if state not in ("failed", "unknown"):
+        return state, (now.signal if now else "") or (
+            found.why if found.state == state else ""
+        ) or slurm.reason
+    noted = "" if now is None else now.why
+    if found.state:
+        return found.state, fuller(found.why, noted)
+    if now is not None and now.outcome == "failed":
+        return "failed", fuller(found.why, noted)
+    if state == "unknown":
+        return state, SILENT
+    named = "" if slurm.state == "FAILED" else slurm.state.lower().replace("_", " ")
+    words = [named, found.why or slurm.reason, exit_words(slurm.exit_code)]
+    return state, ", ".join(filter(None, words)) or SILENT
+
+
+def fuller(found: str, noted: str) -> str:
+    """Return what was found, or the attempt's own note if that says more, for example that it was restarted."""
+    return noted if not found or found in noted else found
+
+
+def exit_words(code: str) -> str:
+    """`status:signal` as `exit code 1` or `killed by signal 9`."""
+    status, _, signal = code.partition(":")
+    if signal not in ("", "0"):
+        return f"killed by signal {signal}"
+    return "" if status in ("", "0") else f"exit code {status}"
+
+
+def _by_files(seen: Judged) -> tuple[str, str]:
+    """Judge a job that only its files describe."""
+    last, found = seen.last, seen.found
+    if last is not None and last.outcome in ("finished", "stopped", "failed"):
+        if last.outcome == "failed" and found.why:
+            return found.state or "failed", fuller(found.why, last.why)
+        return last.outcome, last.why or last.signal
+    if seen.problem:
+        begun = "no attempt has begun" if last is None else f"attempt {last.number} has not said how it ended"
+        return "unknown", f"{seen.problem.partition(':')[0]}; {begun}"
+    if seen.stopping and (last is None or last.outcome is None):
+        return "cancelled", BY_STOP
+    if last is None:
+        return "unknown", found.why or "it never began, and the scheduler no longer knows it"
+    if last.outcome == "requeued":
+        return "unknown", f"was to be requeued after {last.signal or 'a signal'}, and did not begin again"
+    return (found.state, found.why) if found.state else ("unknown", last.signal or SILENT)
+
+
+# Why there were other attempts.
+
+_HISTORY = {
+    "NODE_FAIL": "node failure", "OUT_OF_MEMORY": "out of memory", "PREEMPTED": "preempted", "TIMEOUT": "time limit",
+}  # fmt: skip
+
+
+def restarts_of(
+    attempts: Sequence[Attempt],
+    history: Sequence[str] = (),
+    found: Mapping[int, Failure] | None = None,
+    stopped: Collection[str] = (),
+) -> list[Restart]:
+    """Return each attempt but the first, and why there had to be another.
+
+    Args:
+        attempts: All, the first one first.
+        history: How the scheduler says that the starts of the last job ended.
+        found: Attempt number -> why it ended, where it did not end well.
+        stopped: Jobs that `graftvit jobs stop` has told to end.
+    """
+    made = []
+    for before, attempt in itertools.pairwise(attempts):
+        ended = before.job_id in stopped and before.outcome in (None, "stopped")
+        by_stop = ended and before.job_id != attempt.job_id
+        why = (
+            BY_STOP
+            if by_stop
+            else _why_again(before, attempt, history, (found or {}).get(before.number, NOTHING))
+        )
+        made.append(Restart(attempt.number, attempt.started, attempt.nodes, why))
+    return made
+
+
+def _why_again(before: Attempt, attempt: Attempt, history: Sequence[str], found: Failure) -> str:
+    """Slurm's word comes first, then what the attempt itself wrote."""
+    same_job = before.job_id == attempt.job_id
+    known = history[before.restart] if same_job and before.restart < len(history) else ""
+    said = "" if before.retried and known not in ("NODE_FAIL", "OUT_OF_MEMORY") else _HISTORY.get(known, "")
+    return (
+        attempt.before
+        or (fuller(found.why, before.why) if found.state else "")
+        or (before.signal if said and said in before.signal else said)
+        or (before.why if before.retried else "")
+        or before.signal
+        or (found.why or before.why if before.outcome == "failed" else "")
+        or before.outcome
+        or SILENT
+    )
+
+
+def _status(folder: Path, jobs: Sequence[Judged], problem: str) -> Status:
+    shown = _shown(jobs)
+    files, job, slurm, last, state = JobFolder(folder), shown.job, shown.slurm, shown.last, shown.state
     attempts = files.attempts()
     waits = state in ("pending", "requeued")
     trains = state == "running" and not shown.why and last is not None  # neither starts nor is suspended
     wrong = state in ("failed", "unknown", "node failed")
-    stopped = {one.submission.job_id for one in jobs if files.asked_to_stop(one.submission.job_id)}
-    command = shown.submission.command
-    order = read_order(folder) if command and command[0] in SUBMITTED else None
-    return RunStatus(
+    stopped = {one.job.job_id for one in jobs if one.stopping}
+    order = read_order(folder) if job.command and job.command[0] in SUBMITTED else None
+    earlier = len([attempt for attempt in attempts if attempt.job_id != job.job_id])
+    return Status(
         folder=folder,
-        job_id=shown.submission.job_id,
-        cluster=shown.submission.cluster,
-        submitted=shown.submission.submitted,
+        job_id=job.job_id,
+        cluster=job.cluster,
+        submitted=job.submitted,
         state=state,
         why=shown.why,
-        nodes=list(job.nodes) or ([] if last is None or waits else last.nodes),
+        nodes=list(slurm.nodes) or ([] if last is None or waits else last.nodes),
         world_size=None if last is None else last.world_size,
-        restarts=restarts_of(attempts, job.history, _reasons(files, attempts, jobs), stopped),
+        restarts=max(0, len(attempts) - 1, earlier + slurm.restarts),
+        history=restarts_of(attempts, slurm.history, _reasons(files, attempts, jobs), stopped),
         progress=read_progress(folder, training_since=last.started if trains and last else None),
-        starts=job.start if waits else None,
-        ends=job.end if state == "running" else None,
-        error=shown.found.words if wrong else "",
+        starts=slurm.start if waits else None,
+        ends=slurm.end if state == "running" else None,
+        error=shown.found.text if wrong else "",
         error_rank=shown.found.rank if wrong else None,
-        others=[one.submission.job_id for one in living if one is not shown],
-        problem=problem if shown.submission.cluster == "slurm" else "",
+        others=[one.job.job_id for one in jobs if one.active and one is not shown],
+        problem=(problem or shown.problem) if job.cluster == "slurm" else "",
         command="" if order is None else order.line,
         output="" if order is None else order.output or "",
     )
 
 
-def _reasons(files: JobFolder, attempts: Sequence[Attempt], jobs: Sequence[JudgedJob]) -> dict[int, Blame]:
+def _reasons(files: JobFolder, attempts: Sequence[Attempt], jobs: Sequence[Judged]) -> dict[int, Failure]:
     """Attempt number -> why it ended, of those after which there was another."""
-    submissions = {one.submission.job_id: one.submission for one in jobs}
-    ends = log_starts(attempts)
+    known_jobs, ends = {one.job.job_id: one.job for one in jobs}, log_starts(attempts)
     return {
-        attempt.number: blame(files, attempt, submissions[attempt.job_id], ends.get(attempt.number))
+        attempt.number: blame(files, attempt, known_jobs[attempt.job_id], ends.get(attempt.number))
         for attempt in attempts[:-1]
-        if attempt.job_id in submissions and (attempt.outcome in (None, "failed") or attempt.retried)
+        if attempt.job_id in known_jobs and attempt.outcome != "finished"
     }
-
-
-# Remove runs from the list of `graftvit jobs`; their folders stay as they are.
-
-
-def forget_run(folder: Path) -> None:
-    """Take a run out of the list.
-
-    Raises ConfigError: the run is not in the list, or has a job; GraftError: Slurm does not answer.
-    """
-    folder = plain(folder)
-    if folder not in listed():
-        raise ConfigError(f"{folder} is not in the list of runs: `graftvit jobs` shows it")
-    active = _active(folder)
-    if active:
-        raise ConfigError(
-            f"{folder} is {active[0].words}, and stays in the list: `{hint('jobs', 'stop', folder)}` ends it"
-        )
-    forget(folder)
-
-
-def forget_ended() -> list[Path]:
-    """Forget all runs that are there and have no job, and return them. Raises GraftError: Slurm does not answer."""
-    ended = [folder for folder in known() if not _active(folder)]
-    for folder in ended:
-        forget(folder)
-    return ended
-
-
-def _active(folder: Path) -> list[JudgedJob]:
-    try:
-        runs = run_folders(folder)
-    except ConfigError:  # removed or replaced by now; its job may still run
-        runs = [folder]
-    return [one for jobs in judge_jobs(runs, strict=True).values() for one in jobs if one.active]

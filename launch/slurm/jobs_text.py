@@ -1,7 +1,4 @@
-"""Print runs for a terminal, for a pipe and as JSON. Names of runs are quoted for the shell.
-
-`--watch` draws the table again in a terminal; in a pipe it writes the table when a state has changed.
-"""
+"""Print runs as a table, one at length, and as JSON. Names of runs are quoted for the shell."""
 
 from __future__ import annotations
 
@@ -10,59 +7,32 @@ import shlex
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
 from dataclasses import asdict
-from typing import TYPE_CHECKING, TextIO
+from pathlib import Path
+from typing import TextIO
 
 from ...models.errors import counted, escaped
+from ...transfer.analysis.report.tables import aligned
 from ..say import hint
-from .job_folder import resumes
-from .jobs import Progress, RunStatus
-from .judging import clock
-
-if TYPE_CHECKING:
-    from rich.table import Table
-
+from .folder import JobFolder, resumes
+from .jobs import Progress, Status
+from .scheduler import clock, usage_of
 
 COLUMNS = ("run", "job", "state", "nodes", "progress", "left", "img/s", "top-1", "restarts")
 WIDEST_WHY = 60
 
 
-def to_json(runs: Sequence[RunStatus]) -> str:
+def to_json(runs: Sequence[Status]) -> str:
     """Return one list of objects; times are Unix times, durations seconds."""
     return json.dumps([asdict(run) for run in runs], indent=2, default=str) + "\n"
 
 
-def write_table(runs: Sequence[RunStatus], names: Sequence[str], file: TextIO) -> None:
+def write_table(runs: Sequence[Status], names: Sequence[str], file: TextIO) -> None:
     """Write a line for each run, and below it the number of runs in each state."""
-    if file.isatty():
-        from rich.console import Console
-
-        Console(file=file, markup=False, highlight=False).print(rich_table(runs, names))
-    else:
-        rows = [COLUMNS, *_rows(runs, names)]
-        widths = [max(len(row[column]) for row in rows) for column in range(len(COLUMNS))]
-        for row in rows:
-            text = "  ".join(word.ljust(width) for word, width in zip(row, widths, strict=True))
-            file.write(f"{text.rstrip()}\n")
-    file.write(count_states(runs))
+    file.write(aligned([COLUMNS, *_rows(runs, names)]) + count_states(runs))
 
 
-def rich_table(runs: Sequence[RunStatus], names: Sequence[str]) -> Table:
-    """Return the table for a terminal; names of runs stay whole, so that they can be copied."""
-    from rich.table import Table
-
-    rows = _rows(runs, names)
-    table = Table(box=None, pad_edge=False)
-    table.add_column(COLUMNS[0], no_wrap=True, min_width=max((len(row[0]) for row in rows), default=0))
-    for name in COLUMNS[1:]:
-        table.add_column(name)
-    for row in rows:
-        table.add_row(*row)
-    return table
-
-
-def count_states(runs: Sequence[RunStatus]) -> str:
+def count_states(runs: Sequence[Status]) -> str:
     """Return the number of runs in each state; empty for one run."""
     if len(runs) < 2:
         return ""
@@ -70,7 +40,7 @@ def count_states(runs: Sequence[RunStatus]) -> str:
     return f"{len(runs)} runs: {', '.join(f'{count} {state}' for state, count in counts.items())}\n"
 
 
-def describe(run: RunStatus) -> str:
+def describe(run: Status) -> str:
     """Return the details of one run."""
     processes = f" ({counted(run.world_size, 'process')})" if run.world_size else ""
     limit = f"; its limit ends it at {_clock(run.ends)}" if run.ends else ""
@@ -92,10 +62,10 @@ def describe(run: RunStatus) -> str:
         ("left", _left(run)),
         ("speed", _number(run.progress.images_per_second, "{:.0f} images/s")),
         ("top-1", _scores(run.progress)),
-        ("restarts", str(len(run.restarts)) if run.restarts else ""),
+        ("restarts", str(run.restarts or "")),
     ]
     text = "".join(f"{name:<10}{value}\n" for name, value in lines if value)
-    for restart in run.restarts:
+    for restart in run.history:
         where = f" on {' '.join(restart.nodes)}" if restart.nodes else ""
         text += f"  {_clock(restart.started)}  attempt {restart.attempt}{where}, after: {restart.why}\n"
     if run.error:
@@ -105,11 +75,34 @@ def describe(run: RunStatus) -> str:
     return text
 
 
-def _output(run: RunStatus) -> str:
+def _output(run: Status) -> str:
     """Return where the result of a finished command is."""
     if not run.command or run.state != "finished":
         return ""
     return f"{run.output}, and what it printed: " * bool(run.output) + f"`{hint('jobs', 'logs', run.folder)}`"
+
+
+def cost_table(folders: Sequence[Path]) -> str:
+    """Return what each run has cost: hours of GPUs and of the queue by the accounting, steps lost by its own records.
+
+    Raises GraftError: there is no accounting.
+    """
+    jobs = {folder: [one.job_id for one in JobFolder(folder).jobs()] for folder in folders}
+    ids = [job for known in jobs.values() for job in known if job]
+    used = usage_of(ids) if ids else []
+    heads = ("run", "starts", "GPU hours", "core hours", "hours running", "hours in the queue", "steps lost")
+    rows: list[tuple[str, ...]] = [heads]
+    for folder, known in jobs.items():
+        own = [one for one in used if one.job_id in known]
+        hours = (
+            sum(one.ran * one.gpus for one in own), sum(one.ran * one.cores for one in own),
+            sum(one.ran for one in own), sum(one.waited for one in own),
+        )  # fmt: skip
+        lost = sum(attempt.lost for attempt in JobFolder(folder).attempts())
+        rows.append(
+            (shlex.quote(str(folder)), str(len(own)), *(f"{one / 3600:.2f}" for one in hours), str(lost))
+        )
+    return aligned(rows, right=(1, 2, 3, 4, 5, 6))
 
 
 def duration(seconds: float | None) -> str:
@@ -122,25 +115,25 @@ def duration(seconds: float | None) -> str:
     return f"{days}-{hour:02d}:{minute:02d}:{second:02d}" if days else f"{hour}:{minute:02d}:{second:02d}"
 
 
-def _speaker(run: RunStatus) -> str:
+def _speaker(run: Status) -> str:
     """Whose words the error is."""
     if run.error.startswith(("srun:", "slurmstepd")):
         return "what Slurm wrote"
     return "last words" if run.error_rank is None else f"last words of rank {run.error_rank}"
 
 
-def _left(run: RunStatus) -> str:
+def _left(run: Status) -> str:
     """Return the time that the run still needs."""
     if not run.active or run.state == "stopping" or run.progress.seconds_left is None:
         return ""
     return duration(run.progress.seconds_left) + ("" if run.state == "running" else " once it runs")
 
 
-def _rows(runs: Sequence[RunStatus], names: Sequence[str]) -> list[tuple[str, ...]]:
+def _rows(runs: Sequence[Status], names: Sequence[str]) -> list[tuple[str, ...]]:
     return [tuple(escaped(word) for word in _row(run, name)) for run, name in zip(runs, names, strict=True)]
 
 
-def _row(run: RunStatus, name: str) -> tuple[str, ...]:
+def _row(run: Status, name: str) -> tuple[str, ...]:
     why = run.why if len(run.why) <= WIDEST_WHY else f"{run.why[: WIDEST_WHY - 1]}…"
     if run.starts and run.state == "pending" and "until" not in why:
         why = f"{why}; expected at {clock(run.starts)}"
@@ -155,7 +148,7 @@ def _row(run: RunStatus, name: str) -> tuple[str, ...]:
         duration(progress.seconds_left) if run.active else "",
         _number(progress.images_per_second, "{:.0f}"),
         _number(progress.best_top1, "{:.2f}"),
-        str(len(run.restarts) or ""),
+        str(run.restarts or ""),
     )
 
 
@@ -189,52 +182,21 @@ def _clock(moment: float) -> str:
 
 EVERY = 10.0
 """Seconds between two questions to the scheduler."""
-Seen = tuple[Sequence[RunStatus], Sequence[str]]
-Show = Callable[[Sequence[RunStatus], Sequence[str]], None]
+Seen = tuple[Sequence[Status], Sequence[str]]
 
 
 def watch(look: Callable[[], Seen], file: TextIO, none: str) -> None:
-    """Show runs until none waits or runs any more.
+    """Write the table each time that a state has changed, until no run waits or runs any more.
 
     Args:
         look: Gives the runs as they are now, and their names.
-        file: A terminal, or anything else.
+        file: Where it is written.
         none: What is said where there is no run to show.
     """
-    with ExitStack() as stack:
-        show = _in_terminal(stack, file, none) if file.isatty() else _in_pipe(file, none)
-        while True:
-            runs, names = look()
-            show(runs, names)
-            if all(run.over for run in runs):
-                return
-            time.sleep(EVERY)
-
-
-def _in_terminal(stack: ExitStack, file: TextIO, none: str) -> Show:
-    from rich.console import Console, Group
-    from rich.live import Live
-
-    console = Console(file=file, markup=False, highlight=False)
-    live = stack.enter_context(Live(console=console, auto_refresh=False, vertical_overflow="visible"))
-
-    def show(runs: Sequence[RunStatus], names: Sequence[str]) -> None:
-        if not runs:
-            live.update(none.rstrip(), refresh=True)
-            return
-        below = [count_states(runs), time.strftime("%H:%M:%S, Ctrl-C ends the watching alone\n")]
-        live.update(Group(rich_table(runs, names), "".join([*below, *problems(runs)]).rstrip()), refresh=True)
-
-    return show
-
-
-def _in_pipe(file: TextIO, none: str) -> Show:
-    before: list[object] = [None]
-
-    def show(runs: Sequence[RunStatus], names: Sequence[str]) -> None:
-        now: list[object] = [
-            (run.folder, run.job_id, run.state, run.why, run.nodes, len(run.restarts)) for run in runs
-        ]
+    before: object = None
+    while True:
+        runs, names = look()
+        now = [(run.folder, run.job_id, run.state, run.why, run.nodes, run.restarts) for run in runs]
         if now != before:
             file.write(time.strftime("%Y-%m-%d %H:%M:%S\n"))
             if runs:
@@ -243,12 +205,13 @@ def _in_pipe(file: TextIO, none: str) -> Show:
                 file.write(none)
             file.write("".join(problems(runs)))
             file.flush()
-            before[:] = now
+        if all(run.over for run in runs):
+            return
+        before = now
+        time.sleep(EVERY)
 
-    return show
 
-
-def problems(runs: Sequence[RunStatus]) -> list[str]:
+def problems(runs: Sequence[Status]) -> list[str]:
     """Return why the scheduler could not be asked, once."""
     found = dict.fromkeys(run.problem for run in runs if run.problem)
     return [f"what the files say, for {problem}\n" for problem in found]

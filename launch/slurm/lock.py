@@ -9,16 +9,19 @@ import errno
 import logging
 import os
 import signal
+import socket
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
+import psutil
 from filelock import BaseFileLock, FileLock, SoftFileLock, Timeout
 
 from ...models.errors import ConfigError, GraftError
 from ..say import hint
+from .folder import Job
 
 logger = logging.getLogger(__name__)
 _mine: set[Path] = set()
@@ -176,3 +179,72 @@ def unbroken() -> Iterator[list[int]]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+# Find and stop the processes of a job on this machine, and an sbatch that still runs.
+
+CONTROLLER = "submitit.local._local"
+SLACK = 2.0
+"""Seconds by which the system's time of a process's start may be late."""
+
+
+def is_alive(job: Job) -> bool:
+    """Return whether the process of a `local` or `debug` job runs on this machine."""
+    if job.cluster == "debug":
+        elsewhere = job.pid in (0, os.getpid()) or job.host != socket.gethostname()
+        return not elsewhere and _is_older(job.pid, job.submitted)
+    try:
+        words = psutil.Process(int(job.job_id)).cmdline()
+    except (ValueError, psutil.Error):
+        return False
+    # else another process has the number by now
+    return " ".join(words).endswith(f"{CONTROLLER} {job.logs}")
+
+
+def watchers(logs: str) -> list[str]:
+    """Return the ids of the processes that watch the jobs of a log folder: submitit's, or the shell before it."""
+    found = {one.pid: one.info["ppid"] for one in _processes() if _line(one).endswith(f"{CONTROLLER} {logs}")}
+    return [str(pid) for pid, parent in found.items() if parent not in found]
+
+
+def is_ordered(script: Path) -> bool:
+    """Return whether an sbatch with this script still runs, for example after the command that started it ended."""
+    return any(_line(process).endswith(f" {script}") for process in _processes())
+
+
+def stop_process(job: Job, *, now: bool = False) -> None:
+    """Tell a `local` or `debug` job to save and end, or to end. Raises GraftError: it is another user's."""
+    pid = job.pid if job.cluster == "debug" else _innermost(job)
+    # submitit's controller passes SIGTERM on to its tasks, and kills them on SIGINT; it does not know SIGUSR2
+    try:
+        os.kill(pid, signal.SIGINT if now else signal.SIGTERM)
+    except ProcessLookupError:  # it has just ended
+        return
+    except OSError as error:
+        raise GraftError(f"process {pid} cannot be signalled: {error.strerror}") from error
+
+
+def _innermost(job: Job) -> int:
+    """submitit's controller, which is a child of the job's process where setup lines need a shell."""
+    number = int(job.job_id)
+    try:
+        children = psutil.Process(number).children()
+        return next((one.pid for one in children if CONTROLLER in one.cmdline()), number)
+    except psutil.Error:
+        return number
+
+
+def _processes() -> Iterator[psutil.Process]:
+    yield from psutil.process_iter(["ppid", "cmdline"])
+
+
+def _line(process: psutil.Process) -> str:
+    return " ".join(process.info["cmdline"] or ())  # a zombie has none
+
+
+def _is_older(pid: int, moment: float) -> bool:
+    """Return whether the process existed at that moment, and is not a later one with the same number."""
+    try:
+        return pid > 0 and psutil.Process(pid).create_time() <= moment + SLACK
+    except psutil.Error:
+        return False

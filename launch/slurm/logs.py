@@ -1,21 +1,16 @@
-"""Find the logs of a job, print their last lines, follow them, and merge the logs of all ranks by time.
-
-Lines of submitit, torch, srun and Slurm carry a time. A line without a time stays behind the line before it in its
-file. Where no time decides, lower ranks come first.
-"""
+"""Find the logs of a job, read their last lines, and follow them."""
 
 from __future__ import annotations
 
-import heapq
 import re
 import time
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
-from datetime import datetime
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from ...checkpoints.files import UnreadableError, open_regular
-from .job_folder import Submission
+from .failures import Failure, is_consequence
+from .folder import Attempt, Job, JobFolder
 
 POLL = 0.5
 ASK = 5.0
@@ -23,23 +18,18 @@ ASK = 5.0
 _CHUNK = 1 << 16
 
 
-def log_files(submission: Submission, rank: int) -> tuple[Path, Path]:
+def log_files(job: Job, rank: int) -> tuple[Path, Path]:
     """Standard error and standard output of a rank, as submitit names them."""
-    folder = Path(submission.logs)
-    stem = f"{submission.job_id}_{rank}_log"
+    folder = Path(job.logs)
+    stem = f"{job.job_id}_{rank}_log"
     return folder / f"{stem}.err", folder / f"{stem}.out"
 
 
-def ranks_with_logs(submission: Submission) -> list[int]:
+def ranks_with_logs(job: Job) -> list[int]:
     """Return ranks that have a log."""
-    names = Path(submission.logs).glob(f"{submission.job_id}_*_log.*")
-    found = (re.fullmatch(r"(\d+)_log\.(out|err)", path.name[len(submission.job_id) + 1 :]) for path in names)
+    names = Path(job.logs).glob(f"{job.job_id}_*_log.*")
+    found = (re.fullmatch(r"(\d+)_log\.(out|err)", path.name[len(job.job_id) + 1 :]) for path in names)
     return sorted({int(match[1]) for match in found if match is not None})
-
-
-def rank_of(path: Path) -> int:
-    """Return the rank that wrote a log."""
-    return int(path.stem.removesuffix("_log").rpartition("_")[2])
 
 
 def tail(path: Path, lines: int) -> str:
@@ -116,64 +106,160 @@ def follow(
         time.sleep(POLL)
 
 
-_STARTS = "submitit INFO ("
-"""Lines that submitit logs for every rank alike, recognized by their timestamp."""
-_ISO = re.compile(r"(\d{4})-(\d\d)-(\d\d)[T ](\d\d):(\d\d):(\d\d)(?:[.,](\d{1,6}))?")
-_TORCH = re.compile(r"\[[A-Z](\d\d)(\d\d) (\d\d):(\d\d):(\d\d)\.(\d{1,6})\d* ")
-
-
-def all_files(submission: Submission) -> tuple[Path, ...]:
+def all_files(job: Job) -> tuple[Path, ...]:
     """Standard error and standard output of each rank that has a log, by rank."""
-    return tuple(path for rank in ranks_with_logs(submission) for path in log_files(submission, rank))
+    return tuple(path for rank in ranks_with_logs(job) for path in log_files(job, rank))
 
 
-def merged(paths: Iterable[Path], lines: int) -> list[str]:
-    """Return the last `lines` lines of each file, each with its rank in front, merged by time."""
-    texts = {path: tail(path, lines).splitlines() for path in paths}
-    width = _width(texts)
-    streams = [_timed(path, found) for path, found in texts.items()]
-    ordered = heapq.merge(*streams, key=lambda entry: (entry[0], entry[1]))
-    return [_with_rank(rank, line, width) for _, rank, line in ordered if _tells(line)]
+# Find why an attempt ended: first what Slurm wrote into the log, then the rank whose error is a cause.
+#
+# When a node dies or the kernel kills a rank, that rank writes nothing. The other ranks report errors that mean only
+# that they lost it: such an error counts only if there is no other.
+
+SILENT = "ended without a word"
+_BY_SLURM = ("srun:", "slurmstepd")
+_LINES = 15
+_CHUNK = 1 << 16
+_ENDING = re.compile(r"Terminating StepId|CANCELLED AT|Job step aborted|Force Terminated")
+_NODE = re.compile(r"^srun: error: Node failure on (\S+)", re.MULTILINE)
+_TASK = re.compile(
+    r"^srun: error: (\S+): tasks? (\d+)\S*: (Out Of Memory|Killed|Segmentation fault|Bus error|Illegal instruction)",
+    re.MULTILINE,
+)
+_UNRUNNABLE = re.compile(
+    r"^srun: error: (\S+): tasks? (\d+)\S*: Exited with exit code (126|127)$", re.MULTILINE
+)
+"""The codes of `env` and `sh` for a program that cannot be run, or is not there; a run leaves with no such code."""
+_MEMORY = re.compile(r"oom[-_ ]?kill", re.IGNORECASE)
+
+_DUE = re.compile(r"DUE TO ([A-Z ]+?)(?:,| \*|$)", re.MULTILINE)
+"""Why Slurm ended a step, in its own words."""
+_STATES = {"NODE FAILURE": "node failed", "PREEMPTION": "preempted", "TIME LIMIT": "timed out"}
+NO_MEMORY = "out of memory"
+NOTHING = Failure()
 
 
-def with_rank(path: Path, text: str, paths: Iterable[Path]) -> str:
-    """New lines of a file, each with its rank in front."""
-    width = _width(paths)
-    lines = [_with_rank(rank_of(path), line, width) for line in text.splitlines() if _tells(line)]
-    return "".join(f"{line}\n" for line in lines)
+def blame(files: JobFolder, attempt: Attempt, job: Job, until: int | None = None) -> Failure:
+    """Return why an attempt ended: by Slurm, by the records of its ranks, or by the loudest log.
+
+    Args:
+        files: Of the run.
+        attempt: The attempt.
+        job: Names the logs.
+        until: Where the log of the next attempt begins.
+    """
+    said = said_of(attempt, job, until)
+    if said.why:
+        return said
+    failures = files.failures(attempt.name)
+    if failures:
+        return _by_rank(failures[0])
+    return _loudest_log(job) if attempt.outcome is None and until is None else NOTHING
 
 
-def time_of(line: str, year: int) -> float | None:
-    """Return the time of a line, Unix time; torch leaves out the year."""
-    match = _ISO.search(line[:200])
-    if match is not None:
-        numbers, fraction = [int(number) for number in match.groups()[:6]], match[7] or "0"
+def said_of(attempt: Attempt, job: Job, until: int | None = None) -> Failure:
+    """Return what Slurm wrote about the end of an attempt; nothing if it wrote nothing."""
+    return _said(_log(attempt, job, until), job)
+
+
+def blame_start(job: Job, *, first: bool = True) -> Failure:
+    """Return what the log says about a start that ended before the run began, such as without a copy of its code.
+
+    Unless it is the `first` start, only what Slurm wrote: the other lines may be of an earlier one.
+    """
+    words = tail(log_files(job, 0)[0], _LINES)
+    said = _said(words, job)
+    if said.why and not said.transient:
+        return said
+    lines = words.splitlines()
+    begin = max((number + 1 for number, line in enumerate(lines) if "CANCELLED AT" in line), default=0)
+    own = _own_lines(lines[begin:]) if first else []
+    return Failure(0, text=words, why=own[-1]) if own else NOTHING
+
+
+def _said(log: str, job: Job) -> Failure:
+    """Return what Slurm wrote, with the last line of a rank that could not even start."""
+    said = said_by_slurm(log)
+    if said.transient or said.rank is None:
+        return said
+    own = _own_lines(tail(log_files(job, said.rank)[0], _LINES).splitlines())
+    return replace(said, why=f"{said.why}: {own[-1].strip()}"[:500]) if own else said
+
+
+def _own_lines(lines: Iterable[str]) -> list[str]:
+    """Return the lines that Slurm did not write."""
+    return [line for line in lines if line.strip() and not line.startswith(_BY_SLURM)]
+
+
+def said_by_slurm(log: str) -> Failure:
+    """Return what `srun` and `slurmstepd` wrote into the log of the first rank."""
+    text = "".join(f"{line}\n" for line in log.splitlines() if line.startswith(_BY_SLURM))
+    if lost := list(dict.fromkeys(_NODE.findall(text))):
+        return Failure(text=text, why=f"node failure: {', '.join(lost)}", state="node failed")
+    if unrunnable := _UNRUNNABLE.search(text):
+        node, rank, code = unrunnable.groups()
+        why = f"rank {rank} on {node} could not run the interpreter (exit code {code})"
+        return Failure(int(rank), transient=False, text=text, why=why, state="failed", node=node)
+    ending = _ENDING.search(text)
+    killed = _TASK.search(text, 0, len(text) if ending is None else ending.start())
+    if killed is None:
+        if _MEMORY.search(text):
+            return Failure(text=text, why=NO_MEMORY, state="failed")
+        due = _DUE.search(text)
+        known = due is not None and due[1] in _STATES
+        return Failure(text=text, why=due[1].lower(), state=_STATES[due[1]]) if due and known else NOTHING
+    node, rank, word = killed.groups()
+    if word == "Out Of Memory" or _MEMORY.search(text):
+        why = f"{NO_MEMORY}: the system killed rank {rank} on {node}"
+    elif word == "Killed":
+        why = f"rank {rank} on {node} was killed (signal 9)"
     else:
-        match = _TORCH.search(line[:200])
-        if match is None:
-            return None
-        numbers, fraction = [year, *(int(number) for number in match.groups()[:5])], match[6]
+        why = f"rank {rank} on {node}: {word}"
+    return Failure(int(rank), text=text, why=why, state="failed", node=node)
+
+
+def shorten(line: str) -> str:
+    """Return an error's last line, without source locations and without the advice that follows a lost connection."""
+    line = re.sub(r"\[\S+\.(cc|cpp|h):\d+\] *", "", line)
+    return re.sub(r"\. (This is typically|Check the logs).*", "", line)
+
+
+def _by_rank(first: Failure) -> Failure:
+    """Return the rank that failed first by an error of its own, or else the rank that first lost another."""
+    lost = f"rank {first.rank} lost another: " if first.kind == "consequence" else ""
+    words = "".join(first.text.splitlines(keepends=True)[-_LINES:])
+    return replace(first, text=words, why=f"{lost}{shorten(first.last_words or SILENT)}"[:500])
+
+
+def _loudest_log(job: Job) -> Failure:
+    logs = {rank: log_files(job, rank)[0] for rank in ranks_with_logs(job)}
+    texts = {rank: text for rank, path in logs.items() if (text := tail(path, 100)).strip()}
+    loud = [rank for rank in texts if re.search(r"Traceback|[Ee]rror", texts[rank])] or list(texts)
+    if not loud:
+        return NOTHING
+    rank = min(loud, key=lambda rank: (is_consequence(texts[rank]), logs[rank].stat().st_mtime_ns))
+    return Failure(rank, text="".join(texts[rank].splitlines(keepends=True)[-_LINES:]))
+
+
+def _log(attempt: Attempt, job: Job, until: int | None) -> str:
+    """Return the end of an attempt's part of the first rank's log; empty if the start of that part is unknown."""
+    if attempt.log_start is None:
+        return ""
     try:
-        return datetime(*numbers).timestamp() + float(f"0.{fraction}")  # type: ignore[arg-type]
-    except ValueError:
-        return None
+        with open_regular(log_files(job, 0)[0], refusal=UnreadableError) as file:
+            end = file.seek(0, 2) if until is None else until
+            begin = max(attempt.log_start, end - _CHUNK)
+            file.seek(begin)
+            return file.read(max(0, end - begin)).decode("utf-8", "replace")
+    except OSError:
+        return ""
 
 
-def _timed(path: Path, lines: Iterable[str]) -> Iterator[tuple[float, int, str]]:
-    moment, rank = 0.0, rank_of(path)
-    year = datetime.fromtimestamp(path.stat().st_mtime).year if path.exists() else 1970
-    for line in lines:
-        moment = max(moment, time_of(line, year) or 0.0)
-        yield moment, rank, line
-
-
-def _tells(line: str) -> bool:
-    return bool(line.strip()) and not line.startswith(_STARTS)
-
-
-def _width(paths: Iterable[Path]) -> int:
-    return max((len(str(rank_of(path))) for path in paths), default=1)
-
-
-def _with_rank(rank: int, line: str, width: int) -> str:
-    return f"{rank:>{width}}: {line}"
+def log_starts(attempts: Sequence[Attempt]) -> dict[int, int]:
+    """Attempt number -> where the log of the next attempt of the same job begins."""
+    found = {}
+    for number, attempt in enumerate(attempts):
+        later = [after.log_start for after in attempts[number + 1 :] if after.job_id == attempt.job_id]
+        if later and later[0] is not None:
+            found[attempt.number] = later[0]
+    return found

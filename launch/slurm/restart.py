@@ -15,16 +15,16 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
 from ...checkpoints.files import UnreadableError, read_json
 from ...models.errors import GraftError, counted
 from .failures import Failure
-from .job_folder import Attempt, JobFolder, newest_state
-from .judging import said_of
-from .scheduler import ask
+from .folder import Attempt, JobFolder, newest_state
+from .logs import NO_MEMORY, NOTHING, said_of
+from .scheduler import ask, expand_nodes
 
 PATIENCE, PAUSE = 300.0, 10.0
 """Seconds that the record may be out of reach, and between two looks at it."""
@@ -44,6 +44,8 @@ class Verdict:
     """Empty where it did not fail, and was only not started again."""
     wait: int | None
     """Seconds until it may start again; None where it does not."""
+    node: str = ""
+    """The node to leave out, on which a rank failed by itself."""
 
 
 def judge(
@@ -60,11 +62,22 @@ def judge(
     lasting = [one for one in failures if one.kind == "cause" and not one.transient]
     if lasting:
         return Verdict(now.name, _words(lasting[0]), None)
-    said = said_of(files, now)
-    if said.lasting:
+    job, state = files.job_of(job_id), newest_state(files.output_dir)
+    said = NOTHING if job is None else said_of(now, job)
+    if said.why and not said.transient:
         return Verdict(now.name, said.why, None)
+    if said.why.startswith(NO_MEMORY) and now.state == state:
+        return Verdict(now.name, f"{said.why}, before anything new was saved: give a larger --mem", None)
     why = said.why or explain(now, failures)
-    return _again(now, of_job, why, newest_state(files.output_dir), max_restarts, restart_wait)
+    verdict = _again(now, of_job, why, state, max_restarts, restart_wait)
+    return replace(verdict, node=said.node or _node_of(now, failures))
+
+
+def _node_of(attempt: Attempt, failures: Sequence[Failure]) -> str:
+    """Return the node of the rank that failed by an error of its own; empty where none did."""
+    ranks = [one.rank for one in failures if one.kind == "cause" and one.rank is not None]
+    size = max(1, attempt.world_size // max(1, len(attempt.nodes)))
+    return attempt.nodes[min(ranks[0] // size, len(attempt.nodes) - 1)] if ranks and attempt.nodes else ""
 
 
 def _again(
@@ -119,11 +132,23 @@ def main(launch: Path, code: int) -> int:
                 lambda: files.note(verdict.attempt, outcome="failed", why=verdict.why, ended=time.time())
             )
             _say(f"the job has failed: {verdict.why}")
+            _tell(files, job, restart, verdict)
         elif _runs(job, restart):
             _start_again(files, job, restart, verdict, verdict.wait)
     except (OSError, GraftError) as error:
         _say(f"the job is not started again, because it cannot be found out whether it should be: {error}")
     return code
+
+
+def _tell(files: JobFolder, job_id: str, restart: int, verdict: Verdict) -> None:
+    job = files.job_of(job_id)
+    if job is None or not job.resources.get("on_event"):
+        return
+    from .events import tell
+
+    number = int(verdict.attempt.partition("-")[0])
+    known = {"job_id": job_id, "attempt": number, "restart": restart, "nodes": [], "why": verdict.why}
+    tell(files, "failure", job.resources, **known)
 
 
 def _start_again(files: JobFolder, job: str, restart: int, verdict: Verdict, wait: int) -> None:
@@ -140,15 +165,38 @@ def _start_again(files: JobFolder, job: str, restart: int, verdict: Verdict, wai
         raise
     if wait:
         ask("scontrol", "update", f"JobId={job}", f"StartTime=now+{wait}", tries=TRIES)
+    if verdict.node:
+        _leave_out(job, verdict.node)
     if files.asked_to_stop(job):  # since the question above
         ask("scancel", job, tries=TRIES)
         files.note(verdict.attempt, outcome="stopped", retried=False)
 
 
+def _leave_out(job: str, node: str) -> None:
+    """Exclude a node from the restart, where its partition has enough others at work."""
+    try:
+        fields = _fields(job)
+        nodes = fields.get("NumNodes", "").partition("-")[0]
+        excluded = [*expand_nodes(fields.get("ExcNodeList", "")), node]
+        partition = fields.get("Partition", "").split(",")[0]
+        text = ask(
+            "sinfo", "-h", "-N", f"--partition={partition}", "--states=idle,mix,alloc,comp", "--format=%N"
+        )
+        if len(set(text.split()) - set(excluded)) >= int(nodes or 1):
+            ask("scontrol", "update", f"JobId={job}", f"ExcNodeList={','.join(dict.fromkeys(excluded))}")
+            _say(f"node {node} is left out of the restart")
+    except (GraftError, ValueError) as error:
+        _say(f"node {node} is not left out of the restart: {error}")
+
+
+def _fields(job: str) -> dict[str, str]:
+    text = ask("scontrol", "--oneliner", "show", "job", job, tries=TRIES)
+    return dict(re.findall(r"(\S+?)=(\S*)", text.partition("\n")[0]))
+
+
 def _runs(job: str, restart: int) -> bool:
     """Return whether the scheduler still treats this attempt as the running one."""
-    text = ask("scontrol", "--oneliner", "show", "job", job, tries=TRIES)
-    fields = dict(re.findall(r"(\S+?)=(\S*)", text.partition("\n")[0]))
+    fields = _fields(job)
     return fields.get("JobState") == "RUNNING" and fields.get("Restarts") == str(restart)
 
 
@@ -165,7 +213,7 @@ def _run_folder(launch: Path) -> Path:
 
 def _limits(files: JobFolder, launch: Path) -> dict[str, int]:
     """Return the submission of this job."""
-    mine = [one for one in files.submissions() if one.launch == str(launch)]
+    mine = [one for one in files.jobs() if one.launch == str(launch)]
     resources = mine[-1].resources if mine else {}
     return {name: int(resources.get(name, 0)) for name in ("max_restarts", "restart_wait")}
 

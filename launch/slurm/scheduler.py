@@ -18,7 +18,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from ...models.errors import ConfigError, GraftError
-from .settings import parse_time
+from .request import parse_time
 
 # Run Slurm's commands, each with a bounded number of tries.
 
@@ -119,34 +119,22 @@ def _raise_refusal(program: str, said: str) -> None:
 
 
 UNKNOWN = "UNKNOWN"
-ENDED = frozenset(
-    [
-        "BOOT_FAIL",
-        "CANCELLED",
-        "COMPLETED",
-        "DEADLINE",
-        "FAILED",
-        "NODE_FAIL",
-        "OUT_OF_MEMORY",
-        "PREEMPTED",
-        "TIMEOUT",
-    ]
-)
+REMOVED = "REMOVED"
+"""Our words for a job that Slurm does not know, and for a cell of an array that it knows only the others of."""
+WAITING = (
+    "PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "SPECIAL_EXIT", "RESV_DEL_HOLD",
+)  # fmt: skip
+AT_WORK = ("RUNNING", "COMPLETING", "SUSPENDED", "STOPPED", "SIGNALING", "STAGE_OUT", "RESIZING")
+_FALLEN = ("down", "fail", "error", "unknown")
+ENDED = frozenset([
+    "BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED", "TIMEOUT",
+])  # fmt: skip
 """States in which a job holds no node; NODE_FAIL and PREEMPTED may be followed by another start."""
 
 _QUEUE = [
-    "JobArrayID",
-    "State",
-    "NodeList",
-    "Reason",
-    "RestartCnt",
-    "exit_code",
-    "StartTime",
-    "EndTime",
-    "TimeLimit",
-    "Name",
+    "JobArrayID", "State", "NodeList", "Reason", "RestartCnt", "exit_code", "StartTime", "EndTime", "TimeLimit", "Name",
     "Command",
-]
+]  # fmt: skip
 _ACCOUNTING = ["JobID", "State", "NodeList", "ExitCode", "Start", "End", "Timelimit", "Reason", "JobName"]
 NAMELESS = "allocation"
 """What `sacct` calls a job whose name the accounting has not been told yet."""
@@ -154,7 +142,7 @@ _FLAGS = ("--states=all", "--array", "--noheader")
 
 
 @dataclass(frozen=True)
-class JobState:
+class State:
     """One job, or one cell of an array, as the scheduler knows it."""
 
     state: str = UNKNOWN
@@ -178,17 +166,24 @@ class JobState:
     """The name of the submission, if the queue knows it: the number alone may be another job's by now."""
 
 
-def job_states(ids: Iterable[str], *, tries: int = TRIES) -> dict[str, JobState]:
-    """Return what is known about each job; state UNKNOWN if it is not known any more. Raises GraftError."""
+def job_states(ids: Iterable[str], *, tries: int = TRIES) -> dict[str, State]:
+    """Return what is known about each job; state UNKNOWN if it is not known any more. Raises GraftError.
+
+    A cell of an array that never began, and is not known although others are, was cancelled: Slurm keeps no word of it.
+    """
     wanted = list(dict.fromkeys(ids))
     if not wanted:
         return {}
-    queued = parse_queue(_queue_text(wanted, tries))
+    numbers = list(dict.fromkeys(job.partition("_")[0] for job in wanted))
+    queued = parse_queue(_queue_text(numbers, tries))
     try:
-        recorded = parse_accounting(_accounting_text(wanted))
+        recorded = parse_accounting(_accounting_text(numbers))
     except GraftError:
         recorded = {}
-    return {job: _merged(queued.get(job), recorded.get(job)) for job in wanted}
+    found = {job: _merged(queued.get(job), recorded.get(job)) for job in wanted}
+    arrays = {job.partition("_")[0] for job in queued}
+    lost = {job for job in wanted if found[job] == State() and "_" in job and job.partition("_")[0] in arrays}
+    return {job: State(REMOVED) if job in lost else state for job, state in found.items()}
 
 
 def cancel(*job_ids: str) -> None:
@@ -248,28 +243,59 @@ def fallen_nodes(nodes: Sequence[str]) -> list[str]:
         text = ask("sinfo", "--noheader", "--Node", f"--nodes={','.join(nodes)}", "--format=%N %T", tries=1)
     except GraftError:
         return []
-    return fallen_in(text)
+    lines = [line.strip().partition(" ") for line in text.splitlines()]
+    # a `*` marks one that does not answer
+    gone = [name for name, _, state in lines if state.endswith("*") or state.lower().startswith(_FALLEN)]
+    return list(dict.fromkeys(gone))
 
 
-def fallen_in(text: str) -> list[str]:
-    """Return nodes of `sinfo` lines `name state`; a `*` marks one that does not answer."""
+def number_by_name(name: str, script: Path) -> str:
+    """Return the number of this user's job with this name and script; empty without one. Raises GraftError."""
+    columns = _columns(("ArrayJobID", "JobID", "Command"))
+    text = ask("squeue", "--me", "--states=all", "--noheader", f"--name={name}", f"--Format={columns}")
+    for line in text.splitlines():
+        array, number, path = (word.strip() for word in line.removesuffix("|").split("|", 2))
+        if Path(path) == script:
+            return array if array.isdigit() else number
+    return ""
+
+
+@dataclass(frozen=True)
+class Usage:
+    """One start of a job, as the accounting counts it; times in seconds."""
+
+    job_id: str
+    ran: float
+    waited: float
+    gpus: int
+    cores: int
+
+
+def usage_of(ids: Iterable[str]) -> list[Usage]:
+    """Return what each start of these jobs has used. Raises GraftError: there is no accounting, or no answer."""
+    words = ["sacct", "--allocations", "--duplicates", "--parsable2", "--noheader"]
+    columns = "--format=JobID,Submit,Start,ElapsedRaw,AllocTRES"
     found = []
-    for name, _, state in (line.strip().partition(" ") for line in text.splitlines()):
-        if state.endswith("*") or state.lower().startswith(("down", "fail", "error", "unknown")):
-            found.append(name)
-    return list(dict.fromkeys(found))
+    for line in ask(*words, columns, f"--jobs={','.join(ids)}").splitlines():
+        job, submitted, started, elapsed, tres = line.split("|", 4)
+        parts = dict(part.partition("=")[::2] for part in tres.split(","))
+        counts = (int(parts.get(name, "0") or 0) for name in ("gres/gpu", "cpu"))
+        begin, asked = _time(started), _time(submitted)
+        waited = max(0.0, begin - asked) if begin is not None and asked is not None else 0.0
+        found.append(Usage(job, float(elapsed or 0), waited, *counts))
+    return found
 
 
-def parse_queue(text: str) -> dict[str, JobState]:
+def parse_queue(text: str) -> dict[str, State]:
     """Job id -> state, of the lines that `squeue` gives for `_QUEUE`."""
-    found = {}
+    found: dict[str, State] = {}
     for line in text.splitlines():
         # the last field may contain the separator
         values = [value.strip() for value in line.removesuffix("|").split("|", len(_QUEUE) - 1)]
         if len(values) < len(_QUEUE):
             continue
         row = dict(zip(_QUEUE, values, strict=False))
-        found[row["JobArrayID"]] = JobState(
+        state = State(
             state=_state(row["State"]),
             nodes=expand_nodes(row["NodeList"]),
             reason=_word(row["Reason"]),
@@ -281,16 +307,17 @@ def parse_queue(text: str) -> dict[str, JobState]:
             name=row["Name"],
             script=Path(row["Command"]) if _word(row["Command"]) else None,
         )
+        found |= dict.fromkeys(expand_id(row["JobArrayID"]), state)
     return found
 
 
-def parse_accounting(text: str) -> dict[str, JobState]:
+def parse_accounting(text: str) -> dict[str, State]:
     """Job id -> state, of what `sacct --duplicates --parsable2` gives, its header included."""
     lines = [line.split("|") for line in text.splitlines() if "|" in line]
-    found: dict[str, JobState] = {}
+    found: dict[str, State] = {}
     for values in lines[1:]:
         row = dict(zip(lines[0], values, strict=False))
-        state = JobState(
+        state = State(
             state=_state(row.get("State", "")),
             nodes=expand_nodes(row.get("NodeList", "")),
             reason=_word(row.get("Reason", "")),
@@ -334,9 +361,9 @@ def expand_nodes(text: str) -> tuple[str, ...]:
         return (packed,)
 
 
-def _merged(queued: JobState | None, recorded: JobState | None) -> JobState:
+def _merged(queued: State | None, recorded: State | None) -> State:
     if queued is None:  # so it neither waits nor runs, whatever the accounting was told last
-        return recorded if recorded is not None and recorded.state in ENDED else JobState()
+        return recorded if recorded is not None and recorded.state in ENDED else State()
     history = recorded.history if recorded is not None and recorded.name == queued.name else ()
     return replace(queued, history=history[-queued.restarts :] if queued.restarts else ())
 
@@ -386,3 +413,80 @@ def _exit_code(text: str) -> str:
         return text
     signal = int(text) & 127
     return f"0:{signal}" if signal else f"{int(text) >> 8}:0"
+
+
+# Slurm's reasons for waiting, and what can be done about them.
+
+_WAITS = {
+    "Resources": "waits for nodes",
+    "Priority": "waits behind jobs of higher priority",
+    "Dependency": "waits for another job",
+    "DependencyNeverSatisfied": "waits for ever: the job that it follows has failed",
+    "BeginTime": "waits until its begin time",
+    "ReqNodeNotAvail": "waits for nodes that are down, drained or reserved",
+    "Nodes_required_for_job_are_DOWN": "waits for nodes that are down, drained or reserved",
+    "NodeDown": "waits for a node that is down",
+    "PartitionDown": "waits for its partition, which is down",
+    "PartitionInactive": "waits for its partition, which takes no jobs now",
+    "Reservation": "waits for its reservation",
+    "Licenses": "waits for licenses",
+    "Cleaning": "waits until its last start is cleaned up",
+    "JobArrayTaskLimit": "waits for cells of its array: --array_parallelism",
+    "JobHeldUser": "is held: `scontrol release` lets it go",
+    "JobHeldAdmin": "is held by an administrator",
+    "launch_failed_requeued_held": "is held, because its nodes could not start it: `scontrol release` lets it go",
+    "job_requeued_in_held_state": "is held: `scontrol release` lets it go",
+}
+_NEVER = (
+    r"\w+PerJob(Limit)?|Partition(Node|Time)Limit|PartitionConfig|BadConstraints|QOSMin\w+|\w*MaxMemPerLimit"
+    r"|Invalid(Account|QOS)"
+)
+"""Slurm's words for a request that is beyond a limit of each job: it waits for ever."""
+_FLAGS_OF = {
+    r"Wall|Time": ("time",),
+    r"Node|PartitionConfig": ("nodes",),
+    r"GRES|Gres|Minutes": ("gpus_per_node", "time"),
+    r"Cpu|CPU": ("cpus_per_task", "nodes"),
+    r"Mem": ("mem",),
+    r"Account": ("account",),
+    r"QOS$": ("qos",),
+    r"BadConstraints": ("constraint", "nodelist"),
+}
+
+
+def slurms_word(reason: str) -> str:
+    """Return Slurm's word without what it adds after a comma; some have blanks in place of `_`."""
+    return re.sub(r"\s+", "_", reason.partition(",")[0].strip())
+
+
+def waiting(reason: str, start: float | None = None) -> str:
+    """Return why a job waits, as in `waits for nodes: Resources`: Slurm's word, with a sentence where there is one.
+
+    Args:
+        reason: Slurm's word, with what it may add after a comma.
+        start: When it is expected to start; that of `BeginTime` is certain.
+    """
+    word = slurms_word(reason)
+    if not word:
+        return ""
+    if word == "BeginTime" and start is not None:
+        return f"waits until {clock(start)}: {word}"
+    if flags := flags_beyond(reason):
+        return f"waits for ever: a limit does not allow it, see {', '.join(f'--{name}' for name in flags)}: {reason}"
+    return f"{_WAITS.get(word, 'waits')}: {reason}"
+
+
+def flags_beyond(reason: str) -> tuple[str, ...]:
+    """Return the resources that are beyond a limit which each job must meet; empty where the job only waits."""
+    word = slurms_word(reason)
+    if re.fullmatch(_NEVER, word) is None:
+        return ()
+    word = word.replace("PerNode", "")
+    return next((names for part, names in _FLAGS_OF.items() if re.search(part, word)), ("nodes", "time"))
+
+
+def clock(moment: float) -> str:
+    """Return a time of day, with the date if it is not today."""
+    then = time.localtime(moment)
+    today = then[:3] == time.localtime()[:3]
+    return time.strftime("%H:%M:%S" if today else "%Y-%m-%d %H:%M:%S", then)

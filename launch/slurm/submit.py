@@ -1,4 +1,8 @@
-"""Turn a run and its resources into a job: copy the code, write the record, call sbatch, record the number."""
+"""Submit a batch, from the checks to the job numbers: what cannot run is refused, as far as it can be known.
+
+Whether the cluster can give what is asked for, Slurm says: `sbatch --test-only` before the submission, and the reason
+for which the job waits, some seconds after it.
+"""
 
 from __future__ import annotations
 
@@ -7,10 +11,12 @@ import json
 import logging
 import os
 import re
+import shlex
 import socket
 import subprocess
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,35 +24,357 @@ from typing import Any
 from submitit.core.utils import DelayedSubmission
 
 from ...checkpoints.atomic import write_text
-from ...models.errors import ConfigError, GraftError
-from ..say import hint
-from .attempt import JobTask
-from .batch import Launch, Request, command, copy_package, executor_of, job_name, origin, script
-from .checks import ask_sbatch
-from .job_folder import JobFolder, Submission
-from .lock import InterruptedSubmissionError, ordering, unbroken
-from .lookup import UNSURE, number_by_name, write_number
-from .pitfalls import detached, outside_of_a_job, start_script
+from ...models.errors import ConfigError, DataError, GraftError, counted
+from ...transfer.config import RunConfig
+from ...transfer.engine.resume_check import changes, describe_changes, settings
+from ..load_config import load_config
+from ..say import hint, say_aside
+from .attempt import Task
+from .batch import (
+    Batch,
+    command,
+    copy_package,
+    executor_of,
+    make_packs,
+    new_identity,
+    on_node,
+    origin,
+    script,
+    unpack_script,
+)
+from .environment import detached, outside_of_a_job, start_script
+from .folder import Job, JobFolder, newest_state, remember, write_number
+from .jobs import UNSURE, active_jobs, current_stage, home, read_progress
+from .lock import InterruptedSubmissionError, ordering, submitting, unbroken
+from .request import Request
+from .scheduler import NoAnswerError, ask, flags_beyond, job_states, number_by_name, waiting
+from .site_file import check_commands, check_folder
+from .sweep import check_sweep
 
 logger = logging.getLogger(__name__)
 ANSWER = 120.0
 """Seconds that sbatch may take to answer."""
+FIRST_WORD = 6.0
+"""Seconds that Slurm is given after a submission to say why the job waits."""
+FIRST_REASONS = ("Priority", "PartitionConfig")
+"""What Slurm says before it has looked closely, and seldom to the end."""
+START = 60
+"""Seconds that a run needs before it can save anything."""
+UNCLEAR = ("Requested node configuration is not available", "Requested nodes are busy")
+"""What `--test-only` says of nodes that do not exist, and of those that are drained, down or reserved: sbatch knows."""
+ALL_THE_SAME = "`--unchecked` submits it all the same"
+_FLAG_OF = {
+    "partition": "partition", "feature": "constraint", "node name": "nodelist", "reservation": "reservation",
+    "account": "account", "qos": "qos", "time limit": "time", "memory": "mem", "node count": "nodes", "gres": "gres",
+    "generic resource": "gres", "dependency": "dependency", "cpu count": "cpus_per_task",
+}  # fmt: skip
+"""Words of sbatch's refusals, and the resource that they are about."""
+_SIZES = ("partition", "nodes", "gpus_per_node", "gres", "tasks_per_node", "cpus_per_task", "mem")
 _NUMBER = re.compile(r"^(?:Submitted batch job )?([0-9]+)(?:;.*| on .*)?$", re.MULTILINE)
 """The job number in sbatch's output, among a site's own lines; a wrapper of sbatch may not know `--parsable`."""
 
 
-def test_only(launch: Launch) -> str:
-    """Ask sbatch what the job has to wait for, if anything. Nothing is queued, and nothing written to its folder.
+def check(batch: Batch, *, unchecked: bool = False) -> tuple[str, list[str]]:
+    """Return a note of Slurm's on the request, if any, and the plan of each run in words.
 
-    Raises ConfigError: sbatch would refuse the job.
+    Raises ConfigError, DataError or another GraftError for what cannot run as it is asked for.
     """
+    note = check_quickly(batch, unchecked=unchecked)
+    return note, [] if unchecked else describe_plans(batch)
+
+
+def check_early(request: Request) -> None:
+    """Raise ConfigError for what the cluster cannot give, as far as that is known before the runs are."""
+    if request.cluster == "slurm":
+        check_commands()
+        _check_time(request)
+
+
+def check_quickly(batch: Batch, *, unchecked: bool = False) -> str:
+    """Run the part of `check` that needs no torch."""
+    request = batch.request
+    _check_machine(batch)
+    if request.cluster == "slurm":
+        check_commands()
+    _refuse_second(batch)
+    if unchecked:
+        return ""
+    _refuse_finished(batch)
+    if request.cluster != "slurm":
+        return ""
+    check_folder(batch.folder, request)
+    _check_time(request)
     with outside_of_a_job(), tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "job.sh"
-        path.write_text(script(launch), encoding="utf-8")
-        return ask_sbatch(path, launch.config, launch.cpus_per_task)
+        path.write_text(script(batch), encoding="utf-8")
+        return _ask_sbatch(path, request)
 
 
-def submit(launch: Launch) -> list[str]:
+def _check_time(request: Request) -> None:
+    """Raise ConfigError if a run would be asked to save before it has done anything."""
+    least = (request.signal_delay + START) // 60 + 1
+    if request.minutes < least:
+        raise ConfigError(
+            f"{request.said('time')}: a run needs a minute to start, and is told to save {request.signal_delay} "
+            f"seconds before its limit ({request.origin('signal_delay')}): give {least} minutes or more; {ALL_THE_SAME}"
+        )
+
+
+def _ask_sbatch(path: Path, request: Request) -> str:
+    """Return what `sbatch --test-only` says of a job that may have to wait; nothing is queued.
+
+    Raises ConfigError in Slurm's words where sbatch would refuse the script; NoAnswerError.
+    """
+    try:
+        ask("sbatch", "--test-only", str(path))
+    except NoAnswerError:
+        raise
+    except GraftError as error:
+        words = re.sub(r"(sbatch failed|allocation failure|error): *", "", str(error))
+        if words in UNCLEAR:
+            return f"sbatch --test-only says: {words}, which is also said of nodes that are down, drained or reserved"
+        raise _refusal(words, request) from error
+    return ""
+
+
+def _refusal(words: str, request: Request) -> ConfigError:
+    """Return Slurm's words with the resource that they are about, or what was asked for where they name none."""
+    named = [
+        name
+        for part, name in _FLAG_OF.items()
+        if part in words.lower() and getattr(request, name) is not None
+    ]
+    if named:
+        return ConfigError(f"{request.said(named[0])}: sbatch refuses the job: {words}")
+    sizes = [request.said(name) for name in _SIZES if getattr(request, name) is not None]
+    return ConfigError(f"sbatch refuses the job: {words}" + f" ({', '.join(sizes)})" * (words in UNCLEAR))
+
+
+def describe_plans(batch: Batch) -> list[str]:
+    """Run the slow part of `check`: return the plan of each run in words."""
+    if not batch.configs:
+        return []
+    say_aside("graftvit: checking the run: its settings, teacher, data and plan ...\n")
+    from ..plan_text import describe_plan
+
+    plans = []
+    for run in batch.configs:
+        if not batch.again:
+            _check_data(run, batch.request)
+        needs_data = not run.data.download and not batch.again
+        plans.append(describe_plan(run, batch.request.world_size, needs_data=needs_data))
+    lines = [line.partition("warning: ")[2] for text in plans for line in text.splitlines()]
+    for warning in filter(None, dict.fromkeys(lines)):
+        say_aside(f"graftvit: warning: {warning}\n")
+    return plans
+
+
+def preview(batch: Batch, *, unchecked: bool = False) -> tuple[str, GraftError | None]:
+    """Return the plan, the cells and the script as sbatch would get it, and why it would be refused. Queue nothing.
+
+    Raises ConfigError: there is no Slurm here to make a script for.
+    """
+    request, parts, problem = batch.request, list[str](), None
+    if request.cluster == "slurm":
+        check_commands()
+    try:
+        note = check_quickly(batch, unchecked=unchecked)
+        parts += [] if unchecked else describe_plans(batch)
+        parts += [f"{note}\n"] if note else []
+    except GraftError as error:
+        problem = error
+    if batch.first is not None:
+        parts.append(f"a job of its own makes the teacher first, in {batch.first.output_dir}\n")
+    cells = len(batch.tasks) if batch.sweep is None else len(batch.sweep.cells)
+    if left_out := cells - len(batch.tasks):
+        parts.append(f"left out: {left_out} of {cells} cells, which have finished\n")
+    if batch.again:
+        parts.append("".join(f"again: {run}\n" for run in batch.runs))
+    elif batch.is_array:
+        names = "".join(f"  {one.output_dir.name}\n" for one in batch.tasks)
+        parts.append(f"{len(batch.tasks)} cells, {request.array_parallelism} at a time:\n{names}")
+    local = f"--cluster {request.cluster}: {counted(request.tasks, 'process')} on this machine"
+    parts.append((script(batch).rstrip() if request.cluster == "slurm" else local) + "\n")
+    return "\n".join(parts), problem
+
+
+def send(batch: Batch) -> str:
+    """Submit, after a job for the first task where there is one, and say which jobs these are and what to do next.
+
+    Raises GraftError as `check` and `submit`.
+    """
+    with submitting(home(batch.folder)):
+        _refuse_second(batch)  # another shell may have been quicker
+        if batch.sweep is not None:
+            check_sweep(batch.sweep)
+        if words := _describe_again(batch):
+            say_aside(f"graftvit: {words}\n")
+        batch.write()
+        said = _submit_all(batch)
+    if batch.comparison:
+        said += f"  {hint('compare', next(iter(batch.frozen)), '--report')}    # when all cells are through\n"
+    return said
+
+
+def _submit_all(batch: Batch) -> str:
+    remember(batch.folder)  # before: an interrupted submission may have made a job
+    after = ""
+    if batch.first is not None:
+        made = submit(replace(batch, tasks=[batch.first], first=None, identity=new_identity()))[0]
+        batch = replace(batch, after=made if batch.request.cluster == "slurm" else None)
+        after = f", after job {made} for the teacher,"
+    try:
+        jobs = submit(replace(batch, first=None))
+    except GraftError as error:
+        if not after:
+            raise
+        raise type(error)(f"{error}; job {made} for the teacher was submitted, and continues") from error
+    cells = batch.is_array or batch.folder != batch.tasks[0].output_dir
+    count = f" ({counted(len(jobs), 'cell')})" if cells else ""
+    word = first_word(jobs, batch.request) if batch.request.cluster == "slurm" else ""
+    return (
+        f"submitted job {jobs[0].partition('_')[0]}{count}{after} in {batch.folder}\n"
+        f"  {hint('jobs', batch.folder)}\n  {hint('jobs', 'logs', batch.tasks[0].output_dir, '--follow')}\n"
+        + (f"  it {word}\n" if word else "")
+    )
+
+
+def first_word(jobs: Sequence[str], request: Request, patience: float = FIRST_WORD) -> str:
+    """Return why a job waits, some seconds after its submission, as Slurm says it; empty where it starts.
+
+    A limit of a partition, an account or a QOS may not allow the job: that is said by this reason alone.
+    """
+    until = time.monotonic() + patience
+    word = ""
+    while time.monotonic() < until:
+        try:
+            seen = job_states(jobs[:1], tries=1)[jobs[0]]
+        except GraftError:
+            return ""
+        if seen.state != "PENDING":
+            return ""
+        word = waiting(seen.reason, seen.start)
+        asked = [
+            request.said(name) for name in flags_beyond(seen.reason) if getattr(request, name) is not None
+        ]
+        word += f" ({', '.join(asked)})" * bool(asked)
+        if word and seen.reason not in FIRST_REASONS:
+            return word
+        time.sleep(0.3)
+    return word
+
+
+def _check_machine(batch: Batch) -> None:
+    """Raise ConfigError where more is asked for than one machine or process is."""
+    request = batch.request
+    if request.cluster != "slurm" and request.nodes > 1:
+        raise ConfigError(
+            f"{request.said('nodes')}: --cluster {request.cluster} is this machine alone; give --nodes 1"
+        )
+    if request.cluster != "slurm" and request.pack != "no":
+        raise ConfigError(f"{request.said('pack')}: --cluster {request.cluster} has no other nodes")
+    if request.cluster == "debug" and request.tasks > 1:
+        raise ConfigError(
+            f"--cluster debug is this process alone, and {request.tasks} are asked for: give one GPU or task"
+        )
+    if request.cluster == "local" and len(batch.tasks) > request.array_parallelism and not batch.again:
+        raise ConfigError(
+            f"{request.said('array_parallelism')}: --cluster local starts all {len(batch.tasks)} cells at once: "
+            "allow more of them, or take fewer values"
+        )
+    if batch.comparison and request.world_size > 1:
+        raise ConfigError(
+            f"a cell of a comparison is one process, and {request.nodes} x {request.tasks} are asked for: "
+            "give --nodes 1 --gpus_per_node 1 --tasks_per_node 1"
+        )
+    if batch.comparison and batch.first is not None and request.cluster == "local":
+        raise ConfigError(
+            "--cluster local does not wait for the teacher, which is not there yet: make it first by "
+            "`graftvit compare ... --only teacher`, or run all cells one after another without --only"
+        )
+
+
+def _refuse_second(batch: Batch) -> None:
+    """Raise ConfigError where one of the runs, or what was submitted to the same folder before, has a job."""
+    folder = batch.folder
+    above = folder.parent.parent if folder.parent.name == "cells" else folder.parent
+    ours = (above / "jobs").is_dir() or (above / "sweep.json").exists()
+    if ours and not batch.again and (folder.parent.name == "cells" or folder.name == "teacher"):
+        raise ConfigError(
+            f"--output_dir {folder} is inside of {above}, which was submitted as a whole: give another folder, or "
+            f"`{hint('jobs', 'resume', above)}`"
+        )
+    for one in active_jobs(dict.fromkeys([folder, *batch.runs])):
+        raise ConfigError(
+            f"{one.run} is {one.words} already: `{hint('jobs', folder)}` shows it, "
+            f"`{hint('jobs', 'stop', folder)}` ends it"
+        )
+
+
+def _check_data(run: RunConfig, request: Request) -> None:
+    from ...transfer.data.datasets import check_dataset
+
+    if run.data.download:
+        return
+    try:
+        check_dataset(run.data)
+    except DataError as error:
+        if request.cluster != "slurm":
+            raise
+        raise DataError(f"{error}; where data are on the nodes alone, `--unchecked` does not look") from error
+
+
+def _is_single(batch: Batch) -> bool:
+    return len(batch.configs) == 1 and not batch.comparison and batch.sweep is None and not batch.again
+
+
+def _refuse_finished(batch: Batch) -> None:
+    """Raise ConfigError if a single run has nothing left to train."""
+    if (
+        _is_single(batch)
+        and JobFolder(batch.folder).finished
+        and _has_finished(batch.folder, batch.configs[0])
+    ):
+        raise ConfigError(
+            f"{batch.folder} has finished: there is nothing left to train; give more --epochs or another --output_dir, "
+            "or --unchecked, which submits it all the same"
+        )
+
+
+def _has_finished(folder: Path, run: RunConfig) -> bool:
+    done, limit = read_progress(folder), run.optim.max_steps
+    return run.output_dir == folder and (done.step >= limit if limit else done.epoch >= run.optim.epochs)
+
+
+def _describe_again(batch: Batch) -> str:
+    """Return what a run resumes from, and which settings change; empty where all runs are new."""
+    if batch.sweep is not None:
+        begun = sum(1 for one in batch.tasks if newest_state(one.output_dir))
+        verb = "resumes from what it has" if begun == 1 else "resume from what they have"
+        return f"{begun} of {len(batch.tasks)} cells {verb} saved" if begun else ""
+    if not _is_single(batch):
+        return ""
+    run, stage = batch.configs[0], current_stage(batch.folder)
+    if not (stage / "config.yaml").is_file():
+        return ""
+    if not newest_state(stage):
+        return "starts again, because nothing was saved"
+    done, limit = read_progress(stage), run.optim.max_steps
+    if stage != run.output_dir:
+        return f"resumes in stage {stage.name} at epoch {done.epoch + 1}"
+    changed = ""
+    with contextlib.suppress(GraftError):  # of another version
+        changed = describe_changes(changes({"config": settings(load_config(stage)), "origins": {}}, run))
+    if _has_finished(stage, run):
+        place = "has finished: nothing is left to train"
+    else:
+        place = (
+            f"resumes at epoch {done.epoch + 1} of {f'a run of {limit} steps' if limit else run.optim.epochs}"
+        )
+    return f"{place}; {changed or 'nothing changed'}"
+
+
+def submit(batch: Batch) -> list[str]:
     """Submit, and return the job of each request. Each run folder records what was submitted.
 
     Raises:
@@ -54,101 +382,101 @@ def submit(launch: Launch) -> list[str]:
         GraftError: if it is not known whether the cluster took the job.
         InterruptedSubmissionError: if it did, and this command was told to end meanwhile.
     """
-    code, made = copy_package(launch.folder / "jobs"), origin()
-    if launch.config.cluster == "debug":
-        return _run(launch, code, made)
-    if launch.config.cluster == "local":
-        return [_order(_alone(launch, request), code, made) for request in launch.requests]
-    number = _order(launch, code, made)
-    return [f"{number}_{index}" for index in range(len(launch.requests))] if _is_array(launch) else [number]
+    code, made = copy_package(batch.folder / "jobs"), origin()
+    if batch.request.cluster == "debug":
+        return _run(batch, code, made)
+    if batch.request.cluster == "local":
+        return [_order(_alone(batch, task), code, made) for task in batch.tasks]
+    number = _order(batch, code, made)
+    return [f"{number}_{index}" for index in range(len(batch.tasks))] if batch.is_array else [number]
 
 
-def _alone(launch: Launch, request: Request) -> Launch:
-    """Submit a cell that is started alone, and has its own folder for all files of its job."""
-    folder = request.output_dir
-    return Launch(job_name(folder), folder, [request], launch.config, launch.cpus_per_task)
+def _alone(batch: Batch, task: Task) -> Batch:
+    """Return a cell that is started alone, and has its own folder for all files of its job."""
+    return Batch(task.output_dir, [task], batch.request, batch.cores)
 
 
-def _order(launch: Launch, code: Path, made: dict[str, Any]) -> str:
+def _order(batch: Batch, code: Path, made: dict[str, Any]) -> str:
     """Return the number of the job. Slow work comes first; the part that a signal must not cut is short."""
-    _prepare(launch, code)
+    _prepare(batch, code)
     with outside_of_a_job(), unbroken() as held:
-        _record(launch, code, made)
+        _record(batch, code, made)
         try:
-            number = _sbatch(launch) if launch.config.cluster == "slurm" else _start(launch)
+            number = _sbatch(batch) if batch.request.cluster == "slurm" else _start(batch)
         except ConfigError:
-            _withdraw(launch)
+            _withdraw(batch)
             raise
         try:
-            write_number(launch.place, number)
+            write_number(batch.place, number)
         except OSError as error:
             logger.warning(
-                "%s cannot be written (%s): the job is found by its name", launch.place, error.strerror
+                "%s cannot be written (%s): the job is found by its name", batch.place, error.strerror
             )
     if held:
-        raise InterruptedSubmissionError(held[0], number, launch.folder)
+        raise InterruptedSubmissionError(held[0], number, batch.folder)
     return number
 
 
-def _prepare(launch: Launch, code: Path) -> None:
+def _prepare(batch: Batch, code: Path) -> None:
     """Write all that the job reads: a job finds it even if its number never reached us."""
-    launch.logs.mkdir(parents=True, exist_ok=True)
-    directory = Path.cwd()
-    write_text(launch.start, start_script(code, launch.place))
-    write_text(
-        launch.place / "runs.json", json.dumps([str(request.output_dir) for request in launch.requests])
-    )
-    if launch.config.cluster == "slurm":
-        write_text(launch.place / "submit.sh", script(launch))
-    for index, request in enumerate(launch.requests):
-        delayed = DelayedSubmission(JobTask(request.words, request.output_dir, directory))
-        delayed.set_timeout(launch.config.minutes, 0)
-        delayed.dump(launch.place / f"{index}.pkl")
+    batch.logs.mkdir(parents=True, exist_ok=True)
+    words = {"code": shlex.quote(str(code))}
+    if batch.request.pack != "no":
+        packs = make_packs(code, batch.request.pack_folder or batch.folder / "jobs", batch.request.pack)
+        write_text(batch.unpack, unpack_script(packs))
+        words = {"code": on_node(packs, "code"), "python": f"{on_node(packs, 'env')}/bin/python"}
+    write_text(batch.start, start_script(launch=batch.place, **words))
+    write_text(batch.place / "runs.json", json.dumps([str(task.output_dir) for task in batch.tasks]))
+    if batch.request.cluster == "slurm":
+        write_text(batch.place / "submit.sh", script(batch))
+    for index, task in enumerate(batch.tasks):
+        delayed = DelayedSubmission(task)
+        delayed.set_timeout(batch.request.minutes, 0)
+        delayed.dump(batch.place / f"{index}.pkl")
 
 
-def _record(launch: Launch, code: Path, made: dict[str, Any], job_id: str = "") -> None:
+def _record(batch: Batch, code: Path, made: dict[str, Any], job_id: str = "") -> None:
     """Record the intention, in each run folder."""
-    for index, request in enumerate(launch.requests):
-        folder = JobFolder(request.output_dir)
-        request.output_dir.mkdir(parents=True, exist_ok=True)
+    for index, task in enumerate(batch.tasks):
+        folder = JobFolder(task.output_dir)
+        task.output_dir.mkdir(parents=True, exist_ok=True)
         folder.stop_path.unlink(missing_ok=True)
-        for one in folder.submissions():
+        for one in folder.jobs():
             if not one.job_id:  # an interrupted one, of which no job has come: the caller has asked
-                folder.withdraw_submission(one.launch)
-        folder.write_submission(
-            Submission(
+                folder.withdraw_job(one.launch)
+        folder.write_job(
+            Job(
                 job_id=job_id,
-                cluster=launch.config.cluster,
+                cluster=batch.request.cluster,
                 submitted=time.time(),
-                command=request.words,
-                logs=str(launch.logs),
-                resources=launch.config.model_dump(mode="json"),
+                command=task.words,
+                logs=str(batch.logs),
+                resources=batch.request.model_dump(mode="json"),
                 code=str(code),
                 directory=os.getcwd(),  # noqa: PTH109
-                cpus_per_task=launch.cpus_per_task,
+                cpus_per_task=batch.cores,
                 origin=made,
-                name=launch.name,
-                index=index if _is_array(launch) else None,
-                launch=str(launch.place),
-                output_dir=str(request.output_dir.absolute()),
-                inode=request.output_dir.stat().st_ino,
+                name=batch.name,
+                index=index if batch.is_array else None,
+                launch=str(batch.place),
+                output_dir=str(task.output_dir.absolute()),
                 host=socket.gethostname(),
                 pid=os.getpid(),
             )
         )
 
 
-def _withdraw(launch: Launch) -> None:
-    for request in launch.requests:
-        JobFolder(request.output_dir).withdraw_submission(str(launch.place))
+def _withdraw(batch: Batch) -> None:
+    for task in batch.tasks:
+        JobFolder(task.output_dir).withdraw_job(str(batch.place))
 
 
-def _sbatch(launch: Launch) -> str:
+def _sbatch(batch: Batch) -> str:
     """Order the job.
 
     Raises ConfigError: it is refused; GraftError: neither sbatch nor the queue tells whether it is.
     """
-    words = ["sbatch", "--parsable", str(launch.place / "submit.sh")]
+    words = ["sbatch", "--parsable", str(batch.place / "submit.sh")]
     said = f"gave no answer within {ANSWER:.0f} seconds"
     with contextlib.suppress(subprocess.TimeoutExpired):
         # in its own session it receives no Ctrl-C
@@ -164,52 +492,46 @@ def _sbatch(launch: Launch) -> str:
         if done.returncode == 0 and len(numbers) == 1:
             return str(numbers[0])
         said = " ".join(done.stderr.split() if done.returncode else ()) or f"exit code {done.returncode}"
+    if not _may_be_queued(said):  # Slurm keeps a record of a job that it has refused, too
+        raise _refusal(re.sub(r"sbatch: error: (Batch job submission failed: )?", "", said), batch.request)
     try:
-        number = number_by_name(launch.place)  # an answer may be lost, and the job be queued
+        number = number_by_name(batch.name, batch.place / "submit.sh")
     except GraftError as error:
         raise GraftError(
-            f"sbatch: {said}; whether the job is queued is not known: `{hint('jobs', launch.folder)}` tells when "
+            f"sbatch: {said}; whether the job is queued is not known: `{hint('jobs', batch.folder)}` tells when "
             f"Slurm answers again"
         ) from error
     if number:
         return number
-    if _may_be_queued(said):
-        (launch.place / UNSURE).touch()
-        raise GraftError(
-            f"sbatch: {said}; the job may be queued all the same: `{hint('jobs', launch.folder)}` tells in some minutes"
-        )
-    raise ConfigError(f"the cluster refused the job: {said}")
+    (batch.place / UNSURE).touch()
+    raise GraftError(
+        f"sbatch: {said}; the job may be queued all the same: `{hint('jobs', batch.folder)}` tells in some minutes"
+    )
 
 
 def _may_be_queued(said: str) -> bool:
     """Return whether the request reached the controller, and the answer was lost."""
-    return any(
-        words in said.lower()
-        for words in ("timed out", "send/recv", "zero bytes", "gave no answer", "exit code 0")
-    )
+    lost = ("timed out", "send/recv", "zero bytes", "gave no answer", "exit code 0", "exit code -")
+    return any(words in said.lower() for words in lost)
 
 
-def _start(launch: Launch) -> str:
+def _start(batch: Batch) -> str:
     """Start the job on this machine."""
-    executor: Any = executor_of(launch)._executor
-    with detached(launch.logs / "controller.log"):
-        return str(executor._submit_command(command(launch)).job_id)
+    executor: Any = executor_of(batch)._executor
+    with detached(batch.logs / "controller.log"):
+        return str(executor._submit_command(command(batch)).job_id)
 
 
-def _run(launch: Launch, code: Path, made: dict[str, Any]) -> list[str]:
+def _run(batch: Batch, code: Path, made: dict[str, Any]) -> list[str]:
     """Run each in this process."""
     ordering()
     jobs = []
-    for request in launch.requests:
-        one = replace(launch, requests=[request])
+    for task in batch.tasks:
+        one = replace(batch, tasks=[task])
         with outside_of_a_job():
-            job = executor_of(one).submit(JobTask(request.words, request.output_dir, Path.cwd()))
+            job = executor_of(one).submit(task)
             _record(one, code, made, str(job.job_id))
         jobs.append(job)
     for job in jobs:
         job.results()
     return [str(job.job_id) for job in jobs]
-
-
-def _is_array(launch: Launch) -> bool:
-    return len(launch.requests) > 1

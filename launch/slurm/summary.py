@@ -21,11 +21,9 @@ from ...checkpoints.markdown import plain
 from ...models.errors import ConfigError, GraftError, counted
 from ...transfer.analysis.report.ink import legend_beside, new_plots, to_png
 from ...transfer.analysis.report.tables import Table, tabulate
-from ...transfer.config import RunConfig
 from ...transfer.metrics.intervals import Interval, accuracy_interval
-from ..load_config import load_config
-from .job_folder import JobFolder
-from .jobs import current_stage
+from .folder import JobFolder
+from .jobs import current_stage, read_progress
 from .sweep import SWEEP_FILE, Cell, load_sweep
 
 State = Literal["done", "failed", "unfinished", "not begun"]
@@ -52,46 +50,27 @@ def read_cell(cell: Cell) -> CellResult:
     A cell is done if its last epoch is in the log and its student is written, failed if its last attempt recorded that,
     and otherwise unfinished. For a recipe with stages, the current stage counts.
     """
-    run, why = current_stage(cell.folder), ""
-    begun = (run / "config.yaml").is_file()
-    if begun:
-        epochs = _epochs(run / "log.jsonl")
-        try:
-            config = load_config(run)
-        except GraftError as error:
-            why = _one_line(str(error))
-        else:
-            if (cell.folder / "student").is_dir() and _complete(config, epochs):
-                return CellResult(cell, "done", numbers=_numbers(epochs))
-            why = _progress(config, epochs)
-            why = why if run == cell.folder else f"stage {run.name}, {why}"
-    attempts = JobFolder(cell.folder).attempts()
+    run, attempts = current_stage(cell.folder), JobFolder(cell.folder).attempts()
+    done, epochs = read_progress(cell.folder), _epochs(run / "log.jsonl")
+    over = not attempts or attempts[-1].outcome is not None  # and is not trained for more epochs
+    whole = bool(done.total_steps and epochs and epochs[-1]["step"] >= done.total_steps)
+    if over and whole and (cell.folder / "student").is_dir():
+        return CellResult(cell, "done", numbers=_numbers(epochs))
     if attempts and attempts[-1].outcome == "failed":
         return CellResult(cell, "failed", _one_line(attempts[-1].why))
-    return CellResult(cell, "unfinished" if begun or attempts else "not begun", why)
+    if not attempts and not (run / "config.yaml").is_file():
+        return CellResult(cell, "not begun")
+    of = f" of {done.total_steps}" if done.total_steps else ""
+    stage = f"stage {done.stage}, " if done.stage else ""
+    return CellResult(cell, "unfinished", f"{stage}step {done.step}{of}")
 
 
 def _epochs(path: Path) -> list[dict[str, Any]]:
     """Return the records at the end of an epoch; the others have no number of parameters."""
     try:
-        records = read_records(path)
+        return [record for record in read_records(path) if "n_parameters" in record]
     except GraftError:
         return []
-    return [record for record in records if "n_parameters" in record]
-
-
-def _complete(config: RunConfig, epochs: list[dict[str, Any]]) -> bool:
-    if not epochs:
-        return False
-    if config.optim.max_steps is not None:
-        return bool(epochs[-1]["step"] >= config.optim.max_steps)
-    return bool(epochs[-1]["epoch"] + 1 >= config.optim.epochs)
-
-
-def _progress(config: RunConfig, epochs: list[dict[str, Any]]) -> str:
-    if config.optim.max_steps is not None:
-        return f"step {epochs[-1]['step'] if epochs else 0} of {config.optim.max_steps}"
-    return f"epoch {epochs[-1]['epoch'] + 1 if epochs else 0} of {config.optim.epochs}"
 
 
 def _numbers(epochs: list[dict[str, Any]]) -> dict[str, float]:

@@ -15,7 +15,7 @@ import graftvit
 import pytest
 import timm
 from graftvit.launch.cli import main
-from graftvit.launch.slurm.job_folder import JobFolder
+from graftvit.launch.slurm.folder import JobFolder
 from PIL import Image
 from support.files.photos import CLASSES
 from support.files.plain_timm import PlainTimm

@@ -12,7 +12,7 @@ import timm
 import yaml
 from graftvit.launch.cli import main
 from graftvit.launch.load_config import load_config, read_recipe
-from graftvit.launch.slurm.job_folder import JobFolder
+from graftvit.launch.slurm.folder import JobFolder
 from graftvit.models.converted import plan_of
 from graftvit.models.families import depths
 from support.files.photos import CLASSES

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from graftvit.launch import cli
 from graftvit.launch.load_config import load_config, parse_override, read_recipe
-from graftvit.launch.slurm.setting_layers import ask
+from graftvit.launch.slurm.site_file import ask
 from graftvit.models.errors import ConfigError
 from graftvit.models.plain_yaml import MAX_DEPTH, MAX_NODES, YamlError, parse_yaml
 from graftvit.models.plan_syntax import parse_plan
@@ -25,6 +25,7 @@ HOSTILE = {
     "self": ("&a [*a]", "holds itself"),
     "self, deep": ("a: &a {b: {c: *a}}", "holds itself"),
     "digits": ("a: " + "9" * 5_000, "a whole number of more than"),
+    "base 60": ("a: !!int " + ":".join(["1"] * 400_000), "a whole number of more than"),
     "tag": ("a: !!bool x", "has an invalid value"),
     "time": ("a: !!timestamp x", "has an invalid value"),
     "int": ("a: !!int ''", "has an invalid value"),
@@ -175,8 +176,3 @@ def test_a_path_that_no_file_can_have_is_one_sentence(
 
 def test_an_override_keeps_the_text_that_it_is() -> None:
     assert parse_override("output_dir=[[").value == "[["
-
-
-def test_a_long_number_to_the_base_60_is_refused_at_once() -> None:
-    with pytest.raises(YamlError, match="a whole number of more than"):
-        parse_yaml("a: !!int " + ":".join(["1"] * 400_000))

@@ -145,7 +145,7 @@ def state_of(run: ClusterRun, ledger: Ledger) -> str:
 
 def check(run: ClusterRun, ledger: Ledger) -> None:
     """That all jobs of the run are known, and that its bits are those of an undisturbed run."""
-    known = {submission.job_id for submission in run.jobs.submissions()}
+    known = {submission.job_id for submission in run.jobs.jobs()}
     for job in ledger.jobs.values():
         if job.folder == str(run.folder) and job.number not in known:
             ledger.fault(f"job {job.number} of {run.folder} is unknown to `graftvit jobs`")

@@ -169,6 +169,7 @@ class Loop:
             "step": self.position.step,
             **{f"train_{name}": value for name, value in means.items()},
             "lr": self.schedule.rate(self.position.step - 1),
+            "total_steps": self.schedule.total_steps,
             **peak_memory(self.accelerator.device),
         }
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from graftvit.launch.slurm.jobs import describe_run
+from graftvit.launch.slurm.jobs import describe_runs
 from support.runs.patience import until
 from support.runs.typed import Typed
 from support.slurm.slurm_cluster import SlurmCluster
@@ -33,7 +33,7 @@ def test_jobs_are_stopped_and_resumed_while_the_accounting_is_away(
     until(lambda: f"{runs} RUNNING" in queued(on_cluster), lambda: queued(on_cluster))
     on_cluster.stop_accounting()
     try:
-        assert describe_run(tmp_path / "runs").state == "running"
+        assert describe_runs([tmp_path / "runs"])[0].state == "running"
         typed("jobs", "stop", tmp_path / "waits")
         assert f"is job {runs} already" in typed("jobs", "resume", tmp_path / "runs", "--dry_run", code=2).err
         typed("jobs", "stop", tmp_path / "runs", "--now")
@@ -51,7 +51,27 @@ def test_a_job_that_only_the_accounting_knows_is_still_the_submitted_one(
     until(lambda: job not in on_cluster.run(*known), "the end of what the queue knows", every=0.5)
 
     def told() -> tuple[str, str]:
-        status = describe_run(tmp_path)
+        status = describe_runs([tmp_path])[0]
         return status.state, status.why
 
     until(lambda: told() == ("failed", "exit code 3"), told, every=0.5)  # some seconds late
+
+
+def test_what_a_run_has_cost(on_cluster: SlurmCluster, tmp_path: Path, typed: Typed) -> None:
+    """Each start counts, and what the queue has forgotten."""
+    job = sbatch(on_cluster, "sleep 900", "--cpus-per-task=2")
+    files = submitted(tmp_path, job_id=job)
+    until(lambda: f"{job} RUNNING" in queued(on_cluster), lambda: queued(on_cluster))
+    on_cluster.run("scontrol", "requeue", job)
+    until(lambda: f"{job} RUNNING" in queued(on_cluster), lambda: queued(on_cluster), every=1.0)
+    name = files.begin(job_id=job, restart=1, nodes=["n1"], world_size=1)
+    files.note(name, lost=7)
+    on_cluster.run("scancel", job)
+
+    def row() -> list[str]:
+        return typed("jobs", tmp_path, "--cost").out.splitlines()[-1].split()
+
+    until(lambda: row()[1] == "2", row, every=1.0)
+    assert row()[0] == str(tmp_path)
+    assert row()[-1] == "7"
+    assert float(row()[3]) == pytest.approx(2 * float(row()[4]), abs=0.02)  # two cores

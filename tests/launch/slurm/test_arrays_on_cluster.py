@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 from graftvit.launch.cli import dispatch
-from graftvit.launch.slurm.job_folder import Attempt, JobFolder
+from graftvit.launch.slurm.folder import Attempt, JobFolder
 from graftvit.models.errors import ConfigError
 from support.runs.compare_runs import cell, write_config
 from support.runs.engine_runs import config, make_teacher
@@ -83,7 +83,7 @@ def test_two_of_six_cells_fail_and_are_resubmitted_alone(
         assert "6 cells" in graftvit(cluster, tmp_path, *words)
         assert f"{folder} is job" in refused("jobs", "resume", str(folder))
     assert len(list(cells.iterdir())) == 6
-    jobs = {path.name: JobFolder(path).submission().job_id for path in cells.iterdir()}  # type: ignore[union-attr]
+    jobs = {path.name: JobFolder(path).job().job_id for path in cells.iterdir()}  # type: ignore[union-attr]
     assert len({job.partition("_")[0] for job in jobs.values()}) == 1
     wait_for_the_end(cluster)
     failed = {name for name, attempt in last_attempts(cells).items() if attempt.outcome == "failed"}
@@ -102,7 +102,7 @@ def test_two_of_six_cells_fail_and_are_resubmitted_alone(
     wait_for_the_end(cluster)
     assert all(attempt.outcome == "finished" for attempt in last_attempts(cells).values())
     for name, job in jobs.items():
-        submissions = JobFolder(cells / name).submissions()
+        submissions = JobFolder(cells / name).jobs()
         assert submissions[0].job_id == job
         assert len(submissions) == 1 + (name in BROKEN)
         assert len(JobFolder(cells / name).attempts()) == 1 + (name in BROKEN)

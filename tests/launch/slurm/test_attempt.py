@@ -12,13 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from graftvit.checkpoints import state
 from graftvit.launch import cli
 from graftvit.launch.slurm import attempt as module
-from graftvit.launch.slurm.attempt import JobTask
+from graftvit.launch.slurm.attempt import Task
+from graftvit.launch.slurm.environment import INSIDE_A_LAUNCHER
 from graftvit.launch.slurm.failures import Failure, read_failure
-from graftvit.launch.slurm.job_folder import Attempt as Record
-from graftvit.launch.slurm.job_folder import JobFolder
-from graftvit.launch.slurm.pitfalls import INSIDE_A_LAUNCHER
+from graftvit.launch.slurm.folder import Attempt as Record
+from graftvit.launch.slurm.folder import JobFolder
 from graftvit.models.errors import ConfigError, RunFailedError
 from graftvit.transfer.engine import early_signals
 
@@ -52,7 +53,7 @@ class Job:
         self._patch.setenv("SLURM_RESTART_COUNT", str(restart))
         self._patch.setattr(cli, "dispatch", lambda words: work())
         try:
-            return JobTask(["train", "x.yaml"], self.folder, self.folder)()
+            return Task(["train", "x.yaml"], self.folder, self.folder)()
         except SystemExit as leaving:
             return leaving.code
 
@@ -91,27 +92,45 @@ def stopped_by(*numbers: int, meanwhile: Callable[[], object] = lambda: None) ->
     return work
 
 
-def test_a_finished_run_is_a_result(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_finished_run_is_a_result_although_a_signal_came(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
     assert job.run(lambda: 0) == {"output_dir": str(job.folder), "outcome": "finished"}
     assert (job.last.outcome, job.last.nodes, job.last.world_size) == ("finished", ["a1", "a2"], 4)
     assert job.last.ended is not None
     assert job.last.log_start is None
     monkeypatch.setenv("GRAFTVIT_LOG_START", "21")  # where its part of the log begins
-    job.run(lambda: 0, restart=1)
-    assert job.last.log_start == 21
+    assert job.run(lambda: os.kill(os.getpid(), signal.SIGUSR2) or 0, restart=1)["outcome"] == "finished"
+    assert (job.last.log_start, job.requeued) == (21, 0)
 
 
-def test_a_run_that_finished_although_a_signal_came_is_not_started_again(job: Job) -> None:
-    assert job.run(lambda: os.kill(os.getpid(), signal.SIGUSR2) or 0)["outcome"] == "finished"
-    assert job.requeued == 0
+def neighbor_ended() -> int:
+    os.kill(os.getpid(), signal.SIGUSR2)
+    raise RuntimeError("Connection closed by peer")
 
 
-def test_the_first_rank_asks_for_the_requeue_and_the_others_leave_in_peace(job: Job) -> None:
-    assert job.run(stopped_by(signal.SIGUSR2), rank=0) == 0
-    assert job.requeued == 1
-    assert (job.last.outcome, job.last.signal) == ("requeued", "SIGUSR2 (preempted)")
-    assert job.run(stopped_by(signal.SIGUSR2), rank=3) == 0
-    assert job.requeued == 1
+@pytest.mark.parametrize(
+    ("work", "reason", "code", "outcome", "said"),
+    [
+        (stopped_by(signal.SIGUSR2), "preempted", 0, "requeued", "SIGUSR2 (preempted)"),
+        (neighbor_ended, "preempted", 0, "requeued", "SIGUSR2 (preempted)"),
+        (stopped_by(signal.SIGUSR2, signal.SIGTERM), "cancelled", 143, "stopped", "SIGUSR2 (cancelled)"),
+        (stopped_by(signal.SIGTERM), "cancelled", 143, "stopped", "SIGTERM (cancelled)"),
+        (lambda: 130, "", 130, "stopped", ""),
+        (lambda: 2, "", 2, "failed", ""),
+    ],
+    ids=["preempted", "neighbor ended", "cancelled while it saves", "cancelled", "Ctrl-C", "code"],
+)
+def test_the_end_of_a_run(
+    job: Job, work: Callable[[], int], reason: str, code: int, outcome: str, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:  # fmt: skip
+    """The first rank asks for the requeue, and the others leave in peace."""
+    monkeypatch.setattr(module, "WAIT_FOR_THE_END", 0.05)  # nothing else comes
+    job.reason = reason
+    assert job.run(work) == code
+    assert (job.requeued, job.last.outcome, job.last.signal) == (outcome == "requeued", outcome, said)
+    lasting = [("cause", False)] if outcome == "failed" else []
+    assert [(failure.kind, failure.transient) for failure in job.failures] == lasting
+    if outcome == "requeued":
+        assert (job.run(work, rank=3), job.requeued) == (0, 1)
 
 
 def test_a_termination_waits_for_what_else_may_come(job: Job) -> None:
@@ -131,23 +150,18 @@ def test_a_termination_waits_for_what_else_may_come(job: Job) -> None:
     assert (job.requeued, job.last.outcome) == (1, "requeued")
 
 
-def test_a_termination_that_nothing_follows_ends_the_job_without_a_requeue(
-    job: Job, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(module, "WAIT_FOR_THE_END", 0.05)
-    job.reason = "cancelled"
-    assert job.run(stopped_by(signal.SIGTERM)) == 128 + signal.SIGTERM
-    assert (job.requeued, job.last.outcome, job.last.signal) == (0, "stopped", "SIGTERM (cancelled)")
-
-
-def test_a_request_to_stop_is_not_requeued(job: Job) -> None:
+def test_a_request_to_stop_is_not_requeued_and_not_too_late_for_the_next_attempt(job: Job) -> None:
     folder = JobFolder(job.folder)
     folder.folder.mkdir()
     folder.stop_request("76").touch()  # to another job of the folder
     assert job.run(stopped_by(signal.SIGUSR2)) == 0
     assert (job.requeued, job.last.outcome) == (1, "requeued")
-    assert job.run(stopped_by(signal.SIGUSR2, meanwhile=folder.stop_path.touch), restart=1) == 140
+    stop = folder.stop_request("77").touch
+    assert job.run(stopped_by(signal.SIGUSR2, meanwhile=stop), restart=1) == 140
     assert (job.requeued, job.last.outcome) == (1, "stopped")
+    begun: list[bool] = []
+    assert job.run(lambda: int(begun.append(True) or 0), restart=2) == 140
+    assert (begun, job.requeued, job.last.outcome) == ([], 1, "stopped")
 
 
 def test_a_limit_that_ends_before_the_first_save_is_not_requeued_for_ever(job: Job) -> None:
@@ -181,48 +195,25 @@ def test_a_limit_before_the_first_step_is_met_again_while_each_attempt_adds_some
 
 
 def save(folder: Path) -> None:
-    state = folder / "checkpoints" / "last.safetensors"
-    state.parent.mkdir(exist_ok=True)
-    state.write_bytes(b"")
+    last = folder / "checkpoints" / "last.safetensors"
+    last.parent.mkdir(exist_ok=True)
+    last.write_bytes(b"")
 
 
-def test_attempts_that_are_all_too_short_end_the_run(job: Job) -> None:
-    job.reason = "time limit"
+@pytest.mark.parametrize(("reasons", "left"), [("ttt", [0, 0, 1]), ("pppttt", [0, 0, 0, 0, 0, 1])])
+def test_attempts_that_are_all_too_short_end_the_run(job: Job, reasons: str, left: list[int]) -> None:
+    """Preemptions before them do not count."""
     save(job.folder)
-    assert [job.run(stopped_by(signal.SIGUSR2), restart=restart) for restart in range(3)] == [0, 0, 1]
-    assert (job.requeued, job.last.outcome) == (2, "failed")
+    for restart, (reason, code) in enumerate(zip(reasons, left, strict=True)):
+        job.reason = {"t": "time limit", "p": "preempted"}[reason]
+        assert job.run(stopped_by(signal.SIGUSR2), restart=restart) == code
+    assert (job.requeued, job.last.outcome) == (len(left) - 1, "failed")
     assert job.last.why.startswith("3 attempts in a row met the time limit before they saved a new state")
 
 
-def test_preemptions_between_them_do_not_count(job: Job) -> None:
-    save(job.folder)
-    for restart, reason in enumerate(["preempted", "preempted", "preempted", "time limit", "time limit"]):
-        job.reason = reason
-        assert job.run(stopped_by(signal.SIGUSR2), restart=restart) == 0
-    assert job.requeued == 5
-
-
-def test_a_cancellation_during_the_save_is_not_undone(job: Job) -> None:
-    job.reason = "cancelled"
-    assert job.run(stopped_by(signal.SIGUSR2, signal.SIGTERM)) == 128 + signal.SIGTERM
-    assert (job.requeued, job.last.outcome, job.last.signal) == (0, "stopped", "SIGUSR2 (cancelled)")
-
-
-def test_a_request_to_stop_that_came_too_late_for_the_attempt_before(job: Job) -> None:
-    folder = JobFolder(job.folder)
-    folder.folder.mkdir()
-    folder.stop_request("77").touch()
-    begun: list[bool] = []
-    assert job.run(lambda: int(begun.append(True) or 0), restart=1) == 140
-    assert (begun, job.requeued, job.last.outcome) == ([], 0, "stopped")
-
-
-def test_a_record_that_is_removed_meanwhile_is_made_anew(job: Job) -> None:
+def test_a_record_that_is_removed_meanwhile_is_made_anew_and_is_not_that_of_the_next_job(job: Job) -> None:
     assert job.run(lambda: shutil.rmtree(job.folder / "jobs") or 0)["outcome"] == "finished"
     assert (job.last.outcome, job.last.nodes, job.last.restart) == ("finished", ["a1", "a2"], 0)
-
-
-def test_an_attempt_that_was_removed_does_not_write_into_the_next_ones_record(job: Job) -> None:
     folder = JobFolder(job.folder)
 
     def work() -> int:
@@ -233,7 +224,7 @@ def test_an_attempt_that_was_removed_does_not_write_into_the_next_ones_record(jo
     job.run(work)
     mine, other = sorted(folder.attempts(), key=lambda one: one.job_id)
     assert (mine.job_id, mine.outcome, other.job_id, other.outcome) == ("77", "failed", "78", None)
-    assert [failure.text for failure in folder.failures(other.name)] == []
+    assert folder.failures(other.name) == []
     assert "boom" in folder.failures(mine.name)[0].text
 
 
@@ -252,68 +243,43 @@ def test_a_record_that_cannot_be_written_stops_no_training(
     assert capsys.readouterr().err.count("the record of this attempt is not written") == 1
 
 
-@pytest.mark.parametrize("saves", [True, False])
 @pytest.mark.parametrize(
-    ("error", "rank", "kind"),
+    ("error", "rank", "saves", "code", "kind", "transient", "words"),
     [
-        (RuntimeError("Connection closed by peer [127.0.0.1]:2245"), 2, "consequence"),
-        (MemoryError(), 0, "cause"),
+        (RuntimeError("Connection closed by peer"), 2, False, 1, "consequence", True, "closed by peer"),
+        (MemoryError("full"), 0, True, 1, "cause", True, "MemoryError: full"),  # it was enough for a state
+        (MemoryError("full"), 0, False, 1, "cause", False, "MemoryError: full"),
+        (ConfigError("optim.blr is\n wrong"), 2, False, 2, "cause", False, "optim.blr is wrong"),
+        (RunFailedError("the disk is full"), 0, False, 1, "cause", False, "the disk is full"),
+        (ZeroDivisionError("by zero"), 0, False, 1, "cause", False, "ZeroDivisionError: by zero"),
     ],
 )
-def test_what_a_rank_raises_is_judged(job: Job, saves: bool, error: Exception, rank: int, kind: str) -> None:
-    """Memory was enough for those who have saved."""
-
+def test_a_failure_is_judged_and_written_down_by_its_rank(
+    job: Job, error: Exception, rank: int, saves: bool, code: int, kind: str, transient: bool, words: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
     def work() -> int:
         if saves:
             save(job.folder)
         raise error
 
-    job.run(work, rank=rank)
-    (failure,) = job.failures
-    assert (failure.rank, failure.kind, failure.transient) == (rank, kind, saves or kind == "consequence")
-
-
-def test_a_command_that_only_gives_a_code_has_failed_for_good(job: Job) -> None:
-    assert job.run(lambda: 2) == 2
-    assert [(failure.kind, failure.transient) for failure in job.failures] == [("cause", False)]
-
-
-@pytest.mark.parametrize("rank", [0, 2])
-@pytest.mark.parametrize(
-    ("error", "code", "words"),
-    [
-        (ConfigError("optim.blr is\n wrong"), 2, "optim.blr is wrong"),
-        (RunFailedError("the disk is full"), 1, "the disk is full"),
-        (ZeroDivisionError("by zero"), 1, "ZeroDivisionError: by zero"),
-    ],
-)
-def test_a_failure_is_written_down_by_its_rank(
-    job: Job, rank: int, error: Exception, code: int, words: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def work() -> int:
-        raise error
-
     assert job.run(work, rank=rank) == code
     (failure,) = job.failures
-    assert (failure.rank, failure.kind, failure.transient) == (rank, "cause", False)
+    assert (failure.rank, failure.kind, failure.transient) == (rank, kind, transient)
     assert words in failure.text
     assert words in capsys.readouterr().err
     if rank == 0:
         assert (job.last.outcome, job.last.why) == ("failed", words)
 
 
-def test_what_a_rank_says_when_its_neighbours_were_ended_is_no_failure(job: Job) -> None:
-    def work() -> int:
-        os.kill(os.getpid(), signal.SIGUSR2)
-        raise RuntimeError("Connection closed by peer")
-
-    assert job.run(work) == 0
-    assert (job.requeued, job.last.outcome, job.failures) == (1, "requeued", [])
-
-
-def test_ctrl_c_stops(job: Job) -> None:
-    assert job.run(lambda: 130) == 130
-    assert (job.requeued, job.last.outcome) == (0, "stopped")
+def test_steps_that_are_done_again_are_counted(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    (job.folder / "log.jsonl").write_text('{"epoch": 0, "step": 30}\n')
+    lost = []
+    for restart in range(3):
+        job.run(stopped_by(signal.SIGUSR2), restart=restart)
+        lost.append(job.last.lost)
+        monkeypatch.setattr(state, "read_meta", lambda path: {"position": {"step": 10 * job.requeued}})
+    assert lost == [0, 20, 10]
 
 
 def test_the_next_attempt_says_which_node_was_lost(job: Job) -> None:
@@ -331,7 +297,7 @@ def test_a_job_whose_run_folder_is_gone_ends_with_a_sentence(
 
     def attempt() -> object:
         with pytest.raises(SystemExit) as leaving:
-            JobTask(["evaluate", "x"], gone, job.folder)()
+            Task(["evaluate", "x"], gone, job.folder)()
         return leaving.value.code
 
     def dispatch(words: list[str]) -> int:

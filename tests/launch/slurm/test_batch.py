@@ -1,4 +1,4 @@
-"""The copy of the code that a job runs: whole, made once, and out of reach of later edits."""
+"""The script of a job, and the copy of the code that it runs: whole, made once, and out of reach of later edits."""
 
 from __future__ import annotations
 
@@ -14,11 +14,46 @@ from typing import Any
 
 import pytest
 import yaml
-from graftvit.launch.slurm import batch as snapshot
-from graftvit.launch.slurm.batch import copy_package, origin
+from graftvit.launch.slurm import batch as module
+from graftvit.launch.slurm.attempt import Task
+from graftvit.launch.slurm.batch import Batch, copy_package, origin, script
+from graftvit.launch.slurm.request import Request
+from graftvit.models.errors import ConfigError
 from support.runs.patience import until
 from support.slurm.cluster_runs import cluster_run, user_environment
+from support.slurm.cluster_users import write_program
 from support.slurm.slurm_cluster import SlurmCluster
+
+
+def test_what_waits_for_a_teacher_is_cancelled_with_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_program(tmp_path, "srun", "")  # submitit looks for it
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    tasks = [Task(["train"], tmp_path / name) for name in ("a", "b")]
+    after, alone = (
+        script(Batch(tmp_path, tasks, Request(dependency="afterany:1"), 1, after=job)) for job in ("7", None)
+    )
+    assert "#SBATCH --dependency=afterok:7\n" in after
+    assert "#SBATCH --kill-on-invalid-dep=yes\n" in after
+    assert "#SBATCH --dependency=afterany:1\n" in alone
+    assert "kill-on-invalid-dep" not in alone
+
+
+def test_a_folder_that_would_end_its_line_is_refused_and_its_name_tells_it_from_others(
+    tmp_path: Path,
+) -> None:
+    with pytest.raises(ConfigError, match="cannot be given to the cluster: it must be one line"):
+        Batch(tmp_path / "a\nb", [], Request(), 1)
+    (tmp_path / "link").symlink_to(tmp_path)
+    one, same, other = (
+        Batch(folder, [], Request(), 1)
+        for folder in (tmp_path / "my run", tmp_path / "link" / "my run", tmp_path / "other" / "my run")
+    )
+    assert one.name == same.name != other.name
+    assert one.name.startswith("graftvit-my-run-")
+    assert one.place != same.place
+
 
 HIDE = """
 import sys
@@ -50,14 +85,14 @@ def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A small package in a repository, with a part in a folder of its own each, taken for the installed one."""
     root = tmp_path / "checkout"
     places = {"graftvit": root / "launch" / "root"}
-    places |= {f"graftvit.{name}": root / name for name in snapshot.PARTS}
+    places |= {f"graftvit.{name}": root / name for name in module.PARTS}
     for folder in places.values():
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "__init__.py").write_text("")
     (root / "launch" / "cli.py").write_text("x = 1\n")
     (root / "notes.md").write_text("")
     (root / ".gitignore").write_text("__pycache__\n")
-    monkeypatch.setattr(snapshot, "_folder", lambda module: places[module])
+    monkeypatch.setattr(module, "_folder", lambda module: places[module])
     for name in ("GIT_DIR", "GIT_WORK_TREE"):
         monkeypatch.delenv(name, raising=False)
     return root
@@ -79,8 +114,8 @@ def test_the_copy_is_whole(tmp_path: Path) -> None:
     assert len(modules) > 5
     beside_the_installed = python(code, "import sys\n" + USE, tmp_path)[3]  # which the copy hides
     assert all(Path(module).is_relative_to(code) for module in [*modules, *beside_the_installed])
-    for part in snapshot.PARTS:
-        assert names(code / "graftvit" / part) == names(snapshot._folder(f"graftvit.{part}"))
+    for part in module.PARTS:
+        assert names(code / "graftvit" / part) == names(module._folder(f"graftvit.{part}"))
 
 
 def names(folder: Path) -> set[str]:
@@ -121,6 +156,9 @@ def test_a_checkout_found_by_its_egg_info(tmp_path: Path, monkeypatch: pytest.Mo
 def test_the_same_code_is_copied_once(checkout: Path, tmp_path: Path) -> None:
     first = copy_package(tmp_path / "jobs")
     stamp = (first / "graftvit" / "launch" / "cli.py").stat().st_ino
+    (compiled,) = (first / "graftvit" / "launch" / "__pycache__").glob("cli.*.pyc")
+    assert compiled.read_bytes()[4:8] == b"\1\0\0\0", "checked against a hash, never"
+    assert str(first / "graftvit" / "launch" / "cli.py").encode() in compiled.read_bytes()
     (checkout / "launch" / "__pycache__").mkdir()
     (checkout / "launch" / "__pycache__" / "cli.pyc").write_text("")
     assert copy_package(tmp_path / "jobs") == first
@@ -217,7 +255,7 @@ def test_a_requeued_run_takes_no_edit_made_since(tmp_path: Path, cluster: SlurmC
     attempts = run.finish()
     assert attempts[-1].outcome == "finished"
     assert told.read_text().split() == ["submitted"] * len(attempts)
-    submission = run.jobs.submission()
+    submission = run.jobs.job()
     assert submission is not None
     assert submission.origin["packages"]["torch"] == version("torch")
     assert Path(submission.code).name in (Path(submission.launch) / "start.sh").read_text()

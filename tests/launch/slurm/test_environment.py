@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -21,29 +22,27 @@ from accelerate.utils.launch import prepare_multi_gpu_env, prepare_simple_launch
 from graftvit.checkpoints.state import read_state
 from graftvit.launch.cli import main
 from graftvit.launch.slurm import environment as module
-from graftvit.launch.slurm import pitfalls
 from graftvit.launch.slurm.environment import (
+    INSIDE_A_LAUNCHER,
     PORTS,
+    export_ranks,
     first_host,
+    forget_old_results,
     launcher,
     limit_threads,
+    outside_of_a_job,
     prepare_process,
     refuse_several,
-    srun_ranks,
-    tasks_on_node,
-)
-from graftvit.launch.slurm.pitfalls import (
-    INSIDE_A_LAUNCHER,
-    export_ranks,
-    forget_old_results,
-    outside_of_a_job,
     requeue,
+    srun_ranks,
     start_script,
+    tasks_on_node,
 )
 from graftvit.models.errors import ConfigError, RunFailedError
 from support.hub.ports import free_ports
 from support.runs.engine_runs import config, records
 from support.runs.typed import Typed
+from support.slurm.cluster_users import write_program
 from support.slurm.slurm_cluster import SlurmCluster
 
 TORCHRUN = {"TORCHELASTIC_RUN_ID": "none", "RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1"}
@@ -128,18 +127,15 @@ MACHINES = ("--num_processes", "2", "--num_machines", "2", "--machine_rank", "1"
             "--main_process_ip", "10.0.0.1", "--main_process_port", "29501")  # fmt: skip
 
 
-def test_accelerate_on_several_machines_with_gpus_is_torchrun() -> None:
+def test_accelerate_is_torchrun_with_gpus_and_would_be_several_runs_on_cpus() -> None:
     variables = accelerate_variables("--multi_gpu", *MACHINES)
     assert not {"RANK", "WORLD_SIZE"} & set(variables)  # torch.distributed.run, which it calls, sets them
     assert launcher({**variables, **TORCHRUN}) == "torchrun"
-
-
-@pytest.mark.parametrize("words", [MACHINES, ("--num_processes", "2", "--num_machines", "1")])
-def test_accelerate_on_cpus_would_be_several_runs(words: tuple[str, ...]) -> None:
-    variables = accelerate_variables("--cpu", *words)
-    assert variables["MASTER_PORT"]
-    with pytest.raises(ConfigError, match="accelerate launch --cpu gives its processes no ranks"):
-        launcher(variables)
+    for words in (MACHINES, ("--num_processes", "2", "--num_machines", "1")):
+        variables = accelerate_variables("--cpu", *words)
+        assert variables["MASTER_PORT"]
+        with pytest.raises(ConfigError, match="accelerate launch --cpu gives its processes no ranks"):
+            launcher(variables)
 
 
 def test_srun_tells_what_torch_asks_for() -> None:
@@ -150,6 +146,9 @@ def test_srun_tells_what_torch_asks_for() -> None:
     assert wanted.items() <= environment.items()
     assert int(environment["MASTER_PORT"]) in PORTS
     assert launcher(environment) == "variables"  # and a second command in this process goes on with them
+    alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "HOME": "/"}
+    prepare_process(alone)
+    assert alone == {"HOME": "/"}, "one process by hand needs no group"
 
 
 def test_each_step_and_restart_has_a_port_of_its_own() -> None:
@@ -170,13 +169,10 @@ def test_tasks_of_each_node(counts: str, each: list[int]) -> None:
     assert [tasks_on_node(counts, node) for node in range(len(each))] == each
 
 
-def test_the_first_host() -> None:
+def test_the_first_host(monkeypatch: pytest.MonkeyPatch) -> None:
     assert first_host({"SLURM_STEP_NODELIST": "n7,n9", "SLURM_JOB_NODELIST": "n1"}) == "n7"
     assert first_host({"SLURM_JOB_NODELIST": "gpu3"}) == "gpu3"
     assert first_host({}) == "localhost"
-
-
-def test_hosts_that_cannot_be_listed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "/nowhere")
     with pytest.raises(ConfigError, match=r"hosts of n\[1-4\]: set MASTER_ADDR"):
         first_host({"SLURM_STEP_NODELIST": "n[1-4]"})
@@ -201,12 +197,6 @@ def test_threads_come_from_the_allocation(
     assert environment.get("OMP_NUM_THREADS") == threads
 
 
-def test_one_process_by_hand_needs_no_group() -> None:
-    environment = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "HOME": "/"}
-    prepare_process(environment)
-    assert environment == {"HOME": "/"}
-
-
 def test_only_commands_that_train_together_are_prepared(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setattr(module, "limit_threads", pytest.fail)
@@ -215,21 +205,15 @@ def test_only_commands_that_train_together_are_prepared(monkeypatch: pytest.Monk
 
 
 @pytest.mark.parametrize("environment", [task(), TORCHRUN, BY_HAND])
-def test_a_command_of_one_process(environment: dict[str, str]) -> None:
-    with pytest.raises(ConfigError, match="`graftvit compare` is one process, and 2 were started"):
-        refuse_several("compare", environment)
-    alone = {**TORCHRUN, "RANK": "0", "WORLD_SIZE": "1"}
-    for one in ({}, task(0, 1), alone, {"SLURM_STEP_NUM_TASKS": "8"}):
-        refuse_several("compare", one)
-
-
-@pytest.mark.parametrize("command", ["compare", "demo"])
-def test_srun_of_a_command_of_one_process(
-    command: str, monkeypatch: pytest.MonkeyPatch, typed: Typed
+def test_a_command_of_one_process(
+    environment: dict[str, str], monkeypatch: pytest.MonkeyPatch, typed: Typed
 ) -> None:
-    for name, value in task().items():
+    for one in ({}, task(0, 1), {**TORCHRUN, "RANK": "0", "WORLD_SIZE": "1"}, {"SLURM_STEP_NUM_TASKS": "8"}):
+        refuse_several("compare", one)
+    for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    assert f"`graftvit {command}` is one process, and 2 were started" in typed(command, code=2).err
+    for command in ("compare", "demo"):
+        assert f"`graftvit {command}` is one process, and 2 were started" in typed(command, code=2).err
 
 
 def clean(**more: str) -> dict[str, str]:
@@ -320,18 +304,12 @@ def in_slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def command(folder: Path, name: str, text: str) -> None:
-    path = folder / name
-    path.write_text(f"#!/bin/sh\n{text}\n")
-    path.chmod(0o755)
-
-
 def start(
     folder: Path, *words: str, code: Path | None = None, **more: Any
 ) -> subprocess.CompletedProcess[str]:
     """Run the script that starts a task, with the folder in front of PATH and its code, unless another is given."""
     script = folder / "start.sh"
-    script.write_text(start_script(code or folder, folder))
+    script.write_text(start_script(shlex.quote(str(code or folder)), folder))
     path = {"PATH": f"{folder}:{os.environ['PATH']}"}
     more = {"env": {**os.environ, **path}, **more}
     return subprocess.run(["sh", str(script), *words], capture_output=True, text=True, **more)
@@ -357,14 +335,9 @@ def test_a_signal_before_the_handlers_waits_for_them(tmp_path: Path) -> None:
 def test_a_preemption_in_the_first_moment_does_not_end_the_task(tmp_path: Path) -> None:
     """Where the script only tries whether it can block."""
     signals = '[ "$2" = true ] && kill -TERM $PPID && kill -USR2 $PPID'
-    command(tmp_path, "env", f'{signals}\nexec {shutil.which("env")} "$@"')
+    write_program(tmp_path, "env", f'{signals}\nexec {shutil.which("env")} "$@"')
     done = start(tmp_path, "-c", "print('started')", start_new_session=True, stdin=subprocess.DEVNULL)
     assert (done.returncode, done.stdout) == (0, "started\n")
-
-
-def test_without_the_script_such_a_signal_kills(tmp_path: Path) -> None:
-    code = "import os, signal; os.kill(os.getpid(), signal.SIGUSR2)"
-    assert subprocess.run([sys.executable, "-c", code]).returncode == -signal.SIGUSR2
 
 
 @pytest.mark.parametrize("before", [{}, {"PYTHONPATH": "/mine"}])
@@ -379,12 +352,6 @@ def test_the_script_puts_the_copied_code_first_and_keeps_the_rest_of_the_path(
     assert found == ":".join([str(code), *before.values()])
 
 
-def test_the_script_does_not_take_other_code_for_the_copy(tmp_path: Path) -> None:
-    done = start(tmp_path, "-c", "print('started')", code=tmp_path / "code")
-    assert (done.returncode, done.stdout) == (1, "")
-    assert done.stderr == f"the copy of the code is gone, submit again: {tmp_path}/code\n"
-
-
 @pytest.mark.skipif(sys.version_info < (3, 11), reason="python 3.10 looks in the folder it is started in")
 def test_the_script_does_not_look_where_it_was_submitted(tmp_path: Path) -> None:
     for folder in ("code", "here"):
@@ -393,10 +360,13 @@ def test_the_script_does_not_look_where_it_was_submitted(tmp_path: Path) -> None
     assert start(tmp_path, "-m", "thing", code=tmp_path / "code", cwd=tmp_path / "here").stdout == "code\n"
 
 
-def test_the_script_starts_where_env_cannot_block(tmp_path: Path) -> None:
-    command(tmp_path, "env", "exit 125")
+def test_the_script_starts_where_env_cannot_block_but_not_without_the_copy(tmp_path: Path) -> None:
+    write_program(tmp_path, "env", "exit 125")
     done = start(tmp_path, "-c", BLOCKED)
     assert (done.returncode, done.stdout.strip()) == (0, "[]")
+    done = start(tmp_path, "-c", "print('started')", code=tmp_path / "code")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == f"the copy of the code is gone, submit again: {tmp_path}/code\n"
 
 
 def test_results_of_earlier_attempts_are_forgotten_but_only_ones_own(in_slurm: Path) -> None:
@@ -411,16 +381,9 @@ def test_results_of_earlier_attempts_are_forgotten_but_only_ones_own(in_slurm: P
     forget_old_results()  # nothing there
 
 
-def test_a_torn_result_would_fail_a_finished_attempt(tmp_path: Path) -> None:
-    """Why the torn one is removed: submitit asserts that it is not there."""
-    (tmp_path / "r.pkl.save_tmp").touch()
-    with pytest.raises(AssertionError), submitit.core.utils.temporary_save_path(tmp_path / "r.pkl"):
-        pass
-
-
 def test_scontrol_survives_the_signal_that_its_own_requeue_sends(in_slurm: Path) -> None:
     """A slow scontrol, in a step of which every process gets SIGTERM while it runs."""
-    command(in_slurm, "scontrol", f"echo $$ > {in_slurm}/pid; sleep 0.4; echo $@ > {in_slurm}/asked")
+    write_program(in_slurm, "scontrol", f"echo $$ > {in_slurm}/pid; sleep 0.4; echo $@ > {in_slurm}/asked")
     before = signal.getsignal(signal.SIGTERM)
 
     def end_all() -> None:
@@ -440,11 +403,11 @@ def test_scontrol_survives_the_signal_that_its_own_requeue_sends(in_slurm: Path)
 def test_a_requeue_is_asked_for_again_where_the_controller_is_away(
     in_slurm: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pitfalls, "REQUEUE_PAUSE", 0.01)
-    command(in_slurm, "scontrol", f"echo x >> {in_slurm}/asked; [ $(wc -l < {in_slurm}/asked) -ge 3 ]")
+    monkeypatch.setattr(module, "REQUEUE_PAUSE", 0.01)
+    write_program(in_slurm, "scontrol", f"echo x >> {in_slurm}/asked; [ $(wc -l < {in_slurm}/asked) -ge 3 ]")
     requeue()
     assert (in_slurm / "asked").read_text() == "x\n" * 3
-    command(in_slurm, "scontrol", "exit 1")
+    write_program(in_slurm, "scontrol", "exit 1")
     with pytest.raises(RunFailedError, match=r"cannot be requeued .* `graftvit jobs resume` resumes"):
         requeue()
 

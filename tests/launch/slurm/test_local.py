@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -14,7 +13,8 @@ from typing import Any
 import psutil
 import pytest
 import yaml
-from graftvit.launch.slurm.job_folder import JobFolder
+from graftvit.launch.slurm.folder import JobFolder
+from graftvit.launch.slurm.lock import is_ordered
 from support.runs import commands
 from support.runs.engine_runs import config, differences, make_teacher
 from support.runs.patience import until
@@ -60,17 +60,17 @@ def test_a_signal_in_the_background_starts_the_run_again_where_it_was(tmp_path: 
     graftvit(tmp_path, "train", str(recipe(tmp_path, "whole", 30)))
     graftvit(tmp_path, "submit", str(recipe(tmp_path, "cut", 30)), "--cluster", "local", *HERE)
     folder = tmp_path / "cut"
-    submission = JobFolder(folder).submission()
-    assert submission is not None
+    job = JobFolder(folder).job()
+    assert job is not None
     until(lambda: lines(folder) > 20, "training")
-    children = Path(f"/proc/{submission.job_id}/task/{submission.job_id}/children").read_text().split()
+    children = Path(f"/proc/{job.job_id}/task/{job.job_id}/children").read_text().split()
     os.kill(int(children[0]), signal.SIGUSR2)
     until(lambda: outcomes(folder) == ["requeued", "finished"], "the end")
     assert differences(tmp_path / "whole", folder) == []
     assert "torch" not in (folder / "jobs" / "logs" / "controller.log").read_text()
 
 
-def test_debug_runs_in_this_process_and_its_failure_is_told(tmp_path: Path) -> None:
+def test_debug_runs_in_this_process(tmp_path: Path) -> None:
     graftvit(tmp_path, "submit", str(recipe(tmp_path, "run")), "--cluster", "debug", *HERE)
     assert outcomes(tmp_path / "run") == ["finished"]
     assert (tmp_path / "run" / "student" / "model.safetensors").exists()
@@ -91,9 +91,6 @@ def test_a_second_submission_is_refused_and_the_first_can_be_stopped(tmp_path: P
     debug = (*words[:3], "debug", *words[4:])
     assert f"{folder} is job {job} already" in graftvit(tmp_path, *debug, code=2)
     assert shown(tmp_path, folder)["state"] == "running"
-    shutil.rmtree(folder / "jobs")
-    assert shown(tmp_path, folder)["job_id"] == job
-    assert f"{folder} is job {job} already" in graftvit(tmp_path, *words, code=2)
     assert f"{folder} is job {job} already" in graftvit(tmp_path, "jobs", "resume", str(folder), code=2)
     assert f"job {job} of {folder}" in graftvit(tmp_path, "jobs", "stop", str(folder), "--now")
     until(lambda: not psutil.pid_exists(int(job)), "the end")
@@ -117,6 +114,16 @@ def test_a_local_job_whose_submission_was_killed_is_known_and_runs(tmp_path: Pat
     assert "is job" in graftvit(tmp_path, "jobs", "resume", str(folder), code=2)
     graftvit(tmp_path, "jobs", "stop", str(folder))
     until(lambda: outcomes(folder) == ["stopped"], "the stop")
+
+
+def test_an_order_is_known_while_its_process_lives(tmp_path: Path) -> None:
+    script = tmp_path / "a b" / "submit.sh"
+    process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)", str(script)])
+    until(lambda: is_ordered(script), "the start")
+    assert not is_ordered(tmp_path / "submit.sh")
+    process.kill()
+    process.wait()
+    assert not is_ordered(script)
 
 
 def test_a_debug_run_is_one_while_its_process_lives(tmp_path: Path) -> None:

@@ -10,15 +10,17 @@ from typing import Any
 
 import pytest
 from graftvit.launch.slurm import restart as module
-from graftvit.launch.slurm.batch import Launch, Request, script
+from graftvit.launch.slurm.attempt import Task
+from graftvit.launch.slurm.batch import Batch, script
 from graftvit.launch.slurm.failures import Failure, Kind
-from graftvit.launch.slurm.job_folder import JobFolder
+from graftvit.launch.slurm.folder import JobFolder
+from graftvit.launch.slurm.request import Request
 from graftvit.launch.slurm.restart import Verdict, judge, main
-from graftvit.launch.slurm.settings import ClusterConfig
 from graftvit.models.errors import ConfigError
 from support.slurm.slurm_folders import SILENT, submitted
 
-LOST = ("consequence", True, "RuntimeError: Connection closed by peer")
+LOST: tuple[Kind, bool, str] = ("consequence", True, "RuntimeError: Connection closed by peer")
+STALE: tuple[Kind, bool, str] = ("cause", True, "OSError: [Errno 116] Stale file handle")
 
 
 class Run:
@@ -30,13 +32,19 @@ class Run:
     def attempt(self, *failures: tuple[Kind, bool, str], **event: Any) -> str:
         """One more; ranks 0, 1, ... failed so."""
         self.restart += 1
-        found = module.newest_state(self.folder)
-        name = self.files.begin(job_id="77", restart=self.restart, nodes=["n1"], world_size=4, state=found)
+        made = {"nodes": ["n1", "n2"], "world_size": 4, "state": module.newest_state(self.folder)}
+        name = self.files.begin(job_id="77", restart=self.restart, **made)  # type: ignore[arg-type]
         for rank, (kind, transient, text) in enumerate(failures):
             self.files.write_failure(name, Failure(rank, kind, transient, text))
         if event:
             self.files.note(name, **event)
         return name
+
+    def log(self, text: str, rank: int = 0) -> None:
+        """What the log of a rank holds."""
+        (submitted(self.folder, job_id="77").output_dir / "logs" / f"77_{rank}_log.err").write_text(
+            f"{text}\n"
+        )
 
     def save(self) -> None:
         state = self.folder / "checkpoints" / "last.safetensors"
@@ -66,33 +74,61 @@ def test_a_rank_that_says_nothing_is_named(run: Run) -> None:
 
 
 def test_one_lasting_error_among_others_ends_the_run(run: Run) -> None:
-    stale = ("cause", True, "OSError: [Errno 116] Stale file handle")
-    run.attempt(LOST, stale, ("cause", False, "ValueError: boom"), outcome="failed")
+    run.attempt(LOST, STALE, ("cause", False, "ValueError: boom"), outcome="failed")
     assert run.verdict() == Verdict("0001-77.0", "rank 2: ValueError: boom", None)
-    run.attempt(LOST, stale, outcome="failed")  # a disk that was away is the reason that is told
+    run.attempt(LOST, STALE, outcome="failed")  # a disk that was away is the reason that is told
     verdict = run.verdict()
     assert verdict is not None
     assert verdict.why.startswith("rank 1: OSError: [Errno 116] Stale file handle; starts again")
 
 
-@pytest.mark.parametrize("outcome", ["finished", "stopped"])
-def test_what_ended_as_it_should_stays_so(run: Run, outcome: str) -> None:
-    run.attempt(outcome=outcome)
-    assert run.verdict() is None
-
-
 @pytest.mark.parametrize("code", [126, 127])
 def test_a_node_that_cannot_run_the_interpreter_is_not_tried_again(run: Run, code: int) -> None:
-    logs = submitted(run.folder, job_id="77").output_dir / "logs"
     run.attempt(LOST, log_start=0)
-    (logs / "77_0_log.err").write_text(f"srun: error: n2: task 3: Exited with exit code {code}\n")
-    said = "env: '/opt/python': No such file or directory"
-    (logs / "77_3_log.err").write_text(f"{said}\n")
+    run.log(f"srun: error: n2: task 3: Exited with exit code {code}")
+    run.log(said := "env: '/opt/python': No such file or directory", 3)
     why = f"rank 3 on n2 could not run the interpreter (exit code {code}): {said}"
     assert run.verdict() == Verdict("0001-77.0", why, None)
 
 
-def test_what_was_told_to_stop_is_not_started_again(run: Run) -> None:
+@pytest.mark.parametrize(("saves", "wait"), [(False, None), (True, 30)])
+def test_memory_that_was_short_is_short_again_unless_something_was_saved(
+    run: Run, saves: bool, wait: int | None
+) -> None:
+    run.attempt(LOST, log_start=0)
+    run.log("srun: error: n2: task 3: Out Of Memory")
+    if saves:
+        run.save()
+    verdict = run.verdict()
+    assert verdict is not None
+    assert (verdict.wait, "--mem" in verdict.why, verdict.node) == (wait, not saves, "n2" if saves else "")
+    assert verdict.why.startswith("out of memory: the system killed rank 3 on n2")
+
+
+@pytest.mark.parametrize(
+    ("failures", "log", "node"),
+    [
+        ([LOST, LOST, STALE], "", "n2"),
+        ([LOST, STALE], "", "n1"),
+        ([LOST], "", ""),  # nobody knows where the reason lies
+        ([LOST], "srun: error: n2: task 3: Killed", "n2"),
+        ([LOST], "srun: error: Node failure on n2", ""),  # which Slurm leaves out itself
+    ],
+)
+def test_the_node_of_the_rank_that_failed_by_itself_is_named(
+    run: Run, failures: list[Any], log: str, node: str
+) -> None:
+    run.attempt(*failures, log_start=0)
+    run.log(log)
+    verdict = run.verdict()
+    assert verdict is not None
+    assert (verdict.wait, verdict.node) == (30, node)
+
+
+def test_what_ended_as_it_should_or_was_told_to_stop_is_not_started_again(run: Run) -> None:
+    for outcome in ("finished", "stopped"):
+        run.attempt(outcome=outcome)
+        assert run.verdict() is None
     run.attempt(LOST)
     run.files.stop_request("76").touch()
     assert run.wait() == 30
@@ -101,36 +137,28 @@ def test_what_was_told_to_stop_is_not_started_again(run: Run) -> None:
     run.files.stop_request("77").unlink()
     run.restart += 1  # without a record of the attempt nothing is decided
     assert run.verdict() is None
-
-
-def test_an_order_that_the_scheduler_did_not_take_is_repeated(run: Run) -> None:
-    run.attempt(outcome="requeued", signal="SIGUSR2 (preempted)")
+    run.restart -= 1
+    run.attempt(outcome="requeued", signal="SIGUSR2 (preempted)")  # and the scheduler did not take the order
     assert run.wait() == 0
 
 
-def test_each_wait_is_twice_the_one_before_until_the_limit(run: Run) -> None:
-    waits = []
-    for _ in range(4):
-        run.attempt(LOST)
-        waits.append(run.wait())
-        run.files.note(run.files.attempts()[-1].name, outcome="requeued", retried=True)
-    assert waits == [30, 60, 120, None]
-
-
 @pytest.mark.parametrize(
-    ("limit", "why"),
+    ("limit", "waits", "why"),
     [
-        (1, "1 restart in a row brought no new state (--max_restarts)"),
-        (0, "it is not started again (--max_restarts 0)"),
+        (3, [30, 60, 120, None], "3 restarts in a row brought no new state (--max_restarts)"),
+        (1, [30, None], "1 restart in a row brought no new state (--max_restarts)"),
+        (0, [None], "it is not started again (--max_restarts 0)"),
     ],
 )
-def test_the_limit_names_the_flag(run: Run, limit: int, why: str) -> None:
-    for _ in range(limit):
-        run.attempt(LOST, retried=True)
-    run.attempt(LOST)
-    verdict = run.verdict(max_restarts=limit)
-    assert verdict is not None
-    assert verdict.wait is None
+def test_each_wait_is_twice_the_one_before_until_the_limit(
+    run: Run, limit: int, waits: list[int | None], why: str
+) -> None:
+    for wait in waits:
+        run.attempt(LOST)
+        verdict = run.verdict(max_restarts=limit)
+        assert verdict is not None
+        assert verdict.wait == wait
+        run.files.note(verdict.attempt, outcome="requeued", retried=True)
     assert why in verdict.why
 
 
@@ -159,14 +187,21 @@ def test_attempts_that_were_preempted_do_not_count(run: Run) -> None:
 
 
 class Slurm:
-    """What it says of cell 4 of array 70, and what it was told."""
+    """What it says of cell 1 of array 70, and what it was told."""
 
     def __init__(self) -> None:
         self.state, self.told, self.then = "RUNNING", list[str](), lambda: None
+        self.nodes: str | None = ""
+        self.excluded = "(null)"
 
     def ask(self, *words: str, **_: Any) -> str:
+        if words[0] == "sinfo":
+            if self.nodes is None:
+                raise SILENT
+            return self.nodes
         if words[1] == "--oneliner":
-            return f"JobId=77 ArrayJobId=70 ArrayTaskId=4 JobState={self.state} Restarts=0 ExitCode=0:0\n"
+            fields = f"JobState={self.state} Restarts=0 NumNodes=1-1 ExcNodeList={self.excluded} Partition=main,low"
+            return f"JobId=77 ArrayJobId=70 ArrayTaskId=1 {fields}\n"
         self.told.append(" ".join(words))
         self.then()
         return ""
@@ -207,21 +242,40 @@ def test_a_cell_is_asked_for_by_its_own_number_and_waits_in_the_queue(slurm: Slu
     assert "starts again after 30 s" in attempt.why
 
 
-@pytest.mark.parametrize("state", ["CANCELLED", "COMPLETING", "PENDING", "PREEMPTED"])
-def test_a_job_that_the_scheduler_has_ended_is_left_alone(slurm: Slurm, launch: Path, state: str) -> None:
+@pytest.mark.parametrize(
+    ("state", "restart"),
+    [("CANCELLED", 0), ("COMPLETING", 0), ("PENDING", 0), ("PREEMPTED", 0), ("RUNNING", 1)],
+)
+def test_a_job_that_the_scheduler_has_ended_or_runs_again_is_left_alone(
+    slurm: Slurm, launch: Path, state: str, restart: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     slurm.state = state
+    if restart:
+        cell(launch).begin(job_id="70_1", restart=restart, nodes=["n1"], world_size=1, state="")
+        monkeypatch.setenv("SLURM_RESTART_COUNT", str(restart))  # and the scheduler says 0
     assert main(launch, 143) == 143
     assert slurm.told == []
-    assert cell(launch).attempts()[0].outcome is None
+    assert cell(launch).attempts()[-1].outcome is None
 
 
-def test_a_job_that_runs_again_elsewhere_is_left_alone(
-    slurm: Slurm, launch: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("nodes", "excluded", "left_out"),
+    [
+        ("n1\nn1\nn2\n", "(null)", "n1"),
+        ("n1\nn2\nn3\n", "n2", "n2,n1"),
+        ("n1\nn2\n", "n2", ""),  # else it would wait for ever
+        (None, "(null)", ""),  # no answer, which stops no restart
+    ],
+)
+def test_the_node_of_a_failed_rank_is_left_out_where_others_are_enough(
+    slurm: Slurm, launch: Path, nodes: str | None, excluded: str, left_out: str
 ) -> None:
-    cell(launch).begin(job_id="70_1", restart=1, nodes=["n1"], world_size=1, state="")
-    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")  # and the scheduler says 0
-    main(launch, 1)
-    assert slurm.told == []
+    slurm.nodes, slurm.excluded = nodes, excluded
+    cell(launch).write_failure(cell(launch).attempts()[0].name, Failure(0, *STALE))
+    assert main(launch, 1) == 1
+    order = [f"scontrol update JobId=70_1 ExcNodeList={left_out}"] if left_out else []
+    assert slurm.told[2:] == order
+    assert cell(launch).attempts()[0].outcome == "requeued"
 
 
 def test_a_stop_between_the_question_and_the_order_is_obeyed(slurm: Slurm, launch: Path) -> None:
@@ -278,24 +332,14 @@ def test_a_scheduler_that_does_not_answer(
         assert "but: Slurm does not answer" in attempt.why
 
 
-def test_only_a_job_on_slurm_has_the_lines_for_it(tmp_path: Path) -> None:
-    config = ClusterConfig(gpus_per_node=0)
-    made = Launch("run", tmp_path, [Request(["train"], tmp_path)], config, 1)
-    lines = script(made).splitlines()
-    command = next(number for number, line in enumerate(lines) if line.startswith("srun"))
-    after = [line for line in lines[command + 1 :] if line and not line.startswith("#")]
-    assert after[0] == "code=$?"
-    assert after[-1].startswith("exec sh ")
-    assert "graftvit.launch.slurm.restart" in after[-1]
-
-
 @pytest.mark.parametrize("where", ["folder", "neighbor"])
 def test_a_folder_that_is_gone_beside_others_is_not_waited_for(tmp_path: Path, where: str) -> None:
     """One on a file system that is away, whose neighbors are away as well, is looked for thirty times."""
     run = tmp_path / "run"
-    made = Launch("run", run, [Request(["train"], run)], ClusterConfig(gpus_per_node=0), 1)
-    lines = script(made).splitlines()
+    lines = script(Batch(run, [Task(["train"], run)], Request(gpus_per_node=0), 1)).splitlines()
     begin = lines.index("code=$?")
+    assert lines[-1].startswith("exec sh ")
+    assert "graftvit.launch.slurm.restart" in lines[-1]
     (run if where == "folder" else tmp_path / "other").mkdir()
     text = "\n".join(["sleep() { echo waits >&2; }", "(exit 7)", *lines[begin:]])
     done = subprocess.run(["bash", "-c", text], capture_output=True, text=True)
@@ -305,8 +349,12 @@ def test_a_folder_that_is_gone_beside_others_is_not_waited_for(tmp_path: Path, w
     assert (waited.returncode, waited.stderr.count("waits")) == (7, 30)
 
 
-def test_a_folder_whose_name_would_end_its_line_is_not_submitted(tmp_path: Path) -> None:
-    with pytest.raises(
-        ConfigError, match=r"--output_dir '.*/a\\nb' cannot be given to the cluster: it must be one line"
-    ):
-        Launch("run", tmp_path / "a\nb", [], ClusterConfig(), 1)
+def test_the_name_of_a_folder_is_one_line_and_one_name(tmp_path: Path) -> None:
+    folder = tmp_path / "a|b c"
+    folder.mkdir()
+    (tmp_path / "link").symlink_to(folder)
+    one, other = (Batch(tmp_path / name, [], Request(), 1).name for name in ("link", "a|b c"))
+    assert one == other
+    assert "|" not in one
+    with pytest.raises(ConfigError, match=r"--output_dir '.*/a\\nb' cannot be given to the cluster"):
+        Batch(tmp_path / "a\nb", [], Request(), 1)

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from graftvit.launch.slurm.job_folder import Attempt, JobFolder
+from graftvit.launch.slurm.folder import Attempt, JobFolder
 from support.runs.patience import until
 from support.slurm.cluster_runs import (
     ALONE,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -11,19 +12,22 @@ from typing import Any
 
 import pytest
 from graftvit.launch.slurm import scheduler
+from graftvit.launch.slurm.request import Request
 from graftvit.launch.slurm.scheduler import (
-    JobState,
+    REMOVED,
     NoAnswerError,
     NoSuchJobError,
+    State,
     cancel,
-    expand_id,
-    fallen_in,
     fallen_nodes,
+    flags_beyond,
     job_states,
+    number_by_name,
     parse_accounting,
     parse_queue,
     reason_in,
     signal_job,
+    waiting,
 )
 from graftvit.models.errors import GraftError
 from support.runs.patience import until
@@ -42,6 +46,7 @@ JobID|State|NodeList|ExitCode|Start|End|Timelimit|Reason
 7|PREEMPTED|gpu2|0:0|2026-11-21T12:10:00|2026-11-21T12:20:00|20:00|None
 7|CANCELLED by 1000|gpu3|0:15|2026-11-21T12:20:00|2026-11-21T12:30:00|20:00|None
 8_[3-5,9%2]|PENDING|None assigned|0:0|Unknown|Unknown|20:00|None
+8_[10-14:2,...]|PENDING|None assigned|0:0|Unknown|Unknown|20:00|None
 """
 SIGNALLED = (
     "JobId=5 JobName=s JobState={state} Reason={reason} Dependency=(null) Requeue=1 Restarts={restarts} "
@@ -50,9 +55,9 @@ SIGNALLED = (
 
 
 def test_the_queue_is_read() -> None:
-    jobs = parse_queue(QUEUE)
+    jobs = parse_queue(f"{QUEUE}no row of ours\n")
     assert (jobs["12632732"].exit_code, jobs["12632732"].reason) == ("7:0", "NonZeroExitCode")
-    assert jobs["12632731_2"] == JobState(
+    assert jobs["12632731_2"] == State(
         "PENDING", reason="JobArrayTaskLimit", limit=24 * 60 + 20, exit_code="0:0", name="graftvit-x-0",
         script=Path("/x|y/jobs/launch-0/submit.sh"),
     )  # fmt: skip
@@ -68,24 +73,13 @@ def test_the_accounting_tells_how_each_start_ended() -> None:
     assert jobs["7"].state == "CANCELLED"
     assert jobs["7"].history == ("NODE_FAIL", "PREEMPTED")
     assert jobs["7"].restarts == 2
-    assert [name for name in jobs if name.startswith("8")] == ["8_3", "8_4", "8_5", "8_9"]
+    assert [name for name in jobs if name.startswith("8")] == [
+        f"8_{cell}" for cell in (3, 4, 5, 9, 10, 12, 14)
+    ]
     assert jobs["8_4"].nodes == ()
     lines = ["JobID|State|Restarts|JobName", "7|NODE_FAIL||old", "7|NODE_FAIL||new", "7|COMPLETED||new"]
     job = parse_accounting("\n".join(lines))["7"]  # jobs of one number are kept apart
     assert (job.name, job.history) == ("new", ("NODE_FAIL",))
-
-
-@pytest.mark.parametrize(
-    ("text", "found"),
-    [
-        ("12", ["12"]),
-        ("12_3", ["12_3"]),
-        ("1_[0-4:2%1]", ["1_0", "1_2", "1_4"]),
-        ("1_[7,9-10]", ["1_7", "1_9", "1_10"]),
-    ],
-)
-def test_packed_arrays(text: str, found: list[str]) -> None:
-    assert expand_id(text) == found
 
 
 @pytest.mark.parametrize(
@@ -106,9 +100,59 @@ def test_the_reason_of_a_signal(changes: dict[str, Any], reason: str) -> None:
     assert reason_in(text, 0, datetime(2026, 11, 21, 12, 10), 90) == reason
 
 
-def test_fallen_nodes_are_those_that_do_not_work() -> None:
-    text = "a idle\na idle\nb down*\nc mixed*\nd drained\ne failing\nf allocated\n"
-    assert fallen_in(text) == ["b", "c", "e"]
+def test_fallen_nodes_are_those_that_do_not_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    answers(monkeypatch, sinfo="a idle\na idle\nb down*\nc mixed*\nd drained\ne failing\nf allocated\n")
+    assert fallen_nodes(["a", "b", "c", "d", "e", "f"]) == ["b", "c", "e"]
+
+
+def test_a_job_is_found_by_its_name_and_script(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = "N/A|5|/x/other/submit.sh|\n7|9|/x|y/submit.sh|\nN/A|8|/x/submit.sh|\n"
+    answers(monkeypatch, squeue=rows)
+    found = [number_by_name("run", Path(place) / "submit.sh") for place in ("/x|y", "/x", "/y")]
+    assert found == ["7", "8", ""]
+    answers(monkeypatch, squeue=None)
+    with pytest.raises(GraftError):
+        number_by_name("run", Path("/x/submit.sh"))
+
+
+@pytest.mark.parametrize(
+    ("reason", "words"),
+    [
+        ("Resources", "waits for nodes: "),
+        ("QOSMaxJobsPerUserLimit", "waits: "),
+        ("AssocGrpCPUMinutesLimit", "waits: "),
+        ("ReqNodeNotAvail, UnavailableNodes:n", "waits for nodes that are down, drained or reserved: "),
+        ("Nodes required for job are DOWN", "waits for nodes that are down, drained or reserved: "),
+        ("SomethingNew", "waits: "),
+    ],
+)
+def test_why_a_job_waits(reason: str, words: str) -> None:
+    assert waiting(reason) == f"{words}{reason}"
+    assert flags_beyond(reason) == ()
+
+
+@pytest.mark.parametrize(
+    ("reason", "flags"),
+    [
+        ("PartitionTimeLimit", ["time"]),
+        ("QOSMaxWallDurationPerJobLimit", ["time"]),
+        ("PartitionNodeLimit", ["nodes"]),
+        ("QOSMaxGRESPerJob", ["gpus_per_node", "time"]),
+        ("MaxMemPerLimit", ["mem"]),
+        ("InvalidQOS", ["qos"]),
+        ("BadConstraints", ["constraint", "nodelist"]),
+        ("QOSMinBurstBuffer", ["nodes", "time"]),
+    ],
+)
+def test_a_limit_of_each_job_names_flags_that_there_are(reason: str, flags: list[str]) -> None:
+    assert list(flags_beyond(reason)) == flags == [name for name in flags if name in Request.model_fields]
+    assert re.findall(r"--(\w+)", waiting(reason)) == flags
+
+
+def test_a_begin_time_is_said_and_no_reason_is_none() -> None:
+    assert re.fullmatch(r"waits until .*\d\d:\d\d:\d\d: BeginTime", waiting("BeginTime", 1.8e9))
+    assert waiting("BeginTime") == "waits until its begin time: BeginTime"
+    assert waiting("") == ""
 
 
 def test_without_slurm_one_sentence_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -155,11 +199,6 @@ def test_only_a_controller_that_is_away_is_asked_again(
     assert len(calls) == (tries if kind is NoAnswerError else 2 * tries)  # not asked in vain again at once
 
 
-def test_private_jobs_of_another_user_are_not_known(monkeypatch: pytest.MonkeyPatch) -> None:
-    answers(monkeypatch, error="slurm_load_jobs error: Invalid job id specified", squeue=None, sacct=None)
-    assert job_states(["9"]) == {"9": JobState()}
-
-
 AWAY = "error: Problem talking to the database: Connection refused"
 
 
@@ -192,8 +231,18 @@ def test_what_the_queue_does_not_know_neither_waits_nor_runs(monkeypatch: pytest
     rows = "8|RUNNING|n1|0:0||||None|run\n9|FAILED|n1|3:0||||None|allocation\n"
     answers(monkeypatch, squeue="", sacct=head + rows)
     found = job_states(["8", "9"])
-    assert found["8"] == JobState()
+    assert found["8"] == State()
     assert (found["9"].state, found["9"].name) == ("FAILED", "")
+    answers(monkeypatch, error="slurm_load_jobs error: Invalid job id specified", squeue=None, sacct=None)
+    assert job_states(["9"]) == {"9": State()}, "private jobs of another user"
+
+
+def test_a_cell_that_slurm_forgot_beside_others_was_removed(monkeypatch: pytest.MonkeyPatch) -> None:
+    row = "7_[0,2%1]|PENDING||Priority|0|0|N/A|N/A|10|run|/x/submit.sh|"
+    calls = answers(monkeypatch, squeue=row, sacct=None)
+    found = job_states(["7_0", "7_1", "8_0", "7_2"])
+    assert [state.state for state in found.values()] == ["PENDING", REMOVED, "UNKNOWN", "PENDING"]
+    assert "--jobs=7,8" in calls[0]
 
 
 def sbatch(cluster: SlurmCluster, command: str, *flags: str) -> str:
@@ -205,10 +254,10 @@ def lines(path: Path) -> int:
     return path.read_text().count("\n") if path.exists() else 0
 
 
-def state_when(job: str, ready: Callable[[JobState], bool]) -> JobState:
+def state_when(job: str, ready: Callable[[State], bool]) -> State:
     """The first state of the job that is `ready`."""
 
-    def found() -> JobState | None:
+    def found() -> State | None:
         state = job_states([job])[job]
         return state if ready(state) else None
 
@@ -238,8 +287,8 @@ def test_real_jobs(
     assert state_when(failed, lambda job: job.state == "FAILED").exit_code == "7:0"
     assert state_when(wide, lambda job: job.state == "RUNNING").nodes == tuple(cluster.nodes[:2])
     assert job_states([f"{array}_4", "1"]) == {
-        f"{array}_4": JobState("PENDING", reason="JobArrayTaskLimit", limit=10, exit_code="0:0", name="wrap"),
-        "1": JobState(),
+        f"{array}_4": State("PENDING", reason="JobArrayTaskLimit", limit=10, exit_code="0:0", name="wrap"),
+        "1": State(),
     }
     until(lambda: lines(Path(f"{mark}.ready")) == 2, "both tasks")
     signal_job(wide, "USR2")
@@ -247,7 +296,7 @@ def test_real_jobs(
     assert job_states([wide])[wide].state == "RUNNING"
     cancel(f"{array}_4")
     # the controller forgets a cell that never began at once, and the accounting never hears of it
-    state_when(f"{array}_4", lambda job: job == JobState())
+    state_when(f"{array}_4", lambda job: job == State(REMOVED))
     cluster.kill_node(cluster.nodes[1])
     assert state_when(wide, lambda job: job.restarts == 1).state in ("COMPLETING", "PENDING")
     assert fallen_nodes(cluster.nodes) == [cluster.nodes[1]]

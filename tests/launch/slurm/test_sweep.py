@@ -81,9 +81,6 @@ def test_values(word: str, values: tuple[str, ...]) -> None:
     (axis,) = parse_axes([word])
     assert axis.values == values
     assert parse_axes([str(axis)]) == [axis]
-
-
-def test_an_axis_reads_as_it_was_written() -> None:
     assert str(Axis("transfer.layers", ("0,3", "all", "0..4"))) == "transfer.layers=[0,3],all,[0..4]"
 
 
@@ -218,13 +215,20 @@ def write_recipe(folder: Path, text: str) -> Path:
 
 
 def test_each_cell_has_its_whole_configuration(tmp_path: Path) -> None:
-    path = write_recipe(tmp_path, "seed: 3\noptim: {epochs: 7}\n")
+    stages = "[{name: align, mode: align}, {name: task, mode: finetune, optim: {min_lr: 0.1}}]"
+    path = write_recipe(tmp_path, f"seed: 3\noptim: {{epochs: 7}}\nstages: {stages}\n")
     sweep = parse_sweep(["transfer.layers=first:6,[0,3]", "seed=0..1"], tmp_path / "out")
     configs = cell_configs(sweep, path, [parse_override("optim.blr=0.5")])
     assert list(configs) == [cell.name for cell in sweep.cells]
-    config = load_config(write_recipe(tmp_path, configs["layers=0-3,seed=1"]))
-    assert (config.transfer.layers, config.seed, config.optim.epochs, config.optim.blr) == ("0,3", 1, 7, 0.5)
-    assert config.output_dir == tmp_path / "out" / "cells" / "layers=0-3,seed=1"
+    align, task = load_stages(write_recipe(tmp_path, configs["layers=0-3,seed=1"]))
+    assert [(one.name, one.config.mode) for one in (align, task)] == [
+        ("align", "align"),
+        ("task", "finetune"),
+    ]
+    for one in (align.config, task.config):
+        assert (one.transfer.layers, one.seed, one.optim.epochs, one.optim.blr) == ("0,3", 1, 7, 0.5)
+        assert one.output_dir == tmp_path / "out" / "cells" / "layers=0-3,seed=1"
+    assert task.config.optim.min_lr == 0.1 != align.config.optim.min_lr
 
 
 def test_a_setting_of_one_loss_is_swept(tmp_path: Path) -> None:
@@ -248,20 +252,6 @@ def test_every_cell_is_checked(tmp_path: Path) -> None:
     for swept in ("seed=3", "student.model_args.depth=2"):
         with pytest.raises(ConfigError, match="leave one of the two out"):
             cell_configs(sweep, None, [parse_override(swept)])
-
-
-STAGES = "seed: 3\nstages:\n- {name: align, mode: align}\n- {name: task, mode: finetune, optim: {blr: 0.1}}\n"
-
-
-def test_stages_stay_stages(tmp_path: Path) -> None:
-    sweep = parse_sweep(["seed=0..1"], tmp_path / "out")
-    text = cell_configs(sweep, write_recipe(tmp_path, STAGES))["seed=1"]
-    align, task = load_stages(write_recipe(tmp_path, text))
-    assert [(s.name, s.config.mode, s.config.seed) for s in (align, task)] == [
-        ("align", "align", 1), ("task", "finetune", 1),
-    ]  # fmt: skip
-    assert task.config.optim.blr == 0.1
-    assert {s.config.output_dir for s in (align, task)} == {tmp_path / "out" / "cells" / "seed=1"}
 
 
 @pytest.mark.parametrize(
@@ -299,23 +289,6 @@ def test_sweeps_are_read_without_torch() -> None:
 
 def table(summary: Summary) -> list[dict[str, str]]:
     return list(csv.DictReader(io.StringIO(to_csv(summary))))
-
-
-def test_means_and_deviations_are_those_of_the_sample(tmp_path: Path) -> None:
-    sweep = make_sweep(tmp_path, "transfer.layers=first:6,all", "seed=0..2")
-    top1 = (1.0, 2.0, 6.0, 10.0, 10.0, 10.0)
-    for cell, value, loss in zip(sweep.cells, top1, (0.5, 0.5, 1.1) * 2, strict=True):
-        write_run(cell, [8.0, value], loss=loss)
-    first, second = summarize(tmp_path).rows
-    assert first.settings == {"transfer.layers": "first:6"}
-    assert (first.done, first.asked) == (3, 3)
-    assert set(first.measures) == {"test_top1", "best_test_top1", "train_loss"}
-    last, loss = first.measures["test_top1"], first.measures["train_loss"]
-    assert (last.mean, last.std) == pytest.approx((3.0, 7**0.5))  # (4 + 1 + 9) / 2
-    assert first.measures["best_test_top1"].values == (8.0, 8.0, 8.0)
-    assert (loss.mean, loss.std) == pytest.approx((0.7, 0.12**0.5))
-    assert second.measures["test_top1"].std == 0.0
-    assert summarize(tmp_path).missing == []
 
 
 def test_the_tables_in_full(tmp_path: Path) -> None:
@@ -371,28 +344,23 @@ def test_a_cell_is_done_only_when_its_run_is(tmp_path: Path) -> None:
     write_attempt(sweep.cells[8], "requeued")
     found = [(result.state, result.why) for result in map(read_cell, sweep.cells)]
     assert found == [
-        ("done", ""), ("unfinished", "epoch 2 of 2"), ("unfinished", "epoch 2 of 3"), ("done", ""),
-        ("unfinished", "step 20 of 21"), ("unfinished", "epoch 0 of 2"), ("unfinished", ""), ("done", ""),
-        ("unfinished", ""), ("not begun", ""),
+        ("done", ""), ("unfinished", "step 20 of 20"), ("unfinished", "step 20 of 30"), ("done", ""),
+        ("unfinished", "step 20 of 21"), ("unfinished", "step 0"), ("unfinished", "step 0"), ("done", ""),
+        ("unfinished", "step 0"), ("not begun", ""),
     ]  # fmt: skip
     (row,) = summarize(tmp_path).rows
     assert (row.done, row.asked) == (3, 10)
 
 
-def test_an_unfinished_cell_gives_no_number(tmp_path: Path) -> None:
+def test_an_unfinished_cell_gives_no_number_and_evaluation_may_skip_epochs(tmp_path: Path) -> None:
     sweep = make_sweep(tmp_path, "seed=0..1")
-    write_run(sweep.cells[0], [1.0, 2.0])
+    write_run(sweep.cells[0], [None, 7.0, None, 6.0], epochs=4)
     write_run(sweep.cells[1], [50.0, 60.0], student=False)
+    assert read_cell(sweep.cells[0]).numbers == {"test_top1": 6.0, "best_test_top1": 7.0, "train_loss": 1.0}
     summary = summarize(tmp_path)
-    assert summary.rows[0].measures["test_top1"].values == (2.0,)
-    assert "| as in the recipe | 1/2 | 2.00 |" in to_markdown(summary)
-    assert "- seed=1 unfinished: epoch 2 of 2" in to_markdown(summary)
-
-
-def test_evaluation_may_skip_epochs(tmp_path: Path) -> None:
-    (cell,) = make_sweep(tmp_path, "seed=0").cells
-    write_run(cell, [None, 7.0, None, 6.0], epochs=4)
-    assert read_cell(cell).numbers == {"test_top1": 6.0, "best_test_top1": 7.0, "train_loss": 1.0}
+    assert summary.rows[0].measures["test_top1"].values == (6.0,)
+    assert "| as in the recipe | 1/2 | 6.00 | 7.00 |" in to_markdown(summary)
+    assert "- seed=1 unfinished: step 20 of 20" in to_markdown(summary)
 
 
 def test_runs_without_accuracy_are_compared_by_loss(tmp_path: Path) -> None:
@@ -414,18 +382,17 @@ def test_of_stages_the_last_one_counts(tmp_path: Path) -> None:
         write_run(cell, [30.0, 40.0], stage="2-task", student=cell is sweep.cells[0])
     done, copying, first = (read_cell(cell) for cell in sweep.cells)
     assert (done.state, done.numbers["test_top1"]) == ("done", 40.0)
-    assert (copying.state, copying.why) == ("unfinished", "stage 2-task, epoch 2 of 2")
-    assert (first.state, first.why) == ("unfinished", "stage 1-align, epoch 2 of 2")
+    assert (copying.state, copying.why) == ("unfinished", "stage 2-task, step 20 of 20")
+    assert (first.state, first.why) == ("unfinished", "stage 1-align, step 20 of 20")
     write_run(sweep.cells[0], [1.0, 10.0], stage="10-x")
     assert read_cell(sweep.cells[0]).numbers["test_top1"] == 10.0
 
 
-@pytest.mark.parametrize("name", ["config.yaml", "log.jsonl"])
-def test_a_damaged_cell_does_not_stop_the_summary(tmp_path: Path, name: str) -> None:
+def test_a_damaged_cell_does_not_stop_the_summary(tmp_path: Path) -> None:
     sweep = make_sweep(tmp_path, "seed=0..1")
     for cell in sweep.cells:
         write_run(cell, [1.0, 2.0])
-    (sweep.cells[0].folder / name).write_bytes(b"\xff\x00: [")
+    (sweep.cells[0].folder / "log.jsonl").write_bytes(b"\xff\x00: [")
     assert [result.cell.name for result in summarize(tmp_path).missing] == ["seed=0"]
     log = sweep.cells[1].folder / "log.jsonl"
     log.write_text('7\n{"epoch": 0, "st\n' + log.read_text())  # a cut line hides no later record
@@ -478,16 +445,10 @@ def test_over_a_number_the_plot_has_lines(tmp_path: Path) -> None:
 def test_otherwise_a_point_a_setting(tmp_path: Path, words: list[str]) -> None:
     sweep = make_sweep(tmp_path, *words)
     for cell in sweep.cells:
-        write_run(cell, [1.0, 2.0])
+        write_run(cell, [1.0, 2.0], ema=[3.0, 4.0])
     (axes,) = draw(summarize(tmp_path)).axes
     assert len(axes.get_yticklabels()) == len(sweep.cells)
     assert len(axes.containers) == len(sweep.cells)
-
-
-def test_the_plot_shows_the_average_where_there_is_one(tmp_path: Path) -> None:
-    (cell,) = make_sweep(tmp_path, "seed=0").cells
-    write_run(cell, [1.0, 2.0], ema=[3.0, 4.0])
-    (axes,) = draw(summarize(tmp_path)).axes
     assert axes.get_xlabel().startswith("top-1 of the average")
     assert list(axes.containers[0].lines[0].get_xdata()) == [4.0]
 

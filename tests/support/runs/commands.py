@@ -29,7 +29,7 @@ from typing import IO, Any
 from support.runs.patience import PATIENCE
 
 IMPORTED = ("timm", "accelerate", "graftvit.launch.cli", "graftvit.launch.slurm.submit",
-            "graftvit.launch.slurm.stopping", "graftvit.transfer.engine.train")  # fmt: skip
+            "graftvit.launch.slurm.stop", "graftvit.transfer.engine.train")  # fmt: skip
 LONGEST = 1 << 20
 TESTS = str(Path(__file__).resolve().parents[2])
 WITHOUT_TEST = dict(os.environ)

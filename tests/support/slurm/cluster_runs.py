@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import submitit
 import yaml
-from graftvit.launch.slurm.job_folder import Attempt, JobFolder
+from graftvit.launch.slurm.folder import Attempt, JobFolder
 from graftvit.transfer.config import RunConfig
 from support.hub.ports import free_ports
 from support.runs import commands
@@ -86,7 +86,7 @@ class ClusterRun:
     def submit(self, *words: str) -> str:
         """The job's number."""
         self.graftvit("submit", self.recipe(), *words)
-        submission = self.jobs.submission()
+        submission = self.jobs.job()
         assert submission is not None
         return submission.job_id
 

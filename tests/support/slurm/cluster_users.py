@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import yaml
 from graftvit.launch.flags import command_parser, parse_command
-from graftvit.launch.slurm.setting_layers import Asked, add_cluster_flags, asked_by, site_file
+from graftvit.launch.slurm.site_file import Asked, add_cluster_flags, asked_by, site_file
 from graftvit.models.errors import ConfigError
 from support.runs.engine_runs import config, make_teacher
 
@@ -21,6 +21,13 @@ def write_site(**values: Any) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(yaml.safe_dump(values, sort_keys=False))
     return path
+
+
+def write_program(folder: Path, name: str, lines: str) -> None:
+    """A command of Slurm that is a script of a shell."""
+    folder.mkdir(exist_ok=True)
+    (folder / name).write_text(f"#!/bin/sh\n{lines}\n")
+    (folder / name).chmod(0o755)
 
 
 def user_with_recipe(

@@ -7,16 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from graftvit.launch.slurm import jobs, lookup
-from graftvit.launch.slurm.batch import job_name
-from graftvit.launch.slurm.job_folder import JobFolder, Submission
-from graftvit.launch.slurm.lookup import NamedJob
-from graftvit.launch.slurm.scheduler import JobState, NoAnswerError
-from graftvit.launch.slurm.settings import ClusterConfig
+from graftvit.launch.slurm import jobs
+from graftvit.launch.slurm.folder import Job, JobFolder
+from graftvit.launch.slurm.request import Request
+from graftvit.launch.slurm.scheduler import NoAnswerError, State
 
 HERE: dict[str, Any] = {"cluster": "debug", "gpus_per_node": 0}
 SILENT = NoAnswerError("Slurm does not answer: asked 3 times in 29 seconds")
-Answer = str | JobState | Exception | Mapping[str, str | JobState]
+Answer = str | State | Exception | Mapping[str, str | State]
 
 
 def submitted(folder: Path, **changes: Any) -> JobFolder:
@@ -26,10 +24,10 @@ def submitted(folder: Path, **changes: Any) -> JobFolder:
         made.mkdir(parents=True, exist_ok=True)
     values: dict[str, Any] = {
         "job_id": "12", "cluster": "slurm", "submitted": 1.0, "command": ["train", str(folder / "config.yaml")],
-        "logs": str(folder / "logs"), "resources": ClusterConfig().model_dump(mode="json"), "code": "",
+        "logs": str(folder / "logs"), "resources": Request().model_dump(mode="json"), "code": "",
         "directory": str(folder),
     }  # fmt: skip
-    files.write_submission(Submission(**{**values, **changes}))
+    files.write_job(Job(**{**values, **changes}))
     return files
 
 
@@ -42,12 +40,6 @@ def attempted(folder: Path, outcome: str | None = None, restart: int = 0, **even
     return name
 
 
-def job_of(folder: Path, job_id: str = "7", state: str = "") -> NamedJob:
-    """The job of a run as the queue has it under its name."""
-    more = {"state": state} if state else {}
-    return NamedJob(job_id, job_name(folder), folder / "jobs" / "launch-0" / "submit.sh", 1.0, **more)
-
-
 class FakeSlurm:
     """What the scheduler says; the fixture `slurm`."""
 
@@ -58,7 +50,7 @@ class FakeSlurm:
         """Answer so of each job, or of those in a mapping alone: one answer a question, the last one for ever."""
         left = list(answers)
 
-        def states(ids: Iterable[str], **_: object) -> dict[str, JobState]:
+        def states(ids: Iterable[str], **_: object) -> dict[str, State]:
             answer = left.pop(0) if len(left) > 1 else left[0]
             if isinstance(answer, Exception):
                 raise answer
@@ -68,17 +60,16 @@ class FakeSlurm:
 
         self._patch.setattr(jobs, "job_states", states)
 
-    def queue(self, *found: NamedJob, error: Exception | None = None) -> None:
-        """List these jobs by their names, or fail."""
+    def numbers(self, number: str = "", error: Exception | None = None) -> None:
+        """Know a job that was submitted by its name under this number, or fail."""
 
-        def listed() -> list[NamedJob]:
+        def by_name(name: str, script: Path) -> str:
             if error is not None:
                 raise error
-            return list(found)
+            return number
 
-        self._patch.setattr(lookup, "queued_jobs", listed)
-        self._patch.setattr(lookup.shutil, "which", lambda _: "/usr/bin/squeue")
+        self._patch.setattr(jobs, "number_by_name", by_name)
 
 
-def _state(said: str | JobState) -> JobState:
-    return said if isinstance(said, JobState) else JobState(said) if said else JobState()
+def _state(said: str | State) -> State:
+    return said if isinstance(said, State) else State(said) if said else State()

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import yaml
-from graftvit.launch.slurm.job_folder import JobFolder
+from graftvit.launch.slurm.folder import JobFolder
 from graftvit.launch.slurm.sweep import Cell, Sweep, parse_sweep
 
 
@@ -31,7 +31,7 @@ def write_run(
     """A run of ten steps an epoch, an epoch for each value of `top1`; None where it was not evaluated."""
     run = cell.folder / stage
     run.mkdir(parents=True, exist_ok=True)
-    optim = {"epochs": epochs, "max_steps": max_steps}
+    optim, total = {"epochs": epochs, "max_steps": max_steps}, max_steps or 10 * epochs
     (run / "config.yaml").write_text(yaml.safe_dump({"output_dir": str(run), "optim": optim}))
     records: list[dict[str, float]] = [{"epoch": 0, "step": 0, "test_top1": 99.0, "teacher_top1": 99.0}]
     for epoch, value in enumerate(top1):
@@ -39,7 +39,7 @@ def write_run(
         records.append({"epoch": epoch, "step": steps - 5, "train_loss": 77.0})
         scores = {} if value is None else {"test_top1": value}
         scores |= {"test_ema_top1": ema[epoch]} if ema else {}
-        train = {"train_loss": loss + len(top1) - epoch - 1, "n_parameters": 5}
+        train = {"train_loss": loss + len(top1) - epoch - 1, "n_parameters": 5, "total_steps": total}
         records.append({"epoch": epoch, "step": steps, **train, **scores})
     (run / "log.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     if student:

@@ -45,7 +45,7 @@ Outcome = Literal["finished", "stopped", "requeued", "failed"]
 
 
 @dataclass(frozen=True)
-class Submission:
+class Job:
     """A job that was submitted, or is about to be."""
 
     job_id: str
@@ -58,7 +58,7 @@ class Submission:
     logs: str
     """Folder of the logs, `<job_id>_<rank>_log.out` and `.err`."""
     resources: dict[str, Any]
-    """The resources, as fields of `ClusterConfig`."""
+    """The resources, as fields of `Request`."""
     code: str
     """Folder with the copy of the package that the job runs."""
     directory: str = "."
@@ -74,8 +74,6 @@ class Submission:
     """Folder of what was submitted together with it; its file `job` has the number. Empty without a record."""
     output_dir: str = ""
     """The run folder, as it was called at submission."""
-    inode: int = 0
-    """The inode of that folder, which distinguishes a moved folder from a copy."""
     host: str = ""
     pid: int = 0
     """The process that submitted it, which is the run itself with `debug`."""
@@ -107,13 +105,15 @@ class Attempt:
     """The last words of an attempt that failed, or that was to be restarted after a failure."""
     log_start: int | None = None
     """Bytes of the first rank's error log that earlier attempts of the same job had written."""
+    lost: int = 0
+    """Steps that the attempt before had done after the state that this one starts from, as far as it logged them."""
     retried: bool = False
     """Whether it failed and the job is restarted because the failure may not happen again."""
 
 
 def resumes(run: Path) -> str:
     """Return the command that resumes a run: `graftvit jobs resume`, if there is a record of its submission."""
-    return hint(*(("jobs", "resume") if JobFolder(run).submissions() else ("submit",)), run)
+    return hint(*(("jobs", "resume") if JobFolder(run).jobs() else ("submit",)), run)
 
 
 class JobFolder:
@@ -124,49 +124,44 @@ class JobFolder:
         self.folder = output_dir / "jobs"
         self.stop_path = self.folder / "stop"
 
-    def write_submission(self, submission: Submission) -> None:
+    def write_job(self, job: Job) -> None:
         """Add one, the newest. Raises WriteFailedError."""
-        number = max((int(path.stem) for path in self._submission_paths()), default=0) + 1
-        text = json.dumps(asdict(submission), indent=2) + "\n"
+        number = max((int(path.stem) for path in self._job_paths()), default=0) + 1
+        text = json.dumps(asdict(job), indent=2) + "\n"
         write_text(self.folder / "submissions" / f"{number:04d}.json", text)
 
-    def withdraw_submission(self, launch: str) -> None:
+    def withdraw_job(self, launch: str) -> None:
         """Remove what was to be submitted with `launch`, and was not."""
-        for path in self._submission_paths():
+        for path in self._job_paths():
             with contextlib.suppress(CheckpointError):
                 if _values(path).get("launch") == launch:
                     path.unlink()
 
-    def submissions(self) -> list[Submission]:
-        """Return all submissions, the oldest first, without damaged records: Slurm knows their jobs by name.
+    def jobs(self) -> list[Job]:
+        """Return all submissions, the oldest first, without damaged records.
 
-        Those of a copy are the jobs of the run that it was copied from; a folder that was moved keeps its own.
+        Those of a folder that was copied or moved belong to the run of its first name.
         """
         found = []
-        for path in self._submission_paths():
+        for path in self._job_paths():
             with contextlib.suppress(CheckpointError):
-                if not self._is_copy(path):
-                    found.append(_moved(_read_submission(path), self.output_dir))
-        return found
+                found.append(_read_job(path))
+        return [one for one in found if self._is_own(one)]
 
-    def _is_copy(self, path: Path) -> bool:
-        folder = Path(_values(path).get("output_dir") or self.output_dir)
-        first = folder / path.relative_to(self.output_dir)
-        try:
-            return not first.samefile(path) and _read(first) == _read(path)
-        except OSError:  # it no longer exists
-            return False
+    def _is_own(self, job: Job) -> bool:
+        return not job.output_dir or Path(job.output_dir).resolve() == self.output_dir.resolve()
 
-    def submission(self) -> Submission | None:
+    def job(self) -> Job | None:
         """Return the newest submission; None without one. Raises CheckpointError for a damaged file."""
-        own = [path for path in self._submission_paths() if not self._is_copy(path)]
-        return _moved(_read_submission(own[-1]), self.output_dir) if own else None
+        paths = self._job_paths()
+        newest = _read_job(paths[-1]) if paths else None
+        return newest if newest is not None and self._is_own(newest) else None
 
-    def submission_of(self, job_id: str) -> Submission | None:
+    def job_of(self, job_id: str) -> Job | None:
         """Return the newest submission with this number; None without a record of it."""
-        return next((one for one in reversed(self.submissions()) if one.job_id == job_id), None)
+        return next((one for one in reversed(self.jobs()) if one.job_id == job_id), None)
 
-    def _submission_paths(self) -> list[Path]:
+    def _job_paths(self) -> list[Path]:
         return sorted(path for path in (self.folder / "submissions").glob("*.json") if path.stem.isdigit())
 
     def asked_to_stop(self, job_id: str) -> bool:
@@ -294,49 +289,16 @@ def _values(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path} is damaged ({error}): submit the run again") from error
 
 
-def _read_submission(path: Path) -> Submission:
+def _read_job(path: Path) -> Job:
+    """Read a record, and its number from the folder of its launch, where one file has it for all cells of an array."""
     try:
-        return Submission(**_values(path))
+        found = Job(**_values(path))
     except TypeError as error:
         raise CheckpointError(f"{path} is damaged ({error}): submit the run again") from error
-
-
-def _moved(found: Submission, here: Path) -> Submission:
-    """Return the record with the present names of its places, and its number.
-
-    The number is in the folder of the launch, where one file has it for all cells of an array.
-    """
-    before, now = Path(found.output_dir or here), here
-    if before.resolve() != now.resolve():
-        while before.name == now.name and before != before.parent:  # a sweep was moved, and this is a cell
-            before, now = before.parent, now.parent
-
-        def place(text: str) -> str:
-            inside = bool(text) and Path(text).is_relative_to(before)
-            return str(now / Path(text).relative_to(before)) if inside else text
-
-        command = [place(word) for word in found.command]
-        if command and command[0] in ("train", "compare") and "--output_dir" not in command:
-            command += [
-                "--output_dir",
-                str(Path(command[1]).parent.parent),
-            ]  # its frozen settings name the old one
-        found = replace(
-            found, command=command, logs=place(found.logs), launch=place(found.launch), code=place(found.code)
-        )
     number = found.job_id or (job_id(Path(found.launch), found.index) if found.launch else "")
     if number:  # it becomes a part of a path
-        safe_name(number, f"{here}: the number of a job", refusal=CheckpointError)
+        safe_name(number, f"{path}: the number of a job", refusal=CheckpointError)
     return replace(found, job_id=number)
-
-
-def is_copied(found: Submission, here: Path) -> bool:
-    """Return whether a record came here with a copy of a run that has been renamed or removed."""
-    before = Path(found.output_dir or here)
-    try:
-        return bool(found.inode) and before.resolve() != here.resolve() and here.stat().st_ino != found.inode
-    except OSError:  # it has just been removed
-        return False
 
 
 def job_id(launch: Path, index: int | None) -> str:
@@ -346,6 +308,13 @@ def job_id(launch: Path, index: int | None) -> str:
     except OSError:
         return ""
     return number if index is None or not number else f"{number}_{index}"
+
+
+def write_number(launch: Path, number: str) -> None:
+    """Record the job number of a launch."""
+    temporary = launch / ".job"
+    temporary.write_text(f"{number}\n", encoding="ascii")
+    temporary.replace(launch / "job")
 
 
 ORDER_FILE = "command.json"
@@ -376,8 +345,7 @@ def read_order(folder: Path) -> Order | None:
 
 # The runs that this user has submitted, one absolute folder a line, for `graftvit jobs`.
 #
-# Lines are only added, so that two shells need no lock: a line with `-` in front removes a folder from the list. The
-# folder itself stays as it is.
+# Lines are only added, so that two shells need no lock. A folder that is gone leaves the list.
 
 logger = logging.getLogger(__name__)
 
@@ -390,47 +358,26 @@ def registry_file() -> Path:
 
 def remember(folder: Path) -> None:
     """Add a run. A home that cannot be written keeps no run from being submitted: then there is a warning."""
+    path = registry_file()
     try:
-        _add(f"{plain(folder)}")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open_lines(path) as file:
+            append_line(file, f"{plain(folder)}")
     except OSError as error:
-        logger.warning(
-            "%s cannot be written (%s): name the run to `graftvit jobs`", registry_file(), error.strerror
-        )
-
-
-def forget(folder: Path) -> None:
-    """Take a run out of the list; nothing of the run itself is touched. Raises OSError."""
-    _add(f"-{plain(folder)}")
-
-
-def listed() -> list[Path]:
-    """Return all listed runs, existing or not; the last submitted one at the end."""
-    try:
-        lines = read_regular(registry_file(), errors="replace", refusal=UnreadableError).split("\n")
-    except OSError:
-        return []
-    found: dict[Path, None] = {}
-    for line in filter(None, lines):
-        folder = plain(Path(line.removeprefix("-")))
-        found.pop(folder, None)
-        if not line.startswith("-"):
-            found[folder] = None
-    return list(found)
+        logger.warning("%s cannot be written (%s): name the run to `graftvit jobs`", path, error.strerror)
 
 
 def known() -> list[Path]:
     """Return the runs that still exist, the last submitted one at the end."""
-    return [folder for folder in listed() if folder.is_dir()]
+    try:
+        lines = read_regular(registry_file(), errors="replace", refusal=UnreadableError).split("\n")
+    except OSError:
+        return []
+    found = dict.fromkeys(plain(Path(line)) for line in reversed(lines) if line)
+    return [folder for folder in reversed(found) if folder.is_dir()]
 
 
 def plain(folder: Path) -> Path:
     """Return the absolute folder without `..`, which behind a link leads elsewhere than the text says."""
     folder = folder.absolute()
     return folder.resolve() if ".." in folder.parts else folder
-
-
-def _add(line: str) -> None:
-    path = registry_file()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open_lines(path) as file:
-        append_line(file, line)

@@ -1,6 +1,6 @@
 """Define the resources of a job: each with its help, its check and its option of sbatch.
 
-The names are those of sbatch. `setting_layers.py` says where the values come from.
+The names are those of sbatch. `site_file.py` says where the values come from.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from pydantic import (
 from ...models.errors import ConfigError
 from ...transfer.setting import check_plain, check_switch
 
-# Parse and compare GPUs by type and other generic resources, as sbatch takes them and sinfo prints them.
+# Parse and compare GPUs by type and other generic resources, as sbatch takes them.
 
 
 def parse_gpus(text: str) -> dict[str, int]:
@@ -41,7 +41,7 @@ def parse_gpus(text: str) -> dict[str, int]:
 
 
 def gpus_in(gres: str | None) -> dict[str, int]:
-    """Return the GPUs of `gpu:a100:4,tmpdisk:100` by type; also of sinfo's form with sockets: `gpu:a100:4(S:0-1)`."""
+    """Return the GPUs of `gpu:a100:4,tmpdisk:100` by type."""
     found: dict[str, int] = {}
     for part in _parts(gres):
         kind, _, rest = part.partition(":")
@@ -54,46 +54,13 @@ def gpus_in(gres: str | None) -> dict[str, int]:
     return found
 
 
-def generic_in(gres: str | None) -> dict[str, int]:
-    """Return other resources: `gpu:4,tmpdisk:ssd:2K` as {"tmpdisk:ssd": 2048}; by name and type, and by name alone."""
-    found: dict[str, int] = {}
-    for part in _parts(gres):
-        name, *rest = part.lower().removeprefix("gres/").replace(":no_consume", "").split(":")
-        if name in ("gpu", "none", "null"):
-            continue
-        count = re.fullmatch(r"([0-9]+)([kmgtp]?)", rest[-1]) if rest else None
-        kinds = rest[:-1] if count else rest
-        size = int(count[1]) << 10 * " kmgtp".index(count[2] or " ") if count else 1
-        key = ":".join([name, *kinds])
-        found[key] = found.get(key, 0) + size
-    return found
-
-
-def most_of(generic: Mapping[str, int], wanted: str) -> int:
-    """Return how many units a node with `generic` can give: of the named type, or of all types without a name."""
-    return sum(count for name, count in generic.items() if name == wanted or name.startswith(f"{wanted}:"))
-
-
 def without_gpus(gres: str) -> str | None:
     """Return the other resources of the request; None if there are none."""
     return ",".join(part for part in _parts(gres) if not gpus_in(part)) or None
 
 
-def count_gpus(gpus: Mapping[str, int]) -> int:
-    """GPUs of whatever type."""
-    return sum(gpus.values())
-
-
-def has_gpus(gpus: Mapping[str, int], wanted: Mapping[str, int]) -> bool:
-    """Return whether a node with `gpus` can give the GPUs of a request."""
-    named = {name: count for name, count in wanted.items() if name}
-    typed = {name.lower(): count for name, count in gpus.items()}
-    enough = all(typed.get(name.lower(), 0) >= count for name, count in named.items())
-    return enough and count_gpus(gpus) >= count_gpus(wanted)
-
-
 def _parts(gres: str | None) -> list[str]:
-    return [part.strip() for part in re.sub(r"\([^)]*\)", "", gres or "").split(",") if part.strip()]
+    return [part.strip() for part in (gres or "").split(",") if part.strip()]
 
 
 OF_THE_JOB = (
@@ -134,7 +101,7 @@ class Origins:
     names: Mapping[str, str] = field(default_factory=dict, compare=False)
 
 
-class ClusterConfig(BaseModel):
+class Request(BaseModel):
     """Resources and surroundings of a job."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, coerce_numbers_to_str=True)
@@ -225,8 +192,30 @@ class ClusterConfig(BaseModel):
         "data, to make a folder. The processes see the files, but not the environment that they leave; the job ends at "
         "the first line that fails",
     )
-    container: str | None = Field(None, description="image for `srun --container-image` (enroot, pyxis)")
-    container_mounts: str | None = Field(None, description="for `srun --container-mounts`")
+    container: str | None = Field(
+        None,
+        description="image that the processes run in: x.sif by `apptainer exec`, anything else by enroot and pyxis "
+        "(`srun --container-image`)",
+    )
+    container_mounts: str | None = Field(
+        None, description="folders of the node in it, as in /scratch:/scratch,/data:/data"
+    )
+    pack: Literal["no", "tar", "squashfs"] = Field(
+        "no",
+        description="put the environment and the code into one file, which a task on each node unpacks to its local "
+        "disk: for environments that nodes do not see, or that many processes read slowly",
+    )
+    pack_folder: Path | None = Field(
+        None, description="where packs are kept for all runs; by default each run keeps its own"
+    )
+    on_event: str | None = Field(
+        None,
+        description="command that gets a JSON of what happens to a run on its standard input: start, restart, failure, "
+        "finish, stop, and no progress for `event_minutes`",
+    )
+    event_minutes: int = Field(
+        30, gt=0, description="minutes without progress after which `on_event` is told"
+    )
     sbatch: dict[str, bool | str | int] = Field(
         {},
         description="other options of sbatch by their long names; hold or hold=true for one without a value",
@@ -330,6 +319,11 @@ class ClusterConfig(BaseModel):
             )
         return several
 
+    @field_validator("pack_folder", mode="before")
+    @classmethod
+    def _expand_one(cls, folder: Any) -> Any:
+        return Path(os.path.expandvars(folder)).expanduser() if isinstance(folder, str) else folder
+
     @field_validator("shared_folders", mode="before")
     @classmethod
     def _expand(cls, folders: Any) -> Any:
@@ -341,7 +335,7 @@ class ClusterConfig(BaseModel):
         ]
 
     @model_validator(mode="after")
-    def _check_together(self) -> ClusterConfig:
+    def _check_together(self) -> Request:
         memory = [name for name in MEMORY if getattr(self, name) is not None]
         if len(memory) > 1:
             raise ValueError(f"{' and '.join(memory)} exclude each other: give one of them")
@@ -349,7 +343,7 @@ class ClusterConfig(BaseModel):
             raise ValueError("gpus_per_node and the GPUs of gres are the same: give one of them")
         return self
 
-    def known_from(self, origins: Mapping[str, str]) -> ClusterConfig:
+    def known_from(self, origins: Mapping[str, str]) -> Request:
         """Return the same, with the origin of each value as an error names it."""
         found = self.model_copy()
         found._origins = Origins(origins)
@@ -374,7 +368,7 @@ class ClusterConfig(BaseModel):
     @property
     def gpu_count(self) -> int:
         """GPUs of a node, of whatever type."""
-        return count_gpus(self.gpus)
+        return sum(self.gpus.values())
 
     @property
     def tasks(self) -> int:
@@ -415,7 +409,7 @@ def check_line(value: Any) -> None:
 
 def sbatch_fields() -> dict[str, Sbatch]:
     """Return the resources that sbatch has an option for."""
-    fields = ClusterConfig.model_fields.items()
+    fields = Request.model_fields.items()
     return {name: mark for name, field in fields for mark in field.metadata if isinstance(mark, Sbatch)}
 
 

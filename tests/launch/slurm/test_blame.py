@@ -1,18 +1,17 @@
-"""Why an attempt ended, which rank failed by itself, and why a job waits: from logs, records and words as they are."""
+"""Why an attempt ended and which rank failed by itself: from logs, records and errors as they are."""
 
 from __future__ import annotations
 
 import errno
 import os
-import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 from graftvit.checkpoints.atomic import WriteFailedError
 from graftvit.launch.slurm.failures import Failure, Kind, classify, is_consequence, read_failure
-from graftvit.launch.slurm.job_folder import Attempt, JobFolder
-from graftvit.launch.slurm.judging import blame, blame_start, launch_failure, said_by_slurm, shorten, waiting
+from graftvit.launch.slurm.folder import Attempt, Job, JobFolder
+from graftvit.launch.slurm.logs import blame, blame_start, said_by_slurm, said_of
 from graftvit.models.errors import ConfigError, DataError, LostLoaderError, RunFailedError
 from graftvit.transfer.engine.fence import FencedError
 from support.slurm.slurm_folders import submitted
@@ -63,22 +62,33 @@ srun: launch/slurm: _step_signal: Terminating StepId=50410833.0
 """
 
 
+NODE_ALONE = NODE.replace("srun: error: Node failure on gpu2\n", "")
+"""Where srun died with the node."""
+TIME = PREEMPTED.replace("PREEMPTION", "TIME LIMIT")
+
+
 @pytest.mark.parametrize(
-    ("log", "state", "why", "rank"),
+    ("log", "state", "why", "rank", "node"),
     [
-        (KILLED, "failed", "rank 3 on gpu2 was killed (signal 9), as the system does where memory runs out", 3),
-        (NODE, "node failed", "node failure: gpu2", None),
-        (MEMORY, "failed", "out of memory: the system killed rank 1 on gpu1", 1),
-        (KILLED.replace("Killed", "Bus error"), "failed", "rank 3 on gpu2: Bus error", 3),
-        (UNRUNNABLE, "failed", "rank 2 on gpu2 could not run the interpreter (exit code 127)", 2),
-        (PREEMPTED, "", "", None),
-        (GONE, "", "", None),
-        ("epoch 1: task 3: Killed by the teacher\n", "", "", None),
+        (KILLED, "failed", "rank 3 on gpu2 was killed (signal 9)", 3, "gpu2"),
+        (NODE, "node failed", "node failure: gpu2", None, ""),
+        (NODE_ALONE, "node failed", "node failure", None, ""),
+        (MEMORY, "failed", "out of memory: the system killed rank 1 on gpu1", 1, "gpu1"),
+        (MEMORY.splitlines()[0], "failed", "out of memory", None, ""),
+        (KILLED.replace("Killed", "Bus error"), "failed", "rank 3 on gpu2: Bus error", 3, "gpu2"),
+        (UNRUNNABLE, "failed", "rank 2 on gpu2 could not run the interpreter (exit code 127)", 2, "gpu2"),
+        (PREEMPTED, "preempted", "preemption", None, ""),
+        (TIME, "timed out", "time limit", None, ""),
+        (PREEMPTED.replace("PREEMPTION", "JOB REQUEUE"), "", "", None, ""),
+        (GONE, "", "", None, ""),
+        ("epoch 1: task 3: Killed by the teacher\n", "", "", None, ""),
     ],
 )  # fmt: skip
-def test_what_slurm_wrote(log: str, state: str, why: str, rank: int | None) -> None:
+def test_what_slurm_wrote(log: str, state: str, why: str, rank: int | None, node: str) -> None:
     found = said_by_slurm(f"{LOST}\n{log}")
-    assert (found.state, found.why, found.rank) == (state, why, rank)
+    assert (found.state, found.why, found.rank, found.node) == (state, why, rank, node)
+    assert found.transient == (log != UNRUNNABLE)
+    assert LOST not in found.text
 
 
 @pytest.mark.parametrize(
@@ -86,10 +96,7 @@ def test_what_slurm_wrote(log: str, state: str, why: str, rank: int | None) -> N
     [
         (LOST, True),
         ("RuntimeError: [pair.cc:545] Read error [10.0.0.1]:8: Connection reset by peer", True),
-        (
-            "torch.distributed.DistBackendError: NCCL error in: ProcessGroupNCCL.cpp:20, unhandled system",
-            True,
-        ),
+        ("torch.distributed.DistBackendError: NCCL error in: ProcessGroupNCCL.cpp:20, unhandled", True),
         ("ValueError: loss is not finite", False),
         ("torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2 GiB", False),
         ("FileNotFoundError: /data/gloop", False),
@@ -101,10 +108,6 @@ def test_errors_that_only_follow_from_another(error: str, consequence: bool) -> 
     assert is_consequence(error) == consequence
     before = "Traceback\nOSError: Connection closed by peer\n\nduring it\n"
     assert is_consequence(before + error) == consequence
-
-
-def test_a_lost_connection_is_said_shortly() -> None:
-    assert shorten(LOST) == "RuntimeError: Connection closed by peer [127.0.0.1]:2982"
 
 
 def failed(files: JobFolder, **changes: Any) -> Attempt:
@@ -119,10 +122,14 @@ def fails(files: JobFolder, rank: int, kind: Kind, error: str, moment: int) -> N
     os.utime(files.folder / "errors" / f"{name}-{rank}.txt", (moment, moment))
 
 
+def job_of(files: JobFolder) -> Job:
+    job = files.job()
+    assert job is not None
+    return job
+
+
 def found(files: JobFolder, attempt: Attempt, until: int | None = None) -> tuple[str, int | None]:
-    submission = files.submission()
-    assert submission is not None
-    blamed = blame(files, attempt, submission, until)
+    blamed = blame(files, attempt, job_of(files), until)
     return blamed.why, blamed.rank
 
 
@@ -131,21 +138,12 @@ def test_a_cause_goes_before_what_follows_from_it_and_slurm_before_both(tmp_path
     attempt = failed(files)
     fails(files, 0, "consequence", LOST, 1)
     fails(files, 2, "consequence", LOST, 2)
-    assert found(files, attempt) == ("rank 0 lost another: " + shorten(LOST), 0)
+    shortly = "RuntimeError: Connection closed by peer [127.0.0.1]:2982"
+    assert found(files, attempt) == (f"rank 0 lost another: {shortly}", 0)
     fails(files, 1, "cause", "ValueError: boom", 3)  # the last one to write, and the only one with a cause
     assert found(files, attempt) == ("ValueError: boom", 1)
     (tmp_path / "logs" / "12_0_log.err").write_text(KILLED)
     assert found(files, attempt)[1] == 3
-
-
-def test_an_interpreter_that_does_not_run_is_told_with_its_last_line(tmp_path: Path) -> None:
-    files = submitted(tmp_path)
-    attempt = failed(files)
-    (tmp_path / "logs" / "12_0_log.err").write_text(UNRUNNABLE)
-    (tmp_path / "logs" / "12_2_log.err").write_text("env: 'python': No such file or directory\n\n")
-    why, rank = found(files, attempt)
-    assert why.endswith("(exit code 127): env: 'python': No such file or directory")
-    assert rank == 2
 
 
 def test_the_log_of_an_earlier_attempt_is_not_that_of_this_one(tmp_path: Path) -> None:
@@ -154,19 +152,21 @@ def test_the_log_of_an_earlier_attempt_is_not_that_of_this_one(tmp_path: Path) -
     first = failed(files)
     second = failed(files, log_start=len(NODE))
     assert found(files, first, len(NODE)) == ("node failure: gpu2", None)
-    assert found(files, second)[1] == 3
+    assert found(files, second)[1] == said_of(second, job_of(files)).rank == 3
+    assert said_of(failed(files, log_start=None), job_of(files)).why == "", (
+        "where its part begins is not known"
+    )
 
 
 def test_a_start_without_an_attempt_is_told_by_its_log(tmp_path: Path) -> None:
     files = submitted(tmp_path)
-    submission = files.submission()
-    assert submission is not None
-    assert blame_start(submission).why == ""
+    job = job_of(files)
+    assert blame_start(job).why == ""
     (tmp_path / "logs" / "12_0_log.err").write_text(f"old words\n{PREEMPTED}{GONE}")
-    blamed = blame_start(submission)
+    blamed = blame_start(job)
     assert blamed.why == GONE.splitlines()[0]
-    assert "Exited with exit code 1" in blamed.words
-    assert blame_start(submission, first=False).why == "", "other lines may be of an earlier start"
+    assert "Exited with exit code 1" in blamed.text
+    assert blame_start(job, first=False).why == "", "other lines may be of an earlier start"
 
 
 def test_of_ranks_without_records_the_loudest_is_one_with_a_cause(tmp_path: Path) -> None:
@@ -177,35 +177,6 @@ def test_of_ranks_without_records_the_loudest_is_one_with_a_cause(tmp_path: Path
         log.write_text(f"Traceback\n{error}\n")
         os.utime(log, (moment, moment))
     assert found(files, files.attempts()[-1])[1] == 1
-
-
-@pytest.mark.parametrize(
-    ("reason", "words"),
-    [
-        ("Resources", "waits for nodes: Resources"),
-        ("QOSMaxJobsPerUserLimit", "waits until fewer of your jobs run: QOSMaxJobsPerUserLimit"),
-        ("AssocGrpGRES", "waits for a limit of your account or QOS: AssocGrpGRES"),
-        ("AssocGrpCPUMinutesLimit", "waits for a limit of your account or QOS: AssocGrpCPUMinutesLimit"),
-        ("ReqNodeNotAvail, UnavailableNodes:n", "waits for nodes that are down, drained or reserved: "),
-        ("SomethingNew", "waits: SomethingNew"),
-        ("", ""),
-    ],
-)
-def test_why_a_job_waits(reason: str, words: str) -> None:
-    assert waiting(reason).startswith(words)
-    assert waiting(reason).endswith(reason)
-
-
-def test_a_begin_time_is_said() -> None:
-    assert re.fullmatch(r"waits until .*\d\d:\d\d:\d\d: BeginTime", waiting("BeginTime", 1.8e9))
-    assert waiting("BeginTime") == "waits until its begin time: BeginTime"
-
-
-@pytest.mark.parametrize("reason", ["JobLaunchFailure", "RaisedSignal:53(Real-time_signal_19)", ""])
-def test_a_folder_that_the_nodes_cannot_see_is_named(reason: str) -> None:
-    folder = Path("/scratch/run")
-    assert str(folder) in launch_failure(reason, "0:53", folder)
-    assert launch_failure("NonZeroExitCode", "1:0", folder) == ""
 
 
 NCCL = "NCCL error in: ProcessGroupNCCL.cpp:2251, {}, NCCL version 2.27.5\n{}: {}\nLast error:\n"
@@ -219,21 +190,12 @@ OTHERS = [
     RuntimeError("[gloo/transport/tcp/pair.cc:150] Application timeout caused pair closure"),
     RuntimeError("Gloo connectFullMesh failed with [gloo/transport/tcp/pair.cc:144] no error"),
     DistNetworkError("The client socket has timed out after 1000ms while trying to connect to (127.0.0.1, 29617)."),
-    DistNetworkError(
-        "Failed to recv, got 0 bytes. Connection was likely closed. Did the remote server shutdown or crash?"
-    ),
+    DistNetworkError("Failed to recv, got 0 bytes. Connection was likely closed. Did the remote server shutdown?"),
     DistStoreError("Timed out after 2 seconds waiting for clients. 1/2 clients joined."),
     DistStoreError("wait timeout after 1000ms, keys: /x"),
-    DistBackendError(
-        NCCL.format(
-            "remote process exited or there was a network error",
-            "ncclRemoteError",
-            "A call failed possibly due to a network error or a remote process exiting prematurely.",
-        )
-    ),
-    DistBackendError(
-        NCCL.format("unhandled system error", "ncclSystemError", "System call (e.g. socket, malloc) failed")
-    ),
+    DistBackendError(NCCL.format("remote process exited or there was a network error", "ncclRemoteError",
+                                 "A call failed possibly due to a network error or a remote process exiting.")),
+    DistBackendError(NCCL.format("unhandled system error", "ncclSystemError", "System call (e.g. socket) failed")),
     DistBackendError("NCCL communicator was aborted on rank 1."),
     RuntimeError("NCCL communicator was aborted on rank 1.  Original reason for failure was: [Rank 1] Watchdog caught"),
 ]  # fmt: skip
@@ -255,34 +217,24 @@ PASSING = [
     OSError(errno.ESTALE, "Stale file handle", "/data/a.jpg"),
     OSError(errno.EIO, "Input/output error", "/scratch/me"),
     OSError(errno.ENOTCONN, "Transport endpoint is not connected", "/scratch/me"),
-    OSError(
-        "Caught OSError in DataLoader worker process 0.\nOSError: [Errno 116] Stale file handle: '/data/x'"
-    ),
+    OSError("Caught OSError in DataLoader worker process 0.\nOSError: [Errno 116] Stale file handle: '/data/x'"),
     RuntimeError("Error while deserializing header: Input/output error (os error 5)"),
     LostLoaderError("a loader process died (DataLoader worker (pid 4997) is killed by signal: Killed. )"),
     RuntimeError("DataLoader worker (pid(s) 4997) exited unexpectedly"),
     RuntimeError("DataLoader worker (pid 4997) is killed by signal: Killed. "),
     RuntimeError("CUDA error: uncorrectable ECC error encountered"),
     RuntimeError("CUDA error: all CUDA-capable devices are busy or unavailable"),
-    DistNetworkError(
-        "The server socket has failed to listen on any local network address. port: 29619, useIpv6: false, code: -98, "
-        "name: EADDRINUSE, message: address already in use"
-    ),
-    DistBackendError(
-        NCCL.format("unhandled cuda error", "ncclUnhandledCudaError", "Call to CUDA function failed.")
-    ),
-]
+    DistNetworkError("The server socket has failed to listen on any local network address. port: 29619, useIpv6: "
+                     "false, code: -98, name: EADDRINUSE, message: address already in use"),
+    DistBackendError(NCCL.format("unhandled cuda error", "ncclUnhandledCudaError", "Call to CUDA function failed.")),
+]  # fmt: skip
 TOO_MUCH = [
-    OutOfMemoryError(
-        "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79.10 GiB"
-    ),
+    OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79.10 GiB"),
     RuntimeError("CUDA error: out of memory"),
-    RuntimeError(
-        "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to "
-        "allocate 4503599627370496 bytes. Error code 12 (Cannot allocate memory)"
-    ),
+    RuntimeError("[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you "
+                 "tried to allocate 4503599627370496 bytes. Error code 12 (Cannot allocate memory)"),
     MemoryError(),
-]
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -325,8 +277,7 @@ def test_a_sentence_of_ours_on_a_disk_that_is_away(error: Exception, told: bool,
     assert classify(raised(error, away, told=told), saved=False) == ("cause", transient)
 
 
-@pytest.mark.parametrize("kind", ["cause", "consequence"])
-@pytest.mark.parametrize("transient", [True, False])
+@pytest.mark.parametrize(("kind", "transient"), [("cause", True), ("cause", False), ("consequence", True)])
 def test_a_file_keeps_words_and_kind(tmp_path: Path, kind: str, transient: bool) -> None:
     made = Failure(3, kind, transient, "Traceback\nValueError: boom (cause)\n")  # type: ignore[arg-type]
     path = tmp_path / "0001-77_4.2-3.txt"

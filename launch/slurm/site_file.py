@@ -7,19 +7,21 @@ from __future__ import annotations
 
 import argparse
 import os
+import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
+import psutil
 from pydantic import ValidationError
 
-from ...checkpoints.files import is_there, read_regular
+from ...checkpoints.files import is_there, nearest_folder, read_regular
 from ...models.errors import ConfigError, did_you_mean
 from ...models.plain_yaml import MAX_BYTES, YamlError, parse_yaml
 from ..flags import Parser, run_folder
-from .settings import MEMORY, ClusterConfig, gpus_in, option_name, sbatch_fields, without_gpus
+from .request import MEMORY, Request, gpus_in, option_name, sbatch_fields, without_gpus
 
 OPTION_VARIABLES = {
     f"SBATCH_{name.upper()}": name
@@ -77,18 +79,21 @@ class Asked:
         if name == "gpus_per_node" and isinstance(self.values.get("gres"), str):
             self.values["gres"] = without_gpus(self.values["gres"])
 
-    def config(self) -> ClusterConfig:
+    def config(self) -> Request:
         """Raise ConfigError that names the flag, the variable or the file."""
         try:
-            return ClusterConfig.model_validate(self.values).known_from(self.origins)
+            return Request.model_validate(self.values).known_from(self.origins)
         except ValidationError as error:
             finding = error.errors()[0]
             what = finding["msg"].removeprefix("Value error, ")
             if not finding["loc"]:
                 raise ConfigError(what) from error
             name = str(finding["loc"][0])
-            meaning = ClusterConfig.model_fields[name].description
-            raise ConfigError(f"{self.origins[name]} is {self.values[name]!r}: {what} ({meaning})") from error
+            meaning = Request.model_fields[name].description
+            value = self.values[name]
+            if name == "sbatch" and isinstance(value, Mapping):  # as it was typed
+                value = " ".join(key if one is True else f"{key}={one}" for key, one in value.items())
+            raise ConfigError(f"{self.origins[name]} is {value!r}: {what} ({meaning})") from error
 
 
 def site_file() -> Path:
@@ -197,7 +202,7 @@ def _profiles(content: Any, path: Path) -> dict[str, Layer]:
     for name, values in content.items():
         if not isinstance(name, str):
             raise ConfigError(f"{path}: profiles: {name!r} is no name: write it in quotes")
-        _check_keys(values, f"{path}: profiles.{name}", set(ClusterConfig.model_fields) - {"profile"})
+        _check_keys(values, f"{path}: profiles.{name}", set(Request.model_fields) - {"profile"})
     return {
         name: Layer(values, partial("{}: profiles.{}.{}".format, path, name))
         for name, values in content.items()
@@ -217,7 +222,7 @@ def _read_site(path: Path, *, needed: bool) -> dict[str, Any]:
         return {}
     if not isinstance(content, dict):
         raise ConfigError(f"{path} must hold keys and values, for example 'partition: gpu'")
-    _check_keys(content, str(path), {*ClusterConfig.model_fields, "profiles"})
+    _check_keys(content, str(path), {*Request.model_fields, "profiles"})
     return content
 
 
@@ -227,18 +232,18 @@ def _check_keys(content: Mapping[Any, Any], where: str, valid: set[str]) -> None
             raise ConfigError(f"{where}: unknown key {key!r}; {did_you_mean(str(key), valid)}")
 
 
-ONLY_IN_THE_SITE_FILE = ("shared_folders",)
+ONLY_IN_THE_SITE_FILE = ("shared_folders", "on_event", "event_minutes")
 
 
 def add_cluster_flags(parser: Parser, *, again: bool = False) -> None:
-    """Add a flag for each field of `ClusterConfig`, and `--site`. With `again`, a submission before has the values."""
+    """Add a flag for each field of `Request`, and `--site`. With `again`, a submission before has the values."""
     usual = "By default the job asks for the same again" if again else f"Defaults come from {site_file()}"
     group = parser.add_argument_group("cluster", f"What the job asks for. {usual}.")
-    for name, info in ClusterConfig.model_fields.items():
+    for name, info in Request.model_fields.items():
         if name in ONLY_IN_THE_SITE_FILE:
             continue
         keywords: dict[str, Any] = {"metavar": name.upper()}
-        if name == "cluster":
+        if name in ("cluster", "pack"):
             keywords = {"choices": get_args(info.annotation)}
         elif name in ("setup", "node_setup"):
             keywords = {"metavar": "LINE", "action": "append"}
@@ -266,9 +271,7 @@ def add_cluster_flags(parser: Parser, *, again: bool = False) -> None:
 
 def asked_by(arguments: argparse.Namespace, before: dict[str, Any] | None = None) -> Asked:
     """Return the resources of the flags, over those of `before` and of the site. Raises ConfigError."""
-    given = {
-        name: getattr(arguments, name) for name in ClusterConfig.model_fields if hasattr(arguments, name)
-    }
+    given = {name: getattr(arguments, name) for name in Request.model_fields if hasattr(arguments, name)}
     if "sbatch" in given:
         given["sbatch"] = dict(map(_option, given["sbatch"]))
     asked = ask(given, arguments.site, before)
@@ -276,7 +279,7 @@ def asked_by(arguments: argparse.Namespace, before: dict[str, Any] | None = None
         cluster = asked.values.get("cluster", "slurm")
         if cluster != "slurm":
             raise ConfigError(f"--after waits for jobs of Slurm, and --cluster {cluster} starts at once")
-        from .submission import dependency_on
+        from .plan import dependency_on
 
         own = asked.values.get("dependency")
         asked.put(Layer(dependency_on(arguments.after, *([own] if own else [])), lambda key: "--after"))
@@ -290,3 +293,53 @@ def _option(word: str) -> tuple[str, str | bool]:
             f"--sbatch {word!r} is no option of sbatch: give, for example, --sbatch mail-type=END or --sbatch exclusive"
         )
     return name.replace("-", "_"), value if equals else True
+
+
+# Check what only this machine can tell: the commands of Slurm, and whether the nodes see a folder.
+
+OF_ONE_MACHINE = ("tmpfs", "ramfs", "devtmpfs")
+TEMPORARY = ("/tmp", "/var/tmp", "/dev/shm")  # folders that no two machines share
+
+
+def check_commands() -> None:
+    """Raise ConfigError where there is no Slurm."""
+    missing = [name for name in ("sbatch", "scontrol", "sinfo", "srun") if shutil.which(name) is None]
+    if missing:
+        raise ConfigError(
+            f"--cluster slurm: no {', '.join(missing)} here; submit from a login node of the cluster, "
+            "or give --cluster local to run in the background of this machine"
+        )
+
+
+def check_folder(output_dir: Path, request: Request) -> None:
+    """Raise ConfigError where the nodes of a job would not see `output_dir`, or nothing can be written there."""
+    folder = output_dir.resolve()
+    if "%" in str(output_dir):
+        raise ConfigError(
+            f"--output_dir {output_dir} has a %, which Slurm replaces in the names of logs: leave it out"
+        )
+    if request.shared_folders:
+        if not any(folder.is_relative_to(root.resolve()) for root in request.shared_folders):
+            roots = ", ".join(map(str, request.shared_folders))
+            raise ConfigError(
+                f"--output_dir {output_dir} is in none of the folders that every node sees "
+                f"({request.origin('shared_folders')}: {roots})"
+            )
+    elif any(folder.is_relative_to(root) for root in TEMPORARY) or _file_system(folder) in OF_ONE_MACHINE:
+        raise ConfigError(
+            f"--output_dir {output_dir} is on this machine alone, and the nodes of the job would not see it: give a "
+            "folder on a shared disk; if it is one, name it under shared_folders in the site file, or give --unchecked"
+        )
+    above = nearest_folder(folder)
+    if not above.is_dir():
+        raise ConfigError(f"--output_dir {output_dir} cannot be made: {above} is a file")
+    if not os.access(above, os.W_OK | os.X_OK):
+        raise ConfigError(f"--output_dir {output_dir} cannot be written: {above} is not yours to write")
+
+
+def _file_system(folder: Path) -> str:
+    """Return the kind of file system of `folder`, existing or not, by its kernel name; empty if unknown."""
+    above = nearest_folder(folder)
+    mounts = {Path(one.mountpoint): one.fstype for one in psutil.disk_partitions(all=True)}
+    inside = [point for point in mounts if above.is_relative_to(point)]
+    return mounts[max(inside, key=lambda point: len(point.parts))] if inside else ""

@@ -1,0 +1,456 @@
+"""What a user meets before anything is queued, what is sent, and what is made of the answer of sbatch."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from graftvit.launch.load_config import dump_config, parse_override
+from graftvit.launch.plan_text import describe_plan
+from graftvit.launch.slurm import lock, scheduler, submit
+from graftvit.launch.slurm.attempt import Task
+from graftvit.launch.slurm.batch import Batch
+from graftvit.launch.slurm.jobs import UNSURE
+from graftvit.launch.slurm.lock import is_submitting, submitting
+from graftvit.launch.slurm.plan import plan_run
+from graftvit.launch.slurm.request import Request
+from graftvit.launch.slurm.scheduler import State
+from graftvit.launch.slurm.site_file import ask
+from graftvit.launch.slurm.submit import describe_plans, first_word
+from graftvit.models.errors import ConfigError, GraftError
+from graftvit.transfer.config import RunConfig
+from graftvit.transfer.engine.train import train
+from support.runs.engine_runs import config, make_teacher
+from support.runs.typed import Typed
+from support.slurm.cluster_users import user_with_recipe, write_program, write_site
+from support.slurm.slurm_folders import SILENT, attempted, submitted
+from support.slurm.sweep_folders import make_sweep
+
+PARTITION = "allocation failure: Invalid partition name specified"
+SLURM = {
+    "scontrol": "",
+    "sinfo": "",
+    "sbatch": f"""case "$*" in
+*--test-only*) grep -q hihg "$2" && echo '{PARTITION}' >&2 && exit 1; exit 0;;
+*) touch "$0.called"; echo 77;;
+esac
+""",
+    "squeue": "",
+    "sacct": "exit 1\n",
+    "srun": "",
+}
+LOCAL = Request(cluster="local", gpus_per_node=0)
+
+
+@pytest.fixture
+def user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A user with a recipe `run.yaml` on a login node, whose Slurm is made of shell scripts."""
+    for name, lines in SLURM.items():
+        write_program(tmp_path / "bin", name, lines)
+    path = {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}"}
+    monkeypatch.setattr(scheduler, "_silent", {})
+    monkeypatch.setattr(scheduler, "PAUSE", 0.0)
+    return user_with_recipe(tmp_path, monkeypatch, path, gpus_per_node=0)
+
+
+def python(program: str, *words: str) -> subprocess.Popen[str]:
+    """A process that submits; what `program` does comes before. Ctrl-C stops it also below a shell that ignores it."""
+    heard = "import signal, sys\nsignal.signal(signal.SIGINT, signal.default_int_handler)"
+    text = f"{heard}\nfrom graftvit.launch.cli import main\n{program}\nsys.exit(main({list(words)!r}))"
+    pipes = {"stderr": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    return subprocess.Popen([sys.executable, "-c", text], **pipes)  # type: ignore[call-overload,no-any-return]
+
+
+@pytest.mark.parametrize(
+    ("values", "least"),
+    [
+        ({"time": "1"}, 3), ({"time": "0:02:00"}, 3), ({"time": 6, "signal_delay": 300}, 7),
+        ({"time": 2, "signal_delay": 60}, 3),
+    ],
+)  # fmt: skip
+def test_a_limit_that_leaves_no_time_to_train_is_refused(values: dict[str, object], least: int) -> None:
+    with pytest.raises(
+        ConfigError, match=rf"^--time is {values['time']}: .*--signal_delay.*give {least} minutes or"
+    ):
+        submit._check_time(Request.model_validate(values))
+    submit._check_time(Request.model_validate({**values, "time": least}))
+
+
+ORIGINS: list[tuple[dict[str, str], dict[str, object], str, str]] = [
+    ({"SBATCH_PARTITION": "x"}, {}, PARTITION, "SBATCH_PARTITION is x: sbatch refuses the job: Invalid partition"),
+    ({}, {"partition": "x"}, PARTITION, "{site}: partition is x: sbatch refuses the job"),
+    ({}, {"profile": "big", "profiles": {"big": {"nodes": 9}}}, "sbatch: error: Node count specification invalid",
+     "{site}: profiles.big.nodes is 9: sbatch refuses the job: Node count"),
+    ({"SBATCH_TIMELIMIT": "1-0"}, {}, "Requested time limit is invalid (missing or exceeds some limit)",
+     "SBATCH_TIMELIMIT is 1-0: sbatch refuses the job: Requested time limit is invalid"),
+    ({}, {"cpus_per_task": 99}, "CPU count per node can not be satisfied", "{site}: cpus_per_task is 99: sbatch"),
+    ({}, {}, "Requested time limit is invalid", "--time is 24:00:00 by default: sbatch refuses the job"),
+    ({}, {}, "sbatch: error: a wish of the site\nUnspecified error", "sbatch refuses the job: Unspecified error"),
+    ({}, {}, "Memory specification can not be satisfied", "sbatch refuses the job: Memory specification"),  # not given
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("surroundings", "content", "told", "sentence"), ORIGINS)
+def test_a_refusal_of_slurm_names_where_a_value_is_from(
+    surroundings: dict[str, str], content: dict[str, object], told: str, sentence: str,
+    user: Path, monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    path = write_site(**content)
+    for name, value in surroundings.items():
+        monkeypatch.setenv(name, value)
+    write_program(user / "bin", "sbatch", f"echo '{told}' >&2; exit 1\n")
+    with pytest.raises(ConfigError) as raised:
+        submit._ask_sbatch(user / "job.sh", ask({}).config())
+    assert str(raised.value).startswith(sentence.format(site=path))
+
+
+def test_what_may_only_have_to_wait_is_no_refusal(user: Path, typed: Typed) -> None:
+    """Slurm says the same of nodes that do not exist, and of those that are down."""
+    busy = "Requested node configuration is not available"
+    write_program(user / "bin", "sbatch", f"echo 'allocation failure: {busy}' >&2; exit 1\n")
+    said = typed("submit run.yaml --dry_run")
+    assert f"sbatch --test-only says: {busy}, which is also said of nodes that are down" in said.out
+    assert "#SBATCH" in said.out
+
+
+def test_without_an_answer_of_slurm_nothing_is_written(user: Path, typed: Typed) -> None:
+    why = "Unable to contact slurm controller (connect failure)"
+    write_program(user / "bin", "sbatch", f"echo 'sbatch: error: {why}' >&2; exit 1\n")
+    before = sorted(user.rglob("*"))
+    told = typed("submit run.yaml", code=2).err
+    assert told.splitlines()[-1].startswith("graftvit: error: Slurm does not answer: ")
+    assert why in told
+    assert sorted(user.rglob("*")) == before
+
+
+BEYOND = "a limit does not allow it, see --time: QOSMaxWallDurationPerJobLimit"
+
+
+@pytest.mark.parametrize(
+    ("answers", "word"),
+    [
+        ([State("RUNNING")], ""),
+        ([SILENT], ""),
+        ([State("PENDING"), State("PENDING", reason="PartitionConfig"), State("PENDING", reason="Resources")],
+         "waits for nodes: Resources"),
+        ([State("PENDING", reason="Priority"), State("CONFIGURING")], ""),
+        ([State("PENDING", reason="QOSMaxWallDurationPerJobLimit")], f"waits for ever: {BEYOND} (--time is 24:00:00 by "
+         "default)"),
+        ([State("PENDING", reason="QOSMaxMemoryPerJob")], "waits for ever: a limit does not allow it, see --mem: "
+         "QOSMaxMemoryPerJob"),
+    ],
+)  # fmt: skip
+def test_why_a_job_waits_is_said_after_its_submission(
+    answers: list[State | Exception], word: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    left = list(answers)
+
+    def states(jobs: list[str], tries: int) -> dict[str, State]:
+        answer = left.pop(0)
+        if isinstance(answer, Exception):
+            raise answer
+        return dict.fromkeys(jobs, answer)
+
+    monkeypatch.setattr(submit, "job_states", states)
+    monkeypatch.setattr(submit.time, "sleep", lambda seconds: None)
+    assert first_word(["7_0", "7_1"], Request(), patience=60.0) == word
+    assert not left
+    assert first_word(["7"], Request(), patience=0.0) == ""
+
+
+def test_it_is_printed_below_the_number(user: Path, monkeypatch: pytest.MonkeyPatch, typed: Typed) -> None:
+    monkeypatch.setattr(submit, "job_states", lambda *_, **__: {"77": State("PENDING", reason="Resources")})
+    said = typed("submit run.yaml --unchecked").out
+    assert said.startswith(f"submitted job 77 in {user / 'run'}\n")
+    assert said.endswith("  it waits for nodes: Resources\n")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "line",
+    [
+        "--partition hihg",
+        "--partition hihg --dry_run",
+        "--time 1",
+        "--output_dir /tmp/nobody --dry_run",
+        "--help",
+    ],
+)
+def test_what_needs_no_torch_is_told_before_it_is_loaded(user: Path, line: str) -> None:
+    program = "import atexit\natexit.register(lambda: print('torch loaded:', 'torch' in sys.modules))"
+    out, err = python(program, "submit", "run.yaml", *line.split()).communicate(timeout=600)
+    assert "torch loaded: False" in out, err
+    assert err.startswith("graftvit: error: ") == (line != "--help")
+    assert ("#SBATCH" in out) == ("--dry_run" in line)
+
+
+def test_what_is_slow_is_announced_and_what_the_plan_warns_of_is_said(
+    user: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plans = "length  9 steps\n        warning: it ends in its warm-up\n"
+    monkeypatch.setattr("graftvit.launch.plan_text.describe_plan", lambda *_, **__: plans)
+    describe_plans(plan_run("run.yaml", [], [], Request()))
+    assert capsys.readouterr().err.splitlines() == [
+        "graftvit: checking the run: its settings, teacher, data and plan ...",
+        "graftvit: warning: it ends in its warm-up",
+    ]
+
+
+def test_data_that_the_run_downloads_are_not_looked_for(user: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("graftvit.launch.plan_text.describe_plan", lambda *_, **__: "")
+    looked: list[bool] = []
+    monkeypatch.setattr(
+        "graftvit.transfer.data.datasets.check_dataset", lambda data: looked.append(data.download)
+    )
+    for download in ("true", "false"):
+        words = ["data.dataset=torch/cifar10", "data.data_path=none", f"data.download={download}"]
+        describe_plans(plan_run("run.yaml", list(map(parse_override, words)), [], Request()))
+    assert looked == [False]
+
+
+BEFORE = """
+from graftvit.launch.slurm import submit
+submit.check_commands = lambda: (sys.stderr.write('here\\n'), sys.stderr.flush(), __import__('time').sleep(60))
+"""
+BETWEEN = """
+from graftvit.launch.slurm import submit
+order = submit.submit
+def ordered(batch):
+    order(batch)
+    sys.stderr.write('here\\n'), sys.stderr.flush(), __import__('time').sleep(60)
+submit.submit = ordered
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "name"), [(signal.SIGINT, "Ctrl-C"), (signal.SIGTERM, "SIGTERM")])
+@pytest.mark.parametrize("called", [False, True])
+def test_who_stops_a_submission_in_time_is_told_that_nothing_was_submitted(
+    called: bool, number: signal.Signals, name: str, user: Path
+) -> None:
+    """Once sbatch was called, nothing is said of it."""
+    process = python(BETWEEN if called else BEFORE, "submit", "run.yaml", "--unchecked")
+    assert process.stderr is not None
+    assert process.stderr.readline() == "here\n"
+    assert (user / "bin" / "sbatch.called").exists() == called
+    process.send_signal(number)
+    _, err = process.communicate(timeout=600)
+    assert (user / "bin" / "sbatch.called").exists() == called
+    if called:
+        assert "nothing" not in err
+        assert process.returncode == (130 if number == signal.SIGINT else -signal.SIGTERM)
+    else:
+        assert err == f"graftvit: error: stopped by {name}: nothing was submitted\n"
+        assert process.returncode == 128 + number
+
+
+def finished(folder: Path) -> RunConfig:
+    """A run of one epoch that was submitted as job 12 and is through."""
+    run = config(folder, optim={"epochs": 1})
+    train(run)
+    submitted(folder)
+    return run
+
+
+def planned(recipe: Path | str, *words: str, sweep: tuple[str, ...] = ()) -> Batch:
+    return plan_run(str(recipe), [parse_override(word) for word in words], sweep, LOCAL)
+
+
+def again(run: RunConfig, *words: str) -> str:
+    """What a submission into the folder of a run says before it is sent."""
+    recipe = run.output_dir.with_name("again.yaml")
+    recipe.write_text(dump_config(run))
+    return submit._describe_again(planned(recipe, *words))
+
+
+def test_what_is_resumed_and_what_differs_is_said(tmp_path: Path) -> None:
+    run = finished(tmp_path / "run")
+    assert again(run, "optim.epochs=3") == "resumes at epoch 2 of 3; changed: optim.epochs 1 -> 3"
+    assert again(run, "optim.max_steps=40", "data.workers=1") == (
+        "resumes at epoch 2 of a run of 40 steps; changed: data.workers 0 -> 1, optim.max_steps none -> 40"
+    )
+    assert again(run) == "has finished: nothing is left to train; nothing changed"
+    longer = run.model_copy(update={"optim": run.optim.model_copy(update={"epochs": 3})})
+    assert "changed: optim.epochs 1 -> 3\n" in describe_plan(longer)
+    batch = planned(tmp_path / "run")
+    submit._refuse_finished(batch)  # no attempt says that it finished: its student may be missing
+    attempted(tmp_path / "run", "finished")
+    with pytest.raises(ConfigError, match="has finished: there is nothing left to train; give more --epochs"):
+        submit._refuse_finished(batch)
+    submit._refuse_finished(planned(tmp_path / "run", "optim.epochs=3"))
+
+
+def test_what_begins_anew_and_what_goes_on(tmp_path: Path) -> None:
+    run = config(tmp_path / "run", make_teacher(tmp_path / "teacher"))
+    assert again(run) == ""
+    run.output_dir.mkdir()
+    (run.output_dir / "config.yaml").write_text(dump_config(run))
+    assert again(run, "seed=3") == "starts again, because nothing was saved"
+    stage = run.output_dir / "2-task"
+    for folder in (stage, make_sweep(tmp_path / "sweep", "seed=0..1").cells[1].folder):
+        (folder / "checkpoints").mkdir(parents=True)
+        (folder / "checkpoints" / "last.safetensors").touch()
+    (run.output_dir / "config.yaml").rename(stage / "config.yaml")
+    assert again(run) == "resumes in stage 2-task at epoch 1"
+    cells = planned("digits_scratch", f"output_dir={tmp_path / 'sweep'}", sweep=("seed=0..1",))
+    assert submit._describe_again(cells) == "1 of 2 cells resumes from what it has saved"
+
+
+def test_it_is_said_before_the_job_is_sent(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from graftvit.launch.cli import main
+
+    run = finished(tmp_path / "run")
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(run.model_dump(mode="json")))
+    heard: list[str] = []
+
+    def send(batch: Batch) -> list[str]:
+        heard.append(capsys.readouterr().err)
+        return ["77"]
+
+    monkeypatch.setattr(submit, "submit", send)
+    monkeypatch.setattr(submit, "_refuse_second", lambda *_: None)
+    line = f"submit {tmp_path}/run.yaml --optim.epochs 2 --cluster local --gpus_per_node 0 --unchecked"
+    assert main(line.split()) == 0
+    assert "graftvit: resumes at epoch 2 of 2; changed: optim.epochs 1 -> 2\n" in heard[0]
+    assert capsys.readouterr().out.startswith("submitted job 77 in")
+
+
+@pytest.fixture
+def batch(tmp_path: Path) -> Batch:
+    made = Batch(tmp_path, [Task(["train"], tmp_path)], Request(), 1)
+    made.place.mkdir(parents=True)
+    return made
+
+
+def answer(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, said: str, lines: str = "", queued: str | Exception = ""
+) -> None:
+    """An sbatch that says so, and a queue that has the job under a number, does not know it (yet), or is away."""
+    write_program(folder / "bin", "sbatch", f"cat <<'END'\n{said}\nEND\n{lines}\n")
+    monkeypatch.setenv("PATH", str(folder / "bin"), prepend=":")
+
+    def by_name(name: str, script: Path) -> str:
+        if isinstance(queued, Exception):
+            raise queued
+        return queued
+
+    monkeypatch.setattr(submit, "number_by_name", by_name)
+
+
+@pytest.mark.parametrize(
+    ("said", "queued"),
+    [
+        ("123", ""),
+        ("123;cluster", ""),
+        ("Welcome to the cluster!\n5 jobs are waiting\n123", ""),
+        ("123\n\nthis job will cost 5 units", ""),
+        ("123;cluster\nbudget left: 77 %", ""),
+        ("Submitted batch job 123", ""),
+        ("Submitted batch job 123 on cluster x", ""),
+        ("sbatch: lua: default partition set\nSubmitted batch job 123 on cluster x\ngood luck", ""),
+        ("123\n500", "123"),  # where it could be another number, the queue is asked
+    ],
+)
+def test_the_number_of_the_job_is_found(
+    said: str, queued: str, batch: Batch, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where a site has put a program of its own in front of sbatch."""
+    answer(tmp_path, monkeypatch, said, queued=queued)
+    assert submit._sbatch(batch) == "123"
+
+
+LOST = "slurm_submit_batch_job: Zero Bytes were transmitted or received"
+
+
+@pytest.mark.parametrize(
+    ("lines", "queued", "said", "unsure"),
+    [
+        ("", "", "may be queued all the same", True),
+        ("echo a warning of the site >&2", "", "may be queued all the same", True),
+        (f"echo {LOST} >&2; exit 1", "", "may be queued all the same", True),
+        (f"echo {LOST} >&2; exit 1", SILENT, "whether the job is queued is not known", False),
+        ("echo no such account >&2; exit 1", "", "sbatch refuses the job: no such account", False),
+        (f"echo {submit.UNCLEAR[0]} >&2; exit 1", "", r"not available \(--nodes is 1 by default\)", False),
+    ],
+)
+def test_a_job_that_was_taken_is_not_called_refused(
+    lines: str, queued: str | Exception, said: str, unsure: bool, batch: Batch, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    answer(tmp_path, monkeypatch, "" if "exit" in lines else "it is done", lines, queued)
+    with pytest.raises(GraftError, match=said) as raised:
+        submit._sbatch(batch)
+    assert isinstance(raised.value, ConfigError) == (lines.endswith("exit 1") and LOST not in lines)
+    assert (batch.place / UNSURE).exists() == unsure
+
+
+HOLD = """
+import sys
+from pathlib import Path
+from graftvit.launch.slurm.lock import submitting
+with submitting(Path(sys.argv[1])):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+def holder(folder: Path) -> subprocess.Popen[str]:
+    """Another command, which submits until its input ends."""
+    words = [sys.executable, "-c", HOLD, str(folder)]
+    process = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "held\n"
+    return process
+
+
+def refuse_submitting(folder: Path, why: str) -> None:
+    with pytest.raises(ConfigError, match=why), submitting(folder, wait=0.1):
+        pass
+
+
+def test_a_second_submission_waits_and_then_gives_up(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = tmp_path / "run"
+    assert not is_submitting(folder)
+    other = holder(folder)
+    assert is_submitting(folder)
+    refuse_submitting(folder, f"{folder} is being submitted by another command")
+    assert "waiting for another command that submits to" in caplog.text
+    other.communicate("")
+    with submitting(folder, wait=0.0):
+        assert not is_submitting(folder)  # no other command does
+    assert not is_submitting(folder)
+    other = holder(folder)
+    other.kill()  # what is killed holds nothing
+    other.communicate()
+    with submitting(folder, wait=0.0):
+        pass
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])
+@pytest.mark.filterwarnings("ignore:flock not supported")
+def test_a_file_system_without_locks(number: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def flock(*_: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with submitting(tmp_path):
+        lock._mine.clear()  # as another process sees it
+        assert is_submitting(tmp_path)
+        refuse_submitting(tmp_path, "is being submitted by another command")
+    assert not is_submitting(tmp_path)
+
+
+def test_a_folder_that_cannot_be_written_takes_no_submission(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    refuse_submitting(tmp_path / "file" / "run", "run cannot be written: Not a directory")
