@@ -154,8 +154,9 @@ def convert_layers(
         like = next(native.original.parameters())
         layer = convert_layer(native, operator.to(like), choice, tokens[site.stage])
         put_attention(student, site, layer)
-    if tokens and family.takes_any_grid(student):
-        family.embedding(student).register_forward_hook(tokens[0])
+    if family.takes_any_grid(student):
+        for stage, grid in tokens.items():
+            family.shows_grid(student, stage).register_forward_hook(grid)
     if calibration is not None:
         new = {site.index for site in changes}
         layers = {index: layer for index, layer in converted_layers(student).items() if index in new}
@@ -165,15 +166,17 @@ def convert_layers(
 
 def restored(model: nn.Module) -> nn.Module:
     """Put timm's layers back in place of converted ones, where the family keeps all of them; return the model."""
-    if not family_of(model).keeps_all:
+    family = family_of(model)
+    if not family.keeps_all:
         return model
     for site in sites(model):
         layer = site.layer(model)
         if isinstance(layer, ConvertedAttention):
             put_attention(model, site, layer.original)
-    hooks = family_of(model).embedding(model)._forward_hooks
-    for key in [key for key, hook in hooks.items() if isinstance(hook, TokenGrid)]:
-        del hooks[key]
+    for stage in range(len(family.paths(model))):
+        hooks = family.shows_grid(model, stage)._forward_hooks
+        for key in [key for key, hook in hooks.items() if isinstance(hook, TokenGrid)]:
+            del hooks[key]
     return model
 
 

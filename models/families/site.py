@@ -485,12 +485,16 @@ class Family(ABC):
         """Return whether a model takes only images of its own size."""
         return bool(getattr(getattr(model, "patch_embed", None), "strict_img_size", False))
 
+    def shows_grid(self, model: nn.Module, stage: int) -> nn.Module:
+        """Return the module whose output shows the grid of a stage, from 0, where `takes_any_grid`."""
+        return self.embedding(model)
+
     def grid_of(self, embedding: nn.Module, images: Any, patches: Any) -> tuple[int, int] | None:
-        """Return the rows and columns of the patches that `embedding` made of images; None where nothing shows them."""
+        """Return the rows and columns of what the module of `shows_grid` gave; None where nothing shows them."""
         return (patches.shape[1], patches.shape[2]) if patches.ndim == 4 else None
 
     def takes_any_grid(self, model: nn.Module) -> bool:
-        """Return whether converted layers read the grid of each batch from the output of `embedding`."""
+        """Return whether converted layers read the grid of each batch from the output of `shows_grid`."""
         return bool(getattr(model, "dynamic_img_size", False))
 
     def why_no_grid(self, model: nn.Module) -> str:

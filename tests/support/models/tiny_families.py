@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from graftvit.models.families import create_timm_model
+from graftvit.models.families import FAMILIES, create_timm_model
 from support.models.dense import attend, images
-from timm.models import cait, gcvit, levit, mvitv2, nest, swin_transformer_v2_cr, volo
+from timm.models import cait, gcvit, levit, metaformer, mvitv2, nest, swin_transformer_v2_cr, volo
 from torch import Tensor, nn
 
 SIZE, OTHER = (32, 48), (48, 24)
@@ -33,6 +33,8 @@ class Tiny:
     resizes: bool = True
     own_products: int = 0
     """Multiply-adds that belong to no layer: of positions, between channels, and of class tokens."""
+    rounding: float = 1e-5
+    """The largest relative error of an exported model, in float32: squares as activations double it, layer by layer."""
     size: tuple[int, int] = SIZE
     other: tuple[int, int] = OTHER
 
@@ -253,6 +255,15 @@ TINY = {
         whole={"layers": (1, 1, 2), "embed_dims": (8, 16, 16), "num_heads": (1, 2, 2)},
         whole_made_by=volo.VOLO, own_products=1_531_392,
     ),
+    "caformer": Tiny(
+        "caformer_s18",
+        {"layer_scale_init_values": 0.0, "num_classes": 3},
+        whole={
+            "depths": (2,), "dims": (16,), "token_mixers": metaformer.Attention, "head_dim": 8,
+            "norm_layers": metaformer.LayerNormNoBias,
+        },
+        whole_made_by=metaformer.MetaFormer, rounding=5e-5,
+    ),
     "visformer": Tiny("visformer_tiny", {**PLAIN, "init_channels": 8, "conv_init": False, "depth": (1, 1, 1)}),
 }  # fmt: skip
 
@@ -275,11 +286,21 @@ def tiny(
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         given = arguments(kind, size, **more)
-        model = create_timm_model(TINY[kind].name, **given) if made_by is None else made_by(**given)
+        model = create_timm_model(TINY[kind].name, **given) if made_by is None else _made(made_by, **given)
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.add_(0.15 * torch.randn_like(parameter))
     return model.to(dtype).eval()
+
+
+def _made(made_by: Callable[..., nn.Module], *, img_size: tuple[int, int], **given: Any) -> nn.Module:
+    """Return a model of a class, resized where the class takes no size."""
+    family = next(each for each in FAMILIES if made_by in each.models)
+    if family.takes_size:
+        return made_by(img_size=img_size, **given)
+    model = made_by(**given)
+    family.resize(model, img_size)
+    return model
 
 
 def pictures(kind: str, *, dtype: torch.dtype = torch.float64, size: tuple[int, int] | None = None) -> Tensor:
