@@ -16,7 +16,6 @@ from typing import Any
 
 from ...checkpoints.files import is_folder, near_path, read_records
 from ...models.errors import ConfigError, GraftError
-from ..load_config import load_config
 from ..say import hint
 from ..submitted import SUBMITTED
 from .failures import Failure
@@ -78,7 +77,7 @@ def read_progress(folder: Path, training_since: float | None = None) -> Progress
         return Progress(stage)
     epochs = [record for record in records if "n_parameters" in record]
     step = max((int(record["step"]) for record in records), default=0)
-    limit, total = _length(inner, records, epochs)
+    limit, total = _length(records, epochs)
     pace = _seconds_a_step(records, epochs)
     # what the attempt has done since its last record; before its first one it starts, and has done nothing
     age = time.time() - written if training_since is not None and written > training_since else 0.0
@@ -108,26 +107,13 @@ def current_stage(folder: Path) -> Path:
     return folder if (folder / "config.yaml").is_file() or not stages else max(stages)[1]
 
 
-def _length(
-    folder: Path, records: list[dict[str, Any]], epochs: list[dict[str, Any]]
-) -> tuple[int | None, int | None]:
+def _length(records: list[dict[str, Any]], epochs: list[dict[str, Any]]) -> tuple[int | None, int | None]:
     """Return epochs and steps of the whole run, as far as its records tell."""
-    totals = [record["total_steps"] for record in records if "total_steps" in record]
-    if not totals:  # none yet, or of an earlier version
-        return None, _length_by_config(folder, epochs) if epochs else None
-    total = int(totals[-1])
+    totals = [int(record["total_steps"]) for record in records if "total_steps" in record]
+    if not totals:
+        return None, None
     step, done = (int(epochs[-1]["step"]), int(epochs[-1]["epoch"]) + 1) if epochs else (0, 0)
-    return max(done, math.ceil(total * done / step)) if step else None, total
-
-
-def _length_by_config(folder: Path, epochs: list[dict[str, Any]]) -> int | None:
-    try:
-        optim = load_config(folder).optim
-    except GraftError:
-        return None
-    before = epochs[-2]["step"] if len(epochs) > 1 else 0
-    left = optim.epochs - epochs[-1]["epoch"] - 1
-    return optim.max_steps or int(epochs[-1]["step"] + left * (epochs[-1]["step"] - before))
+    return max(done, math.ceil(totals[-1] * done / step)) if step else None, totals[-1]
 
 
 def _seconds_a_step(records: list[dict[str, Any]], epochs: list[dict[str, Any]]) -> float | None:
