@@ -44,7 +44,7 @@ def test_tasks_of_two_nodes_see_their_place_and_their_gpus(cluster: SlurmCluster
 def test_two_at_once_are_strangers(cluster: SlurmCluster, start_cluster: StartCluster) -> None:
     other = start_cluster(nodes=1, gpus=0, accounting=True, min_job_age=2)
     job = sbatch(other, "exit 3")
-    wait_for(other, job, "State", "FAILED")
+    wait_for(other, job, "JobState", "FAILED")
     assert job not in cluster.run("squeue", "--states=all", "--noheader", "--format=%i").split()
     asked = ["sacct", "-X", "-n", "--parsable2", "-o", "JobID,JobName,State,ExitCode,NodeList", "-j", job]
     row = f"{job}|wrap|FAILED|3:0|{other.nodes[0]}"
@@ -67,7 +67,7 @@ def test_stopping_ends_what_does_not_want_to_end(start_cluster: StartCluster) ->
     stubborn = "import os, signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); os.setsid(); time.sleep(1000)"
     code = f"{sys.executable} -c '{stubborn}' &"
     job = sbatch(cluster, f'srun sh -c "{code} wait"')
-    wait_for(cluster, job, "State", "RUNNING")
+    wait_for(cluster, job, "JobState", "RUNNING")
     mark = {"SLURM_CONF": cluster.environment["SLURM_CONF"]}
     until(lambda: any("SIG_IGN" in str(process) for process in marked(mark)), "the stubborn process")
     cluster.stop()

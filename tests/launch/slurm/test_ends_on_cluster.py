@@ -59,7 +59,7 @@ def test_a_folder_that_the_nodes_cannot_see(cluster: SlurmCluster, tmp_path: Pat
     with held(cluster) as until_it_is_away:
         job = run.submit(*ALONE, *until_it_is_away)
         run.folder.rename(tmp_path / "away")
-    until(lambda: field(cluster, job, "State") == "FAILED", "the end")
+    until(lambda: field(cluster, job, "JobState") == "FAILED", "the end")
     (tmp_path / "away").rename(run.folder)
     why = f"most often they do not see {run.folder} or may not write there: JobLaunchFailure"
     assert why in run.wait_for_state("failed")["why"]
@@ -80,7 +80,7 @@ def test_a_controller_that_is_away_leaves_what_the_files_say(
     on_cluster: SlurmCluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     job = on_cluster.run("sbatch", "--parsable", "--output=/dev/null", "--wrap", "sleep 200").strip()
-    until(lambda: field(on_cluster, job, "State") == "RUNNING", "the start", every=0.2)
+    until(lambda: field(on_cluster, job, "JobState") == "RUNNING", "the start", every=0.2)
     files = submitted(tmp_path / "run", job_id=job)
     files.begin(job_id=job, restart=0, nodes=["n1"], world_size=1)
     on_cluster.stop_controller()

@@ -123,7 +123,7 @@ def test_what_waits_for_a_run_that_is_stopped_is_cancelled(cluster: SlurmCluster
     assert field(cluster, job, "Dependency") == f"afterok:{before}(unfulfilled)"
     first.wait_for_lines(1)
     first.graftvit("jobs", "stop", str(first.folder))  # it has not finished, though it ends without an error
-    until(lambda: field(cluster, job, "State") == "CANCELLED", lambda: cluster.run("squeue"), every=0.5)
+    until(lambda: field(cluster, job, "JobState") == "CANCELLED", lambda: cluster.run("squeue"), every=0.5)
     assert not second.jobs.attempts()
     said = first.graftvit("jobs", "resume", str(second.folder), *after, code=2)
     assert f"--after {first.folder}: {first.folder} has neither finished nor a job that could: " in said
@@ -162,7 +162,7 @@ def test_lines_that_run_once_on_each_node(cluster: SlurmCluster, tmp_path: Path)
 def test_a_line_that_fails_on_a_node_ends_the_job(cluster: SlurmCluster, tmp_path: Path) -> None:
     run = cluster_run(cluster, tmp_path, **SHORT)
     job = run.submit("--node_setup", '[ "$SLURM_NODEID" = 0 ] || ls /no-such-folder', "--node_setup", "true")
-    until(lambda: field(cluster, job, "State") == "FAILED", lambda: cluster.run("squeue"), every=0.5)
+    until(lambda: field(cluster, job, "JobState") == "FAILED", lambda: cluster.run("squeue"), every=0.5)
     assert not run.jobs.attempts()
     assert "/no-such-folder" in run.logs()
 
@@ -189,7 +189,7 @@ def test_all_that_a_job_writes_follows_the_umask_of_who_submitted_it(
     try:
         job = run.submit(*ALONE)
         run.finish()
-        until(lambda: field(cluster, job, "State") == "COMPLETED", "the end of the job")
+        until(lambda: field(cluster, job, "JobState") == "COMPLETED", "the end of the job")
     finally:
         os.umask(before)
     wrong = {}
