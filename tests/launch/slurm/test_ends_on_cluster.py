@@ -49,7 +49,7 @@ def test_a_node_that_dies_is_the_reason_though_a_rank_elsewhere_speaks(
     assert "lost another" in run.shown()["why"]  # nobody knows of the node yet
     cluster.run("scontrol", "update", f"nodename={dead}", "state=down", "reason=killed")
     run.wait_for_attempt(2)
-    assert run.shown()["restarts"][0]["why"] == f"node failure: {dead}"
+    assert run.shown()["history"][0]["why"] == f"node failure: {dead}"
     run.graftvit("jobs", "stop", str(run.folder), "--now")
     cluster.start_node(dead)
 
@@ -116,7 +116,7 @@ def test_the_truth_at_each_moment(start_cluster: Callable[..., SlurmCluster], tm
     until(lambda: run.shown()["state"] == "requeued", "the requeue", every=0.3)
     run.finish()
     run.wait_for_state("finished")
-    first, second = run.shown()["restarts"]
+    first, second = run.shown()["history"]
     assert first["why"] == "`graftvit jobs stop`"
     assert second["why"] == f"node failure: {cluster.nodes[0]}"
     assert "best" in run.graftvit("jobs", str(run.folder))
