@@ -139,6 +139,10 @@ ENDINGS = {
     "CANCELLED": "cancelled", "TIMEOUT": "timed out", "PREEMPTED": "preempted", "NODE_FAIL": "node failed",
     "COMPLETED": "unknown", "REVOKED": "cancelled",
 }  # fmt: skip
+LAUNCH_FAILURES = dict.fromkeys(
+    ("JobLaunchFailure", "0:53"), "its nodes could not start it, as where they do not see its folder"
+)
+"""Slurm's reasons and exit codes of a job that wrote no log."""
 STARTING = "starting"
 BY_STOP = "`graftvit jobs stop`"
 UNSURE = "unsure"
@@ -467,6 +471,9 @@ def _ended(seen: Judged) -> tuple[str, str]:
     if state == "unknown":
         return state, SILENT
     named = "" if slurm.state == "FAILED" else slurm.state.lower().replace("_", " ")
+    said = LAUNCH_FAILURES.get(slurm.reason) or LAUNCH_FAILURES.get(slurm.exit_code)
+    if said and not found.why:
+        return state, f"{said}: {slurm.reason or slurm.exit_code}"
     words = [named, found.why or slurm.reason, exit_words(slurm.exit_code)]
     return state, ", ".join(filter(None, words)) or SILENT
 

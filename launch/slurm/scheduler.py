@@ -472,7 +472,7 @@ def waiting(reason: str, start: float | None = None) -> str:
     if word == "BeginTime" and start is not None:
         return f"waits until {clock(start)}: {word}"
     if flags := flags_beyond(reason):
-        return f"waits for ever: a limit does not allow it, see {', '.join(f'--{name}' for name in flags)}: {reason}"
+        return f"waits: a limit does not allow it, see {', '.join(f'--{name}' for name in flags)}: {reason}"
     return f"{_WAITS.get(word, 'waits')}: {reason}"
 
 

@@ -244,7 +244,7 @@ def first_word(jobs: Sequence[str], request: Request, patience: float = FIRST_WO
 
     A limit of a partition, an account or a QOS may not allow the job: that is said by this reason alone.
     """
-    until = time.monotonic() + patience
+    until, several = time.monotonic() + patience, "," in (request.partition or "")
     word = ""
     while time.monotonic() < until:
         try:
@@ -258,7 +258,8 @@ def first_word(jobs: Sequence[str], request: Request, patience: float = FIRST_WO
             request.said(name) for name in flags_beyond(seen.reason) if getattr(request, name) is not None
         ]
         word += f" ({', '.join(asked)})" * bool(asked)
-        if word and seen.reason not in FIRST_REASONS:
+        of_one = several and seen.reason.startswith("Partition")  # and another one may take it
+        if word and seen.reason not in FIRST_REASONS and not of_one:
             return word
         time.sleep(0.3)
     return word

@@ -150,7 +150,7 @@ def test_limits_of_a_partition(submitted: Submit, cluster: SlurmCluster) -> None
         said, _ = submitted("--partition high --nodes 2 --time 60", hold=False)
         assert "see --nodes: PartitionNodeLimit (--nodes is 2)" in said
         said, _ = submitted("--partition high,main --time 25:00:00 --nodes 2", hold=False)
-        assert "limit" not in said
+        assert "PartitionNodeLimit" not in said
     finally:
         cluster.run("scontrol", "update", "partitionname=high", "maxtime=infinite", "maxnodes=unlimited")
 

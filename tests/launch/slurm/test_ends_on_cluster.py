@@ -61,7 +61,7 @@ def test_a_folder_that_the_nodes_cannot_see(cluster: SlurmCluster, tmp_path: Pat
         run.folder.rename(tmp_path / "away")
     until(lambda: field(cluster, job, "JobState") == "FAILED", "the end")
     (tmp_path / "away").rename(run.folder)
-    why = f"most often they do not see {run.folder} or may not write there: JobLaunchFailure"
+    why = "its nodes could not start it, as where they do not see its folder: JobLaunchFailure"
     assert why in run.wait_for_state("failed")["why"]
 
 

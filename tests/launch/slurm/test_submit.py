@@ -141,9 +141,9 @@ BEYOND = "a limit does not allow it, see --time: QOSMaxWallDurationPerJobLimit"
         ([State("PENDING"), State("PENDING", reason="PartitionConfig"), State("PENDING", reason="Resources")],
          "waits for nodes: Resources"),
         ([State("PENDING", reason="Priority"), State("CONFIGURING")], ""),
-        ([State("PENDING", reason="QOSMaxWallDurationPerJobLimit")], f"waits for ever: {BEYOND} (--time is 24:00:00 by "
+        ([State("PENDING", reason="QOSMaxWallDurationPerJobLimit")], f"waits: {BEYOND} (--time is 24:00:00 by "
          "default)"),
-        ([State("PENDING", reason="QOSMaxMemoryPerJob")], "waits for ever: a limit does not allow it, see --mem: "
+        ([State("PENDING", reason="QOSMaxMemoryPerJob")], "waits: a limit does not allow it, see --mem: "
          "QOSMaxMemoryPerJob"),
     ],
 )  # fmt: skip
