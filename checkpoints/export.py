@@ -182,6 +182,7 @@ def export_source(
         model,
         path,
         format=format,
+        image_size=None if families.image_size(model) else teacher.preprocessing.input_size[1:],
         dynamic=dynamic,
         opset=opset,
         mean=teacher.mean,

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+from safetensors.torch import save_file
 from support.files.hostile import ARGUMENTS
 from support.models.saved import save_vit
 from support.runs.typed import Typed
@@ -44,6 +45,18 @@ def test_torch_at_another_size(student: Path, tmp_path: Path, typed: Typed) -> N
     typed(f"export {student} {out} --img_size 24,32 --dynamic none")
     images = torch.randn(1, 3, 24, 32)
     model = timm.create_model(f"local-dir:{student}", pretrained=True, img_size=(24, 32)).eval()
+    exported = torch.export.load(out).module()
+    with torch.no_grad():
+        torch.testing.assert_close(exported(images), model(images), rtol=1e-4, atol=1e-5)
+
+
+def test_a_model_without_a_size_is_exported_at_the_one_of_the_flag(tmp_path: Path, typed: Typed) -> None:
+    weights, out = tmp_path / "model.safetensors", tmp_path / "model.pt2"
+    model = timm.create_model("test_efficientnet", num_classes=3).eval()
+    save_file(model.state_dict(), weights)
+    said = typed(f"export {weights} {out} --model test_efficientnet --img_size 32,64 --dynamic none").out
+    assert "1x3x32x64" in said
+    images = torch.randn(1, 3, 32, 64)
     exported = torch.export.load(out).module()
     with torch.no_grad():
         torch.testing.assert_close(exported(images), model(images), rtol=1e-4, atol=1e-5)
