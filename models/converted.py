@@ -49,7 +49,7 @@ class TokenGrid:
         self.plan_size = plan_size
 
     def __call__(self, module: nn.Module, inputs: tuple[Any, ...], patches: Any) -> None:
-        grid = self.family.grid_of(module, next(iter(inputs), None), patches)
+        grid = self.family.grid_of(self.model, next(iter(inputs), None), patches)
         if grid is not None:
             self.geometry = Geometry(self.geometry.num_prefix, grid)
             replay_blocks(self.model, GridMoment(self, self.geometry))

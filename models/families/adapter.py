@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, ClassVar
@@ -39,6 +41,7 @@ class AdaptedHost(AttentionHost):
 
     def heads_of(self, *inputs: Any, **keywords: Any) -> Heads:
         x: Tensor = inputs[0] if inputs else next(iter(keywords.values()))
+        self.adapter.check_count(x, self.geometry)
         found = dict(zip(QKV, self.adapter.qkv(self.original, x), strict=True))
         heads = {
             part: found[part].unflatten(2, (self.num_heads, -1)).transpose(1, 2)
@@ -59,6 +62,18 @@ class AdaptedHost(AttentionHost):
         return self.adapter.out(self.original, out_BHND.transpose(1, 2).flatten(2))
 
 
+class _ReachedError(Exception):
+    """The first block is called, with these tokens."""
+
+    def __init__(self, tokens: Tensor) -> None:
+        super().__init__()
+        self.tokens = tokens
+
+
+def _stop(block: nn.Module, given: tuple[Tensor, ...]) -> None:
+    raise _ReachedError(given[0])
+
+
 class Adapter(Family):
     """A family of models whose layers are softmax attention over all tokens: softmax(s Q Kᵀ + b) V, s = D^-1/2.
 
@@ -73,7 +88,7 @@ class Adapter(Family):
         embedding: Path of the module that sees the images first.
         prefix: Kinds of the tokens before the patches, such as ("cls",).
         num_heads: Attribute of the layer with the number of heads.
-        bias: From a layer to what is added to its logits, (1, H, N, N).
+        bias: From a layer to what is added to its logits, (1, H, N, N), or None.
 
     A model that was converted is saved and loaded by its state dict: build it, convert it by the same plan, load.
     """
@@ -100,7 +115,7 @@ class Adapter(Family):
         embedding: str,
         prefix: tuple[str, ...] = ("cls",),
         num_heads: str = "num_heads",
-        bias: Callable[[Any], Tensor] | None = None,
+        bias: Callable[[Any], Tensor | None] | None = None,
     ) -> None:
         self.name, self.models = model.__name__, (model,)
         self.layers, self.first = layers.removesuffix(".*"), embedding
@@ -152,11 +167,15 @@ class Adapter(Family):
 
     def check(self, model: nn.Module) -> None:
         """Raise UnsupportedModelError unless the first block computes the same with its attention hosted."""
+        self.embedding(model)
         block = submodule(model, self.paths(model)[0][0])
         if isinstance(attention_of(block), AttentionHost) or next(block.parameters()).is_meta:
             return
         with self._reading():
-            expected, found = self._outputs(model, block)
+            [geometry] = self.geometries(model, self.image_size(model))
+            tokens = self._tokens(model, block)
+            self.check_count(tokens, geometry)
+            expected, found = self._outputs(model, block, tokens)
         least = 1e-3 * float(expected.abs().max())
         if not torch.allclose(found, expected, rtol=1e-2, atol=least):
             raise UnsupportedModelError(
@@ -164,11 +183,31 @@ class Adapter(Family):
                 "and bias; logits are q·k / √D"
             )
 
-    def _outputs(self, model: nn.Module, block: nn.Module) -> tuple[Tensor, Tensor]:
-        """Return the output of a block for some tokens, and the output with its attention hosted."""
-        [geometry], (width, _, _) = self.geometries(model, self.image_size(model)), self.sizes(block)
-        count = geometry.num_tokens * width
-        tokens = torch.arange(count).sin().view(1, -1, width).to(next(block.parameters()))
+    def _tokens(self, model: nn.Module, block: nn.Module) -> Tensor:
+        """Return the tokens (1, N, C) that the first block gets for an image of the model's size."""
+        seen: list[Any] = []
+        shape = (1, self.channels(model), *self.image_size(model))
+        image = torch.arange(math.prod(shape)).sin().view(shape).to(next(model.parameters()))
+        embedding = self.embedding(model).register_forward_pre_hook(lambda _, given: seen.extend(given))
+        first = block.register_forward_pre_hook(_stop)
+        try:
+            with torch.no_grad(), evaluating(model):
+                model(image)
+        except _ReachedError as reached:
+            if seen and seen[0].ndim == image.ndim:
+                return reached.tokens
+        finally:
+            embedding.remove()
+            first.remove()
+        raise UnsupportedModelError(
+            f"{self.first} of {self.name} does not get the images before the first block gets its tokens: correct "
+            f"embedding={self.first!r} of its adapter"
+        )
+
+    def _outputs(self, model: nn.Module, block: nn.Module, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the output of a block for some tokens, and that with its attention hosted."""
+        if tokens.dtype.itemsize < torch.float32.itemsize:
+            block, tokens = copy.deepcopy(block).float(), tokens.float()
         with torch.no_grad(), evaluating(block):
             twin = shallow(block)
             twin._modules[self.attention] = self.host(model, block)
@@ -189,6 +228,22 @@ class Adapter(Family):
         rows, columns = self.grid(model, size)
         return [Geometry(len(self.kinds), (int(rows), int(columns)))]
 
+    def takes_any_grid(self, model: nn.Module) -> bool:
+        return True
+
+    def grid_of(self, model: nn.Module, images: Any, patches: Any) -> tuple[int, int]:
+        [geometry] = self.geometries(model, (images.shape[-2], images.shape[-1]))
+        return geometry.grid
+
+    def check_count(self, x_BNC: Tensor, geometry: Geometry | None) -> None:
+        """Raise UnsupportedModelError if a block gets other tokens than the adapter says; None if that is not known."""
+        if geometry is not None and x_BNC.shape[1] != geometry.num_tokens:
+            rows, columns = geometry.grid
+            raise UnsupportedModelError(
+                f"a block of {self.name} gets {x_BNC.shape[1]} tokens, and its adapter says {rows}x{columns} patches "
+                f"and {geometry.num_prefix} tokens before them: check its grid and prefix"
+            )
+
     def resize(self, model: nn.Module, size: tuple[int, int]) -> None:
         raise UnsupportedModelError(
             f"{self.name} is read by an adapter, which cannot resize it: build it at its size"
@@ -198,7 +253,8 @@ class Adapter(Family):
         return self.kinds
 
     def has_bias(self, model: nn.Module, site: Site) -> bool:
-        return self.bias is not None
+        layer = site.layer(model)
+        return self.bias is not None and self.bias(getattr(layer, "original", layer)) is not None
 
     def sizes(self, block: nn.Module) -> tuple[int, int, int]:
         layer = attention_of(block)
@@ -211,7 +267,17 @@ class Adapter(Family):
         return None
 
     def embedding(self, model: nn.Module) -> nn.Module:
-        return submodule(model, self.first)
+        try:
+            return submodule(model, self.first)
+        except (KeyError, AttributeError) as error:
+            raise UnsupportedModelError(
+                f"{self.name} has no {self.first}: correct embedding={self.first!r} of its adapter"
+            ) from error
+
+    def channels(self, model: nn.Module) -> int:
+        """Return the channels of the first convolution in the embedding, 3 without one."""
+        found = (each for each in self.embedding(model).modules() if isinstance(each, nn.Conv2d))
+        return next((each.in_channels for each in found), 3)
 
     def features(self, model: nn.Module, images: Tensor) -> Any:
         return model(images)

@@ -74,7 +74,7 @@ class MetaFormer(AnySize):
     def shows_grid(self, model: nn.Module, stage: int) -> nn.Module:
         return submodule(model, f"stages.{stage}.downsample")
 
-    def grid_of(self, embedding: nn.Module, images: Any, patches: Any) -> tuple[int, int]:
+    def grid_of(self, model: nn.Module, images: Any, patches: Any) -> tuple[int, int]:
         return patches.shape[2], patches.shape[3]
 
     def initialize(self, model: nn.Module) -> None:

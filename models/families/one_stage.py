@@ -247,7 +247,7 @@ class NaFlex(AnySizeEncoder):
         embedding = self.embedding(model)
         return [Geometry(len(prefix_kinds(embedding)), patch_grid(embedding, size))]
 
-    def grid_of(self, embedding: nn.Module, images: Any, patches: Any) -> tuple[int, int] | None:
+    def grid_of(self, model: nn.Module, images: Any, patches: Any) -> tuple[int, int] | None:
         grid = patches[1]
         return None if grid is None else (int(grid[0]), int(grid[1]))
 
@@ -287,10 +287,10 @@ class Gemma(AnySizeEncoder):
         height, width = self.patch_size(model)
         return [Geometry(0, (size[0] // height, size[1] // width))]
 
-    def grid_of(self, embedding: nn.Module, images: Any, patches: Any) -> tuple[int, int] | None:
+    def grid_of(self, model: nn.Module, images: Any, patches: Any) -> tuple[int, int] | None:
         if not isinstance(images, Tensor) or images.ndim != 4:
             return None
-        height, width = cast(Any, embedding).patch_size
+        height, width = self.patch_size(model)
         return images.shape[2] // height, images.shape[3] // width
 
     def sizes(self, block: nn.Module) -> tuple[int, int, int]:

@@ -341,7 +341,8 @@ class PoolingHost(GridHost):
 
     def with_local(self, out_BHND: Tensor, heads: Heads) -> Tensor:
         layer: Any = self.original
-        return out_BHND + heads.qk()[0] if layer.residual_pooling else out_BHND
+        queries: Any = heads.q
+        return out_BHND + queries if layer.residual_pooling else out_BHND
 
 
 def _rows_of(table_RD: Tensor, side: int, own: int, step: int) -> Tensor:

@@ -489,7 +489,7 @@ class Family(ABC):
         """Return the module whose output shows the grid of a stage, from 0, where `takes_any_grid`."""
         return self.embedding(model)
 
-    def grid_of(self, embedding: nn.Module, images: Any, patches: Any) -> tuple[int, int] | None:
+    def grid_of(self, model: nn.Module, images: Any, patches: Any) -> tuple[int, int] | None:
         """Return the rows and columns of what the module of `shows_grid` gave; None where nothing shows them."""
         return (patches.shape[1], patches.shape[2]) if patches.ndim == 4 else None
 

@@ -436,7 +436,7 @@ class Towers(Family):
     def takes_any_grid(self, model: nn.Module) -> bool:
         return True
 
-    def grid_of(self, embedding: nn.Module, images: Any, patches: Any) -> tuple[int, int]:
+    def grid_of(self, model: nn.Module, images: Any, patches: Any) -> tuple[int, int]:
         return patches.shape[2], patches.shape[3]
 
     def why_no_grid(self, model: nn.Module) -> str:

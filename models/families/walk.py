@@ -63,8 +63,13 @@ REFUSED = {
 
 
 def find_family(model: nn.Module) -> Family | None:
-    """Return the family of a model whose attention is read, or None."""
-    return next((family for family in FAMILIES if isinstance(model, family.models)), None)
+    """Return the family of a model whose attention is read, that of the nearest class, or None."""
+    found = [family for family in FAMILIES if isinstance(model, family.models)]
+    if len(found) < 2:
+        return found[0] if found else None
+    kinds = (kind for kind in type(model).__mro__ if any(kind in family.models for family in found))
+    nearest = next(kinds)
+    return next(family for family in found if nearest in family.models)
 
 
 def any_family(model: nn.Module) -> Family | None:

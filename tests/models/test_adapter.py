@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from graftvit.models import Adapter, convert, converted_layers, plan_of, register_family
 from graftvit.models.cost import attention_macs
 from graftvit.models.errors import ConfigError, UnsupportedModelError
-from graftvit.models.families import FAMILIES, sites
+from graftvit.models.families import FAMILIES, family_of, sites
 from graftvit.models.hosting import host_attention, release_attention
 from graftvit.transfer import DualViT
 from graftvit.transfer.align import Alignment
@@ -38,7 +38,8 @@ class Own(nn.Module):
             each(x).unflatten(2, (self.heads, -1)).transpose(1, 2)
             for each in (self.query, self.key, self.value)
         )
-        logits = q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5 + self.bias
+        logits = q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5
+        logits = logits if self.bias is None else logits + self.bias
         out: Tensor = self.join((logits.softmax(-1) @ v).transpose(1, 2).flatten(2))
         return out
 
@@ -183,6 +184,62 @@ def test_a_model_has_one_family_and_one_size() -> None:
         FAMILIES[-1].resize(tiny("own"), (8, 8))
 
 
+def like_that_of_the_page(model: type[nn.Module], **changes: Any) -> Adapter:
+    right = FAMILIES[-1]
+    assert isinstance(right, Adapter)
+    given = {
+        "layers": "blocks_.*", "attention": "mixing", "qkv": right.qkv, "out": right.out, "grid": right.grid,
+        "image_size": right.size, "embedding": "stem", "prefix": (), "num_heads": "heads", "bias": right.bias,
+    }  # fmt: skip
+    return Adapter(model, **{**given, **changes})
+
+
+def without_bias() -> OtherViT:
+    """Return a model whose adapter reads a bias that its layers do not have."""
+    torch.manual_seed(0)
+    model = OtherViT()
+    for block in model.blocks_:
+        del block.mixing.bias
+        block.mixing.bias = None
+    return model.eval()
+
+
+@pytest.mark.parametrize("operator", ["window(window=2)", "linformer", "monarch"])
+@pytest.mark.parametrize("size", [(32, 24), (48, 64)])
+def test_images_of_another_size_have_their_own_grid(operator: str, size: tuple[int, int]) -> None:
+    register_family(like_that_of_the_page(OtherViT))
+    model, x = without_bias(), torch.randn(2, 3, *size)
+    student = convert(model, f"*: {operator}")
+    found = student(x)
+    assert converted_layers(student)[0].geometry.grid == (size[0] // 8, size[1] // 8)
+    assert found.isfinite().all()
+    if operator != "linformer":  # its parameters are of the size of the conversion
+        FAMILIES[-1] = like_that_of_the_page(OtherViT, image_size=lambda model: size)
+        torch.testing.assert_close(found, convert(model, f"*: {operator}")(x))
+
+
+def test_other_tokens_than_the_adapter_says_are_refused() -> None:
+    register_family(like_that_of_the_page(OtherViT))
+    student = convert(without_bias(), "*: window(window=2)")
+    with pytest.raises(UnsupportedModelError, match="gets 13 tokens"):
+        converted_layers(student)[0](torch.zeros(1, 13, 24))
+
+
+def test_an_adapter_reads_half_precision() -> None:
+    model = tiny("own").bfloat16()
+    assert len(host_attention(model)) == 2
+
+
+def test_the_adapter_of_the_nearest_class_is_taken() -> None:
+    class Derived(OwnViT):
+        """A model with an adapter of its own."""
+
+    own = like_that_of_the_page(Derived)
+    register_family(own)
+    assert family_of(Derived()) is own
+    assert family_of(OwnViT()) is FAMILIES[-2]
+
+
 @pytest.mark.parametrize(
     ("wrong", "words"),
     [
@@ -194,16 +251,14 @@ def test_a_model_has_one_family_and_one_size() -> None:
         ({"qkv": lambda layer, x: None}, "cannot read a block: TypeError"),
         ({"num_heads": "nope"}, "cannot read a block: AttributeError"),
         ({"grid": lambda model, size: 3}, "cannot read a block: TypeError"),
+        ({"embedding": "stm"}, "has no stm"),
+        ({"embedding": "blocks_"}, "does not get the images"),
+        ({"prefix": ("cls",)}, "gets 12 tokens"),
+        ({"grid": lambda model, size: (size[0] // 4, size[1] // 4)}, "gets 12 tokens"),
     ],
 )
 def test_a_wrong_adapter_is_refused(wrong: dict[str, Any], words: str) -> None:
-    right = FAMILIES[-1]
-    assert isinstance(right, Adapter)
-    given = {
-        "layers": "blocks_.*", "attention": "mixing", "qkv": right.qkv, "out": right.out, "grid": right.grid,
-        "image_size": right.size, "embedding": "stem", "prefix": (), "num_heads": "heads", "bias": right.bias,
-    }  # fmt: skip
-    register_family(Adapter(OtherViT, **{**given, **wrong}))
+    register_family(like_that_of_the_page(OtherViT, **wrong))
     with pytest.raises(UnsupportedModelError, match=words):
         convert(OtherViT(), "*: uniform")
 

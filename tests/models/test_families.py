@@ -523,6 +523,11 @@ def test_reduced_keys_beside_a_class_token_are_shared_by_their_tokens() -> None:
     torch.testing.assert_close(shared.sum(-1), torch.ones(2, 2, 65))
 
 
+def test_a_layer_of_mvitv2_adds_its_queries_also_to_an_operator_without_keys() -> None:
+    model, x = tiny("mvitv2"), pictures("mvitv2", dtype=torch.float32)
+    assert convert(model, "*: uniform", without=["bias"])(x).isfinite().all()
+
+
 @pytest.mark.parametrize("changes", [{"mode": "max"}, {"kernel_qkv": (2, 2)}, {"use_abs_pos": True}])
 def test_an_mvitv2_that_pools_otherwise_is_refused(changes: dict[str, Any]) -> None:
     sizes = {"depths": (2,), "embed_dim": (16,), "num_heads": (2,), "stride_q": ((1, 1),)}
