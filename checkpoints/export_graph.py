@@ -75,7 +75,9 @@ def check_dynamic(model: nn.Module, dynamic: Collection[str]) -> None:
             f"dynamic resolution: this {name} was built for one size; build it with dynamic_img_size=True, "
             f"or {way_out}"
         )
-    raise UnsupportedModelError(f"dynamic resolution: {name} takes images of one size; {way_out}")
+    raise UnsupportedModelError(
+        f"dynamic resolution: the graph of {name} holds for images of one size; {way_out}"
+    )
 
 
 def trace(

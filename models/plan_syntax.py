@@ -175,6 +175,8 @@ def _layers_of_stage(found: re.Match[str], stages: Sequence[int], what: str) -> 
     if not 1 <= stage <= len(stages):
         raise ConfigError(f"{what}: there is no stage {stage}; the model has stages 1 to {len(stages)}")
     start, size = sum(stages[: stage - 1]), stages[stage - 1]
+    if not size:
+        raise ConfigError(f"{what}: stage {stage} of the model has no layer with attention to replace")
     begin, end = (0, size - 1) if first is None else (int(first), int(last))
     if not begin <= end < size:
         raise ConfigError(

@@ -91,6 +91,11 @@ def test_a_range_of_stages_is_all_their_layers() -> None:
     assert parse_plan("stage1-2: linear", [1, 1, 1]) == parse_plan("0-1: linear", [1, 1, 1])
 
 
+def test_a_stage_without_attention_is_refused_as_one() -> None:
+    with pytest.raises(ConfigError, match="stage 1 of the model has no layer with attention"):
+        layer_numbers("stage1", [0, 2])
+
+
 @pytest.mark.parametrize("words", ["stage3-2", "stage0-1", "stage2-5"])
 def test_a_range_without_stages_is_refused(words: str) -> None:
     with pytest.raises(ConfigError, match=f"{words}.*has stages 1 to 4"):
