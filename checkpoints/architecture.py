@@ -84,9 +84,8 @@ def infer_architecture(weights: Weights) -> Named:
         )
     numbers = {int(key.split(".")[1]) for key in tensors if key.startswith("blocks.") and _number(key)}
     if not numbers:
-        raise CheckpointError(
-            f"{weights.origin} is of no supported family: it holds {some(tensors, 3)}; supported are {FAMILIES}"
-        )
+        reason = f"its tensors ({some(tensors, 3)}) are of none that is known by them, which are {FAMILIES}"
+        raise CheckpointError(_question(weights, reason))
     depth = 1 + max(numbers)
     absent = [f"blocks.{number}" for number in range(depth) if number not in numbers]
     if absent:

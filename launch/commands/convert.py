@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -124,7 +125,8 @@ def _write(
     recovers = not plan_of(teacher.model)
     say(
         f"{out / 'model.safetensors'}  {sum(file.stat().st_size for file in out.iterdir()):,} bytes with config.json\n"
-        f'load it: graftvit.load("{out}")\n' + (_format_recovery(out, teacher, student) if recovers else "")
+        f'load it: graftvit.load("{out}")\n'
+        + (_format_recovery(out, teacher, student, config) if recovers else "")
     )
     return 0
 
@@ -167,19 +169,26 @@ def _check_fitted(student: nn.Module) -> None:
         )
 
 
-def _format_recovery(out: Path, teacher: Pretrained, student: nn.Module) -> str:
+def _format_recovery(out: Path, teacher: Pretrained, student: nn.Module, config: RunConfig) -> str:
     """Return the command that starts recovery. It has the word FOLDER where the user writes the folder of images."""
     from ...models.conversion import converted_layers
     from ...models.merges import new_merges
 
     merged = bool(new_merges(teacher.model, student))
     mode = ["align"] if converted_layers(student) and not merged else ["transfer", "--method", "feature"]
-    models = ["--student.model", f"local-dir:{out}", "--teacher.source", teacher.source]
+    models = ["--student.model", f"local-dir:{out}", "--teacher.source", teacher.source, *_reading(config)]
     return (
         f"recover it: {hint('train', '--mode', *mode, *models, '--data_path', 'FOLDER')}\n"
         + "the merges are new, and alignment trains layers alone: the command trains the whole student\n"
         * merged
     )
+
+
+def _reading(config: RunConfig) -> list[str]:
+    """Return the flags that the source was read by, as a run's teacher has them."""
+    given = config.teacher.model_dump(exclude_defaults=True)
+    texts = {name: text if isinstance(text, str) else json.dumps(text) for name, text in given.items()}
+    return [word for name, text in texts.items() for word in (f"--teacher.{name}", text)]
 
 
 def _check_flags(out: Path | None, dry_run: bool, images: int, config: RunConfig) -> None:

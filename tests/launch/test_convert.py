@@ -21,6 +21,7 @@ from graftvit.models.conversion import convert, plan_of
 from graftvit.models.families import image_size
 from graftvit.models.merges import merge_layers
 from graftvit.models.small import default_cfgs
+from safetensors.torch import save_file
 from support.files.hostile import ARGUMENTS as SHALLOW
 from support.models.pyramids import images, tiny
 from support.models.saved import save_pyramid, save_vit
@@ -72,6 +73,18 @@ def test_a_folder_of_the_converted_model(teacher: Path, tmp_path: Path, typed: T
     recover = shlex.split(next(line for line in said.splitlines() if line.startswith("recover it: ")))
     assert recover[recover.index("--student.model") + 1] == f"local-dir:{out}"
     assert recover[recover.index("--teacher.source") + 1] == str(teacher)
+
+
+def test_the_command_that_recovers_reads_a_file_as_it_was_read(tmp_path: Path, typed: Typed) -> None:
+    weights, name, how = tmp_path / "model.safetensors", "vit_tiny_patch16_224", json.dumps(ARGUMENTS)
+    save_file(timm.create_model(name, **ARGUMENTS).state_dict(), weights)
+    read = ["--model", name, "--model_args", how, "--img_size", "24"]
+    said = typed("convert", weights, *read, "--plan", PLAN, "--output_dir", tmp_path / "out").out
+    recover = shlex.split(next(line for line in said.splitlines() if line.startswith("recover it: ")))
+    words = recover[recover.index("train") : recover.index("--data_path")]
+    assert words[words.index("--teacher.model") + 1] == name
+    assert json.loads(words[words.index("--teacher.model_args") + 1]) == ARGUMENTS
+    typed(*words, "--dataset", "digits", "--dry_run", "--output_dir", tmp_path / "run")
 
 
 def test_the_folder_says_what_it_was_made_from(teacher: Path, tmp_path: Path, typed: Typed) -> None:
