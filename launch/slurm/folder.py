@@ -44,6 +44,9 @@ Cluster = Literal["slurm", "local", "debug"]
 Outcome = Literal["finished", "stopped", "requeued", "failed"]
 
 
+DAMAGED = "`squeue --me` tells whether its job waits or runs; remove the file when it does not"
+
+
 @dataclass(frozen=True)
 class Job:
     """A job that was submitted, or is about to be."""
@@ -286,7 +289,7 @@ def _values(path: Path) -> dict[str, Any]:
     try:
         return dict(json.loads(_read(path)))
     except (ValueError, RecursionError, TypeError) as error:
-        raise CheckpointError(f"{path} is damaged ({error}): submit the run again") from error
+        raise CheckpointError(f"{path} is damaged ({error}): {DAMAGED}") from error
 
 
 def _read_job(path: Path) -> Job:
@@ -294,7 +297,7 @@ def _read_job(path: Path) -> Job:
     try:
         found = Job(**_values(path))
     except TypeError as error:
-        raise CheckpointError(f"{path} is damaged ({error}): submit the run again") from error
+        raise CheckpointError(f"{path} is damaged ({error}): {DAMAGED}") from error
     number = found.job_id or (job_id(Path(found.launch), found.index) if found.launch else "")
     if number:  # it becomes a part of a path
         safe_name(number, f"{path}: the number of a job", refusal=CheckpointError)

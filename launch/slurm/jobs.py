@@ -245,7 +245,7 @@ class Status:
 def run_folders(folder: Path) -> list[Path]:
     """Return the run itself, or the submitted cells of a sweep or comparison, the run of its teacher first.
 
-    Raises ConfigError: nothing was submitted to the folder.
+    Raises ConfigError: nothing was submitted to the folder; CheckpointError: the record of its job is damaged.
     """
     folder = folder.absolute()
     if not is_folder(folder):
@@ -257,7 +257,7 @@ def run_folders(folder: Path) -> list[Path]:
         cells.insert(0, folder / "teacher")
     own = [folder] if cells and not sweep and JobFolder(folder).jobs() else []
     found = own + [cell for cell in cells if JobFolder(cell).jobs()] or [folder]
-    if JobFolder(found[0]).jobs():
+    if JobFolder(found[0]).jobs() or JobFolder(found[0]).job():  # which raises for a damaged record
         return found
     raise ConfigError(
         f"{folder} was never submitted: `{hint('submit', 'CONFIG', '--output_dir', folder)}` does that"

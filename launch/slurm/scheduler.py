@@ -281,7 +281,9 @@ def usage_of(ids: Iterable[str]) -> list[Usage]:
         parts = dict(part.partition("=")[::2] for part in tres.split(","))
         counts = (int(parts.get(name, "0") or 0) for name in ("gres/gpu", "cpu"))
         begin, asked = _time(started), _time(submitted)
-        waited = max(0.0, begin - asked) if begin is not None and asked is not None else 0.0
+        if begin is None:  # it has not started
+            continue
+        waited = max(0.0, begin - asked) if asked is not None else 0.0
         found.append(Usage(job, float(elapsed or 0), waited, *counts))
     return found
 

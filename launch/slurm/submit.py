@@ -139,11 +139,9 @@ def _ask_sbatch(path: Path, request: Request) -> str:
 
 def _refusal(words: str, request: Request) -> ConfigError:
     """Return Slurm's words with the resource that they are about, or what was asked for where they name none."""
-    named = [
-        name
-        for part, name in _FLAG_OF.items()
-        if part in words.lower() and getattr(request, name) is not None
-    ]
+    limits = [name for word in words.split() for name in flags_beyond(word)]
+    parts = [name for part, name in _FLAG_OF.items() if re.search(rf"\b{part}\b", words.lower())]
+    named = [name for name in limits or parts if getattr(request, name) is not None]
     if named:
         return ConfigError(f"{request.said(named[0])}: sbatch refuses the job: {words}")
     sizes = [request.said(name) for name in _SIZES if getattr(request, name) is not None]
@@ -305,7 +303,10 @@ def _refuse_second(batch: Batch) -> None:
             f"--output_dir {folder} is inside of {above}, which was submitted as a whole: give another folder, or "
             f"`{hint('jobs', 'resume', above)}`"
         )
-    for one in active_jobs(dict.fromkeys([folder, *batch.runs])):
+    runs = list(dict.fromkeys([folder, *batch.runs]))
+    for run in runs:
+        JobFolder(run).job()  # of a damaged record nobody knows the job
+    for one in active_jobs(runs):
         raise ConfigError(
             f"{one.run} is {one.words} already: `{hint('jobs', folder)}` shows it, "
             f"`{hint('jobs', 'stop', folder)}` ends it"

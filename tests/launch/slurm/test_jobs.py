@@ -234,6 +234,17 @@ def test_the_time_left_is_counted_down_by_a_run_that_trains_alone(
         assert "starts    expected at " in text
 
 
+@pytest.mark.parametrize("line", ["jobs run", "jobs stop run", "submit run.yaml --unchecked --cluster local"])
+def test_a_job_whose_record_is_damaged_is_not_called_none(
+    line: str, tmp_path: Path, typed: Typed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run.yaml").write_text(f"output_dir: {tmp_path}/run\n")
+    files = submitted(tmp_path / "run")
+    (files.folder / "submissions" / "0001.json").write_text('{"job_id": "1')
+    assert "0001.json is damaged" in typed(line, code=2).err
+
+
 def test_folders_that_are_no_runs_are_refused(tmp_path: Path) -> None:
     (tmp_path / "teacher").mkdir()
     with pytest.raises(ConfigError, match=r"techer is no folder: did you mean '.*/teacher'\?"):

@@ -91,6 +91,9 @@ ORIGINS: list[tuple[dict[str, str], dict[str, object], str, str]] = [
     ({"SBATCH_TIMELIMIT": "1-0"}, {}, "Requested time limit is invalid (missing or exceeds some limit)",
      "SBATCH_TIMELIMIT is 1-0: sbatch refuses the job: Requested time limit is invalid"),
     ({}, {"cpus_per_task": 99}, "CPU count per node can not be satisfied", "{site}: cpus_per_task is 99: sbatch"),
+    ({}, {"account": "a"}, "QOSMaxWallDurationPerJobLimit\\nJob violates accounting/QOS policy (job submit limit)",
+     "sbatch refuses the job: Job violates"),
+    ({}, {"account": "a"}, "QOSMaxWallDurationPerJobLimit Job violates accounting/QOS policy", "--time is 24:00:00"),
     ({}, {}, "Requested time limit is invalid", "--time is 24:00:00 by default: sbatch refuses the job"),
     ({}, {}, "sbatch: error: a wish of the site\nUnspecified error", "sbatch refuses the job: Unspecified error"),
     ({}, {}, "Memory specification can not be satisfied", "sbatch refuses the job: Memory specification"),  # not given
