@@ -1,11 +1,18 @@
-"""TinyViT (arXiv:2207.10666) and LeViT (arXiv:2104.01136): a bias for each distance of two tokens, down and right."""
+"""A bias for each distance of two tokens, down and right.
+
+TinyViT (arXiv:2207.10666), LeViT (arXiv:2104.01136) and EfficientFormer (arXiv:2206.01191) have it.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
+from timm.models.efficientformer import Attention as EfficientAttention
+from timm.models.efficientformer import EfficientFormer as EfficientFormerModel
+from timm.models.efficientformer import MetaBlock1d
 from timm.models.levit import Attention as LevitAttention
 from timm.models.levit import Levit, LevitBlock
 from timm.models.tiny_vit import Attention as TinyAttention
@@ -16,7 +23,18 @@ from ..attention.base import QKV, Geometry, Heads
 from ..errors import UnsupportedModelError
 from ..host import WindowHost
 from ..map_structure import Size, Windows, offsets, resample_table
-from .site import AnySize, Blocks, Hosts, OneSize, attention_of, named_heads
+from .site import OWN_PLACES, AnySize, Blocks, Hosts, OneSize, attention_of, convolved, named_heads, submodule
+
+OWN_PLACES[MetaBlock1d] = "token_mixer"
+
+BUILT = (7, 7)
+"""The grid of EfficientFormer's tables as timm builds them; its layers do not say it."""
+
+
+def table_grid(layer: Any) -> Size:
+    """Return the grid that the table of a layer is of."""
+    height, width = getattr(layer, "resolution", BUILT)
+    return height, width
 
 
 def distances(grid: Size, device: torch.device) -> Tensor:
@@ -42,7 +60,7 @@ def resample_distances(table_HR: Tensor, old: Size, new: Size) -> Tensor:
 def fit_distances(layer: Any, grid: Size) -> None:
     """Set a layer of timm to another grid: its table, and which row of it belongs to two tokens."""
     table = layer.attention_biases
-    new = resample_distances(table.detach(), tuple(layer.resolution), grid)
+    new = resample_distances(table.detach(), table_grid(layer), grid)
     layer._parameters["attention_biases"] = nn.Parameter(new.clone(), requires_grad=table.requires_grad)
     layer.resolution = tuple(grid)
     index = distances(grid, table.device).unflatten(0, grid)
@@ -67,9 +85,7 @@ class DistanceHost(WindowHost):
     @property
     def resolution(self) -> Size:
         """The grid of the table."""
-        layer: Any = self.original
-        height, width = layer.resolution
-        return height, width
+        return table_grid(self.original)
 
     def windows(self, grid: Size) -> Windows:
         return Windows(grid, self.resolution)
@@ -156,7 +172,7 @@ class Tiny(AnySize):
 
 
 class LevitHost(DistanceHost):
-    """LeViT, whose values are r times as wide as its keys: as r heads, each with the same queries and keys.
+    """LeViT and EfficientFormer: values r times as wide as keys, as r heads with the same queries and keys.
 
     Its input is (B, N, C), or (B, C, height, width).
     """
@@ -196,7 +212,7 @@ class LevitHost(DistanceHost):
 
     def _project(self, x_BNC: Tensor) -> Tensor:
         layer: Any = self.original
-        if not layer.use_conv:
+        if not getattr(layer, "use_conv", False):
             return self._child("qkv", x_BNC)
         image = x_BNC.transpose(1, 2).unflatten(2, self.resolution)
         return self._child("qkv", image).flatten(2).transpose(1, 2)
@@ -207,7 +223,7 @@ class LevitHost(DistanceHost):
 
 
 def times(layer: Any) -> int:
-    """Return how many heads of the width of its keys the values of a head of LeViT are."""
+    """Return how many heads of the width of its keys the values of a head are."""
     return int(layer.val_dim // layer.key_dim)
 
 
@@ -294,4 +310,92 @@ def _fit_downsampling(layer: Any, grid: Size) -> None:
         layer.q.down.resolution = grid
 
 
-FAMILIES = (Tiny(), LeViT())
+class EfficientFormer(OneSize):
+    """timm's `efficientformer_*`: attention in the last blocks, over (B, N, C). Blocks of pooling are no sites."""
+
+    name = "efficientformer (EfficientFormer)"
+    models = (EfficientFormerModel,)
+    blocks = (MetaBlock1d,)
+    hosts: ClassVar[Hosts] = {EfficientAttention: LevitHost}
+    gives_up = ("bias",)
+    sized_when_built = False  # timm's constructor takes `img_size` without using it
+
+    def paths(self, model: nn.Module) -> list[list[str]]:
+        """Return the names of the blocks with attention, which only the last stage has."""
+        return [
+            [path for path in paths if isinstance(submodule(model, path), MetaBlock1d)]
+            for paths in super().paths(model)
+        ]
+
+    def check(self, model: nn.Module) -> None:
+        """Raise UnsupportedModelError if no block has attention."""
+        if not any(self.paths(model)):
+            raise UnsupportedModelError(
+                "an EfficientFormer with num_vit=0 is not supported: none has attention"
+            )
+
+    def image_size(self, model: nn.Module) -> tuple[int, int] | None:
+        """Return the size that the model was resized to, else that of the tables that timm builds."""
+        own: Any = getattr(model, "img_size", None)
+        if own is None:
+            steps = [each.stride for part in _reducing(model) for each in part]
+            own = [
+                math.prod(axis, start=side)
+                for side, axis in zip(BUILT, zip(*steps, strict=True), strict=True)
+            ]
+        height, width = own
+        return int(height), int(width)
+
+    def channels(self, model: nn.Module) -> int:
+        return _reducing(model)[0][0].in_channels
+
+    def geometries(self, model: nn.Module, size: tuple[int, int]) -> list[Geometry]:
+        found, grid = [], size
+        for part in _reducing(model):
+            for convolution in part:
+                grid = convolved(convolution, grid)
+            found.append(Geometry(0, grid))
+        return found[1:]
+
+    def resize(self, model: nn.Module, size: tuple[int, int]) -> None:
+        """Resample the biases."""
+        super().resize(model, size)
+        for site in self.sites(model):
+            layer = site.layer(model)
+            layer = getattr(layer, "original", layer)
+            if "attention_biases" in layer._parameters:
+                fit_distances(layer, site.shape.geometry.grid)
+            layer.resolution = site.shape.geometry.grid
+
+    def sizes(self, block: nn.Module) -> tuple[int, int, int]:
+        width, heads, head_dim = super().sizes(block)
+        count = times(getattr(attention_of(block), "original", attention_of(block))) if heads else 1
+        return width, heads * count, head_dim // count
+
+    def initialize(self, model: nn.Module) -> None:
+        super().initialize(model)
+        for name, table in model.named_parameters():
+            if name.endswith("attention_biases"):
+                nn.init.zeros_(table)
+
+    def classifiers(self, model: nn.Module) -> dict[str, nn.Module]:
+        return named_heads(model)
+
+    def last_tokens(self, model: nn.Module) -> nn.Module:
+        return submodule(model, "norm")
+
+    def patches(self, tokens: Tensor, geometry: Geometry) -> Tensor:
+        found: Tensor = tokens.unflatten(1, geometry.grid)
+        return found
+
+    def forget(self, model: nn.Module) -> None:
+        forget_biases(model)
+
+
+def _reducing(model: Any) -> list[list[nn.Conv2d]]:
+    """Return the convolutions of EfficientFormer that reduce the grid: of the stem, then before each stage."""
+    parts = (model.stem, *(stage.downsample for stage in model.stages))
+    return [[module for module in part.children() if isinstance(module, nn.Conv2d)] for part in parts]
+
+
+FAMILIES = (Tiny(), LeViT(), EfficientFormer())

@@ -11,7 +11,17 @@ import torch
 import torch.nn.functional as F
 from graftvit.models.families import FAMILIES, create_timm_model
 from support.models.dense import attend, images
-from timm.models import cait, gcvit, levit, metaformer, mvitv2, nest, swin_transformer_v2_cr, volo
+from timm.models import (
+    cait,
+    efficientformer,
+    gcvit,
+    levit,
+    metaformer,
+    mvitv2,
+    nest,
+    swin_transformer_v2_cr,
+    volo,
+)
 from torch import Tensor, nn
 
 SIZE, OTHER = (32, 48), (48, 24)
@@ -66,15 +76,15 @@ def _context(layer: Any, x: Tensor, q_global: Tensor | None = None) -> Tensor:
 
 
 def _levit(layer: Any, x: Tensor) -> Tensor:
-    """LeViT: a bias of distances, and values wider than keys, here as several heads."""
-    tokens = layer.qkv(x).flatten(2).transpose(1, 2) if layer.use_conv else layer.qkv(x)
+    """LeViT, EfficientFormer: a bias of distances, and values wider than keys, here as several heads."""
+    tokens = layer.qkv(x).flatten(2).transpose(1, 2) if x.dim() == 4 else layer.qkv(x)
     widths, count = [layer.key_dim, layer.key_dim, layer.val_dim], layer.val_dim // layer.key_dim
     q, k, v = tokens.unflatten(2, (layer.num_heads, -1)).transpose(1, 2).split(widths, 3)
     v = v.unflatten(3, (count, -1)).transpose(2, 3).flatten(1, 2)
     q, k = (each.repeat_interleave(count, 1) for each in (q, k))
     bias = layer.attention_biases[:, layer.attention_bias_idxs].repeat_interleave(count, 0)
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias).transpose(1, 2).flatten(2)
-    shown = out.transpose(1, 2).unflatten(2, x.shape[2:]) if layer.use_conv else out
+    shown = out.transpose(1, 2).unflatten(2, x.shape[2:]) if x.dim() == 4 else out
     return layer.proj(shown)  # type: ignore[no-any-return]
 
 
@@ -110,6 +120,7 @@ FUSED: dict[type[nn.Module], Callable[..., Tensor]] = {
     swin_transformer_v2_cr.WindowMultiHeadAttention: _cosine,
     gcvit.WindowAttentionGlobal: _context,
     levit.Attention: _levit,
+    efficientformer.Attention: _levit,
     cait.TalkingHeadAttn: _plain,
     mvitv2.MultiScaleAttention: _pooling,
 }
@@ -174,6 +185,11 @@ TINY = {
     "hiera": Tiny("hiera_tiny_224", HIERA, whole=ONE_HIERA, own_products=6144),
     "levit": Tiny("levit_128s", LEVIT, whole=ONE_LEVIT, biased=True, gives_up=True, own_products=11_520),
     "levit_conv": Tiny("levit_conv_128s", LEVIT, whole=ONE_LEVIT, biased=True, gives_up=True, own_products=11_520),
+    "efficientformer": Tiny(
+        "efficientformer_l1",
+        {"depths": (1, 3), "embed_dims": (8, 16), "num_vit": 2, "num_classes": 3},
+        biased=True, gives_up=True,
+    ),
     "maxvit": Tiny("test_maxvit", MAXVIT, whole=ONE_STAGE, biased=True, gives_up=True),
     "maxvit_tf": Tiny(
         "test_maxvit",
