@@ -38,7 +38,7 @@ def test_every_combination_is_a_case() -> None:
         (TINY, "*: liner", 64, "liner"),
         (TINY, "40: linear", 64, "layer 40"),
         (TINY, "*: linear", 100, "--img_size 100: .* take 96"),
-        ("resnet18", "*: linear", 64, "resnet"),
+        ("resnet18", "*: linear", 64, "ResNet"),
     ],
 )
 def test_mistakes_are_found_before_anything_is_measured(
