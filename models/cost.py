@@ -18,6 +18,7 @@ from .errors import UnsupportedModelError
 from .families import (
     NoAttention,
     attention_blocks,
+    family_of,
     find_family,
     image_size,
     native_host,
@@ -155,9 +156,9 @@ def attention_operations(model: nn.Module, accounting: Accounting = "true") -> l
     A layer that is not converted has its native cost: reduced keys, or windows of the padded grid.
     """
     converted, found = converted_layers(model), []
+    reads = family_of(model).reads_attention
     for site in sites(model):
-        attention = site.layer(model)
-        if isinstance(attention, NoAttention):
+        if not reads or isinstance(site.layer(model), NoAttention):
             found.append(Operations())
             continue
         if site.index in converted:

@@ -9,7 +9,6 @@ from timm.models.metaformer import MetaFormer as MetaFormerModel
 from torch import Tensor, nn
 
 from ..attention.base import Geometry, Heads
-from ..errors import UnsupportedModelError
 from ..host import GridHost
 from ..map_structure import Size
 from .site import OWN_PLACES, AnySize, Hosts, convolved, submodule
@@ -43,14 +42,9 @@ class MetaFormer(AnySize):
         every = super().paths(model)
         return [[] if stage.use_nchw else names for stage, names in zip(whole.stages, every, strict=True)]
 
-    def check(self, model: nn.Module) -> None:
-        """Raise UnsupportedModelError if no block has attention."""
-        if not any(self.paths(model)):
-            mixers = (block.token_mixer for block in model.modules() if isinstance(block, MetaFormerBlock))
-            names = ", ".join(dict.fromkeys(type(mixer).__name__ for mixer in mixers))
-            raise UnsupportedModelError(
-                f"a MetaFormer whose blocks all mix tokens by {names} is not supported: none has attention"
-            )
+    def takes(self, model: nn.Module) -> bool:
+        """Return whether a block has attention: where all mix tokens otherwise, outputs alone are read."""
+        return super().takes(model) and any(self.paths(model))
 
     def channels(self, model: nn.Module) -> int:
         embedding: Any = self.embedding(model)

@@ -348,6 +348,10 @@ class Family(ABC):
         host._block = (block,)
         return host
 
+    def takes(self, model: nn.Module) -> bool:
+        """Return whether a model is of this family."""
+        return isinstance(model, self.models)
+
     def check(self, model: nn.Module) -> None:
         """Raise UnsupportedModelError if a model, whose blocks are known, cannot be read after all."""
         return

@@ -64,7 +64,7 @@ REFUSED = {
 
 def find_family(model: nn.Module) -> Family | None:
     """Return the family of a model whose attention is read, that of the nearest class, or None."""
-    found = [family for family in FAMILIES if isinstance(model, family.models)]
+    found = [family for family in FAMILIES if family.takes(model)]
     if len(found) < 2:
         return found[0] if found else None
     kinds = (kind for kind in type(model).__mro__ if any(kind in family.models for family in found))
@@ -102,9 +102,10 @@ def refuse_compiled(model: nn.Module) -> None:
 def _refuse(model: nn.Module) -> NoReturn:
     refuse_compiled(model)
     refuse_other(model)
+    outputs = ", though feature, logits and block_output take it" if REST.takes(model) else ""
     raise UnsupportedModelError(
-        f"{type(model).__name__} is not a supported model; supported are {SUPPORTED}, {STAGED}, and models that "
-        "graftvit.models.Adapter reads"
+        f"{type(model).__name__} is not a supported model{outputs}; supported are {SUPPORTED}, {STAGED}, and models "
+        "that graftvit.models.Adapter reads"
     )
 
 

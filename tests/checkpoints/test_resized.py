@@ -142,6 +142,9 @@ def test_a_size_that_does_not_fit_is_one_sentence(student: nn.Module, tmp_path: 
     for size in ((0, 16), (2, 2), (-8, 8)):
         with pytest.raises(UnsupportedModelError, match=f"{size[0]}x{size[1]} have no whole patch of 4x4"):
             load(folder, img_size=size)
+    other = timm.create_model("resnet10t")  # whose outputs alone are read
+    resize(other, (8, 24))
+    assert other(images(8, 24)).shape[1:] == (1000,)
 
 
 def test_a_student_of_another_size_starts_from_it(student: nn.Module, tmp_path: Path) -> None:

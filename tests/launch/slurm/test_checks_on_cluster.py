@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
+from support.runs.patience import until
 from support.runs.typed import Typed
 from support.slurm.cluster_users import user_with_recipe, write_site
 from support.slurm.slurm_cluster import SlurmCluster
@@ -53,7 +54,8 @@ def refused(user: Path, cluster: SlurmCluster, typed: Typed) -> Callable[..., st
         told = said.err.removeprefix(CHECKING)
         assert told.count("\n") == 1, said.err
         assert told.startswith("graftvit: error: ")
-        assert len(cluster.run("squeue", "-h").splitlines()) == queued
+        # a job that was cancelled before may still be ending
+        until(lambda: len(cluster.run("squeue", "-h").splitlines()) == queued, lambda: cluster.run("squeue"))
         assert sorted(user.rglob("*")) == before
         return told
 

@@ -110,7 +110,7 @@ def test_a_run_folder_that_is_gone_stays_gone(tmp_path: Path) -> None:
     files = JobFolder(run)
     name = begin(files)
     shutil.rmtree(run / "jobs")
-    files.note(name, outcome="failed")  # `jobs/` is made anew
+    files.note(name, outcome="failed")  # this creates `jobs/` again
     shutil.rmtree(run)
     writes: list[Callable[[], object]] = [
         lambda: files.note(name, outcome="failed"),

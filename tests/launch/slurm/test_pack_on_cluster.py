@@ -1,4 +1,4 @@
-"""A job whose nodes have neither the environment nor the code: both come from packs. A stub stands for Apptainer."""
+"""Run jobs on nodes that have neither the environment nor the code, which are packed; run a stub of Apptainer."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def make_environment(folder: Path) -> Path:
 
 @pytest.mark.parametrize("kind", ["tar", "squashfs"])
 def test_a_job_runs_whose_nodes_do_not_have_the_environment(
-    tmp_path: Path, cluster: SlurmCluster, kind: str, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, cluster: SlurmCluster, kind: str
 ) -> None:
     if kind == "squashfs" and shutil.which("mksquashfs") is None:
         pytest.skip("squashfs-tools are not installed")
@@ -50,7 +50,7 @@ def test_a_job_runs_whose_nodes_do_not_have_the_environment(
         "--sbatch",
         "hold",
     ]
-    surroundings = {**os.environ, **run.environment, "TMPDIR": str(node), "SQUASHFS": "1"}
+    surroundings = {**os.environ, **run.environment, "TMPDIR": str(node)}
     command = [python, "-m", "graftvit.launch", *words]
     said = subprocess.run(command, env=surroundings, cwd=tmp_path, capture_output=True, text=True)
     assert said.returncode == 0, said.stderr
@@ -65,7 +65,7 @@ def test_a_job_runs_whose_nodes_do_not_have_the_environment(
     cluster.run("scontrol", "release", said.stdout.split()[2])
     (attempt,) = run.finish()
     assert attempt.outcome == "finished"
-    unpacked = [path.name for path in node.glob("graftvit-*/*")]
+    unpacked = [path.name for path in node.glob("graftvit-*/[!.]*")]
     assert sorted(name.partition("-")[0] for name in unpacked) == ["base", "code", "env"]
 
 

@@ -24,6 +24,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "test_convnext": {},
     "test_efficientnet": {},
     "test_mambaout": {},
+    "poolformerv2_s12": {},
     "edgenext_xx_small": {},
     "coat_lite_tiny": {"img_size": 64},
     "xcit_nano_12_p16_224": {"img_size": 64, "depth": 2},
