@@ -332,7 +332,7 @@ def _version(name: str) -> str | None:
 #     code-<digest>.tar    the copy of the package
 #
 # A job then reads three files of the shared disk on each node, whatever its processes, and its nodes need not see the
-# the environment. A pack is made once, by a digest of the names, sizes and times of its files.
+# environment. A pack is made once, by a digest of the names, sizes and times of its files; that of the code by its name.
 
 NODE_FOLDER = '"${SLURM_TMPDIR:-${TMPDIR:-/tmp}}/graftvit-$(id -u)"'
 """The folder of a node that packs are unpacked to, for the shell."""
@@ -343,7 +343,7 @@ UNPACK = """\
 set -eu
 parent={parent}
 mkdir -p -m 700 "$parent"
-[ -O "$parent" ] || {{ echo "graftvit: $parent is another user's" >&2; exit 1; }}
+[ -O "$parent" ] && [ ! -L "$parent" ] || {{ echo "graftvit: $parent is another user's" >&2; exit 1; }}
 exec 9>"$parent/.lock"
 if command -v flock >/dev/null; then flock 9; fi  # another job of this node may unpack the same
 find "$parent" -mindepth 1 -maxdepth 1 -mtime +30 -exec rm -rf {{}} +
@@ -378,8 +378,12 @@ def make_packs(code: Path, folder: Path, kind: str) -> list[Path]:
         raise ConfigError(f"--pack {kind}: there is no {program} here")
     base, env = Path(sys.base_prefix), Path(sys.prefix)
     own = base not in (env, *map(Path, SYSTEM))
-    parts = ({"base": base} if own else {}) | {"env": env, "code": code}
-    return [_make(name, root, folder, kind) for name, root in parts.items()]
+    roots = {
+        f"{name}-{_digest(root)}": root
+        for name, root in (("base", base), ("env", env))
+        if name == "env" or own
+    }
+    return [_make(name, root, folder, kind) for name, root in {**roots, code.name: code}.items()]
 
 
 def unpack_script(packs: Sequence[Path]) -> str:
@@ -395,20 +399,24 @@ def on_node(packs: Sequence[Path], name: str) -> str:
 
 
 def _make(name: str, root: Path, folder: Path, kind: str) -> Path:
-    digest, size = hashlib.sha256(str(root).encode()), 0
-    for path in sorted(root.rglob("*")):
-        if "__pycache__" not in path.parts or name == "code":
-            known = path.lstat()
-            size += known.st_size
-            digest.update(
-                f"{path.relative_to(root)}\0{known.st_size}\0{known.st_mtime_ns}\n".encode(errors="replace")
-            )
-    target = folder / f"{name}-{digest.hexdigest()[:12]}.{kind}"
+    target = folder / f"{name}.{kind}"
     if not target.exists():
         say_aside(f"graftvit: packing {root} into {target} ...\n")
         folder.mkdir(parents=True, exist_ok=True)
+        size = sum(path.lstat().st_size for path in root.rglob("*"))
         write_file(target, lambda new: _write(root, new, kind), size=size)
     return target
+
+
+def _digest(root: Path) -> str:
+    """Return a digest of the names, sizes and times of all files below a folder, without bytecode."""
+    digest = hashlib.sha256(str(root).encode())
+    for path in sorted(root.rglob("*")):
+        if "__pycache__" not in path.parts:
+            known = path.lstat()
+            line = f"{path.relative_to(root)}\0{known.st_size}\0{known.st_mtime_ns}\n"
+            digest.update(line.encode(errors="replace"))
+    return digest.hexdigest()[:12]
 
 
 def _write(root: Path, new: Path, kind: str) -> None:

@@ -60,8 +60,8 @@ def test_a_job_runs_whose_nodes_do_not_have_the_environment(
         "env",
     ]
     (tmp_path / "env").rename(tmp_path / "gone")
-    for code in (tmp_path / "run" / "jobs").glob("code-*"):
-        code.rename(tmp_path / "code")
+    (code,) = (tmp_path / "run" / "jobs").glob("code-*")
+    code.rename(tmp_path / "code")
     cluster.run("scontrol", "release", said.stdout.split()[2])
     (attempt,) = run.finish()
     assert attempt.outcome == "finished"
@@ -70,7 +70,7 @@ def test_a_job_runs_whose_nodes_do_not_have_the_environment(
 
 
 def test_a_pack_is_made_once_until_a_file_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    env, code, packs = tmp_path / "env", tmp_path / "code", tmp_path / "packs"
+    env, code, packs = tmp_path / "env", tmp_path / "code-0", tmp_path / "packs"
     for folder in (env, code):
         folder.mkdir()
         (folder / "a.py").write_text("1")
