@@ -109,7 +109,7 @@ def _read_status(arguments: argparse.Namespace, **asking: int) -> tuple[Sequence
     if arguments.active:
         found = [(run, name) for run, name in found if run.active]
     if arguments.last is not None:
-        found = sorted(found, key=lambda entry: entry[0].submitted)[-arguments.last :]
+        found = sorted(found, key=lambda entry: entry[0].job.submitted)[-arguments.last :]
     return [run for run, _ in found], [name for _, name in found]
 
 
@@ -281,18 +281,18 @@ def _stop_one(folder: Path, now: bool) -> int:
     from ..slurm.stop import stop
 
     try:
-        stopped = stop(folder, now=now)
-        if not stopped.done + stopped.failed:
+        done, failed = stop(folder, now=now)
+        if not done + failed:
             states = sorted({status.state for status in describe_runs(run_folders(folder))})
             say(f"{folder} has no waiting or running job: it is {', '.join(states)}\n")
     except (GraftError, OSError) as error:
         say_aside(f"graftvit: error: {error}\n")
         return error.exit_code if isinstance(error, GraftError) else 1
-    for sentence in stopped.done:
+    for sentence in done:
         say(f"{sentence}\n")
-    for sentence in stopped.failed:
+    for sentence in failed:
         say_aside(f"graftvit: error: {sentence}\n")
-    return 1 if stopped.failed else 0
+    return 1 if failed else 0
 
 
 def _resume(argv: list[str]) -> int:

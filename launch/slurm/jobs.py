@@ -9,8 +9,8 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from ...models.errors import ConfigError, GraftError
 from ..say import hint
 from ..submitted import SUBMITTED
 from .failures import Failure
-from .folder import Attempt, Job, JobFolder, read_order, write_number
+from .folder import Attempt, Job, JobFolder, Order, read_order, write_number
 from .lock import is_alive, is_ordered, is_submitting, watchers
 from .logs import NOTHING, SILENT, blame, blame_start, log_starts
 from .scheduler import (
@@ -77,21 +77,26 @@ def read_progress(folder: Path, training_since: float | None = None) -> Progress
         return Progress(stage)
     epochs = [record for record in records if "n_parameters" in record]
     step = max((int(record["step"]) for record in records), default=0)
-    limit, total = _length(records, epochs)
+    total = next(
+        (int(record["total_steps"]) for record in reversed(records) if "total_steps" in record), None
+    )
+    epoch, steps = (int(epochs[-1]["epoch"]) + 1, int(epochs[-1]["step"])) if epochs else (0, 0)
     pace = _seconds_a_step(records, epochs)
     # what the attempt has done since its last record; before its first one it starts, and has done nothing
     age = time.time() - written if training_since is not None and written > training_since else 0.0
-    left = None if total is None or pace is None else max(0.0, (total - step) * pace - max(0.0, age))
-    speeds = [record["images_per_second"] for record in records if "images_per_second" in record]
-    scores = [float(value) for record in epochs if (value := _top1(record)) is not None]
+    speeds = [float(record["images_per_second"]) for record in records if "images_per_second" in record]
+    tops = (record.get("test_ema_top1", record.get("test_top1")) for record in epochs)
+    scores = [float(top) for top in tops if top is not None]
     return Progress(
         stage=stage,
         step=step,
         total_steps=total,
-        epoch=int(epochs[-1]["epoch"]) + 1 if epochs else 0,
-        epochs=limit,
-        images_per_second=float(speeds[-1]) if speeds else None,
-        seconds_left=0.0 if total is not None and step >= total else left,
+        epoch=epoch,
+        epochs=max(epoch, math.ceil(total * epoch / steps)) if total and steps else None,
+        images_per_second=speeds[-1] if speeds else None,
+        seconds_left=None
+        if total is None or pace is None
+        else max(0.0, (total - step) * pace - max(0.0, age)),
         last_top1=scores[-1] if scores else None,
         best_top1=max(scores, default=None),
     )
@@ -107,15 +112,6 @@ def current_stage(folder: Path) -> Path:
     return folder if (folder / "config.yaml").is_file() or not stages else max(stages)[1]
 
 
-def _length(records: list[dict[str, Any]], epochs: list[dict[str, Any]]) -> tuple[int | None, int | None]:
-    """Return epochs and steps of the whole run, as far as its records tell."""
-    totals = [int(record["total_steps"]) for record in records if "total_steps" in record]
-    if not totals:
-        return None, None
-    step, done = (int(epochs[-1]["step"]), int(epochs[-1]["epoch"]) + 1) if epochs else (0, 0)
-    return max(done, math.ceil(totals[-1] * done / step)) if step else None, totals[-1]
-
-
 def _seconds_a_step(records: list[dict[str, Any]], epochs: list[dict[str, Any]]) -> float | None:
     """Return the speed of the last intervals, or else of the last epoch."""
     intervals = [record for record in records if "n_parameters" not in record and "seconds" in record]
@@ -128,22 +124,14 @@ def _seconds_a_step(records: list[dict[str, Any]], epochs: list[dict[str, Any]])
     return seconds / steps if steps > 0 and seconds > 0 else None
 
 
-def _top1(record: dict[str, Any]) -> Any:
-    return record.get("test_ema_top1", record.get("test_top1"))
-
-
 FULL = 1 << 20
 """Bytes that are less than what a run writes at its end."""
-ACTIVE = ("pending", "requeued", "running", "stopping")
+WAITS = ("pending", "requeued")
 ENDINGS = {
     "CANCELLED": "cancelled", "TIMEOUT": "timed out", "PREEMPTED": "preempted", "NODE_FAIL": "node failed",
     "COMPLETED": "unknown", "REVOKED": "cancelled",
 }  # fmt: skip
-LAUNCH_FAILURES = dict.fromkeys(
-    ("JobLaunchFailure", "0:53"), "its nodes could not start it, as where they do not see its folder"
-)
-"""Slurm's reasons and exit codes of a job that wrote no log."""
-STARTING = "starting"
+UNSTARTED = "its nodes could not start it, as where they do not see its folder"
 BY_STOP = "`graftvit jobs stop`"
 UNSURE = "unsure"
 """The mark in the folder of a launch: sbatch was called, and its answer was lost."""
@@ -152,14 +140,16 @@ LATE = 300.0
 
 
 @dataclass(frozen=True)
-class Judged:
-    """One job of a run."""
+class Status:
+    """The present state of a job of a run, as a user sees it; of the job that is shown also that of the run."""
 
     run: Path
     job: Job
     slurm: State
     """What Slurm reports."""
     state: str = ""
+    """pending, requeued, running, stopping, finished, stopped, failed, preempted, node failed, timed out,
+    cancelled or unknown."""
     why: str = ""
     last: Attempt | None = None
     """Its last attempt that wrote files."""
@@ -168,12 +158,24 @@ class Judged:
     stopping: bool = False
     """Whether it was asked to stop."""
     problem: str = ""
-    """Why the scheduler could not be asked."""
+    """Why the scheduler could not be asked; all else is then what the files say."""
+    restarts: int = 0
+    """How often the run was started again: by Slurm's count where that is more than what was recorded."""
+    history: Sequence[Attempt] = ()
+    """The restarts that were recorded; `before` is the reason of each."""
+    progress: Progress = Progress()
+    others: Sequence[str] = ()
+    """Further jobs of the folder that wait or run."""
 
     @property
     def active(self) -> bool:
         """Return whether it waits, runs, or will be started again."""
-        return self.state in ACTIVE
+        return self.state in (*WAITS, "running", "stopping")
+
+    @property
+    def over(self) -> bool:
+        """Return whether it certainly no longer waits or runs."""
+        return not self.active and not (self.problem and self.state == "unknown")
 
     @property
     def words(self) -> str:
@@ -185,61 +187,30 @@ class Judged:
         """Return the attempt that the scheduler reports; None if that has written nothing (yet)."""
         return self.last if self.last is not None and self.last.restart >= self.slurm.restarts else None
 
-
-@dataclass(frozen=True)
-class Restart:
-    """A restart of a run, and its reason."""
-
-    attempt: int
-    started: float
-    nodes: list[str]
-    why: str
-
-
-@dataclass(frozen=True)
-class Status:
-    """The present state of a run, as a user sees it."""
-
-    folder: Path
-    job_id: str
-    cluster: str
-    submitted: float
-    state: str
-    """pending, requeued, running, stopping, finished, stopped, failed, preempted, node failed, timed out,
-    cancelled or unknown."""
-    why: str = ""
-    nodes: list[str] = field(default_factory=list)
-    world_size: int | None = None
-    restarts: int = 0
-    """How often it was started again: by Slurm's count where that is known to be more than what was recorded."""
-    history: list[Restart] = field(default_factory=list)
-    """The restarts that were recorded."""
-    progress: Progress = field(default_factory=Progress)
-    starts: float | None = None
-    """When a waiting job is expected to start, Unix time."""
-    ends: float | None = None
-    """When the limit ends a running job, Unix time."""
-    error: str = ""
-    """How the blamed rank failed, or what the scheduler wrote about it; empty without a failure."""
-    error_rank: int | None = None
-    others: list[str] = field(default_factory=list)
-    """Further jobs of the folder that wait or run."""
-    problem: str = ""
-    """Why the scheduler could not be asked; all else is then what the files say."""
-    command: str = ""
-    """The command as it would be typed, if this is not a run."""
-    output: str = ""
-    """What such a command writes."""
+    @property
+    def nodes(self) -> list[str]:
+        """Return where it runs, or ran last."""
+        return list(self.slurm.nodes) or (self.last.nodes if self.last and self.state not in WAITS else [])
 
     @property
-    def active(self) -> bool:
-        """Return whether it waits, runs, or will be started again."""
-        return self.state in ACTIVE
+    def starts(self) -> float | None:
+        """When a waiting job is expected to start, Unix time."""
+        return self.slurm.start if self.state in WAITS else None
 
     @property
-    def over(self) -> bool:
-        """Return whether it certainly no longer waits or runs."""
-        return not self.active and not (self.problem and self.state == "unknown")
+    def ends(self) -> float | None:
+        """When the limit ends a running job, Unix time."""
+        return self.slurm.end if self.state == "running" else None
+
+    @property
+    def order(self) -> Order | None:
+        """Return the command, if this is not a run."""
+        return read_order(self.run) if self.job.command and self.job.command[0] in SUBMITTED else None
+
+    @property
+    def error(self) -> Failure:
+        """How the blamed rank failed, or what the scheduler wrote about it; nothing without a failure."""
+        return self.found if self.state in ("failed", "unknown", "node failed") else NOTHING
 
 
 def run_folders(folder: Path) -> list[Path]:
@@ -272,27 +243,41 @@ def home(run: Path) -> Path:
 
 def describe_runs(folders: Iterable[Path], *, tries: int = TRIES) -> list[Status]:
     """Describe several runs, with one question to the scheduler. Raises ConfigError: one was never submitted."""
-    judged, problem = _judge(list(folders), tries)
+    judged = judge_jobs(folders, tries=tries)
     for folder, jobs in judged.items():
         if not jobs:
             raise ConfigError(f"{folder} was never submitted: `graftvit submit` does that")
-    return [_status(folder, jobs, problem) for folder, jobs in judged.items()]
+    return [_described(jobs) for jobs in judged.values()]
 
 
-def judge_jobs(runs: Iterable[Path], *, strict: bool = False) -> dict[Path, list[Judged]]:
+def judge_jobs(runs: Iterable[Path], *, strict: bool = False, tries: int = TRIES) -> dict[Path, list[Status]]:
     """Return all jobs that each run ever had, the oldest first.
 
     Args:
         runs: Run folders, submitted or not.
         strict: Raise NoAnswerError where the scheduler does not answer, instead of judging by the files.
+        tries: Questions to a scheduler that does not answer.
     """
-    judged, problem = _judge(list(runs), TRIES)
+    problem, found, states = "", dict[Path, list[Job]](), dict[str, State]()
+    for run in runs:
+        try:
+            found[run] = [one for job in JobFolder(run).jobs() if (one := _numbered(job, run)) is not None]
+        except GraftError as error:  # records without a number, and nobody to ask
+            found[run], problem = JobFolder(run).jobs(), str(error)
+    wanted = [one.job_id for jobs in found.values() for one in jobs if one.cluster == "slurm" and one.job_id]
+    try:
+        states = {} if problem else job_states(wanted, tries=tries)
+    except GraftError as error:
+        problem = str(error)
     if problem and strict:
         raise NoAnswerError(problem)
-    return judged
+    return {
+        run: [_judged(run, one, states.get(one.job_id, State()), problem) for one in jobs]
+        for run, jobs in found.items()
+    }
 
 
-def active_jobs(runs: Iterable[Path]) -> list[Judged]:
+def active_jobs(runs: Iterable[Path]) -> list[Status]:
     """Return the jobs that wait or run. Raises NoAnswerError."""
     return [one for jobs in judge_jobs(runs, strict=True).values() for one in jobs if one.active]
 
@@ -300,56 +285,28 @@ def active_jobs(runs: Iterable[Path]) -> list[Judged]:
 def shown_job(folder: Path) -> Job | None:
     """Return the job that describes a run: the newest, or the newest active one if that one has ended."""
     jobs = JobFolder(folder).jobs()
-    return (
-        jobs[0]
-        if len(jobs) == 1
-        else _shown(judged).job
-        if (judged := _judge([folder], 1)[0][folder])
-        else None
-    )
+    if len(jobs) > 1:  # only then the scheduler has to be asked
+        jobs = [_shown(judged).job for judged in judge_jobs([folder], tries=1).values() if judged]
+    return jobs[0] if jobs else None
 
 
-def _shown(jobs: Sequence[Judged]) -> Judged:
+def _shown(jobs: Sequence[Status]) -> Status:
     return next((one for one in reversed(jobs) if one.active), jobs[-1])
 
 
-def _judge(runs: list[Path], tries: int) -> tuple[dict[Path, list[Judged]], str]:
-    """Return all jobs of each run, and why the scheduler could not be asked if it was needed."""
-    problem, found = "", dict[Path, list[Job]]()
-    for run in runs:
-        try:
-            found[run] = _jobs(run)
-        except GraftError as error:  # records without a number, and nobody to ask
-            found[run], problem = JobFolder(run).jobs(), str(error)
-    wanted = [one.job_id for jobs in found.values() for one in jobs if one.cluster == "slurm" and one.job_id]
-    states: Mapping[str, State] = {}
-    if not problem:
-        try:
-            states = job_states(wanted, tries=tries)
-        except GraftError as error:
-            problem = str(error)
-    return {run: [_judged(run, one, states, problem) for one in jobs] for run, jobs in found.items()}, problem
-
-
-def _jobs(run: Path) -> list[Job]:
-    """Return the jobs of a run; what was interrupted before it became one is left out. Raises GraftError."""
-    found = JobFolder(run).jobs()
-    return (
-        found
-        if all(one.job_id for one in found)
-        else list(filter(None, (_numbered(one, run) for one in found)))
-    )
-
-
 def _numbered(job: Job, run: Path) -> Job | None:
-    """Return a job whose number may not have been written, with it; without one while it is being submitted."""
+    """Return a job whose number may not have been written, with it; without one while it is being submitted.
+
+    None: it was interrupted before it became one. Raises GraftError: nobody can be asked.
+    """
     if job.job_id:
         return job
     launch = Path(job.launch)
-    numbers = (
-        [number_by_name(job.name, launch / "submit.sh")] if job.cluster == "slurm" else watchers(job.logs)
-    )
-    if number := next(filter(None, numbers), ""):
+    if job.cluster == "slurm":
+        number = number_by_name(job.name, launch / "submit.sh")
+    else:
+        number = next(iter(watchers(job.logs)), "")
+    if number:
         with contextlib.suppress(OSError):  # another user's run
             write_number(launch, number)
         return replace(job, job_id=number if job.index is None else f"{number}_{job.index}")
@@ -358,11 +315,10 @@ def _numbered(job: Job, run: Path) -> Job | None:
     return job if under_way or may_come else None
 
 
-def _judged(run: Path, job: Job, states: Mapping[str, State], problem: str) -> Judged:
+def _judged(run: Path, job: Job, slurm: State, problem: str) -> Status:
     files = JobFolder(run)
     attempts = [attempt for attempt in files.attempts() if attempt.job_id == job.job_id]
     last = attempts[-1] if attempts else None
-    slurm = states.get(job.job_id, State())
     if job.cluster != "slurm":
         problem = ""
         slurm = State("RUNNING", restarts=last.restart if last else 0) if is_alive(job) else State()
@@ -371,13 +327,13 @@ def _judged(run: Path, job: Job, states: Mapping[str, State], problem: str) -> J
     elif not _is_its_own(job, slurm):
         slurm = State()
     if not job.job_id and not problem:
-        return Judged(run, job, slurm, "pending", "is being submitted")
+        return Status(run, job, slurm, "pending", "is being submitted")
     if slurm == State() and not problem and (owner := _other_owner(files)):
         problem = f"Slurm shows nothing of this job of {owner}"
-    seen = Judged(run, job, slurm, last=last, stopping=files.asked_to_stop(job.job_id), problem=problem)
+    seen = Status(run, job, slurm, last=last, stopping=files.asked_to_stop(job.job_id), problem=problem)
     seen = replace(seen, found=_blame(files, seen))
     state, why = judge(seen)
-    if why == SILENT and _is_full(run):
+    if why == SILENT and shutil.disk_usage(run).free < FULL:  # it could not record how it ended
         why = f"{SILENT}; the file system of {run} is full"
     return replace(seen, state=state, why=why)
 
@@ -388,30 +344,22 @@ def _is_its_own(job: Job, slurm: State) -> bool:
     return not job.name or slurm.name in ("", job.name) or by_script
 
 
-def _is_full(folder: Path) -> bool:
-    """Return whether a run could not record now how it ended."""
-    try:
-        return shutil.disk_usage(folder).free < FULL
-    except OSError:
-        return False
-
-
 def _other_owner(files: JobFolder) -> str:
     """Return whose run it is, if another user's, whose jobs a cluster may hide; else nothing."""
     try:
-        foreign = files.folder.exists() and files.folder.stat().st_uid != os.getuid() != 0
-        return files.folder.owner() if foreign else ""
+        return files.folder.owner() if files.folder.stat().st_uid != os.getuid() != 0 else ""
     except (OSError, KeyError):
         return "another user"
 
 
-def _blame(files: JobFolder, seen: Judged) -> Failure:
+def _blame(files: JobFolder, seen: Status) -> Failure:
     """Return why the job, or its last attempt, ended; nothing where it waits, runs or ended well."""
-    if seen.slurm.state in WAITING:
-        return NOTHING
+    ended = seen.slurm.state not in (*WAITING, *AT_WORK)
     if seen.now is None:
-        return NOTHING if seen.slurm.state in AT_WORK else blame_start(seen.job, first=seen.last is None)
-    if seen.now.outcome == "failed" or (seen.now.outcome is None and seen.slurm.state not in AT_WORK):
+        return blame_start(seen.job, first=seen.last is None) if ended else NOTHING
+    if seen.slurm.state not in WAITING and (
+        seen.now.outcome == "failed" or (ended and seen.now.outcome is None)
+    ):
         return blame(files, seen.now, seen.job)
     return NOTHING
 
@@ -419,7 +367,7 @@ def _blame(files: JobFolder, seen: Judged) -> Failure:
 # Judge a job in plain words.
 
 
-def judge(seen: Judged) -> tuple[str, str]:
+def judge(seen: Status) -> tuple[str, str]:
     """Return the state in plain words, and why."""
     slurm, last = seen.slurm, seen.last
     if slurm.state in WAITING:
@@ -432,48 +380,41 @@ def judge(seen: Judged) -> tuple[str, str]:
     return _by_files(seen) if slurm.state == UNKNOWN else _ended(seen)
 
 
-def _at_work(seen: Judged) -> tuple[str, str]:
+def _at_work(seen: Status) -> tuple[str, str]:
     """Judge a job that holds nodes."""
     now, word = seen.now, seen.slurm.state.lower()
     held = "" if word in ("running", "completing") else word
     if now is None and word == "completing" and seen.last is not None:  # of the attempt before
         return "requeued", seen.last.signal or seen.last.why or word
     if now is None:
-        return ("stopping", held) if seen.stopping else ("running", held or STARTING)
+        return ("stopping", held) if seen.stopping else ("running", held or "starting")
     if now.outcome == "requeued":
         return "requeued", now.signal
     if now.outcome is not None:  # its nodes are not free yet, and its other ranks may hang: it can be stopped
-        why = seen.found.why or now.why
-        return "stopping", f"{now.outcome}: {why}" if why else now.outcome
+        return "stopping", ": ".join(filter(None, [now.outcome, seen.found.why or now.why]))
     if now.signal or seen.stopping or word == "completing":
         return "stopping", now.signal or held
     return "running", held
 
 
-def _ended(seen: Judged) -> tuple[str, str]:
+def _ended(seen: Status) -> tuple[str, str]:
     """Judge a job that the scheduler reports as ended, and that did not finish."""
     slurm, now, found = seen.slurm, seen.now, seen.found
+    signal, noted, outcome = ("", "", None) if now is None else (now.signal, now.why, now.outcome)
     by_stop = BY_STOP if seen.stopping else ""
-    if now is not None and now.outcome == "stopped" and slurm.state != "CANCELLED":
-        return "stopped", by_stop or now.signal
+    if outcome == "stopped" and slurm.state != "CANCELLED":
+        return "stopped", by_stop or signal
     state = ENDINGS.get(slurm.state, "failed")
-    if state == "cancelled" and by_stop:
-        return state, by_stop
     if state not in ("failed", "unknown"):
-        return state, (now.signal if now else "") or (
-            found.why if found.state == state else ""
-        ) or slurm.reason
-    noted = "" if now is None else now.why
-    if found.state:
-        return found.state, fuller(found.why, noted)
-    if now is not None and now.outcome == "failed":
-        return "failed", fuller(found.why, noted)
+        said = found.why if found.state == state else ""
+        return state, (by_stop if state == "cancelled" else "") or signal or said or slurm.reason
+    if found.state or outcome == "failed":
+        return found.state or "failed", fuller(found.why, noted)
     if state == "unknown":
         return state, SILENT
+    if not found.why and (slurm.reason == "JobLaunchFailure" or slurm.exit_code == "0:53"):
+        return state, f"{UNSTARTED}: {slurm.reason or slurm.exit_code}"
     named = "" if slurm.state == "FAILED" else slurm.state.lower().replace("_", " ")
-    said = LAUNCH_FAILURES.get(slurm.reason) or LAUNCH_FAILURES.get(slurm.exit_code)
-    if said and not found.why:
-        return state, f"{said}: {slurm.reason or slurm.exit_code}"
     words = [named, found.why or slurm.reason, exit_words(slurm.exit_code)]
     return state, ", ".join(filter(None, words)) or SILENT
 
@@ -491,7 +432,7 @@ def exit_words(code: str) -> str:
     return "" if status in ("", "0") else f"exit code {status}"
 
 
-def _by_files(seen: Judged) -> tuple[str, str]:
+def _by_files(seen: Status) -> tuple[str, str]:
     """Judge a job that only its files describe."""
     last, found = seen.last, seen.found
     if last is not None and last.outcome in ("finished", "stopped", "failed"):
@@ -510,42 +451,13 @@ def _by_files(seen: Judged) -> tuple[str, str]:
     return (found.state, found.why) if found.state else ("unknown", last.signal or SILENT)
 
 
-# Why there were other attempts.
-
 _HISTORY = {
     "NODE_FAIL": "node failure", "OUT_OF_MEMORY": "out of memory", "PREEMPTED": "preempted", "TIMEOUT": "time limit",
 }  # fmt: skip
 
 
-def restarts_of(
-    attempts: Sequence[Attempt],
-    history: Sequence[str] = (),
-    found: Mapping[int, Failure] | None = None,
-    stopped: Collection[str] = (),
-) -> list[Restart]:
-    """Return each attempt but the first, and why there had to be another.
-
-    Args:
-        attempts: All, the first one first.
-        history: How the scheduler says that the starts of the last job ended.
-        found: Attempt number -> why it ended, where it did not end well.
-        stopped: Jobs that `graftvit jobs stop` has told to end.
-    """
-    made = []
-    for before, attempt in itertools.pairwise(attempts):
-        ended = before.job_id in stopped and before.outcome in (None, "stopped")
-        by_stop = ended and before.job_id != attempt.job_id
-        why = (
-            BY_STOP
-            if by_stop
-            else _why_again(before, attempt, history, (found or {}).get(before.number, NOTHING))
-        )
-        made.append(Restart(attempt.number, attempt.started, attempt.nodes, why))
-    return made
-
-
 def _why_again(before: Attempt, attempt: Attempt, history: Sequence[str], found: Failure) -> str:
-    """Slurm's word comes first, then what the attempt itself wrote."""
+    """Return why there was another attempt: Slurm's word comes first, then what the attempt itself wrote."""
     same_job = before.job_id == attempt.job_id
     known = history[before.restart] if same_job and before.restart < len(history) else ""
     said = "" if before.retried and known not in ("NODE_FAIL", "OUT_OF_MEMORY") else _HISTORY.get(known, "")
@@ -561,44 +473,35 @@ def _why_again(before: Attempt, attempt: Attempt, history: Sequence[str], found:
     )
 
 
-def _status(folder: Path, jobs: Sequence[Judged], problem: str) -> Status:
+def _described(jobs: Sequence[Status]) -> Status:
+    """Return the job that describes the run, and what is known of the run."""
     shown = _shown(jobs)
-    files, job, slurm, last, state = JobFolder(folder), shown.job, shown.slurm, shown.last, shown.state
-    attempts = files.attempts()
-    waits = state in ("pending", "requeued")
-    trains = state == "running" and not shown.why and last is not None  # neither starts nor is suspended
-    wrong = state in ("failed", "unknown", "node failed")
-    stopped = {one.job.job_id for one in jobs if one.stopping}
-    order = read_order(folder) if job.command and job.command[0] in SUBMITTED else None
-    earlier = len([attempt for attempt in attempts if attempt.job_id != job.job_id])
-    return Status(
-        folder=folder,
-        job_id=job.job_id,
-        cluster=job.cluster,
-        submitted=job.submitted,
-        state=state,
-        why=shown.why,
-        nodes=list(slurm.nodes) or ([] if last is None or waits else last.nodes),
-        world_size=None if last is None else last.world_size,
-        restarts=max(0, len(attempts) - 1, earlier + slurm.restarts),
-        history=restarts_of(attempts, slurm.history, _reasons(files, attempts, jobs), stopped),
-        progress=read_progress(folder, training_since=last.started if trains and last else None),
-        starts=slurm.start if waits else None,
-        ends=slurm.end if state == "running" else None,
-        error=shown.found.text if wrong else "",
-        error_rank=shown.found.rank if wrong else None,
+    attempts, last = JobFolder(shown.run).attempts(), shown.last
+    trains = (
+        shown.state == "running" and not shown.why and last is not None
+    )  # neither starts nor is suspended
+    earlier = len([attempt for attempt in attempts if attempt.job_id != shown.job.job_id])
+    return replace(
+        shown,
+        restarts=max(0, len(attempts) - 1, earlier + shown.slurm.restarts),
+        history=_restarts(attempts, shown, {one.job.job_id: one for one in jobs}),
+        progress=read_progress(shown.run, training_since=last.started if trains and last else None),
         others=[one.job.job_id for one in jobs if one.active and one is not shown],
-        problem=(problem or shown.problem) if job.cluster == "slurm" else "",
-        command="" if order is None else order.line,
-        output="" if order is None else order.output or "",
     )
 
 
-def _reasons(files: JobFolder, attempts: Sequence[Attempt], jobs: Sequence[Judged]) -> dict[int, Failure]:
-    """Attempt number -> why it ended, of those after which there was another."""
-    known_jobs, ends = {one.job.job_id: one.job for one in jobs}, log_starts(attempts)
-    return {
-        attempt.number: blame(files, attempt, known_jobs[attempt.job_id], ends.get(attempt.number))
-        for attempt in attempts[:-1]
-        if attempt.job_id in known_jobs and attempt.outcome != "finished"
-    }
+def _restarts(attempts: Sequence[Attempt], shown: Status, jobs: Mapping[str, Status]) -> list[Attempt]:
+    """Return each attempt but the first, and in `before` why there had to be another."""
+    made, files, ends = [], JobFolder(shown.run), log_starts(attempts)
+    for before, attempt in itertools.pairwise(attempts):
+        job, found = jobs.get(before.job_id), NOTHING
+        if job is not None and before.outcome != "finished":
+            found = blame(files, before, job.job, ends.get(before.number))
+        asked = job is not None and job.stopping and before.outcome in (None, "stopped")
+        why = (
+            BY_STOP
+            if asked and before.job_id != attempt.job_id
+            else _why_again(before, attempt, shown.slurm.history, found)
+        )
+        made.append(replace(attempt, before=why))
+    return made

@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 from ...models.errors import counted, escaped
 from ...transfer.analysis.report.tables import aligned
@@ -24,12 +24,28 @@ WIDEST_WHY = 60
 
 def to_json(runs: Sequence[Status]) -> str:
     """Return one list of objects; times are Unix times, durations seconds."""
-    return json.dumps([asdict(run) for run in runs], indent=2, default=str) + "\n"
+    return json.dumps([_values(run) for run in runs], indent=2, default=str) + "\n"
+
+
+def _values(run: Status) -> dict[str, Any]:
+    restarts = [
+        {"attempt": one.number, "started": one.started, "nodes": one.nodes, "why": one.before}
+        for one in run.history
+    ]
+    order = run.order
+    return {
+        "folder": run.run, "job_id": run.job.job_id, "cluster": run.job.cluster, "submitted": run.job.submitted,
+        "state": run.state, "why": run.why, "nodes": run.nodes,
+        "world_size": run.last.world_size if run.last else None, "restarts": run.restarts, "history": restarts,
+        "progress": asdict(run.progress), "starts": run.starts, "ends": run.ends, "error": run.error.text,
+        "error_rank": run.error.rank, "others": run.others, "problem": run.problem,
+        "command": order.line if order else "", "output": (order.output or "") if order else "",
+    }  # fmt: skip
 
 
 def write_table(runs: Sequence[Status], names: Sequence[str], file: TextIO) -> None:
     """Write a line for each run, and below it the number of runs in each state."""
-    file.write(aligned([COLUMNS, *_rows(runs, names)]) + count_states(runs))
+    file.write(aligned([COLUMNS, *map(_row, runs, names)]) + count_states(runs))
 
 
 def count_states(runs: Sequence[Status]) -> str:
@@ -42,44 +58,40 @@ def count_states(runs: Sequence[Status]) -> str:
 
 def describe(run: Status) -> str:
     """Return the details of one run."""
-    processes = f" ({counted(run.world_size, 'process')})" if run.world_size else ""
+    size = run.last.world_size if run.last else 0
+    processes = f" ({counted(size, 'process')})" if size else ""
     limit = f"; its limit ends it at {_clock(run.ends)}" if run.ends else ""
+    others = f"job {', '.join(run.others)} of this folder: it was submitted several times"
+    progress, order = run.progress, run.order
+    written = f"{order.output}, and what it printed: " if order and order.output else ""
+    printed = f"{written}`{hint('jobs', 'logs', run.run)}`"
     lines = [
-        ("run", str(run.folder)),
-        ("job", f"{run.job_id} ({run.cluster}), submitted {_clock(run.submitted)}"),
+        ("run", str(run.run)),
+        ("job", f"{run.job.job_id} ({run.job.cluster}), submitted {_clock(run.job.submitted)}"),
         ("state", f"{run.state}{f': {run.why}' if run.why else ''}{limit}"),
         ("starts", f"expected at {clock(run.starts)}" if run.starts else ""),
-        (
-            "also",
-            f"job {', '.join(run.others)} of this folder: it was submitted several times"
-            if run.others
-            else "",
-        ),
-        ("command", run.command),
-        ("output", _output(run)),
+        ("also", others if run.others else ""),
+        ("command", order.line if order else ""),
+        ("output", printed if order and run.state == "finished" else ""),
         ("nodes", f"{' '.join(run.nodes)}{processes}" if run.nodes else ""),
-        ("progress", _progress(run.progress, long=True)),
+        ("progress", _progress(progress, long=True)),
         ("left", _left(run)),
-        ("speed", _number(run.progress.images_per_second, "{:.0f} images/s")),
-        ("top-1", _scores(run.progress)),
+        ("speed", _number(progress.images_per_second, "{:.0f} images/s")),
+        ("top-1", _number(progress.best_top1, "best {:.2f}") + _number(progress.last_top1, ", last {:.2f}")),
         ("restarts", str(run.restarts or "")),
     ]
     text = "".join(f"{name:<10}{value}\n" for name, value in lines if value)
     for restart in run.history:
         where = f" on {' '.join(restart.nodes)}" if restart.nodes else ""
-        text += f"  {_clock(restart.started)}  attempt {restart.attempt}{where}, after: {restart.why}\n"
-    if run.error:
-        text += f"{_speaker(run)}:\n" + "".join(f"  {line}\n" for line in run.error.splitlines())
+        text += f"  {_clock(restart.started)}  attempt {restart.number}{where}, after: {restart.before}\n"
+    if words := run.error.text:
+        rank = "" if run.error.rank is None else f" of rank {run.error.rank}"
+        by_slurm = words.startswith(("srun:", "slurmstepd"))
+        text += "what Slurm wrote:\n" if by_slurm else f"last words{rank}:\n"
+        text += "".join(f"  {line}\n" for line in words.splitlines())
     if not run.active and run.state != "finished":
-        text += f"`{resumes(run.folder)}` resumes it\n"
+        text += f"`{resumes(run.run)}` resumes it\n"
     return text
-
-
-def _output(run: Status) -> str:
-    """Return where the result of a finished command is."""
-    if not run.command or run.state != "finished":
-        return ""
-    return f"{run.output}, and what it printed: " * bool(run.output) + f"`{hint('jobs', 'logs', run.folder)}`"
 
 
 def cost_table(folders: Sequence[Path]) -> str:
@@ -87,21 +99,16 @@ def cost_table(folders: Sequence[Path]) -> str:
 
     Raises GraftError: there is no accounting.
     """
-    jobs = {folder: [one.job_id for one in JobFolder(folder).jobs()] for folder in folders}
-    ids = [job for known in jobs.values() for job in known if job]
+    jobs = {folder: [one.job_id for one in JobFolder(folder).jobs() if one.job_id] for folder in folders}
+    ids = [job for known in jobs.values() for job in known]
     used = usage_of(ids) if ids else []
     heads = ("run", "starts", "GPU hours", "core hours", "hours running", "hours in the queue", "steps lost")
     rows: list[tuple[str, ...]] = [heads]
     for folder, known in jobs.items():
-        own = [one for one in used if one.job_id in known]
-        hours = (
-            sum(one.ran * one.gpus for one in own), sum(one.ran * one.cores for one in own),
-            sum(one.ran for one in own), sum(one.waited for one in own),
-        )  # fmt: skip
+        own = [seconds for job, *seconds in used if job in known]
+        hours = [f"{sum(each) / 3600:.2f}" for each in zip(*own, strict=True)] or ["0.00"] * 4
         lost = sum(attempt.lost for attempt in JobFolder(folder).attempts())
-        rows.append(
-            (shlex.quote(str(folder)), str(len(own)), *(f"{one / 3600:.2f}" for one in hours), str(lost))
-        )
+        rows.append((shlex.quote(str(folder)), str(len(own)), *hours, str(lost)))
     return aligned(rows, right=(1, 2, 3, 4, 5, 6))
 
 
@@ -115,13 +122,6 @@ def duration(seconds: float | None) -> str:
     return f"{days}-{hour:02d}:{minute:02d}:{second:02d}" if days else f"{hour}:{minute:02d}:{second:02d}"
 
 
-def _speaker(run: Status) -> str:
-    """Whose words the error is."""
-    if run.error.startswith(("srun:", "slurmstepd")):
-        return "what Slurm wrote"
-    return "last words" if run.error_rank is None else f"last words of rank {run.error_rank}"
-
-
 def _left(run: Status) -> str:
     """Return the time that the run still needs."""
     if not run.active or run.state == "stopping" or run.progress.seconds_left is None:
@@ -129,47 +129,34 @@ def _left(run: Status) -> str:
     return duration(run.progress.seconds_left) + ("" if run.state == "running" else " once it runs")
 
 
-def _rows(runs: Sequence[Status], names: Sequence[str]) -> list[tuple[str, ...]]:
-    return [tuple(escaped(word) for word in _row(run, name)) for run, name in zip(runs, names, strict=True)]
-
-
 def _row(run: Status, name: str) -> tuple[str, ...]:
     why = run.why if len(run.why) <= WIDEST_WHY else f"{run.why[: WIDEST_WHY - 1]}…"
     if run.starts and run.state == "pending" and "until" not in why:
         why = f"{why}; expected at {clock(run.starts)}"
-    nodes = f"{run.nodes[0]} +{len(run.nodes) - 1}" if len(run.nodes) > 2 else " ".join(run.nodes)
-    progress = run.progress
-    return (
+    row = (
         shlex.quote(name),
-        " ".join([run.job_id, *(f"+{job}" for job in run.others)]),
+        " ".join([run.job.job_id, *(f"+{job}" for job in run.others)]),
         f"{run.state}{f' ({why})' if why else ''}",
-        nodes,
-        _progress(progress),
-        duration(progress.seconds_left) if run.active else "",
-        _number(progress.images_per_second, "{:.0f}"),
-        _number(progress.best_top1, "{:.2f}"),
+        f"{run.nodes[0]} +{len(run.nodes) - 1}" if len(run.nodes) > 2 else " ".join(run.nodes),
+        _progress(run.progress),
+        duration(run.progress.seconds_left) if run.active else "",
+        _number(run.progress.images_per_second, "{:.0f}"),
+        _number(run.progress.best_top1, "{:.2f}"),
         str(run.restarts or ""),
     )
+    return tuple(map(escaped, row))
 
 
 def _progress(progress: Progress, *, long: bool = False) -> str:
     if not progress.step and not progress.stage:
         return ""
-    words = [f"{progress.stage}:"] if progress.stage else []
-    if progress.total_steps:
-        words.append(f"{100 * progress.step / progress.total_steps:.0f} %")
-    if long or not progress.total_steps:
-        total = f" of {progress.total_steps}" if progress.total_steps else ""
-        words.append(f"{', ' if progress.total_steps else ''}step {progress.step}{total}")
+    step, total = f"step {progress.step}", progress.total_steps
+    words = [f"{100 * progress.step / total:.0f} %"] if total else [step]
+    if long and total:
+        words.append(f"{step} of {total}")
     if long and progress.epochs:
-        words.append(f", {progress.epoch} of {counted(progress.epochs, 'epoch')} done")
-    return " ".join(words).replace(" ,", ",")
-
-
-def _scores(progress: Progress) -> str:
-    if progress.best_top1 is None or progress.last_top1 is None:
-        return ""
-    return f"best {progress.best_top1:.2f}, last {progress.last_top1:.2f}"
+        words.append(f"{progress.epoch} of {counted(progress.epochs, 'epoch')} done")
+    return (f"{progress.stage}: " if progress.stage else "") + ", ".join(words)
 
 
 def _number(value: float | None, form: str) -> str:
@@ -196,7 +183,7 @@ def watch(look: Callable[[], Seen], file: TextIO, none: str) -> None:
     before: object = None
     while True:
         runs, names = look()
-        now = [(run.folder, run.job_id, run.state, run.why, run.nodes, run.restarts) for run in runs]
+        now = [(run.run, run.job.job_id, run.state, run.why, run.nodes, run.restarts) for run in runs]
         if now != before:
             file.write(time.strftime("%Y-%m-%d %H:%M:%S\n"))
             if runs:

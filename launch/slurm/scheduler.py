@@ -260,31 +260,21 @@ def number_by_name(name: str, script: Path) -> str:
     return ""
 
 
-@dataclass(frozen=True)
-class Usage:
-    """One start of a job, as the accounting counts it; times in seconds."""
+def usage_of(ids: Iterable[str]) -> list[tuple[str, float, float, float, float]]:
+    """Return the job of each start, and its seconds: of its GPUs, of its cores, at work, and in the queue.
 
-    job_id: str
-    ran: float
-    waited: float
-    gpus: int
-    cores: int
-
-
-def usage_of(ids: Iterable[str]) -> list[Usage]:
-    """Return what each start of these jobs has used. Raises GraftError: there is no accounting, or no answer."""
+    Raises GraftError: there is no accounting, or no answer.
+    """
     words = ["sacct", "--allocations", "--duplicates", "--parsable2", "--noheader"]
     columns = "--format=JobID,Submit,Start,ElapsedRaw,AllocTRES"
     found = []
     for line in ask(*words, columns, f"--jobs={','.join(ids)}").splitlines():
         job, submitted, started, elapsed, tres = line.split("|", 4)
-        parts = dict(part.partition("=")[::2] for part in tres.split(","))
-        counts = (int(parts.get(name, "0") or 0) for name in ("gres/gpu", "cpu"))
-        begin, asked = _time(started), _time(submitted)
-        if begin is None:  # it has not started
-            continue
-        waited = max(0.0, begin - asked) if asked is not None else 0.0
-        found.append(Usage(job, float(elapsed or 0), waited, *counts))
+        counts = dict(part.partition("=")[::2] for part in tres.split(","))
+        gpus, cores = (int(counts.get(name) or 0) for name in ("gres/gpu", "cpu"))
+        if (begin := _time(started)) is not None:  # else it has not started
+            ran, waited = float(elapsed or 0), max(0.0, begin - (_time(submitted) or begin))
+            found.append((job, ran * gpus, ran * cores, ran, waited))
     return found
 
 

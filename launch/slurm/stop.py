@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import time
 from contextlib import suppress
-from dataclasses import dataclass, field
 from pathlib import Path
 
 from ...models.errors import ConfigError, GraftError
 from ..say import say_aside
 from ..submitted import SUBMITTED
 from .folder import JobFolder, resumes
-from .jobs import Judged, active_jobs, home, judge_jobs, run_folders
+from .jobs import WAITS, Status, active_jobs, home, judge_jobs, run_folders
 from .lock import stop_process, submitting
 from .scheduler import NoSuchJobError, cancel, signal_job
 
@@ -39,22 +38,15 @@ PAUSE = 0.5
 """Seconds between two rounds."""
 
 
-@dataclass
-class Stopped:
-    """The result of stopping runs."""
-
-    done: list[str] = field(default_factory=list)
-    """A sentence for each job that was asked to end."""
-    failed: list[str] = field(default_factory=list)
-    """A sentence for each job that continues."""
-
-
-def stop(folder: Path, *, now: bool = False) -> Stopped:
+def stop(folder: Path, *, now: bool = False) -> tuple[list[str], list[str]]:
     """Stop all jobs of a run, or of the cells of a sweep; one that cannot be stopped keeps no other from it.
 
     Args:
         folder: Of the run or the sweep.
         now: Without waiting for a save.
+
+    Returns:
+        A sentence for each job that was asked to end, and for each that continues.
 
     Raises:
         ConfigError: if nothing was submitted to the folder.
@@ -62,25 +54,24 @@ def stop(folder: Path, *, now: bool = False) -> Stopped:
     """
     runs = run_folders(folder)
     _wait_for_submissions(runs)
-    made, told, ending = Stopped(), set[str](), list[str]()
+    told, done, failed, ending = set[str](), list[str](), list[str](), list[str]()
     for place in range(ROUNDS):
         time.sleep(PAUSE if place else 0)
-        made.failed, ending = [], []
+        failed, ending = [], []
         left = [one for one in active_jobs(runs) if one.job.job_id not in told]
         cancelled = _cancel_together(left, now)
         for one in left:
             try:
                 _request(one)
-                made.done.append(_stop(one, now, one.job.job_id in cancelled))
+                done.append(_stop(one, now, one.job.job_id in cancelled))
                 told.add(one.job.job_id)
             except NoSuchJobError:  # where it is started again after all, it finds the request
                 ending.append(f"{one.words} of {one.run} is ending already")
             except GraftError as error:
-                made.failed.append(f"{one.words} of {one.run} continues: {error}")
-        if not made.failed + ending:
+                failed.append(f"{one.words} of {one.run} continues: {error}")
+        if not failed + ending:
             break
-    made.done += ending
-    return made
+    return done + ending, failed
 
 
 def _wait_for_submissions(runs: list[Path]) -> None:
@@ -90,7 +81,7 @@ def _wait_for_submissions(runs: list[Path]) -> None:
             pass
 
 
-def _request(one: Judged) -> None:
+def _request(one: Status) -> None:
     """Write the request to stop, before any signal: an attempt that is asked to save looks for it afterwards."""
     if not one.job.job_id:
         raise ConfigError("it has no number yet; stop it again in a moment")
@@ -101,12 +92,12 @@ def _request(one: Judged) -> None:
         raise ConfigError(f"{request} cannot be written ({error.strerror}){_owner(one.run)}") from error
 
 
-def _waits(one: Judged) -> bool:
+def _waits(one: Status) -> bool:
     """Return whether the job holds no node, or is suspended: it receives no signal."""
-    return one.slurm.state == "SUSPENDED" or one.state in ("pending", "requeued")
+    return one.slurm.state == "SUSPENDED" or one.state in WAITS
 
 
-def _cancel_together(jobs: list[Judged], now: bool) -> set[str]:
+def _cancel_together(jobs: list[Status], now: bool) -> set[str]:
     """Cancel what does not have to save, in one call; return the numbers.
 
     Jobs that wait come first: else each node that another one leaves is given to one of them. Where one cannot be
@@ -126,7 +117,7 @@ def _cancel_together(jobs: list[Judged], now: bool) -> set[str]:
     return set(ids)
 
 
-def _stop(one: Judged, now: bool, cancelled: bool) -> str:
+def _stop(one: Status, now: bool, cancelled: bool) -> str:
     """Stop a job that was not `cancelled` with others, and return what was done."""
     job, words = one.job, f"{one.words} of {one.run}"
     is_run = not job.command or job.command[0] not in SUBMITTED

@@ -16,7 +16,7 @@ import pytest
 from filelock import FileLock
 from graftvit.launch.slurm import jobs, jobs_text
 from graftvit.launch.slurm.failures import Failure
-from graftvit.launch.slurm.folder import JobFolder, remember
+from graftvit.launch.slurm.folder import Job, JobFolder, remember
 from graftvit.launch.slurm.jobs import Status, describe_runs, home, judge_jobs, read_progress, run_folders
 from graftvit.launch.slurm.jobs_text import Seen, describe, duration, watch
 from graftvit.launch.slurm.lock import FILE, submitting
@@ -97,14 +97,14 @@ def test_each_restart_has_its_reason(run: JobFolder, slurm: FakeSlurm) -> None:
         attempted(run.output_dir, restart=restart, **event)
     history = ("PREEMPTED", "NODE_FAIL", "NODE_FAIL", "FAILED")
     slurm.says(State("RUNNING", restarts=4, history=history))
-    reasons = [restart.why for restart in described(run.output_dir).history]
+    reasons = [restart.before for restart in described(run.output_dir).history]
     assert reasons == ["SIGUSR2 (preempted)", "node failure: gpu1", "node failure", "ended without a word"]
     run.stop_request("12").touch()
     submitted(run.output_dir, job_id="13")
     run.begin(job_id="13", restart=0, nodes=["gpu1"], world_size=1)
     slurm.says(State("RUNNING", restarts=2))
     status = described(run.output_dir)
-    assert status.history[-1].why == "`graftvit jobs stop`"
+    assert status.history[-1].before == "`graftvit jobs stop`"
     assert (len(status.history), status.restarts) == (5, 7), "two starts of job 13 wrote nothing"
 
 
@@ -140,7 +140,7 @@ def test_an_earlier_job_that_lives_is_the_one_that_is_shown(
         (tmp_path / "logs" / f"{job}_0_log.out").write_text(f"words of {job}\n")
     slurm.says({"10": "RUNNING", "11": "PENDING", "12": "FAILED"})
     status = described(tmp_path)
-    assert (status.job_id, status.state, status.others) == ("11", "pending", ["10"])
+    assert (status.job.job_id, status.state, status.others) == ("11", "pending", ["10"])
     assert "job 10 of this folder" in typed("jobs", tmp_path).out
     assert "words of 11" in typed("jobs", "logs", tmp_path).out
     slurm.says({"10": "RUNNING", "11": "PENDING", "12": "RUNNING"})
@@ -272,11 +272,11 @@ def test_a_number_that_never_came_back_is_found_and_written_down(tmp_path: Path,
     with pytest.raises(GraftError, match="no configuration"):
         judge_jobs(cells, strict=True)
     (status,) = describe_runs(cells[:1])
-    assert (status.state, status.job_id, status.over) == ("unknown", "", False)
+    assert (status.state, status.job.job_id, status.over) == ("unknown", "", False)
     slurm.numbers("7")
-    assert [one.job_id for one in describe_runs(cells)] == ["7_0", "7_1"]
+    assert [one.job.job_id for one in describe_runs(cells)] == ["7_0", "7_1"]
     slurm.numbers()
-    assert described(cells[1]).job_id == "7_1"
+    assert described(cells[1]).job.job_id == "7_1"
 
 
 def test_what_never_came_to_a_job_is_left_out(
@@ -411,10 +411,14 @@ def test_without_an_answer_the_files_are_told_and_that_they_are_all(
         judge_jobs([run.output_dir], strict=True)
 
 
-PENDING = Status(Path("/r"), "12", "slurm", 0.0, "pending", "waits for nodes: Resources", starts=1.8e9)
-RUNNING = Status(Path("/r"), "12", "slurm", 0.0, "running")
-UNANSWERED = Status(Path("/r"), "12", "slurm", 0.0, "unknown", problem="Slurm does not answer: no")
-FINISHED = Status(Path("/r"), "12", "slurm", 0.0, "finished")
+def status(state: str, **values: Any) -> Status:
+    job = Job(job_id="12", cluster="slurm", submitted=0.0, command=[], logs="", resources={}, code="")
+    return Status(Path("/r"), job, State(start=1.8e9), state, **values)
+
+
+PENDING, RUNNING = status("pending", why="waits for nodes: Resources"), status("running")
+UNANSWERED = status("unknown", problem="Slurm does not answer: no")
+FINISHED = status("finished")
 
 
 def shown(monkeypatch: pytest.MonkeyPatch, *states: Status | None) -> str:

@@ -387,11 +387,13 @@ def test_it_runs_and_jobs_tells_where_its_output_lies(folder: Path, typed: Typed
         typed("submit export teacher out.pt2 --cluster debug --gpus_per_node 1")
     assert (folder / "out.pt2").is_file()
     status = describe_runs([folder / "runs" / "export-teacher"])[0]
-    assert (status.state, status.output) == ("finished", str(folder / "out.pt2"))
+    assert status.state == "finished"
+    assert status.order is not None
+    assert status.order.output == str(folder / "out.pt2")
     shown = describe(status)
     assert "command   graftvit export teacher out.pt2\n" in shown
     assert f"output    {folder / 'out.pt2'}, and what it printed: `graftvit jobs logs " in shown
-    text = json.loads((status.folder / "jobs" / "command.json").read_text())
+    text = json.loads((status.run / "jobs" / "command.json").read_text())
     assert text["words"] == ["export", "teacher", "out.pt2"]
 
 
@@ -400,7 +402,7 @@ def test_a_run_is_not_taken_for_the_command_that_its_folder_had_before(folder: P
     (folder / "run" / "jobs" / "command.json").write_text('{"words": ["export"], "output": "/x"}')
     submitted(folder / "run", cluster="local")
     status = describe_runs([folder / "run"])[0]
-    assert (status.command, status.output) == ("", "")
+    assert status.order is None
 
 
 @pytest.mark.parametrize("number", early_signals.EARLY_SIGNALS)
