@@ -6,14 +6,16 @@ attempt starts from the files, as any run does. If a record cannot be written, t
 
 from __future__ import annotations
 
+import json
 import os
 import signal
+import subprocess
 import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -28,6 +30,7 @@ from ..submitted import command_name
 from .environment import LOG_START, export_ranks, forget_old_results, keep_results, limit_threads, requeue
 from .failures import Failure, classify
 from .folder import Attempt, JobFolder, newest_state, read_order
+from .jobs import current_stage, read_progress
 from .scheduler import fallen_nodes, reason_of_signal
 
 WAIT_FOR_THE_END = 600
@@ -119,11 +122,9 @@ def _leave(record: Record) -> NoReturn:
         record.note(signal=_words(record), outcome="stopped", ended=time.time())
         raise SystemExit(STOPPED)
     until = time.monotonic() + WAIT_FOR_THE_END
-    told = False
+    if signal.SIGUSR2 not in early_signals.received:
+        record.note(signal=_words(record))
     while signal.SIGUSR2 not in early_signals.received:
-        if not told:
-            record.note(signal=_words(record))
-            told = True
         if time.monotonic() > until or record.cluster != "slurm":
             record.note(outcome="stopped", ended=time.time())
             raise SystemExit(128 + signal.SIGTERM)
@@ -146,8 +147,7 @@ def _words(record: Record) -> str:
     """Return the signal that counts, with its reason if the scheduler knows it."""
     numbers = early_signals.received
     number = signal.SIGUSR2 if signal.SIGUSR2 in numbers else numbers[-1]
-    job = record.folder.job()
-    delay = 90 if job is None else int(job.resources["signal_delay"])
+    delay = int(record.resources.get("signal_delay", 90))
     reason = reason_of_signal(record.raw_job_id, delay) if record.cluster == "slurm" else ""
     return signal.Signals(number).name + (f" ({reason})" if reason else "")
 
@@ -155,7 +155,6 @@ def _words(record: Record) -> str:
 def _lost_steps(output_dir: Path) -> int:
     """Return the logged steps that come after the last state, which an attempt repeats."""
     from ...checkpoints.state import read_meta
-    from .jobs import current_stage, read_progress
 
     try:
         saved = read_meta(current_stage(output_dir) / "checkpoints" / "last.safetensors")["position"]["step"]
@@ -174,68 +173,50 @@ class Record:
     def __init__(self, folder: JobFolder, job: submitit.JobEnvironment, restart: int) -> None:
         self.folder, self.rank, self.restart = folder, job.global_rank, restart
         self.job_id, self.raw_job_id, self.cluster = job.job_id, job.raw_job_id, job.cluster
+        self.resources: Mapping[str, Any] = {}
         self._warned = False
         self._earlier = folder.attempts()
         self._name = self._why = ""
-        self._begun: dict[str, object] = {}
+        self._begun: dict[str, Any] = {}
         if self.rank == 0:
             self._begin(job)
 
     def _begin(self, job: submitit.JobEnvironment) -> None:
-        before = ""
-        if self._earlier and self._earlier[-1].outcome in (
+        with suppress(GraftError, OSError):
+            submission = self.folder.job_of(self.job_id) or self.folder.job()
+            self.resources = submission.resources if submission is not None else {}
+        last = self._earlier[-1] if self._earlier else None
+        lost = last is not None and last.outcome in (
             None,
             "failed",
-        ):  # a surviving rank may have written first
-            fallen = fallen_nodes(self._earlier[-1].nodes) if job.cluster == "slurm" else []
-            before = f"node failure: {', '.join(fallen)}" if fallen else ""
+        )  # a surviving rank may have written first
+        fallen = fallen_nodes(last.nodes) if last and lost and job.cluster == "slurm" else []
+        start = os.environ.get(LOG_START, "")
         self._begun = {
             "started": time.time(),
             "job_id": self.job_id,
             "restart": self.restart,
             "nodes": list(job.hostnames),
             "world_size": job.num_tasks,
-            "before": before,
+            "before": f"node failure: {', '.join(fallen)}" if fallen else "",
             "state": newest_state(self.folder.output_dir),
-            "lost": _lost_steps(self.folder.output_dir) if self._earlier else 0,
-            "log_start": int(start) if (start := os.environ.get(LOG_START, "")).isdigit() else None,
+            "lost": _lost_steps(self.folder.output_dir) if last else 0,
+            "log_start": int(start) if start.isdigit() else None,
         }
-        self._name = self.folder.begin(**self._begun)  # type: ignore[arg-type]
-        again = {"why": self._earlier[-1].why or self._earlier[-1].signal} if self._earlier else {}
+        self._name = self.folder.begin(**self._begun)
+        known = {**self._identity, "why": last.why or last.signal} if last else self._identity
         # a command that takes long keeps no run from its start
-        tell = partial(self._tell, "restart" if self._earlier else "start", **again)
-        threading.Thread(target=tell, name="on_event", daemon=True).start()
+        told = partial(tell, self.folder, "restart" if last else "start", self.resources, **known)
+        threading.Thread(target=told, name="on_event", daemon=True).start()
 
-    def _tell(self, event: str, **known: object) -> None:
-        if (resources := self._resources()).get("on_event"):
-            from .events import tell
-
-            tell(self.folder, event, resources, **self._identity(), **known)
-
-    def _identity(self) -> dict[str, object]:
-        number = int(self._name.partition("-")[0])
-        return {
-            "job_id": self.job_id,
-            "attempt": number,
-            "restart": self.restart,
-            "nodes": self._begun["nodes"],
-        }
-
-    def _resources(self) -> Mapping[str, Any]:
-        try:
-            job = self.folder.job_of(self.job_id) or self.folder.job()
-        except (GraftError, OSError):
-            return {}
-        return {} if job is None else job.resources
+    @property
+    def _identity(self) -> dict[str, Any]:
+        known = {name: self._begun[name] for name in ("job_id", "restart", "nodes")} if self._begun else {}
+        return {**known, "attempt": int(self._name.partition("-")[0] or 0)}
 
     def watched(self) -> AbstractContextManager[None]:
         """Tell the command of `on_event` where the run makes no progress inside."""
-        resources = self._resources() if self.rank == 0 else {}
-        if not resources.get("on_event"):
-            return nullcontext()
-        from .events import StallWatch
-
-        return StallWatch(self.folder, resources, self._identity())
+        return stall_watch(self.folder, self.resources, self._identity)
 
     @property
     def asked_to_stop(self) -> bool:
@@ -250,13 +231,11 @@ class Record:
         fields = {**self._begun, **event} if gone else event
         self._written(lambda: self.folder.note(self._name, **fields))
         self._why = str(event.get("why") or event.get("signal") or self._why)
-        told = {"finished": "finish", "stopped": "stop"} | (
-            {} if self.cluster == "slurm" else {"failed": "failure"}
-        )
-        if (
-            event.get("outcome") in told
-        ):  # whether a job of Slurm has failed for good, its batch script decides
-            self._tell(told[str(event["outcome"])], why=self._why)
+        told = {"finished": "finish", "stopped": "stop"}
+        if self.cluster != "slurm":  # whether a job of Slurm has failed for good, its batch script decides
+            told["failed"] = "failure"
+        if what := told.get(str(event.get("outcome"))):
+            tell(self.folder, what, self.resources, **self._identity, why=self._why)
 
     def fail(self, error: BaseException, text: str) -> None:
         """Write down how this rank failed: `text`, and its kind."""
@@ -277,9 +256,8 @@ class Record:
         if now != self._begun.get("state"):
             return ""
         if not now:
-            through = (
-                "the first step" if read_order(self.folder.output_dir) is None else "the command was through"
-            )
+            is_run = read_order(self.folder.output_dir) is None
+            through = "the first step" if is_run else "the command was through"
             return f"the time limit ended before {through}: give a longer --time"
         short = [one for one in self._of_this_job() if one.state == now and "time limit" in one.signal]
         count = len([one for one in short if one.name != self._name]) + 1
@@ -316,7 +294,67 @@ class Record:
             write()
         except OSError as error:
             if not self._warned:
-                sys.stderr.write(
-                    f"graftvit: rank {self.rank}: the record of this attempt is not written: {error}\n"
-                )
+                said = f"the record of this attempt is not written: {error}"
+                sys.stderr.write(f"graftvit: rank {self.rank}: {said}\n")
             self._warned = True
+
+
+# Tell a command of the site what happens to a run: mail, a web hook or a gauge without code of ours.
+#
+# The command of `on_event` in the site file gets one JSON object on its standard input:
+#
+#     {"event": "failure", "run": "/scratch/me/distill", "job_id": "1234", "attempt": 2, "restart": 1, "nodes": ["n1"],
+#      "why": "rank 3: ValueError: ...", "step": 4100, "total_steps": 62500, "time": 1764090000.0}
+
+TIMEOUT = 60.0
+"""Seconds that the command may take."""
+POLL = 20.0
+"""Seconds between two looks at the progress."""
+
+
+def tell(files: JobFolder, event: str, resources: Mapping[str, Any], **known: Any) -> None:
+    """Run the command of `on_event`, where there is one, with what is known about the run."""
+    command = resources.get("on_event")
+    if not command:
+        return
+    progress = read_progress(files.output_dir)
+    said = {
+        "event": event, "run": str(files.output_dir), **known, "step": progress.step,
+        "total_steps": progress.total_steps, "time": time.time(),
+    }  # fmt: skip
+    try:
+        done = subprocess.run(
+            ["sh", "-c", command],
+            input=json.dumps(said) + "\n",
+            text=True,
+            capture_output=True,
+            timeout=TIMEOUT,
+        )
+        problem = f"exit code {done.returncode}: {done.stderr.strip()[-200:]}" if done.returncode else ""
+    except (OSError, subprocess.SubprocessError) as error:
+        problem = str(error)
+    if problem:
+        sys.stderr.write(f"graftvit: on_event ({event}): {problem}\n")
+
+
+@contextmanager
+def stall_watch(files: JobFolder, resources: Mapping[str, Any], known: Mapping[str, Any]) -> Iterator[None]:
+    """Tell once of each time without progress inside of the block, from a thread."""
+    over = threading.Event()
+
+    def watch() -> None:
+        seen, since, told = -1, time.monotonic(), False
+        while not over.wait(POLL):
+            step = read_progress(files.output_dir).step
+            if step != seen:
+                seen, since, told = step, time.monotonic(), False
+            elif not told and time.monotonic() - since >= 60 * int(resources.get("event_minutes", 30)):
+                told = True
+                tell(files, "stall", resources, **known)
+
+    if resources.get("on_event"):
+        threading.Thread(target=watch, name="stall watch", daemon=True).start()
+    try:
+        yield
+    finally:
+        over.set()

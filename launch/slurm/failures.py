@@ -67,6 +67,8 @@ class Failure:
     """`node failed`, `failed`, `preempted` or `timed out` where Slurm said so; else only the ranks' files tell."""
     node: str = ""
     """The node of the rank, if known."""
+    wait: int | None = None
+    """Seconds after which the job starts again; None where it does not."""
 
     def to_text(self) -> str:
         """Return the text for a file: the error, and its kind in the last line."""
@@ -87,7 +89,7 @@ def read_failure(path: Path) -> Failure:
     return Failure(
         rank=int(path.stem.rpartition("-")[2]),
         kind=kind,
-        transient=bool(found) and found is not None and found[2] == "may pass",
+        transient=found is not None and found[2] == "may pass",
         text=text[: found.start() + 1] if found else text,
         written=path.stat().st_mtime,
     )

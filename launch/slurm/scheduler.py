@@ -11,11 +11,12 @@ import os
 import re
 import subprocess
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 from ...models.errors import ConfigError, GraftError
 from .request import parse_time
@@ -210,15 +211,20 @@ def reason_of_signal(job_id: str, signal_delay: int = 90) -> str:
         `preempted`, `requeued`, `cancelled`, `time limit`, or an empty text if the scheduler gives no reason.
     """
     try:
-        text = ask("scontrol", "--oneliner", "show", "job", job_id, timeout=8, tries=1)
+        fields = job_fields(job_id, timeout=8, tries=1)
     except GraftError:
         return ""
-    return reason_in(text, int(os.environ.get("SLURM_RESTART_COUNT", "0")), datetime.now(), signal_delay)
+    return reason_in(fields, int(os.environ.get("SLURM_RESTART_COUNT", "0")), datetime.now(), signal_delay)
 
 
-def reason_in(text: str, restarts: int, now: datetime, signal_delay: int) -> str:
-    """Return the reason that `scontrol show job` shows for a job with `restarts` earlier starts."""
-    fields = dict(re.findall(r"(\S+?)=(\S*)", text.partition("\n")[0]))
+def job_fields(job_id: str, **asking: Any) -> dict[str, str]:
+    """Return the controller's record of a job. Raises GraftError."""
+    text = ask("scontrol", "--oneliner", "show", "job", job_id, **asking)
+    return dict(re.findall(r"(\S+?)=(\S*)", text.partition("\n")[0]))
+
+
+def reason_in(fields: Mapping[str, str], restarts: int, now: datetime, signal_delay: int) -> str:
+    """Return the reason that the controller's record shows for a job with `restarts` earlier starts."""
     state = fields.get("JobState", "")
     if fields.get("PreemptTime", "None") not in ("None", "N/A", "Unknown"):
         return "preempted"

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from graftvit.launch.slurm import events
+from graftvit.launch.slurm import attempt
 from graftvit.launch.slurm.folder import JobFolder
 from graftvit.transfer.engine.early_signals import remembering
 from support.runs.engine_runs import config
@@ -42,17 +42,17 @@ def test_a_run_tells_of_its_start_and_its_end(tmp_path: Path, typed: Typed, brok
 def test_a_command_that_fails_is_said_and_harms_nothing(
     command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(events, "TIMEOUT", 0.2)
-    events.tell(submitted(tmp_path), "start", {"on_event": command})
+    monkeypatch.setattr(attempt, "TIMEOUT", 0.2)
+    attempt.tell(submitted(tmp_path), "start", {"on_event": command})
     assert capfd.readouterr().err.startswith("graftvit: on_event (start): ")
 
 
 def test_no_progress_is_told_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     heard = tmp_path / "heard"
-    monkeypatch.setattr(events, "POLL", 0.01)
+    monkeypatch.setattr(attempt, "POLL", 0.01)
     files = JobFolder(tmp_path)
     resources = {"on_event": f"cat >> {heard}", "event_minutes": 0}
-    with events.StallWatch(files, resources, {"job_id": "7"}):
+    with attempt.stall_watch(files, resources, {"job_id": "7"}):
         until(lambda: told(heard), "the event")
         (tmp_path / "log.jsonl").write_text('{"step": 5}\n')
         until(lambda: len(told(heard)) == 2, lambda: told(heard))

@@ -5,17 +5,19 @@ from __future__ import annotations
 import json
 import shutil
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from graftvit.launch.slurm import restart as module
+from graftvit.launch.slurm import scheduler
 from graftvit.launch.slurm.attempt import Task
 from graftvit.launch.slurm.batch import Batch, script
 from graftvit.launch.slurm.failures import Failure, Kind
 from graftvit.launch.slurm.folder import JobFolder
 from graftvit.launch.slurm.request import Request
-from graftvit.launch.slurm.restart import Verdict, judge, main
+from graftvit.launch.slurm.restart import judge, main
 from graftvit.models.errors import ConfigError
 from support.slurm.slurm_folders import SILENT, submitted
 
@@ -42,44 +44,45 @@ class Run:
 
     def log(self, text: str, rank: int = 0) -> None:
         """What the log of a rank holds."""
-        (submitted(self.folder, job_id="77").output_dir / "logs" / f"77_{rank}_log.err").write_text(
-            f"{text}\n"
-        )
+        (self.folder / "logs" / f"77_{rank}_log.err").write_text(f"{text}\n")
 
     def save(self) -> None:
         state = self.folder / "checkpoints" / "last.safetensors"
         state.parent.mkdir(exist_ok=True)
         state.write_text(f"{self.restart}")
 
-    def verdict(self, max_restarts: int = 3) -> Verdict | None:
-        return judge(self.files, "77", self.restart, max_restarts=max_restarts, restart_wait=30)
+    def verdict(self, max_restarts: int = 3) -> Failure | None:
+        job = self.files.job()
+        assert job is not None
+        now = self.files.attempts()[-1]
+        resources = {"max_restarts": max_restarts, "restart_wait": 30}
+        return judge(self.files, replace(job, job_id=now.job_id, resources=resources), now)
 
-    def wait(self, max_restarts: int = 3) -> int | None:
+    def failed(self, max_restarts: int = 3) -> Failure:
         verdict = self.verdict(max_restarts)
         assert verdict is not None
-        return verdict.wait
+        return verdict
 
 
 @pytest.fixture
 def run(tmp_path: Path) -> Run:
+    submitted(tmp_path, job_id="77")
     return Run(tmp_path)
 
 
 def test_a_rank_that_says_nothing_is_named(run: Run) -> None:
     run.attempt(LOST, LOST, LOST, outcome="failed", why="Connection closed by peer")
     why = "rank 3 ended without a word; starts again after 30 s, restart 1 of 3 in a row"
-    assert run.verdict() == Verdict("0001-77.0", why, 30)
+    assert run.verdict() == Failure(why=why, wait=30)
     run.attempt()  # nothing at all
-    assert run.wait() == 30
+    assert run.failed().wait == 30
 
 
 def test_one_lasting_error_among_others_ends_the_run(run: Run) -> None:
     run.attempt(LOST, STALE, ("cause", False, "ValueError: boom"), outcome="failed")
-    assert run.verdict() == Verdict("0001-77.0", "rank 2: ValueError: boom", None)
+    assert (run.failed().why, run.failed().wait) == ("rank 2: ValueError: boom", None)
     run.attempt(LOST, STALE, outcome="failed")  # a disk that was away is the reason that is told
-    verdict = run.verdict()
-    assert verdict is not None
-    assert verdict.why.startswith("rank 1: OSError: [Errno 116] Stale file handle; starts again")
+    assert run.failed().why.startswith("rank 1: OSError: [Errno 116] Stale file handle; starts again")
 
 
 @pytest.mark.parametrize("code", [126, 127])
@@ -88,7 +91,7 @@ def test_a_node_that_cannot_run_the_interpreter_is_not_tried_again(run: Run, cod
     run.log(f"srun: error: n2: task 3: Exited with exit code {code}")
     run.log(said := "env: '/opt/python': No such file or directory", 3)
     why = f"rank 3 on n2 could not run the interpreter (exit code {code}): {said}"
-    assert run.verdict() == Verdict("0001-77.0", why, None)
+    assert (run.failed().why, run.failed().wait) == (why, None)
 
 
 @pytest.mark.parametrize(("saves", "wait"), [(False, None), (True, 30)])
@@ -99,9 +102,8 @@ def test_memory_that_was_short_is_short_again_unless_something_was_saved(
     run.log("srun: error: n2: task 3: Out Of Memory")
     if saves:
         run.save()
-    verdict = run.verdict()
-    assert verdict is not None
-    assert (verdict.wait, "--mem" in verdict.why, verdict.node) == (wait, not saves, "n2" if saves else "")
+    verdict = run.failed()
+    assert (verdict.wait, "--mem" in verdict.why, verdict.node) == (wait, not saves, "n2")
     assert verdict.why.startswith("out of memory: the system killed rank 3 on n2")
 
 
@@ -120,8 +122,7 @@ def test_the_node_of_the_rank_that_failed_by_itself_is_named(
 ) -> None:
     run.attempt(*failures, log_start=0)
     run.log(log)
-    verdict = run.verdict()
-    assert verdict is not None
+    verdict = run.failed()
     assert (verdict.wait, verdict.node) == (30, node)
 
 
@@ -131,15 +132,12 @@ def test_what_ended_as_it_should_or_was_told_to_stop_is_not_started_again(run: R
         assert run.verdict() is None
     run.attempt(LOST)
     run.files.stop_request("76").touch()
-    assert run.wait() == 30
+    assert run.failed().wait == 30
     run.files.stop_request("77").touch()
     assert run.verdict() is None
     run.files.stop_request("77").unlink()
-    run.restart += 1  # without a record of the attempt nothing is decided
-    assert run.verdict() is None
-    run.restart -= 1
     run.attempt(outcome="requeued", signal="SIGUSR2 (preempted)")  # and the scheduler did not take the order
-    assert run.wait() == 0
+    assert run.failed().wait == 0
 
 
 @pytest.mark.parametrize(
@@ -155,10 +153,9 @@ def test_each_wait_is_twice_the_one_before_until_the_limit(
 ) -> None:
     for wait in waits:
         run.attempt(LOST)
-        verdict = run.verdict(max_restarts=limit)
-        assert verdict is not None
+        verdict = run.failed(max_restarts=limit)
         assert verdict.wait == wait
-        run.files.note(verdict.attempt, outcome="requeued", retried=True)
+        run.files.note(run.files.attempts()[-1].name, outcome="requeued", retried=True)
     assert why in verdict.why
 
 
@@ -166,24 +163,22 @@ def test_a_new_state_or_job_begins_the_count_anew(run: Run) -> None:
     for _ in range(3):
         run.attempt(LOST, retried=True)
     run.attempt(LOST)
-    assert run.wait() is None
+    assert run.failed().wait is None
     run.save()
-    assert run.wait() == 30
+    assert run.failed().wait == 30
     run.attempt(LOST)
-    assert run.wait() == 30, "restarts before the state do not count"
+    assert run.failed().wait == 30, "restarts before the state do not count"
     for _ in range(3):
         run.attempt(LOST, retried=True)
-    name = run.files.begin(job_id="78", restart=0, nodes=["n1"], world_size=4, state="")
-    verdict = judge(run.files, "78", 0, max_restarts=3, restart_wait=30)
-    assert verdict is not None
-    assert (verdict.attempt, verdict.wait) == (name, 30)
+    run.files.begin(job_id="78", restart=0, nodes=["n1"], world_size=4, state="")
+    assert run.failed().wait == 30
 
 
 def test_attempts_that_were_preempted_do_not_count(run: Run) -> None:
     run.attempt(LOST, retried=True)
     run.attempt(outcome="requeued", signal="SIGUSR2 (preempted)")
     run.attempt(LOST)
-    assert run.wait() == 60
+    assert run.failed().wait == 60
 
 
 class Slurm:
@@ -210,7 +205,8 @@ class Slurm:
 @pytest.fixture
 def slurm(monkeypatch: pytest.MonkeyPatch) -> Slurm:
     made = Slurm()
-    monkeypatch.setattr(module, "ask", made.ask)
+    for place in (module, scheduler):
+        monkeypatch.setattr(place, "ask", made.ask)
     monkeypatch.setattr(module, "PAUSE", 0.01)
     monkeypatch.setattr(module.signal, "signal", lambda *_: None)
     for name, value in {"JOB_ID": 77, "ARRAY_JOB_ID": 70, "ARRAY_TASK_ID": 1, "RESTART_COUNT": 0}.items():
@@ -242,10 +238,7 @@ def test_a_cell_is_asked_for_by_its_own_number_and_waits_in_the_queue(slurm: Slu
     assert "starts again after 30 s" in attempt.why
 
 
-@pytest.mark.parametrize(
-    ("state", "restart"),
-    [("CANCELLED", 0), ("COMPLETING", 0), ("PENDING", 0), ("PREEMPTED", 0), ("RUNNING", 1)],
-)
+@pytest.mark.parametrize(("state", "restart"), [("CANCELLED", 0), ("COMPLETING", 0), ("RUNNING", 1)])
 def test_a_job_that_the_scheduler_has_ended_or_runs_again_is_left_alone(
     slurm: Slurm, launch: Path, state: str, restart: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -303,6 +296,10 @@ def test_a_record_that_is_away_for_a_moment_is_waited_for(
 def test_without_the_record_nothing_is_started_again(
     slurm: Slurm, launch: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")  # no such attempt
+    assert (main(launch, 137), slurm.told) == (137, [])
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "0")
+
     def away(*_: Any, **__: Any) -> None:
         raise OSError(116, "Stale file handle")
 
@@ -322,7 +319,7 @@ def test_a_scheduler_that_does_not_answer(
 
     slurm.then = silent  # type: ignore[assignment]
     if when == "question":
-        monkeypatch.setattr(module, "ask", silent)
+        monkeypatch.setattr(scheduler, "ask", silent)
     assert main(launch, 137) == 137
     if when == "question":
         assert "not started again" in capsys.readouterr().err

@@ -21,6 +21,7 @@ from graftvit.launch.slurm.scheduler import (
     cancel,
     fallen_nodes,
     flags_beyond,
+    job_fields,
     job_states,
     number_by_name,
     parse_accounting,
@@ -94,10 +95,12 @@ def test_the_accounting_tells_how_each_start_ended() -> None:
         ({}, ""),
     ],
 )
-def test_the_reason_of_a_signal(changes: dict[str, Any], reason: str) -> None:
+def test_the_reason_of_a_signal(
+    changes: dict[str, Any], reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     values = {"state": "RUNNING", "reason": "None", "restarts": 0, "end": "2026-11-21T18:00:00"}
-    text = SIGNALLED.format(**{**values, "preempt": "PreemptTime=None ", **changes})
-    assert reason_in(text, 0, datetime(2026, 11, 21, 12, 10), 90) == reason
+    answers(monkeypatch, scontrol=SIGNALLED.format(**{**values, "preempt": "PreemptTime=None ", **changes}))
+    assert reason_in(job_fields("5"), 0, datetime(2026, 11, 21, 12, 10), 90) == reason
 
 
 def test_fallen_nodes_are_those_that_do_not_work(monkeypatch: pytest.MonkeyPatch) -> None:
