@@ -16,7 +16,6 @@ from .submit import show_or_send
 if TYPE_CHECKING:
     from ..slurm.folder import Job, JobFolder
     from ..slurm.jobs import Status
-    from ..slurm.logs import Follower
 
 EXAMPLES = (
     "graftvit jobs                         # all runs that this user submitted from here",
@@ -154,10 +153,10 @@ def _logs(argv: list[str]) -> int:
     job = shown_job(folder)
     _check_rank(folder, job, arguments)
     paths = _find_logs(JobFolder(folder), job, arguments.rank)
-    followers: dict[Path, Follower] = {}
-    shown = _show_end(paths(), arguments.lines, followers)
+    places: dict[Path, int] = {}
+    shown = _show_end(paths(), arguments.lines, places)
     if arguments.follow:
-        _follow(folder, paths, followers, shown)
+        _follow(folder, paths, places, shown)
     elif shown is None:
         say_aside(f"graftvit: there is no log yet: `{hint('jobs', folder)}` shows the state of the run\n")
     return 0
@@ -213,13 +212,13 @@ def _find_logs(files: JobFolder, job: Job | None, rank: int | None) -> Callable[
     return paths
 
 
-def _show_end(paths: tuple[Path, ...], lines: int, followers: dict[Path, Follower]) -> Path | None:
+def _show_end(paths: tuple[Path, ...], lines: int, places: dict[Path, int]) -> Path | None:
     """Print the end of each file, and return the last file printed."""
-    from ..slurm.logs import Follower, tail
+    from ..slurm.logs import tail
 
     shown = None
     for path in paths:
-        followers[path] = Follower.at_end(path)
+        places[path] = path.stat().st_size if path.exists() else 0
         text = tail(path, lines)
         if text:
             shown = _write(path, text, shown)
@@ -229,13 +228,13 @@ def _show_end(paths: tuple[Path, ...], lines: int, followers: dict[Path, Followe
 def _follow(
     folder: Path,
     paths: Callable[[], tuple[Path, ...]],
-    followers: dict[Path, Follower],
+    places: dict[Path, int],
     shown: Path | None,
 ) -> None:
     from ..slurm.jobs import describe_runs
     from ..slurm.logs import follow
 
-    for path, text in follow(paths, lambda: describe_runs([folder])[0].over, followers):
+    for path, text in follow(paths, lambda: describe_runs([folder])[0].over, places):
         shown = _write(path, text, shown)
     (status,) = describe_runs([folder])
     say_aside(f"graftvit: the run is {status.state}{f': {status.why}' if status.why else ''}\n")

@@ -97,34 +97,23 @@ HELD = (signal.SIGINT, signal.SIGHUP, signal.SIGTERM)
 
 
 class InterruptedSubmissionError(GraftError):
-    """A job that was submitted despite the signal; the exit code is the signal's."""
+    """A signal has ended a submission, before or after the job was submitted; the exit code is the signal's."""
 
-    def __init__(self, number: int, job: str, folder: Path) -> None:
-        self.exit_code = 128 + number
-        super().__init__(
-            f"{signal.Signals(number).name} came while job {job} was being submitted, and it was: "
-            f"`{hint('jobs', 'stop', folder)}` ends it"
-        )
-
-
-class NothingSubmittedError(GraftError):
-    """Somebody has stopped a submission in time; the exit code is the signal's."""
-
-    def __init__(self, number: int) -> None:
+    def __init__(self, number: int, job: str = "", folder: Path | None = None) -> None:
         self.exit_code = 128 + number
         name = "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
-        super().__init__(f"stopped by {name}: nothing was submitted")
-
-
-class _Told(BaseException):
-    """SIGTERM, as KeyboardInterrupt is SIGINT."""
+        super().__init__(
+            f"{name} came while job {job} was being submitted, and it was: `{hint('jobs', 'stop', folder)}` ends it"
+            if folder
+            else f"stopped by {name}: nothing was submitted"
+        )
 
 
 @contextmanager
 def stoppable() -> Iterator[None]:
     """Say that nothing was submitted where Ctrl-C or SIGTERM ends the block before the first order.
 
-    Raises NothingSubmittedError.
+    Raises InterruptedSubmissionError.
     """
     if threading.current_thread() is not threading.main_thread():  # no other one may have handlers
         yield
@@ -135,17 +124,17 @@ def stoppable() -> Iterator[None]:
         signal.signal(signal.SIGTERM, _tell)
     try:
         yield
-    except (KeyboardInterrupt, _Told) as told:
+    except KeyboardInterrupt as told:
         if _orders:
             raise
-        raise NothingSubmittedError(signal.SIGTERM if isinstance(told, _Told) else signal.SIGINT) from told
+        raise InterruptedSubmissionError(*told.args or (signal.SIGINT,)) from told
     finally:
         signal.signal(signal.SIGTERM, before)
 
 
 def _tell(number: int, frame: FrameType | None) -> None:
     if not _orders:
-        raise _Told
+        raise KeyboardInterrupt(number)
     signal.signal(number, signal.SIG_DFL)
     os.kill(os.getpid(), number)
 
@@ -189,27 +178,31 @@ SLACK = 2.0
 
 
 def is_alive(job: Job) -> bool:
-    """Return whether the process of a `local` or `debug` job runs on this machine."""
-    if job.cluster == "debug":
-        elsewhere = job.pid in (0, os.getpid()) or job.host != socket.gethostname()
-        return not elsewhere and _is_older(job.pid, job.submitted)
+    """Return whether the process of a `local` or `debug` job runs here, and no later one has its number."""
     try:
-        words = psutil.Process(int(job.job_id)).cmdline()
+        if job.cluster == "debug":
+            elsewhere = job.pid in (0, os.getpid()) or job.host != socket.gethostname()
+            return not elsewhere and psutil.Process(job.pid).create_time() <= job.submitted + SLACK
+        return " ".join(psutil.Process(int(job.job_id)).cmdline()).endswith(f"{CONTROLLER} {job.logs}")
     except (ValueError, psutil.Error):
         return False
-    # else another process has the number by now
-    return " ".join(words).endswith(f"{CONTROLLER} {job.logs}")
+
+
+def _processes(end: str) -> list[psutil.Process]:
+    """Return those whose command line ends so; a zombie has none."""
+    found = psutil.process_iter(["ppid", "cmdline"])
+    return [one for one in found if " ".join(one.info["cmdline"] or ()).endswith(end)]
 
 
 def watchers(logs: str) -> list[str]:
     """Return the ids of the processes that watch the jobs of a log folder: submitit's, or the shell before it."""
-    found = {one.pid: one.info["ppid"] for one in _processes() if _line(one).endswith(f"{CONTROLLER} {logs}")}
+    found = {one.pid: one.info["ppid"] for one in _processes(f"{CONTROLLER} {logs}")}
     return [str(pid) for pid, parent in found.items() if parent not in found]
 
 
 def is_ordered(script: Path) -> bool:
     """Return whether an sbatch with this script still runs, for example after the command that started it ended."""
-    return any(_line(process).endswith(f" {script}") for process in _processes())
+    return bool(_processes(f" {script}"))
 
 
 def stop_process(job: Job, *, now: bool = False) -> None:
@@ -232,19 +225,3 @@ def _innermost(job: Job) -> int:
         return next((one.pid for one in children if CONTROLLER in one.cmdline()), number)
     except psutil.Error:
         return number
-
-
-def _processes() -> Iterator[psutil.Process]:
-    yield from psutil.process_iter(["ppid", "cmdline"])
-
-
-def _line(process: psutil.Process) -> str:
-    return " ".join(process.info["cmdline"] or ())  # a zombie has none
-
-
-def _is_older(pid: int, moment: float) -> bool:
-    """Return whether the process existed at that moment, and is not a later one with the same number."""
-    try:
-        return pid > 0 and psutil.Process(pid).create_time() <= moment + SLACK
-    except psutil.Error:
-        return False

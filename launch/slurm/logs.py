@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 
 from ...checkpoints.files import UnreadableError, open_regular
@@ -47,63 +47,41 @@ def tail(path: Path, lines: int) -> str:
     return "".join(data.decode("utf-8", "replace").splitlines(keepends=True)[-lines:]) if lines > 0 else ""
 
 
-@dataclass
-class Follower:
-    """Follow what is added to a file; a truncated file is read from its beginning again."""
+def new_text(path: Path, place: int, *, lines: bool = True) -> tuple[str, int]:
+    """Return what was added to a file behind `place`, and the next place; with `lines` only whole lines.
 
-    path: Path
-    place: int = 0
-    _rest: bytes = field(default=b"", repr=False)
-
-    @classmethod
-    def at_end(cls, path: Path) -> Follower:
-        """Return a follower that starts at the present end of the file."""
-        return cls(path, path.stat().st_size if path.exists() else 0)
-
-    def new(self) -> str:
-        """Whole lines that have come since the last call."""
-        try:
-            with open_regular(self.path, refusal=UnreadableError) as file:
-                if file.seek(0, 2) < self.place:
-                    self.place, self._rest = 0, b""
-                file.seek(self.place)
-                data = file.read()
-        except OSError:  # not there yet
-            return ""
-        self.place += len(data)
-        whole, newline, self._rest = (self._rest + data).rpartition(b"\n")
-        return (whole + newline).decode("utf-8", "replace")
-
-    def rest(self) -> str:
-        """Return the last line, if it has no newline yet."""
-        data, self._rest = self._rest, b""
-        return data.decode("utf-8", "replace")
+    A truncated file is read from its beginning again.
+    """
+    try:
+        with open_regular(path, refusal=UnreadableError) as file:
+            place = place if file.seek(0, 2) >= place else 0
+            file.seek(place)
+            data = file.read()
+    except OSError:  # not there yet
+        return "", place
+    data = data[: data.rfind(b"\n") + 1] if lines else data
+    return data.decode("utf-8", "replace"), place + len(data)
 
 
 def follow(
-    files: Callable[[], tuple[Path, ...]], ended: Callable[[], bool], followers: dict[Path, Follower]
+    files: Callable[[], tuple[Path, ...]], ended: Callable[[], bool], places: dict[Path, int]
 ) -> Iterator[tuple[Path, str]]:
     """Yield texts as they are written, until the run has ended.
 
     Args:
         files: Returns the files to follow; called repeatedly, because a run may be submitted again.
         ended: Returns whether the run has ended; called every `ASK` seconds.
-        followers: How far each file has been read.
+        places: How far each file has been read.
     """
-    asked = time.monotonic()
-    while True:
-        over = time.monotonic() - asked >= ASK
-        if over:
-            asked = time.monotonic()
-            over = ended()
+    asked, over = time.monotonic(), False
+    while not over:
+        if time.monotonic() - asked >= ASK:
+            asked, over = time.monotonic(), ended()
         for path in files():
-            follower = followers.setdefault(path, Follower(path))
-            text = follower.new() + (follower.rest() if over else "")
+            text, places[path] = new_text(path, places.get(path, 0), lines=not over)
             if text:
                 yield path, text
-        if over:
-            return
-        time.sleep(POLL)
+        time.sleep(0 if over else POLL)
 
 
 def all_files(job: Job) -> tuple[Path, ...]:
@@ -119,7 +97,6 @@ def all_files(job: Job) -> tuple[Path, ...]:
 SILENT = "ended without a word"
 _BY_SLURM = ("srun:", "slurmstepd")
 _LINES = 15
-_CHUNK = 1 << 16
 _ENDING = re.compile(r"Terminating StepId|CANCELLED AT|Job step aborted|Force Terminated")
 _NODE = re.compile(r"^srun: error: Node failure on (\S+)", re.MULTILINE)
 _TASK = re.compile(
@@ -159,7 +136,16 @@ def blame(files: JobFolder, attempt: Attempt, job: Job, until: int | None = None
 
 def said_of(attempt: Attempt, job: Job, until: int | None = None) -> Failure:
     """Return what Slurm wrote about the end of an attempt; nothing if it wrote nothing."""
-    return _said(_log(attempt, job, until), job)
+    if attempt.log_start is None:  # where its part of the log begins is not known
+        return NOTHING
+    try:
+        with open_regular(log_files(job, 0)[0], refusal=UnreadableError) as file:
+            end = file.seek(0, 2) if until is None else until
+            begin = max(attempt.log_start, end - _CHUNK)
+            file.seek(begin)
+            return _said(file.read(max(0, end - begin)).decode("utf-8", "replace"), job)
+    except OSError:
+        return NOTHING
 
 
 def blame_start(job: Job, *, first: bool = True) -> Failure:
@@ -239,20 +225,6 @@ def _loudest_log(job: Job) -> Failure:
         return NOTHING
     rank = min(loud, key=lambda rank: (is_consequence(texts[rank]), logs[rank].stat().st_mtime_ns))
     return Failure(rank, text="".join(texts[rank].splitlines(keepends=True)[-_LINES:]))
-
-
-def _log(attempt: Attempt, job: Job, until: int | None) -> str:
-    """Return the end of an attempt's part of the first rank's log; empty if the start of that part is unknown."""
-    if attempt.log_start is None:
-        return ""
-    try:
-        with open_regular(log_files(job, 0)[0], refusal=UnreadableError) as file:
-            end = file.seek(0, 2) if until is None else until
-            begin = max(attempt.log_start, end - _CHUNK)
-            file.seek(begin)
-            return file.read(max(0, end - begin)).decode("utf-8", "replace")
-    except OSError:
-        return ""
 
 
 def log_starts(attempts: Sequence[Attempt]) -> dict[int, int]:

@@ -158,7 +158,7 @@ def _leave_out(job: str, node: str) -> None:
     try:
         fields = job_fields(job, tries=TRIES)
         nodes = int(fields.get("NumNodes", "").partition("-")[0] or 1)
-        excluded = dict.fromkeys([*expand_nodes(fields.get("ExcNodeList", "")), node])
+        excluded = dict.fromkeys([*expand_nodes(fields.get("ExcNodeList", "").replace("(null)", "")), node])
         partition = f"--partition={fields.get('Partition', '').split(',')[0]}"
         text = ask("sinfo", "-h", "-N", partition, "--states=idle,mix,alloc,comp", "--format=%N")
         if len(set(text.split()) - set(excluded)) >= nodes:

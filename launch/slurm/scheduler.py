@@ -12,6 +12,7 @@ import re
 import subprocess
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import lru_cache
@@ -59,16 +60,17 @@ def ask(*words: str, timeout: float = TIMEOUT, tries: int = TRIES) -> str:
     when, sentence = _silent.get(daemon, (-SILENCE, ""))
     if begun - when < SILENCE:
         raise NoAnswerError(sentence)
+    said = ""
     for left in reversed(range(tries)):
-        said = ""
         try:
             done = _run(words, timeout)
-            if done.returncode == 0:
-                return done.stdout
-            said = _last_words(words[0], done)
         except subprocess.TimeoutExpired:
             said = f"no answer within {timeout:.0f} seconds"
         else:
+            if done.returncode == 0:
+                return done.stdout
+            lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
+            said = lines[-1].removeprefix(f"{words[0]}: ")  # those before it tell what led there
             _raise_refusal(words[0], said)
         if left:
             time.sleep(PAUSE)
@@ -79,6 +81,9 @@ def ask(*words: str, timeout: float = TIMEOUT, tries: int = TRIES) -> str:
 
 
 def _run(words: tuple[str, ...], timeout: float) -> subprocess.CompletedProcess[str]:
+    # without what a user set for squeue and sacct: it would hide jobs, or change what they print
+    own = ("SQUEUE_", "SACCT_", "SINFO_", "SCANCEL_")
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(own)}
     try:
         return subprocess.run(
             words,
@@ -87,27 +92,13 @@ def _run(words: tuple[str, ...], timeout: float) -> subprocess.CompletedProcess[
             text=True,
             errors="replace",
             timeout=timeout,
-            env=_environment(),
+            env={**kept, "SLURM_TIME_FORMAT": "standard"},
         )
     except FileNotFoundError as error:
-        raise NoAnswerError(
-            f"{words[0]} is not on this machine: run this where Slurm's commands are"
-        ) from error
+        said = f"{words[0]} is not on this machine: run this where Slurm's commands are"
+        raise NoAnswerError(said) from error
     except OSError as error:
         raise NoAnswerError(f"{words[0]} cannot be run: {error.strerror}") from error
-
-
-def _environment() -> dict[str, str]:
-    """Return the environment without what a user set for squeue and sacct: it would hide jobs, or change what they
-    print."""
-    own = ("SQUEUE_", "SACCT_", "SINFO_", "SCANCEL_")
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(own)}
-    return {**kept, "SLURM_TIME_FORMAT": "standard"}
-
-
-def _last_words(program: str, done: subprocess.CompletedProcess[str]) -> str:
-    lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
-    return lines[-1].removeprefix(f"{program}: ")  # those before it tell what led there
 
 
 def _raise_refusal(program: str, said: str) -> None:
@@ -132,10 +123,12 @@ ENDED = frozenset([
 ])  # fmt: skip
 """States in which a job holds no node; NODE_FAIL and PREEMPTED may be followed by another start."""
 
-_QUEUE = [
-    "JobArrayID", "State", "NodeList", "Reason", "RestartCnt", "exit_code", "StartTime", "EndTime", "TimeLimit", "Name",
-    "Command",
-]  # fmt: skip
+_QUEUE = {
+    "JobArrayID": "JobID", "State": "State", "NodeList": "NodeList", "Reason": "Reason", "RestartCnt": "Restarts",
+    "exit_code": "ExitCode", "StartTime": "Start", "EndTime": "End", "TimeLimit": "Timelimit", "Name": "JobName",
+    "Command": "Command",
+}  # fmt: skip
+"""Columns of squeue, and what sacct calls them."""
 _ACCOUNTING = ["JobID", "State", "NodeList", "ExitCode", "Start", "End", "Timelimit", "Reason", "JobName"]
 NAMELESS = "allocation"
 """What `sacct` calls a job whose name the accounting has not been told yet."""
@@ -176,11 +169,13 @@ def job_states(ids: Iterable[str], *, tries: int = TRIES) -> dict[str, State]:
     if not wanted:
         return {}
     numbers = list(dict.fromkeys(job.partition("_")[0] for job in wanted))
-    queued = parse_queue(_queue_text(numbers, tries))
-    try:
-        recorded = parse_accounting(_accounting_text(numbers))
-    except GraftError:
-        recorded = {}
+    queued, recorded, joined = dict[str, State](), dict[str, State](), ",".join(numbers)
+    with suppress(NoSuchJobError):  # said where it knows none of them, or shows none of them to this user
+        words = ("squeue", f"--jobs={joined}", *_FLAGS, f"--Format={_columns(_QUEUE)}")
+        queued = parse_queue(ask(*words, tries=tries))
+    with suppress(GraftError):
+        words = ("sacct", "--allocations", "--duplicates", "--parsable2", "-o", ",".join(_ACCOUNTING))
+        recorded = parse_accounting(ask(*words, "-j", joined, tries=1))
     found = {job: _merged(queued.get(job), recorded.get(job)) for job in wanted}
     arrays = {job.partition("_")[0] for job in queued}
     lost = {job for job in wanted if found[job] == State() and "_" in job and job.partition("_")[0] in arrays}
@@ -286,51 +281,49 @@ def usage_of(ids: Iterable[str]) -> list[tuple[str, float, float, float, float]]
 
 def parse_queue(text: str) -> dict[str, State]:
     """Job id -> state, of the lines that `squeue` gives for `_QUEUE`."""
-    found: dict[str, State] = {}
-    for line in text.splitlines():
-        # the last field may contain the separator
-        values = [value.strip() for value in line.removesuffix("|").split("|", len(_QUEUE) - 1)]
-        if len(values) < len(_QUEUE):
-            continue
-        row = dict(zip(_QUEUE, values, strict=False))
-        state = State(
-            state=_state(row["State"]),
-            nodes=expand_nodes(row["NodeList"]),
-            reason=_word(row["Reason"]),
-            restarts=int(row["RestartCnt"] or 0),
-            start=_time(row["StartTime"]),
-            end=_time(row["EndTime"]),
-            limit=_limit(row["TimeLimit"]),
-            exit_code=_exit_code(row["exit_code"]),
-            name=row["Name"],
-            script=Path(row["Command"]) if _word(row["Command"]) else None,
-        )
-        found |= dict.fromkeys(expand_id(row["JobArrayID"]), state)
-    return found
+    # the last field may contain the separator
+    lines = [line.removesuffix("|").split("|", len(_QUEUE) - 1) for line in text.splitlines()]
+    rows = [
+        dict(zip(_QUEUE.values(), map(str.strip, line), strict=True))
+        for line in lines
+        if len(line) == len(_QUEUE)
+    ]
+    return {job: _state(row) for row in rows for job in expand_id(row["JobID"])}
 
 
 def parse_accounting(text: str) -> dict[str, State]:
     """Job id -> state, of what `sacct --duplicates --parsable2` gives, its header included."""
-    lines = [line.split("|") for line in text.splitlines() if "|" in line]
+    heads, *lines = [line.split("|") for line in text.splitlines() if "|" in line] or [[]]
     found: dict[str, State] = {}
-    for values in lines[1:]:
-        row = dict(zip(lines[0], values, strict=False))
-        state = State(
-            state=_state(row.get("State", "")),
-            nodes=expand_nodes(row.get("NodeList", "")),
-            reason=_word(row.get("Reason", "")),
-            start=_time(row.get("Start", "")),
-            end=_time(row.get("End", "")),
-            limit=_limit(row.get("Timelimit", "")),
-            exit_code=row.get("ExitCode", ""),
-            name="" if row.get("JobName") == NAMELESS else row.get("JobName", ""),
-        )
-        for job in expand_id(row.get("JobID", "")):
+    for row in (dict(zip(heads, line, strict=False)) for line in lines):
+        state = _state(row)
+        for job in expand_id(row["JobID"]):
             before = found.get(job)
             again = before is not None and before.name == state.name  # else it is another job of that number
             history = (*before.history, before.state) if before is not None and again else ()
             found[job] = replace(state, history=history, restarts=len(history))
     return found
+
+
+def _state(row: Mapping[str, str]) -> State:
+    """Read a row of the queue or of the accounting."""
+
+    def said(name: str) -> str:
+        return _word(row.get(name, ""))
+
+    words = said("State").split() or [UNKNOWN]  # `CANCELLED by 1000` and `CANCELLED+` are CANCELLED
+    return State(
+        state=words[0].rstrip("+"),
+        nodes=expand_nodes(said("NodeList")),
+        reason=said("Reason"),
+        restarts=int(said("Restarts") or 0),
+        start=_time(said("Start")),
+        end=_time(said("End")),
+        limit=_limit(said("Timelimit")),
+        exit_code=_exit_code(said("ExitCode")),
+        name="" if said("JobName") == NAMELESS else said("JobName"),
+        script=Path(said("Command")) if said("Command") else None,
+    )
 
 
 def expand_id(text: str) -> list[str]:
@@ -350,13 +343,12 @@ def expand_id(text: str) -> list[str]:
 @lru_cache(maxsize=256)
 def expand_nodes(text: str) -> tuple[str, ...]:
     """Return the names that `gpu[01-03]` means; the packed name itself if Slurm is not here to expand it."""
-    packed = "" if text in ("None assigned", "(null)", "N/A") else text
-    if "[" not in packed:
-        return tuple(name for name in packed.split(",") if name)
+    if "[" not in text:
+        return tuple(name for name in text.split(",") if name)
     try:
-        return tuple(ask("scontrol", "show", "hostnames", packed).split())
+        return tuple(ask("scontrol", "show", "hostnames", text).split())
     except GraftError:
-        return (packed,)
+        return (text,)
 
 
 def _merged(queued: State | None, recorded: State | None) -> State:
@@ -366,29 +358,12 @@ def _merged(queued: State | None, recorded: State | None) -> State:
     return replace(queued, history=history[-queued.restarts :] if queued.restarts else ())
 
 
-def _queue_text(ids: Sequence[str], tries: int) -> str:
-    try:
-        return ask("squeue", f"--jobs={','.join(ids)}", *_FLAGS, f"--Format={_columns(_QUEUE)}", tries=tries)
-    except NoSuchJobError:  # said where it knows none of them, or shows none of them to this user
-        return ""
-
-
-def _accounting_text(ids: Sequence[str]) -> str:
-    words = ["sacct", "--allocations", "--duplicates", "--parsable2"]
-    return ask(*words, "-o", ",".join(_ACCOUNTING), "-j", ",".join(ids), tries=1)
-
-
-def _columns(names: Sequence[str]) -> str:
+def _columns(names: Iterable[str]) -> str:
     return ",".join(f"{name}:|" for name in names)
 
 
-def _state(text: str) -> str:
-    """`CANCELLED by 1000` and `CANCELLED+` as CANCELLED."""
-    return (text.split() or [UNKNOWN])[0].rstrip("+")
-
-
 def _word(text: str) -> str:
-    return "" if text in ("None", "N/A", "(null)") else text
+    return "" if text in ("None", "None assigned", "N/A", "(null)") else text
 
 
 def _time(text: str) -> float | None:
@@ -418,20 +393,11 @@ def _exit_code(text: str) -> str:
 _WAITS = {
     "Resources": "waits for nodes",
     "Priority": "waits behind jobs of higher priority",
-    "Dependency": "waits for another job",
     "DependencyNeverSatisfied": "waits for ever: the job that it follows has failed",
     "BeginTime": "waits until its begin time",
     "ReqNodeNotAvail": "waits for nodes that are down, drained or reserved",
-    "Nodes_required_for_job_are_DOWN": "waits for nodes that are down, drained or reserved",
-    "NodeDown": "waits for a node that is down",
-    "PartitionDown": "waits for its partition, which is down",
-    "PartitionInactive": "waits for its partition, which takes no jobs now",
-    "Reservation": "waits for its reservation",
-    "Licenses": "waits for licenses",
-    "Cleaning": "waits until its last start is cleaned up",
     "JobArrayTaskLimit": "waits for cells of its array: --array_parallelism",
     "JobHeldUser": "is held: `scontrol release` lets it go",
-    "JobHeldAdmin": "is held by an administrator",
     "launch_failed_requeued_held": "is held, because its nodes could not start it: `scontrol release` lets it go",
     "job_requeued_in_held_state": "is held: `scontrol release` lets it go",
 }
@@ -452,11 +418,6 @@ _FLAGS_OF = {
 }
 
 
-def slurms_word(reason: str) -> str:
-    """Return Slurm's word without what it adds after a comma; some have blanks in place of `_`."""
-    return re.sub(r"\s+", "_", reason.partition(",")[0].strip())
-
-
 def waiting(reason: str, start: float | None = None) -> str:
     """Return why a job waits, as in `waits for nodes: Resources`: Slurm's word, with a sentence where there is one.
 
@@ -464,7 +425,7 @@ def waiting(reason: str, start: float | None = None) -> str:
         reason: Slurm's word, with what it may add after a comma.
         start: When it is expected to start; that of `BeginTime` is certain.
     """
-    word = slurms_word(reason)
+    word = reason.partition(",")[0].strip()
     if not word:
         return ""
     if word == "BeginTime" and start is not None:
@@ -476,7 +437,7 @@ def waiting(reason: str, start: float | None = None) -> str:
 
 def flags_beyond(reason: str) -> tuple[str, ...]:
     """Return the resources that are beyond a limit which each job must meet; empty where the job only waits."""
-    word = slurms_word(reason)
+    word = reason.partition(",")[0].strip()
     if re.fullmatch(_NEVER, word) is None:
         return ()
     word = word.replace("PerNode", "")

@@ -24,24 +24,6 @@ def queued(cluster: SlurmCluster) -> str:
     return cluster.run("squeue", "--noheader", "--format=%i %T")
 
 
-def test_jobs_are_stopped_and_resumed_while_the_accounting_is_away(
-    on_cluster: SlurmCluster, tmp_path: Path, typed: Typed
-) -> None:
-    waits, runs = sbatch(on_cluster, "sleep 900", "--hold"), sbatch(on_cluster, "sleep 900")
-    for name, job in (("waits", waits), ("runs", runs)):
-        submitted(tmp_path / name, job_id=job)
-    until(lambda: f"{runs} RUNNING" in queued(on_cluster), lambda: queued(on_cluster))
-    on_cluster.stop_accounting()
-    try:
-        assert describe_runs([tmp_path / "runs"])[0].state == "running"
-        typed("jobs", "stop", tmp_path / "waits")
-        assert f"is job {runs} already" in typed("jobs", "resume", tmp_path / "runs", "--dry_run", code=2).err
-        typed("jobs", "stop", tmp_path / "runs", "--now")
-        until(lambda: queued(on_cluster) == "", lambda: queued(on_cluster))
-    finally:
-        on_cluster.start_accounting()
-
-
 def test_a_job_that_only_the_accounting_knows_is_still_the_submitted_one(
     on_cluster: SlurmCluster, tmp_path: Path
 ) -> None:

@@ -9,8 +9,7 @@ from pathlib import Path
 
 import pytest
 from support.runs.patience import until
-from support.slurm.slurm_cluster import LONGEST_FOLDER, SlurmCluster, missing_programs
-from support.slurm.slurm_config import ClusterOptions
+from support.slurm.slurm_cluster import SlurmCluster
 from support.slurm.slurm_processes import ClusterError, end, marked
 
 pytestmark = pytest.mark.slurm
@@ -56,12 +55,6 @@ def test_two_at_once_are_strangers(cluster: SlurmCluster, start_cluster: StartCl
         cluster.run("sacct", "-j", "1")
 
 
-def test_where_the_accounting_is_missing_the_reason_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("support.slurm.slurm_cluster.OF_ACCOUNTING", ("no_such_database",))
-    assert "no_such_database: not installed" in missing_programs(ClusterOptions(accounting=True))
-    assert "no_such_database" not in missing_programs()
-
-
 def test_stopping_ends_what_does_not_want_to_end(start_cluster: StartCluster) -> None:
     cluster = start_cluster(nodes=1)
     stubborn = "import os, signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); os.setsid(); time.sleep(1000)"
@@ -90,11 +83,6 @@ def test_only_the_marked_and_their_descendants_are_ended(tmp_path: Path) -> None
         other.kill()
 
 
-def test_a_path_too_long_for_a_socket_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ClusterError, match="too long for Slurm's sockets"):
-        SlurmCluster(tmp_path / ("x" * LONGEST_FOLDER))
-
-
 def test_where_slurm_is_missing_the_reason_is_given(
     start_cluster: StartCluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -105,15 +93,3 @@ def test_where_slurm_is_missing_the_reason_is_given(
     monkeypatch.setenv("GRAFTVIT_TEST_SLURM", "1")
     with pytest.raises(pytest.fail.Exception, match="no_such_daemon: not installed"):
         start_cluster()
-
-
-def test_a_daemon_that_does_not_come_up_leaves_nothing(
-    cluster_folders: Callable[[], Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    if reason := missing_programs():
-        pytest.skip(reason)
-    cluster = SlurmCluster(cluster_folders())
-    monkeypatch.setattr("support.slurm.slurm_config._PLUGINS", ["SelectType=select/unheard_of"])
-    with pytest.raises(ClusterError, match=r"slurmctld does not come up: .*unheard_of"):
-        cluster.start()
-    assert marked({"SLURM_CONF": cluster.environment["SLURM_CONF"]}) == set()

@@ -35,6 +35,7 @@ def test_a_run_tells_of_its_start_and_its_end(tmp_path: Path, typed: Typed, brok
     assert (first["event"], last["event"]) == ("start", "failure" if broken else "finish")
     assert (first["run"], first["attempt"], first["restart"]) == (str(tmp_path / "run"), 1, 0)
     assert bool(last["why"]) == broken
+    assert (tmp_path / "run" / "student" / "model.safetensors").exists() != broken
     assert broken or last["step"] == last["total_steps"] != 0
 
 

@@ -70,12 +70,6 @@ def test_a_signal_in_the_background_starts_the_run_again_where_it_was(tmp_path: 
     assert "torch" not in (folder / "jobs" / "logs" / "controller.log").read_text()
 
 
-def test_debug_runs_in_this_process(tmp_path: Path) -> None:
-    graftvit(tmp_path, "submit", str(recipe(tmp_path, "run")), "--cluster", "debug", *HERE)
-    assert outcomes(tmp_path / "run") == ["finished"]
-    assert (tmp_path / "run" / "student" / "model.safetensors").exists()
-
-
 def shown(root: Path, folder: Path) -> dict[str, Any]:
     (status,) = json.loads(graftvit(root, "jobs", str(folder), "--json"))
     return dict(status)

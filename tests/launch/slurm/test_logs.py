@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from graftvit.launch.slurm import logs
-from graftvit.launch.slurm.logs import Follower, tail
+from graftvit.launch.slurm.logs import new_text, tail
 from support.runs.typed import Typed
 from support.slurm.slurm_folders import FakeSlurm, submitted
 
@@ -44,13 +44,15 @@ def test_the_end_of_a_long_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
 
 def test_following_survives_truncation(tmp_path: Path) -> None:
     path = tmp_path / "log"
-    follower = Follower(path)
+    place = 0
     for written, new in (("", ""), ("a long first line\nhal", "a long first line\n"), ("f\n", "half\n")):
         with path.open("a") as file:
             file.write(written)
-        assert follower.new() == new
-    path.write_text("new\n")
-    assert follower.new() == "new\n"
+        text, place = new_text(path, place)
+        assert text == new
+    path.write_text("new\ncut")
+    assert new_text(path, place) == ("new\n", 4)
+    assert new_text(path, 4, lines=False) == ("cut", 7)
 
 
 def test_following_ends_with_the_run(

@@ -24,7 +24,6 @@ from support.slurm.cluster_runs import (
     wait_for_the_end,
 )
 from support.slurm.slurm_cluster import SlurmCluster
-from support.slurm.slurm_folders import submitted
 
 pytestmark = [pytest.mark.slurm, pytest.mark.slow]
 AT_ONCE = (*ALONE, "--unchecked")
@@ -135,16 +134,6 @@ def test_a_terminal_that_ends_sbatch_cuts_no_submission(run: ClusterRun, number:
         assert f"{number.name} came while job {job} was being submitted, and it was" in said
         assert f"`graftvit jobs stop {run.folder}` ends it" in said
         assert f"job {job} of {run.folder} was pending" in run.graftvit("jobs", "stop", str(run.folder))
-
-
-def test_all_jobs_of_a_run_are_stopped(run: ClusterRun) -> None:
-    words = ("sbatch", "--parsable", "--output=/dev/null", "--job-name=graftvit-x", "--wrap", "sleep 100")
-    first, second = (run.cluster.run(*words).strip() for _ in range(2))
-    for job in (first, second):
-        submitted(run.folder, job_id=job)
-    said = run.graftvit("jobs", "stop", str(run.folder), "--now")
-    assert [line.split()[1] for line in said.splitlines()] == [first, second]
-    wait_for_the_end(run.cluster)
 
 
 def test_a_silent_controller_is_no_job_that_has_ended(

@@ -63,7 +63,9 @@ def test_a_run_that_loses_a_rank_and_is_interrupted_goes_on_by_itself(
     assert (first.outcome, first.retried, second.outcome) == ("requeued", True, "requeued")
     assert second.signal.startswith("SIGUSR2")
     assert (third.outcome, third.world_size, len(third.nodes)) == ("finished", 4, 2)
-    assert "starts again after 1 s, restart 1 of 3 in a row" in first.why
+    assert first.why.startswith(
+        f"rank 2 on {cluster.nodes[1]} was killed (signal 9); starts again after 1 s, "
+    )
     assert f"after: {first.why}" in run.graftvit("jobs", str(run.folder))
     assert f"graftvit: {first.why}" in (run.jobs.folder / "logs" / f"{job}_0_log.err").read_text()
     assert_undisturbed(run, ranks=4)
@@ -82,8 +84,11 @@ def test_an_error_of_the_user_is_not_tried_again(cluster: SlurmCluster, tmp_path
     with held(cluster) as until_it_is_gone:
         job = run.submit("--restart_wait", "1", *until_it_is_gone)
         (tmp_path / "teacher").rename(tmp_path / "gone")
-    only = failed(run, job)
+    only, status = failed(run, job), run.shown()
     assert "teacher" in only.why
+    assert (status["state"], status["error_rank"]) == ("failed", run.jobs.failures(only.name)[0].rank)
+    said = f"last words of rank {status['error_rank']}:\n  {status['error'].splitlines()[0]}"
+    assert said in run.graftvit("jobs", str(run.folder))
     assert {failure.kind for failure in run.jobs.failures(only.name)} <= {"cause", "consequence"}
 
 

@@ -128,13 +128,14 @@ def test_several_runs_are_stopped_and_one_that_is_none_keeps_no_other_from_it(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, slurm: FakeSlurm, typed: Typed
 ) -> None:
     runs = cells(tmp_path, "0", "1", "2")
-    slurm.says({"0": "PENDING", "2": "PENDING"})
+    submitted(runs[0], job_id="3")  # another job of the same run
+    slurm.says({"0": "PENDING", "2": "PENDING", "3": "PENDING"})
     told: list[str] = []
-    monkeypatch.setattr(stop, "cancel", told.append)
+    monkeypatch.setattr(stop, "cancel", lambda *ids: told.extend(ids))
     assert f"{runs[1]} has no waiting or running job: it is unknown" in typed("jobs", "stop", *runs).out
-    assert told == ["0", "2"]
+    assert told == ["0", "3", "2"]
     assert "nowhere is no folder" in typed("jobs", "stop", tmp_path / "nowhere", *runs, code=2).err
-    assert told == ["0", "2"] * 2
+    assert told == ["0", "3", "2"] * 2
     assert "RUN" in typed("jobs", "stop", code=2).err
 
 
