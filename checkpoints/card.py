@@ -116,8 +116,11 @@ def _rate(optim: Json) -> str | None:
     rate = number(optim["lr"]) if optim.get("lr") is not None else None
     if rate is None and "blr" in optim:
         rate = f"{number(optim['blr'])} x effective batch / 256"
-    warm = optim.get("warmup_epochs")
-    return f"{rate}, warm-up of {number(warm)} epochs, then a cosine" if rate and warm is not None else rate
+    if rate is None or "warmup_epochs" not in optim:
+        return rate
+    warm = optim["warmup_epochs"]
+    length = "at most a tenth of the run" if warm is None else f"{number(warm)} epochs"
+    return f"{rate}, warm-up of {length}, then a cosine"
 
 
 def _batch(data: Json, optim: Json) -> str | None:

@@ -11,12 +11,12 @@ from ..checkpoints.card import MATCHES
 from ..models.conversion import ARCHITECTURE as CONVERTED
 from ..models.errors import counted
 from ..models.families import pooling_of
-from ..transfer.config import RunConfig
+from ..transfer.config import OptimConfig, RunConfig
 from ..transfer.data.archives import is_packed
 from ..transfer.engine.dry_run import DryRun, dry_run
 from ..transfer.engine.elastic import describe
 from ..transfer.engine.modes import AlignTask, TransferTask
-from ..transfer.engine.optim import describe_batch, peak_learning_rate
+from ..transfer.engine.optim import WARMUP, Schedule, describe_batch, peak_learning_rate
 from ..transfer.engine.resume_check import changes, describe_changes
 from ..transfer.engine.shard_teachers import shard_units
 from ..transfer.engine.students import sharded_teachers
@@ -289,16 +289,16 @@ def _describe_length(run: DryRun) -> str:
     optim, schedule = run.config.optim, run.schedule
     if schedule is None:
         return counted(optim.max_steps, "step") if optim.max_steps else counted(optim.epochs, "epoch")
-    words = (
-        f"{schedule.total_steps:,} steps, {schedule.steps_per_epoch:,} an epoch, "
-        f"{schedule.warmup_steps:,.0f} of them warm-up"
-    )
-    if schedule.warmup_steps < schedule.total_steps:
+    return f"{schedule.total_steps:,} steps, {schedule.steps_per_epoch:,} an epoch, {_describe_warmup(optim, schedule)}"
+
+
+def _describe_warmup(optim: OptimConfig, schedule: Schedule) -> str:
+    steps, given = schedule.warmup_steps, optim.warmup_epochs
+    words = f"{steps:,.0f} of them warm-up" if steps >= 10 else f"{steps:.2g} of them warm-up"
+    if schedule.total_steps == 1 or steps == (WARMUP if given is None else given) * schedule.steps_per_epoch:
         return words
-    return (
-        f"{words}\nwarning: the run ends before its warm-up does and never reaches the peak learning rate: lower "
-        "optim.warmup_epochs"
-    )
+    longer = "" if given is None else f", as optim.warmup_epochs={given:g} is as long as the run or longer"
+    return f"{words} (a tenth of the run{longer})"
 
 
 def _describe_resume(run: DryRun) -> str:

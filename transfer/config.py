@@ -465,6 +465,15 @@ def beside(setting: str, what: str) -> Need:
     return Need(lambda run: value_of(run, setting) is None, why, instead=setting)
 
 
+BELOW_LENGTH = Need(
+    lambda optim: optim.max_steps is not None or not 0 < optim.warmup_epochs >= optim.epochs,
+    "optim.epochs={run.epochs}, so the learning rate would never reach its peak: leave it out, or lower it (0 for no "
+    "warm-up)",
+    of="section",
+    finding="is not below",
+)
+
+
 class OptimConfig(Section):
     """Optimizer, schedule and length."""
 
@@ -482,7 +491,9 @@ class OptimConfig(Section):
         1e-3, "base learning rate for 256 images", beside("optim.lr", "the learning rate itself"), gt=0
     )
     min_lr: float = setting(1e-6, "learning rate at the end of the cosine", ge=0)
-    warmup_epochs: float = setting(5, "linear warm-up from zero", ge=0)
+    warmup_epochs: float | None = setting(
+        None, "linear warm-up from zero; by default 5, and at most a tenth of the run", BELOW_LENGTH, ge=0
+    )
     weight_decay: float = setting(0.05, "weight decay", ge=0)
     betas: tuple[float, float] = setting((0.9, 0.999), "betas of Adam")
     layer_decay: float = setting(1.0, "learning rate factor from each layer to the one below it", gt=0, le=1)

@@ -7,19 +7,18 @@ from pathlib import Path
 from ..checkpoints.sources import check_there
 from ..models.errors import ConfigError, DataError, GraftError
 from ..models.plan_syntax import operators_in
-from .config import DataConfig, OptimConfig, RunConfig
+from .config import DataConfig, RunConfig
 from .methods.layer_choice import check_layers
 from .mode_facts import TEACHER
 from .setting import check_effect
 
 
 def check_first(run: RunConfig) -> None:
-    """Raise a GraftError for settings that no run can have: a missing teacher, a setting that changes nothing, or the
-    text of a layer plan or of a choice of layers that is not valid."""
+    """Raise a GraftError for settings that no run can have: a missing teacher, a setting that changes nothing, a
+    warm-up as long as the run, or the text of a layer plan or of a choice of layers that is not valid."""
     if not run.teachers:  # else more is known: `check_teachers`
         check_teacher_given(run)
     check_effect(run)
-    check_schedule(run.optim)
     for index, loss in enumerate(run.transfer.terms if run.facts.transfers else ()):
         if isinstance(loss.layers, str):
             try:
@@ -50,15 +49,6 @@ def check_folder(data: DataConfig) -> None:
         )
     if not Path(data.data_path).exists():
         raise DataError(f"data.data_path={data.data_path} does not exist")
-
-
-def check_schedule(config: OptimConfig) -> None:
-    """Raise ConfigError for a warm-up as long as the run, in which the learning rate never reaches its peak."""
-    if config.max_steps is None and 0 < config.warmup_epochs >= config.epochs:
-        raise ConfigError(
-            f"optim.warmup_epochs={config.warmup_epochs:g} is not below optim.epochs={config.epochs}, so the learning "
-            "rate would never reach its peak: lower warmup_epochs (0 for none)"
-        )
 
 
 def check_teacher_given(run: RunConfig) -> None:

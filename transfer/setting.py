@@ -48,6 +48,8 @@ class Need:
     """Argument of `met`, which the reason calls `run`."""
     instead: str = ""
     """Setting that takes the place of this one. A typed value of one replaces an inherited value of the other."""
+    finding: str = "changes nothing"
+    """What is wrong with the setting, before the reason."""
 
 
 def in_mode(mode: str) -> Need:
@@ -335,7 +337,7 @@ def check_section(section: Section, name: str) -> None:
 def _refuse_unread(found: Iterable[tuple[str, str, Any]]) -> None:
     for key, why, value in found:
         written = str(value).lower() if value is None or isinstance(value, bool) else repr(value)
-        raise ConfigError(f"{key}={written} changes nothing {why}")
+        raise ConfigError(f"{key}={written} {why}")
 
 
 def find_replacements(run: Section, keys: Iterable[str]) -> set[str]:
@@ -362,5 +364,5 @@ def _walk_unread(run: Section | None, section: Section, prefix: str) -> Iterator
         for need in section.needs_of(name):
             subject = run if need.of == "run" else section
             if subject is not None and not need.met(subject):
-                yield f"{prefix}{name}", need.why.format(run=subject), value
+                yield f"{prefix}{name}", f"{need.finding} {need.why.format(run=subject)}", value
                 break

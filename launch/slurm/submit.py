@@ -27,6 +27,7 @@ from ...checkpoints.atomic import write_text
 from ...models.errors import ConfigError, DataError, GraftError, counted
 from ...transfer.config import RunConfig
 from ...transfer.engine.resume_check import changes, describe_changes, settings
+from ...transfer.first_checks import check_first
 from ..load_config import load_config
 from ..say import hint, say_aside
 from .attempt import Task
@@ -99,6 +100,8 @@ def check_quickly(batch: Batch, *, unchecked: bool = False) -> str:
     _refuse_second(batch)
     if unchecked:
         return ""
+    for run in batch.configs:
+        check_first(run)
     _refuse_finished(batch)
     if request.cluster != "slurm":
         return ""

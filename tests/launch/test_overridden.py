@@ -38,6 +38,8 @@ INHERITED = [
     ("optim: {lr: 0.1}", ["blr=1e-3"], {"optim.blr": 1e-3, "optim.lr": None}),
     ("optim: {max_steps: 9}", ["epochs=100"], {"optim.epochs": 100, "optim.max_steps": None}),
     ("optim: {epochs: 7}", ["max_steps=9"], {"optim.epochs": 100, "optim.max_steps": 9}),
+    ("optim: {epochs: 100, warmup_epochs: 20}", ["epochs=3"], {"optim.warmup_epochs": None}),
+    ("optim: {epochs: 100, warmup_epochs: 20}", ["epochs=50"], {"optim.warmup_epochs": 20}),
     ("optim: {max_steps: 9}", ["epochs=7"], {"optim.epochs": 7, "optim.max_steps": None}),
     ("student: {drop_path: 0.1}\ntransfer: {share_drop_path: true}", ["drop_path=0"],
      {"transfer.share_drop_path": False}),
@@ -60,6 +62,7 @@ TYPED = [
     ("transfer: {method: distill}", ["method=copy", "weight=5.0"], "transfer.weight=5.0 changes nothing"),
     ("optim: {lr: 0.1}", ["lr=0.2", "blr=1e-4"], "optim.blr=0.0001 changes nothing beside optim.lr=0.2"),
     ("optim: {epochs: 3}", ["max_steps=9", "epochs=7"], "optim.epochs=7 changes nothing beside optim.max_steps=9"),
+    ("optim: {epochs: 100}", ["epochs=3", "warmup_epochs=5"], "optim.warmup_epochs=5.0 is not below optim.epochs=3"),
     ("optim: {lr: 0.1, blr: 1.0e-4}", ["seed=3"], "optim.blr=0.0001 changes nothing beside optim.lr=0.1"),
     ("optim: {lr: 0.1, blr: 1.0e-4}", ["drop_path=0.1"], "optim.blr=0.0001 changes nothing beside optim.lr=0.1"),
 ]  # fmt: skip

@@ -198,13 +198,18 @@ def test_nothing_is_downloaded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
     assert os.listdir(tmp_path) == []  # noqa: PTH208
 
 
-def test_a_warm_up_as_long_as_the_run_is_warned_of(tmp_path: Path) -> None:
-    warned = [
-        "warning: the run ends before its warm-up" in describe_plan(short_run(tmp_path, optim=optim))
-        for optim in ({"warmup_epochs": 1.9}, {"warmup_epochs": 1, "max_steps": 7})
-    ]
-    assert warned == [False, True]
-    with pytest.raises(ConfigError, match=r"optim.warmup_epochs=2 is not below optim.epochs=2"):
+@pytest.mark.parametrize(
+    ("optim", "taken"),
+    [
+        ({"warmup_epochs": 1.9}, ""),
+        ({"warmup_epochs": None}, "a tenth of the run"),
+        ({"warmup_epochs": 1, "max_steps": 7}, "a tenth of the run, as optim.warmup_epochs=1"),
+    ],
+)
+def test_the_plan_says_which_warm_up_it_takes(optim: dict[str, Any], taken: str, tmp_path: Path) -> None:
+    _, _, words = rows(describe_plan(short_run(tmp_path, optim=optim)))["length"].partition("warm-up")
+    assert words.startswith(f" ({taken}") if taken else words == ""
+    with pytest.raises(ConfigError, match=r"optim.warmup_epochs=2.0 is not below optim.epochs=2"):
         describe_plan(short_run(tmp_path, optim={"warmup_epochs": 2}))
 
 

@@ -23,7 +23,7 @@ from graftvit.launch.slurm.plan import plan_run
 from graftvit.launch.slurm.request import Request
 from graftvit.launch.slurm.scheduler import State
 from graftvit.launch.slurm.site_file import ask
-from graftvit.launch.slurm.submit import describe_plans, first_word
+from graftvit.launch.slurm.submit import check_quickly, describe_plans, first_word
 from graftvit.models.errors import ConfigError, GraftError
 from graftvit.transfer.config import RunConfig
 from graftvit.transfer.engine.train import train
@@ -183,6 +183,7 @@ def test_it_is_printed_below_the_number(user: Path, monkeypatch: pytest.MonkeyPa
         "--partition hihg --dry_run",
         "--time 1",
         "--output_dir /tmp/nobody --dry_run",
+        "--epochs 3 --warmup_epochs 5",
         "--help",
     ],
 )
@@ -204,6 +205,12 @@ def test_what_is_slow_is_announced_and_what_the_plan_warns_of_is_said(
         "graftvit: checking the run: its settings, teacher, data and plan ...",
         "graftvit: warning: it ends in its warm-up",
     ]
+
+
+def test_settings_that_no_run_can_have_are_refused_before_what_is_slow(user: Path) -> None:
+    words = ["optim.max_steps=none", "epochs=3", "warmup_epochs=5"]
+    with pytest.raises(ConfigError, match=r"optim.warmup_epochs=5.0 is not below optim.epochs=3"):
+        check_quickly(plan_run("run.yaml", list(map(parse_override, words)), [], LOCAL))
 
 
 def test_data_that_the_run_downloads_are_not_looked_for(user: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,7 +17,7 @@ from graftvit.models.conversion import convert, new_parameters
 from graftvit.models.errors import ConfigError
 from graftvit.models.lora import add_lora
 from graftvit.models.mae import MaskedAutoencoder
-from graftvit.transfer.config import OptimConfig
+from graftvit.transfer.config import OptimConfig, RunConfig
 from graftvit.transfer.engine.dry_run import dry_run
 from graftvit.transfer.engine.optim import (
     WeightAverage,
@@ -31,7 +31,7 @@ from graftvit.transfer.engine.optim import (
 )
 from graftvit.transfer.engine.run_state import capture_optimizer, restore_optimizer
 from graftvit.transfer.engine.train import train
-from graftvit.transfer.first_checks import check_schedule
+from graftvit.transfer.first_checks import check_first
 from support.runs.engine_runs import ARCHITECTURE, ARGUMENTS, config, make_teacher
 from torch import nn
 
@@ -136,14 +136,26 @@ def test_lr_follows_the_effective_batch_unless_it_is_given() -> None:
         ({"max_steps": 1}, [0.5]),
         ({"max_steps": 1, "warmup_epochs": 0.5}, [0.5]),
         ({"epochs": 1, "warmup_epochs": 0.9}, [0.5]),
-        ({"max_steps": 2, "warmup_epochs": 1}, [0, 0.25]),
     ],
 )
-def test_a_run_of_one_step_trains_at_the_peak_and_one_of_two_keeps_its_warm_up(
-    values: dict[str, float], rates: list[float]
-) -> None:
+def test_a_run_of_one_step_trains_at_the_peak(values: dict[str, float], rates: list[float]) -> None:
     plan = plan_schedule(OptimConfig.model_validate({"lr": 0.5, **values}), len(rates), 32, 1)
     assert [plan.rate(step) for step in range(plan.total_steps)] == rates
+
+
+@pytest.mark.parametrize(
+    ("values", "steps"),
+    [
+        ({"epochs": 100}, 100), ({"epochs": 50}, 100), ({"epochs": 3}, 6), ({"epochs": 1}, 2), ({"max_steps": 30}, 3),
+        ({"epochs": 3, "warmup_epochs": 2.5}, 50), ({"epochs": 3, "warmup_epochs": 0}, 0),
+        ({"max_steps": 30, "warmup_epochs": 1}, 20), ({"max_steps": 20, "warmup_epochs": 1}, 2),
+    ],
+)  # fmt: skip
+def test_a_warm_up_that_is_not_given_is_five_epochs_and_at_most_a_tenth(
+    values: dict[str, float], steps: float
+) -> None:
+    plan = plan_schedule(OptimConfig.model_validate({"lr": 0.5, **values}), 20, 32, 1)
+    assert plan.warmup_steps == pytest.approx(steps)
 
 
 @pytest.mark.parametrize("name", ["lr", "blr"])
@@ -233,14 +245,16 @@ def test_pretraining_decays_tokens_as_mae_does_unless_told_otherwise(layer_decay
         ({"warmup_epochs": 5.0, "epochs": 3}, True),
         ({"warmup_epochs": 1.5, "epochs": 1}, True),
         ({"warmup_epochs": 0, "epochs": 1}, False),
-        ({"warmup_epochs": 5, "epochs": 1, "max_steps": 3}, False),
+        ({"warmup_epochs": 5, "max_steps": 3}, False),
         ({"warmup_epochs": 0.9, "epochs": 1}, False),
+        ({"epochs": 1}, False),
     ],
 )
 def test_a_warm_up_as_long_as_the_run_is_refused(values: dict[str, float], refused: bool) -> None:
-    message = "optim.warmup_epochs={warmup_epochs:g} is not below optim.epochs={epochs}".format(**values)
+    run = RunConfig.model_validate({"mode": "scratch", "optim": values})
+    message = r"^optim.warmup_epochs=\S+ is not below optim.epochs=\d"
     with pytest.raises(ConfigError, match=message) if refused else nullcontext():
-        check_schedule(OptimConfig.model_validate(values))
+        check_first(run)
 
 
 @pytest.mark.parametrize(("trainable", "refused"), [("head", True), (r"blocks\.0", False), ("lora_", False)])
