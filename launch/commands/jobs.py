@@ -187,7 +187,7 @@ def _parse_logs(argv: list[str]) -> argparse.Namespace:
 
 
 def _check_rank(folder: Path, job: Job | None, arguments: argparse.Namespace) -> None:
-    from ..slurm.logs import ranks_with_logs
+    from ..slurm.failures import ranks_with_logs
 
     there = [] if job is None else ranks_with_logs(job)
     if there and arguments.rank not in (None, *there) and not arguments.follow:
@@ -198,7 +198,7 @@ def _check_rank(folder: Path, job: Job | None, arguments: argparse.Namespace) ->
 
 def _find_logs(files: JobFolder, job: Job | None, rank: int | None) -> Callable[[], tuple[Path, ...]]:
     """Return a function that finds the logs of a job, or of a newer job after the run is submitted again."""
-    from ..slurm.logs import all_files, log_files
+    from ..slurm.failures import all_files, log_files
 
     first = files.job()
 
@@ -214,7 +214,7 @@ def _find_logs(files: JobFolder, job: Job | None, rank: int | None) -> Callable[
 
 def _show_end(paths: tuple[Path, ...], lines: int, places: dict[Path, int]) -> Path | None:
     """Print the end of each file, and return the last file printed."""
-    from ..slurm.logs import tail
+    from ..slurm.failures import tail
 
     shown = None
     for path in paths:
@@ -231,8 +231,8 @@ def _follow(
     places: dict[Path, int],
     shown: Path | None,
 ) -> None:
+    from ..slurm.failures import follow
     from ..slurm.jobs import describe_runs
-    from ..slurm.logs import follow
 
     for path, text in follow(paths, lambda: describe_runs([folder])[0].over, places):
         shown = _write(path, text, shown)

@@ -28,8 +28,8 @@ from ...transfer.engine import deadline, early_signals
 from ..garbage import collect_seldom
 from ..submitted import command_name
 from .environment import LOG_START, export_ranks, forget_old_results, keep_results, limit_threads, requeue
-from .failures import Failure, classify
-from .folder import Attempt, JobFolder, newest_state, read_order
+from .failures import classify
+from .folder import Attempt, Failure, JobFolder, newest_state, read_order
 from .jobs import current_stage, read_progress
 from .scheduler import fallen_nodes, reason_of_signal
 
@@ -183,7 +183,7 @@ class Record:
 
     def _begin(self, job: submitit.JobEnvironment) -> None:
         with suppress(GraftError, OSError):
-            submission = self.folder.job_of(self.job_id) or self.folder.job()
+            submission = self.folder.job()
             self.resources = submission.resources if submission is not None else {}
         last = self._earlier[-1] if self._earlier else None
         lost = last is not None and last.outcome in (

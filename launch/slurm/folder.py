@@ -4,7 +4,7 @@
     OUTPUT_DIR/jobs/attempts/0001-1234.0.jsonl  the events of attempt 1: job 1234, restart 0; one JSON object a line,
                                                 written by its first rank
     OUTPUT_DIR/jobs/errors/0001-1234.0-3.txt    how rank 3 of that attempt failed, under the kind of failure
-    OUTPUT_DIR/jobs/stop-1234                   a request to job 1234 to stop after the next save; `stop`: to any job
+    OUTPUT_DIR/jobs/stop-1234                   a request to job 1234 to stop after the next save
     OUTPUT_DIR/jobs/command.json                the command, where the job is not a run
 
 An attempt is one start of the job by the scheduler. Each attempt writes its own files, with its identity in their
@@ -22,9 +22,11 @@ import os
 import re
 import shlex
 import time
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
+
+from pydantic import TypeAdapter, ValidationError
 
 from ...checkpoints.atomic import write_text
 from ...checkpoints.files import (
@@ -38,13 +40,10 @@ from ...checkpoints.files import (
 )
 from ...models.errors import CheckpointError
 from ..say import hint
-from .failures import Failure, read_failure
 
 Cluster = Literal["slurm", "local", "debug"]
 Outcome = Literal["finished", "stopped", "requeued", "failed"]
-
-
-DAMAGED = "`squeue --me` tells whether its job waits or runs; remove the file when it does not"
+Kind = Literal["cause", "consequence"]
 
 
 @dataclass(frozen=True)
@@ -114,9 +113,63 @@ class Attempt:
     """Whether it failed and the job is restarted because the failure may not happen again."""
 
 
+@dataclass(frozen=True)
+class Failure:
+    """How a rank, or an attempt, failed."""
+
+    rank: int | None = None
+    """The rank that failed, or is to blame; None where none is known."""
+    kind: Kind = "cause"
+    """`cause`: by an error of its own; `consequence`: because another rank failed."""
+    transient: bool = True
+    """Whether a restart may help."""
+    text: str = ""
+    """The last words of the rank, or of the scheduler."""
+    written: float = 0.0
+    """Unix time."""
+    why: str = ""
+    """The reason in one line; empty without one."""
+    state: str = ""
+    """`node failed`, `failed`, `preempted` or `timed out` where Slurm said so; else only the ranks' files tell."""
+    node: str = ""
+    """The node of the rank, if known."""
+    wait: int | None = None
+    """Seconds after which the job starts again; None where it does not."""
+
+    def to_text(self) -> str:
+        """Return the text for a file: the error, and its kind in the last line."""
+        kind = f"{self.kind}, {'may pass' if self.transient else 'will come again'}"
+        return f"{self.text.rstrip()}\n({kind})\n"
+
+    @property
+    def last_words(self) -> str:
+        """Its last line."""
+        return (self.text.strip().splitlines() or [""])[-1]
+
+
+def read_failure(path: Path) -> Failure:
+    """Parse what `to_text` wrote; older files have no kind, and count as a cause that a restart does not remove."""
+    text = read_regular(path, errors="replace", refusal=UnreadableError)
+    found = re.search(r"\n\((cause|consequence), (may pass|will come again)\)\n$", text)
+    kind: Kind = "consequence" if found and found[1] == "consequence" else "cause"
+    return Failure(
+        rank=int(path.stem.rpartition("-")[2]),
+        kind=kind,
+        transient=found is not None and found[2] == "may pass",
+        text=text[: found.start() + 1] if found else text,
+        written=path.stat().st_mtime,
+    )
+
+
+NOTHING = Failure()
+
+
 def resumes(run: Path) -> str:
     """Return the command that resumes a run: `graftvit jobs resume`, if there is a record of its submission."""
     return hint(*(("jobs", "resume") if JobFolder(run).jobs() else ("submit",)), run)
+
+
+_JOB, _ATTEMPT = TypeAdapter(Job), TypeAdapter(Attempt)
 
 
 class JobFolder:
@@ -125,7 +178,6 @@ class JobFolder:
     def __init__(self, output_dir: Path) -> None:
         self.output_dir = output_dir
         self.folder = output_dir / "jobs"
-        self.stop_path = self.folder / "stop"
 
     def write_job(self, job: Job) -> None:
         """Add one, the newest. Raises WriteFailedError."""
@@ -137,7 +189,7 @@ class JobFolder:
         """Remove what was to be submitted with `launch`, and was not."""
         for path in self._job_paths():
             with contextlib.suppress(CheckpointError):
-                if _values(path).get("launch") == launch:
+                if _read_job(path).launch == launch:
                     path.unlink()
 
     def jobs(self) -> list[Job]:
@@ -160,16 +212,12 @@ class JobFolder:
         newest = _read_job(paths[-1]) if paths else None
         return newest if newest is not None and self._is_own(newest) else None
 
-    def job_of(self, job_id: str) -> Job | None:
-        """Return the newest submission with this number; None without a record of it."""
-        return next((one for one in reversed(self.jobs()) if one.job_id == job_id), None)
-
     def _job_paths(self) -> list[Path]:
         return sorted(path for path in (self.folder / "submissions").glob("*.json") if path.stem.isdigit())
 
     def asked_to_stop(self, job_id: str) -> bool:
         """Return whether a job has to end after its next save."""
-        return self.stop_request(job_id).exists() or self.stop_path.exists()
+        return self.stop_request(job_id).exists()
 
     def stop_request(self, job_id: str) -> Path:
         """Return the file that asks one job to stop; earlier and later jobs of this folder do not read it."""
@@ -181,16 +229,8 @@ class JobFolder:
 
     def begin(self, *, job_id: str, restart: int, **event: Any) -> str:
         """Write the start of a new attempt, and return the name of its files, which is unique."""
-        folder = self._made("attempts")
-        number = max((_number(path) for path in folder.glob("*.jsonl")), default=0)
-        while True:
-            number += 1
-            name = f"{number:04d}-{job_id}.{restart}"
-            try:
-                self.attempt_path(name).touch(exist_ok=False)
-                break
-            except FileExistsError:  # another attempt began at the same moment
-                continue
+        numbers = map(_number, self._made("attempts").glob("*.jsonl"))
+        name = f"{max(numbers, default=0) + 1:04d}-{job_id}.{restart}"
         self.note(name, **{"started": time.time(), "job_id": job_id, "restart": restart, **event})
         return name
 
@@ -205,7 +245,7 @@ class JobFolder:
         """Return all attempts, the first one first; skip files that no attempt has written."""
         found = []
         for path in (self.folder / "attempts").glob("[0-9]*.jsonl"):
-            with contextlib.suppress(TypeError):
+            with contextlib.suppress(ValidationError):
                 found.append(_read_attempt(path))
         return sorted(found, key=lambda attempt: (attempt.number, attempt.started))
 
@@ -275,29 +315,23 @@ def _number(path: Path) -> int:
 def _read_attempt(path: Path) -> Attempt:
     """Read the record of an attempt.
 
-    Raises TypeError: the file does not say what an attempt says at its start. UnreadableError as `read_records`.
+    Raises ValidationError: the file does not say what an attempt says at its start. UnreadableError as `read_records`.
     """
-    known = {one.name for one in fields(Attempt)}
     values: dict[str, Any] = {}
     for record in read_records(path, refusal=UnreadableError):
         values |= record
-    values |= {"number": _number(path), "name": path.stem}
-    return Attempt(**{name: value for name, value in values.items() if name in known})
-
-
-def _values(path: Path) -> dict[str, Any]:
-    try:
-        return dict(json.loads(_read(path)))
-    except (ValueError, RecursionError, TypeError) as error:
-        raise CheckpointError(f"{path} is damaged ({error}): {DAMAGED}") from error
+    return _ATTEMPT.validate_python({**values, "number": _number(path), "name": path.stem})
 
 
 def _read_job(path: Path) -> Job:
     """Read a record, and its number from the folder of its launch, where one file has it for all cells of an array."""
     try:
-        found = Job(**_values(path))
-    except TypeError as error:
-        raise CheckpointError(f"{path} is damaged ({error}): {DAMAGED}") from error
+        found = _JOB.validate_json(_read(path))
+    except ValidationError as error:
+        raise CheckpointError(
+            f"{path} is damaged ({error.errors()[0]['msg']}): `squeue --me` tells whether its job waits or runs; "
+            "remove the file when it does not"
+        ) from error
     number = found.job_id or (job_id(Path(found.launch), found.index) if found.launch else "")
     if number:  # it becomes a part of a path
         safe_name(number, f"{path}: the number of a job", refusal=CheckpointError)
@@ -361,11 +395,13 @@ def registry_file() -> Path:
 
 def remember(folder: Path) -> None:
     """Add a run. A home that cannot be written keeps no run from being submitted: then there is a warning."""
-    path = registry_file()
+    path, folder = registry_file(), folder.absolute()
+    if ".." in folder.parts:  # which behind a link leads elsewhere than the text says
+        folder = folder.resolve()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open_lines(path) as file:
-            append_line(file, f"{plain(folder)}")
+            append_line(file, str(folder))
     except OSError as error:
         logger.warning("%s cannot be written (%s): name the run to `graftvit jobs`", path, error.strerror)
 
@@ -376,11 +412,5 @@ def known() -> list[Path]:
         lines = read_regular(registry_file(), errors="replace", refusal=UnreadableError).split("\n")
     except OSError:
         return []
-    found = dict.fromkeys(plain(Path(line)) for line in reversed(lines) if line)
+    found = dict.fromkeys(Path(line) for line in reversed(lines) if line)
     return [folder for folder in reversed(found) if folder.is_dir()]
-
-
-def plain(folder: Path) -> Path:
-    """Return the absolute folder without `..`, which behind a link leads elsewhere than the text says."""
-    folder = folder.absolute()
-    return folder.resolve() if ".." in folder.parts else folder

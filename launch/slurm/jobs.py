@@ -18,10 +18,9 @@ from ...checkpoints.files import is_folder, near_path, read_records
 from ...models.errors import ConfigError, GraftError
 from ..say import hint
 from ..submitted import SUBMITTED
-from .failures import Failure
-from .folder import Attempt, Job, JobFolder, Order, read_order, write_number
+from .failures import SILENT, blame, blame_start, log_starts
+from .folder import NOTHING, Attempt, Failure, Job, JobFolder, Order, read_order, write_number
 from .lock import is_alive, is_ordered, is_submitting, watchers
-from .logs import NOTHING, SILENT, blame, blame_start, log_starts
 from .scheduler import (
     AT_WORK,
     REMOVED,

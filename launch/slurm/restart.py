@@ -20,9 +20,8 @@ from typing import TypeVar
 
 from ...checkpoints.files import UnreadableError, read_json
 from ...models.errors import GraftError, counted
-from .failures import Failure
-from .folder import Attempt, Job, JobFolder, newest_state
-from .logs import NO_MEMORY, said_of
+from .failures import NO_MEMORY, said_of
+from .folder import Attempt, Failure, Job, JobFolder, newest_state
 from .scheduler import ask, expand_nodes, job_fields
 
 PATIENCE, PAUSE = 300.0, 10.0

@@ -445,7 +445,6 @@ def _record(batch: Batch, code: Path, made: dict[str, Any], job_id: str = "") ->
     for index, task in enumerate(batch.tasks):
         folder = JobFolder(task.output_dir)
         task.output_dir.mkdir(parents=True, exist_ok=True)
-        folder.stop_path.unlink(missing_ok=True)
         for one in folder.jobs():
             if not one.job_id:  # an interrupted one, of which no job has come: the caller has asked
                 folder.withdraw_job(one.launch)

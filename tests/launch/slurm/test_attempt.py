@@ -17,9 +17,8 @@ from graftvit.launch import cli
 from graftvit.launch.slurm import attempt as module
 from graftvit.launch.slurm.attempt import Task
 from graftvit.launch.slurm.environment import INSIDE_A_LAUNCHER
-from graftvit.launch.slurm.failures import Failure, read_failure
 from graftvit.launch.slurm.folder import Attempt as Record
-from graftvit.launch.slurm.folder import JobFolder
+from graftvit.launch.slurm.folder import Failure, JobFolder, read_failure
 from graftvit.models.errors import ConfigError, RunFailedError
 from graftvit.transfer.engine import early_signals
 

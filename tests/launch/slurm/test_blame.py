@@ -9,9 +9,15 @@ from typing import Any
 
 import pytest
 from graftvit.checkpoints.atomic import WriteFailedError
-from graftvit.launch.slurm.failures import Failure, Kind, classify, is_consequence, read_failure
-from graftvit.launch.slurm.folder import Attempt, Job, JobFolder
-from graftvit.launch.slurm.logs import blame, blame_start, said_by_slurm, said_of
+from graftvit.launch.slurm.failures import (
+    blame,
+    blame_start,
+    classify,
+    is_consequence,
+    said_by_slurm,
+    said_of,
+)
+from graftvit.launch.slurm.folder import Attempt, Failure, Job, JobFolder, Kind, read_failure
 from graftvit.models.errors import ConfigError, DataError, LostLoaderError, RunFailedError
 from graftvit.transfer.engine.fence import FencedError
 from support.slurm.slurm_folders import submitted

@@ -8,8 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from graftvit.launch.slurm.failures import Failure
 from graftvit.launch.slurm.folder import (
+    Failure,
     JobFolder,
     known,
     newest_state,
@@ -93,15 +93,6 @@ def test_what_is_kept_before_the_first_step_counts_as_saved(tmp_path: Path, plac
     (tmp_path / place).parent.mkdir(parents=True, exist_ok=True)
     (tmp_path / place).touch()
     assert newest_state(tmp_path / "run") != ""
-
-
-def test_a_request_to_stop_is_for_one_job_and_one_of_before_for_all(tmp_path: Path) -> None:
-    folder = JobFolder(tmp_path)
-    folder.folder.mkdir()
-    folder.stop_request("7").touch()
-    assert (folder.asked_to_stop("7"), folder.asked_to_stop("8")) == (True, False)
-    folder.stop_path.touch()
-    assert folder.asked_to_stop("8")
 
 
 def test_a_run_folder_that_is_gone_stays_gone(tmp_path: Path) -> None:
@@ -194,12 +185,11 @@ def test_the_number_of_a_cell_is_that_of_its_array_and_no_copy_has_it(tmp_path: 
     write_number(launch, "7")
     for way in (cell, tmp_path / "link" / "cells" / "a"):
         assert [one.job_id for one in JobFolder(way).jobs()] == ["7_3"]
-        assert JobFolder(way).job() == JobFolder(way).job_of("7_3") is not None
     shutil.copytree(sweep, tmp_path / "copy")
     sweep.rename(tmp_path / "moved")
     for place in ("copy", "moved"):
         other = JobFolder(tmp_path / place / "cells" / "a")
-        assert (other.jobs(), other.job(), other.job_of("7_3")) == ([], None, None)
+        assert (other.jobs(), other.job()) == ([], None)
         submitted(other.output_dir)  # again, from its new place
         assert [one.job_id for one in other.jobs()] == ["12"]
     copy = JobFolder(tmp_path / "copy" / "cells" / "a")

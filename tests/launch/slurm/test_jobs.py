@@ -15,8 +15,7 @@ from typing import Any
 import pytest
 from filelock import FileLock
 from graftvit.launch.slurm import jobs, jobs_text
-from graftvit.launch.slurm.failures import Failure
-from graftvit.launch.slurm.folder import Job, JobFolder, remember
+from graftvit.launch.slurm.folder import Failure, Job, JobFolder, remember
 from graftvit.launch.slurm.jobs import Status, describe_runs, home, judge_jobs, read_progress, run_folders
 from graftvit.launch.slurm.jobs_text import Seen, describe, duration, watch
 from graftvit.launch.slurm.lock import FILE, submitting
@@ -113,7 +112,7 @@ def test_local_runs_live_as_long_as_their_process(tmp_path: Path) -> None:
     files = submitted(tmp_path, cluster="local", job_id=mine)
     files.begin(job_id=mine, restart=0, nodes=["gpu1"], world_size=2)
     assert described(tmp_path).why == "ended without a word"
-    files.stop_path.touch()
+    files.stop_request(mine).touch()
     assert described(tmp_path).state == "cancelled"
 
 

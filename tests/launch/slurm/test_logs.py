@@ -7,8 +7,8 @@ import time
 from pathlib import Path
 
 import pytest
-from graftvit.launch.slurm import logs
-from graftvit.launch.slurm.logs import new_text, tail
+from graftvit.launch.slurm import failures
+from graftvit.launch.slurm.failures import new_text, tail
 from support.runs.typed import Typed
 from support.slurm.slurm_folders import FakeSlurm, submitted
 
@@ -35,7 +35,7 @@ def test_logs_of_a_rank(tmp_path: Path, typed: Typed) -> None:
 
 
 def test_the_end_of_a_long_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(logs, "_CHUNK", 7)
+    monkeypatch.setattr(failures, "_CHUNK", 7)
     path = tmp_path / "log"
     path.write_text("".join(f"line {number}\n" for number in range(50)) + "cut")
     assert tail(path, 3) == "line 48\nline 49\ncut"
@@ -58,8 +58,8 @@ def test_following_survives_truncation(tmp_path: Path) -> None:
 def test_following_ends_with_the_run(
     tmp_path: Path, slurm: FakeSlurm, typed: Typed, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(logs, "POLL", 0.01)
-    monkeypatch.setattr(logs, "ASK", 0.2)
+    monkeypatch.setattr(failures, "POLL", 0.01)
+    monkeypatch.setattr(failures, "ASK", 0.2)
     files, path = submitted(tmp_path), tmp_path / "logs" / "12_0_log.out"
     slurm.says("PENDING", "RUNNING", "COMPLETED")
 

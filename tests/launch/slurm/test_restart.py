@@ -14,8 +14,7 @@ from graftvit.launch.slurm import restart as module
 from graftvit.launch.slurm import scheduler
 from graftvit.launch.slurm.attempt import Task
 from graftvit.launch.slurm.batch import Batch, script
-from graftvit.launch.slurm.failures import Failure, Kind
-from graftvit.launch.slurm.folder import JobFolder
+from graftvit.launch.slurm.folder import Failure, JobFolder, Kind
 from graftvit.launch.slurm.request import Request
 from graftvit.launch.slurm.restart import judge, main
 from graftvit.models.errors import ConfigError
