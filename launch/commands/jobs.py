@@ -319,8 +319,8 @@ def _resume(argv: list[str]) -> int:
         if not arguments.dry_run:
             wait_for_stops(arguments.run)
         jobs = unfinished(arguments.run)
-        asked = asked_by(arguments, asked_before(jobs))
-        return show_or_send(arguments, asked, plan_again(arguments.run, jobs, asked.config()))
+        request = asked_by(arguments, asked_before(jobs))
+        return show_or_send(arguments, plan_again(arguments.run, jobs, request))
 
 
 def _summary(argv: list[str]) -> int:

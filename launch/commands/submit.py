@@ -15,7 +15,6 @@ from ..submitted import SUBMITTED, command_name
 if TYPE_CHECKING:
     from ..slurm.batch import Batch
     from ..slurm.request import Request
-    from ..slurm.site_file import Asked
 
 EXAMPLES = (
     "graftvit submit attention_distill_vit_large --data_path /data/imagenet --output_dir /scratch/me/distill "
@@ -56,12 +55,11 @@ def run(argv: list[str]) -> int:
     arguments, settings = parse_command(parser, argv, explain=False)
     from ..slurm.plan import plan_run
 
-    asked = asked_by(arguments)
-    request = asked.config()
+    request = asked_by(arguments)
     with stoppable():
         early = _check_early(arguments, request)
         batch = plan_run(arguments.recipe, settings, arguments.sweep, request, early)
-        return show_or_send(arguments, asked, batch)
+        return show_or_send(arguments, batch)
 
 
 def _refuse_command(argv: list[str]) -> None:
@@ -102,13 +100,12 @@ def _submit_work(argv: list[str]) -> int:
     arguments = parser.parse_args(own)
     from ..slurm.plan import describe_work, plan_work
 
-    asked = asked_by(arguments)
-    request = asked.config()
+    request = asked_by(arguments)
     with stoppable():
         _check_early(arguments, request)()
         shares, unchecked = arguments.shares, arguments.unchecked
         batch = plan_work(words, arguments.job_dir, request, shares=shares, unchecked=unchecked)
-        return show_or_send(arguments, asked, batch, describe_work(batch))
+        return show_or_send(arguments, batch, describe_work(batch))
 
 
 def _check_early(arguments: argparse.Namespace, request: Request) -> Callable[[], None]:
@@ -118,14 +115,14 @@ def _check_early(arguments: argparse.Namespace, request: Request) -> Callable[[]
     return lambda: None if arguments.dry_run or arguments.unchecked else check_early(request)
 
 
-def show_or_send(arguments: argparse.Namespace, asked: Asked, batch: Batch, before: str = "") -> int:
+def show_or_send(arguments: argparse.Namespace, batch: Batch, before: str = "") -> int:
     """Show or submit the batch, after printing `before`."""
     from ..slurm.site_file import describe
     from ..slurm.submit import check, preview, send
 
     if arguments.dry_run:
         text, problem = preview(batch, unchecked=arguments.unchecked)
-        say(f"{describe(asked)}\n{before}{text}")
+        say(f"{describe(batch.request)}\n{before}{text}")
         if problem is not None:
             raise problem
         return 0

@@ -287,22 +287,17 @@ def plan_again(folder: Path, jobs: Mapping[Path, Job], request: Request) -> Batc
     return Batch(folder, tasks, request, cores, first=first, configs=configs, again=True)
 
 
-def dependency_on(folders: Sequence[Path], *more: str) -> dict[str, Any]:
-    """Return the resources of a job that waits for these runs and sweeps; no dependency if all have finished.
+def dependency_on(folders: Sequence[Path], other: str | None = None) -> dict[str, Any]:
+    """Return the resources of a job that waits for these runs and sweeps, beside what `other` says in sbatch's words.
 
-    A restarted job keeps its number, so `afterok` waits through all its restarts.
+    There are none if all have finished. A restarted job keeps its number, so `afterok` waits through all its restarts.
 
-    Args:
-        folders: Folders of runs or sweeps.
-        more: Other dependencies, in sbatch's words.
-
-    Raises:
-        ConfigError: one of them can no longer finish, or was never submitted.
+    Raises ConfigError: one of them can no longer finish, or was never submitted.
     """
-    jobs = [job for folder in folders for job in jobs_before(folder)]
+    jobs = dict.fromkeys(job for folder in folders for job in jobs_before(folder))
     if not jobs:
         return {}
-    waits = ",".join([*more, f"afterok:{':'.join(dict.fromkeys(jobs))}"])
+    waits = ",".join(filter(None, [other, f"afterok:{':'.join(jobs)}"]))
     return {"dependency": waits, "sbatch": {"kill_on_invalid_dep": "yes"}}
 
 

@@ -9,15 +9,16 @@ import os
 import re
 import unicodedata
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import (
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     PrivateAttr,
+    ValidationError,
     ValidationInfo,
     field_validator,
     model_validator,
@@ -41,26 +42,17 @@ def parse_gpus(text: str) -> dict[str, int]:
 
 
 def gpus_in(gres: str | None) -> dict[str, int]:
-    """Return the GPUs of `gpu:a100:4,tmpdisk:100` by type."""
+    """Return the GPUs of `gpu:a100:4,tmpdisk:100` by type; `gpu` and `gpu:a100` count as one."""
     found: dict[str, int] = {}
-    for part in _parts(gres):
-        kind, _, rest = part.partition(":")
-        if kind not in ("gpu", "gres/gpu"):
-            continue
-        name, _, count = rest.rpartition(":")
-        if not count.isdecimal():  # `gpu` and `gpu:a100` count as one
-            name, count = count, "1"
-        found[name] = found.get(name, 0) + int(count)
+    for part in (gres or "").split(","):
+        if match := re.fullmatch(r"(?:gres/)?gpu(?::(.*?))??(?::([0-9]+))?", part.strip()):
+            found[match[1] or ""] = found.get(match[1] or "", 0) + int(match[2] or 1)
     return found
 
 
 def without_gpus(gres: str) -> str | None:
     """Return the other resources of the request; None if there are none."""
-    return ",".join(part for part in _parts(gres) if not gpus_in(part)) or None
-
-
-def _parts(gres: str | None) -> list[str]:
-    return [part.strip() for part in (gres or "").split(",") if part.strip()]
+    return ",".join(part.strip() for part in gres.split(",") if not gpus_in(part)) or None
 
 
 OF_THE_JOB = (
@@ -69,43 +61,40 @@ OF_THE_JOB = (
     "test_only", "usage", "verbose", "version", "wait", "wrap",
 )  # fmt: skip
 """Options of sbatch that follow from what a run needs, or that would keep it from surviving."""
-MAILS = (
-    "NONE", "BEGIN", "END", "FAIL", "REQUEUE", "ALL", "INVALID_DEPEND", "STAGE_OUT", "TIME_LIMIT", "TIME_LIMIT_90",
-    "TIME_LIMIT_80", "TIME_LIMIT_50", "ARRAY_TASKS",
-)  # fmt: skip
 OF_ANOTHER_MEANING = ("container", "profile")
 """Options of sbatch whose names are given to something else here."""
 MEMORY = ("mem", "mem_per_cpu", "mem_per_gpu")
 """Ways to ask for memory, which exclude each other."""
 OF_SEVERAL_LINES = ("setup", "node_setup", "shared_folders")
 """Settings that are not written into a line of options."""
-LONGEST_MINUTES = (2**31 - 1) // 60
-"""Slurm counts the seconds of a limit in 32 bits."""
-_GRES = r"[A-Za-z_][\w./-]*(:[\w.+-]+)?(:[0-9]+[KMGTP]?)?"
+PASSED = (
+    "gres", "gpu_bind", *MEMORY, "partition", "account", "qos", "reservation", "constraint", "exclude", "nodelist",
+    "comment", "dependency",
+)  # fmt: skip
+"""Resources that the script has under the same name, with the value as it was given."""
 
 
-@dataclass(frozen=True)
-class Sbatch:
-    """Marks a resource that has an option of sbatch."""
-
-    variable: str = ""
-    """Sets the option in the surroundings of sbatch."""
-    as_it_is: bool = True
-    """Whether the script has the option under the same name, with the value as it was given."""
+def _lines(value: Any) -> Any:
+    return value.splitlines() if isinstance(value, str) else value
 
 
-@dataclass(frozen=True)
-class Origins:
-    """The origins of the values; they do not count when two requests are compared."""
+def _one_or_more(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
 
-    names: Mapping[str, str] = field(default_factory=dict, compare=False)
+
+def _expanded(value: Any) -> Any:
+    return Path(os.path.expandvars(value)).expanduser() if isinstance(value, str) else value
+
+
+Lines = Annotated[tuple[str, ...], BeforeValidator(_lines)]
+Folder = Annotated[Path, BeforeValidator(_expanded)]
 
 
 class Request(BaseModel):
     """Resources and surroundings of a job."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, coerce_numbers_to_str=True)
-    _origins: Origins = PrivateAttr(default_factory=Origins)
+    _origins: dict[str, str] = PrivateAttr(default_factory=dict)
 
     cluster: Literal["slurm", "local", "debug"] = Field(
         "slurm", description="slurm, local (this machine, in the background) or debug (this process)"
@@ -115,55 +104,41 @@ class Request(BaseModel):
         description="one of the `profiles` of the site file: what it names goes before the rest of the file",
     )
     nodes: int = Field(1, gt=0, description="machines")
-    gpus_per_node: Annotated[str | None, Sbatch("SBATCH_GPUS_PER_NODE", as_it_is=False)] = Field(
+    gpus_per_node: str | None = Field(
         None,
         description="GPUs of a node, with their type where it matters, as in a100:4; 0 for a run on CPUs; 1 by default",
     )
-    gres: Annotated[str | None, Sbatch("SBATCH_GRES")] = Field(
+    gres: str | None = Field(
         None,
         description="generic resources of a node, as in tmpdisk:100 or gpu:a100:4,tmpdisk:100, whose GPUs are those "
         "of --gpus_per_node",
     )
-    gpu_bind: Annotated[str | None, Sbatch("SBATCH_GPU_BIND")] = Field(
+    gpu_bind: str | None = Field(
         None, description="which GPUs a process sees, as in closest; all of its node by default"
     )
     tasks_per_node: int | None = Field(None, gt=0, description="processes of a node; one a GPU by default")
     cpus_per_task: int | None = Field(
         None, gt=0, description="cores of a process; one more than data.workers by default"
     )
-    mem: Annotated[str | None, Sbatch("SBATCH_MEM_PER_NODE")] = Field(
-        None, description="memory of a node, as in 240G; the site's default if not given"
-    )
-    mem_per_cpu: Annotated[str | None, Sbatch("SBATCH_MEM_PER_CPU")] = Field(
-        None, description="memory for each core, in place of --mem"
-    )
-    mem_per_gpu: Annotated[str | None, Sbatch("SBATCH_MEM_PER_GPU")] = Field(
-        None, description="memory for each GPU, in place of --mem"
-    )
-    time: Annotated[str, Sbatch("SBATCH_TIMELIMIT", as_it_is=False)] = Field(
-        "24:00:00", description="limit of one attempt: minutes, H:MM:SS or D-HH:MM:SS"
-    )
-    partition: Annotated[str | None, Sbatch("SBATCH_PARTITION")] = Field(
+    mem: str | None = Field(None, description="memory of a node, as in 240G; the site's default if not given")
+    mem_per_cpu: str | None = Field(None, description="memory for each core, in place of --mem")
+    mem_per_gpu: str | None = Field(None, description="memory for each GPU, in place of --mem")
+    time: str = Field("24:00:00", description="limit of one attempt: minutes, H:MM:SS or D-HH:MM:SS")
+    partition: str | None = Field(
         None,
         description="partition, or several with commas, of which any will do; the site's default if not given",
     )
-    account: Annotated[str | None, Sbatch("SBATCH_ACCOUNT")] = Field(None, description="account that pays")
-    qos: Annotated[str | None, Sbatch("SBATCH_QOS")] = Field(None, description="quality of service")
-    reservation: Annotated[str | None, Sbatch("SBATCH_RESERVATION")] = Field(
-        None, description="reservation to run in"
-    )
-    constraint: Annotated[str | None, Sbatch("SBATCH_CONSTRAINT")] = Field(
-        None, description="features that nodes must have, as in a100|h100"
-    )
-    exclude: Annotated[str | None, Sbatch()] = Field(
-        None, description="nodes that must not be taken, as in gpu[03-05]"
-    )
-    nodelist: Annotated[str | None, Sbatch()] = Field(
+    account: str | None = Field(None, description="account that pays")
+    qos: str | None = Field(None, description="quality of service")
+    reservation: str | None = Field(None, description="reservation to run in")
+    constraint: str | None = Field(None, description="features that nodes must have, as in a100|h100")
+    exclude: str | None = Field(None, description="nodes that must not be taken, as in gpu[03-05]")
+    nodelist: str | None = Field(
         None,
         description="nodes that must be among those taken; the job waits for each of them, also after it has died",
     )
-    comment: Annotated[str | None, Sbatch()] = Field(None, description="comment of the job")
-    dependency: Annotated[str | None, Sbatch()] = Field(
+    comment: str | None = Field(None, description="comment of the job")
+    dependency: str | None = Field(
         None, description="jobs to wait for, as in afterok:1234; --after waits for the job of a run folder"
     )
     mail: str | None = Field(
@@ -181,12 +156,12 @@ class Request(BaseModel):
     restart_wait: int = Field(
         30, ge=0, description="seconds before the first of them; each other waits twice as long"
     )
-    setup: tuple[str, ...] = Field(
+    setup: Lines = Field(
         (),
         description="shell lines before the run, on its first node, which its processes take their environment from: "
         "module loads, conda",
     )
-    node_setup: tuple[str, ...] = Field(
+    node_setup: Lines = Field(
         (),
         description="shell lines that run once on every node before the processes start, after `setup`: to unpack "
         "data, to make a folder. The processes see the files, but not the environment that they leave; the job ends at "
@@ -205,7 +180,7 @@ class Request(BaseModel):
         description="put the environment and the code into one file, which a task on each node unpacks to its local "
         "disk: for environments that nodes do not see, or that many processes read slowly",
     )
-    pack_folder: Path | None = Field(
+    pack_folder: Folder | None = Field(
         None, description="where packs are kept for all runs; by default each run keeps its own"
     )
     on_event: str | None = Field(
@@ -220,119 +195,40 @@ class Request(BaseModel):
         {},
         description="other options of sbatch by their long names; hold or hold=true for one without a value",
     )
-    shared_folders: tuple[Path, ...] = Field(
+    shared_folders: Annotated[tuple[Folder, ...], BeforeValidator(_one_or_more)] = Field(
         (), description="folders that every node sees; a run must lie in one of them"
     )
 
     @field_validator("*", mode="before")
     @classmethod
-    def _check_plain(cls, value: Any, info: ValidationInfo) -> Any:
+    def _check_value(cls, value: Any, info: ValidationInfo) -> Any:
         check_plain(value)
         if info.field_name != "sbatch":
             check_switch(value, cls.model_fields[str(info.field_name)].annotation)
-        return value
-
-    @field_validator("*", mode="before")
-    @classmethod
-    def _check_line(cls, value: Any, info: ValidationInfo) -> Any:
         if info.field_name not in OF_SEVERAL_LINES:
             check_line(value)
         return value
 
-    @field_validator("time")
+    @field_validator("time", "gpus_per_node")
     @classmethod
-    def _check_time(cls, text: str) -> str:
+    def _check_counts(cls, text: str | None, info: ValidationInfo) -> str | None:
         try:
-            minutes = parse_time(text)
+            if text is not None:
+                (parse_time if info.field_name == "time" else parse_gpus)(text)
         except ConfigError as error:
             raise ValueError(str(error)) from error
-        if minutes > LONGEST_MINUTES:
-            raise ValueError(
-                f"a limit is {LONGEST_MINUTES // 1440} days at most, which is all that Slurm counts"
-            )
-        return text
-
-    @field_validator(*MEMORY)
-    @classmethod
-    def _check_memory(cls, text: str | None) -> str | None:
-        if text is not None and not re.fullmatch(r"[0-9]+([KMGT]B?)?", text, re.IGNORECASE):
-            raise ValueError("a size is a whole number with K, M, G or T, as in 240G")
-        return text
-
-    @field_validator("gpus_per_node")
-    @classmethod
-    def _check_gpus(cls, text: str | None) -> str | None:
-        if text is not None:
-            parse_gpus(text)
-        return text
-
-    @field_validator("gres")
-    @classmethod
-    def _check_gres(cls, text: str | None) -> str | None:
-        if text is not None and not all(re.fullmatch(_GRES, part.strip()) for part in text.split(",")):
-            raise ValueError(
-                "give names, each with a type, a number or both behind it, as in gpu:a100:4,tmpdisk:100"
-            )
-        return text
-
-    @field_validator("partition")
-    @classmethod
-    def _check_partitions(cls, text: str | None) -> str | None:
-        if text is not None and not all(name.strip() for name in text.split(",")):
-            raise ValueError("a name, or names with commas between them")
-        return text
-
-    @field_validator("mail")
-    @classmethod
-    def _check_mail(cls, text: str | None) -> str | None:
-        words = [] if text is None else text.split(",")
-        unknown = [
-            word
-            for word in words
-            if not (re.fullmatch(r"[^\s@]+@[^\s@]+", word) if "@" in word else word.upper() in MAILS)
-        ]
-        if unknown or sum("@" in word for word in words) > 1:
-            raise ValueError(f"valid are one address and {', '.join(MAILS)}, with commas between them")
         return text
 
     @field_validator("sbatch")
     @classmethod
     def _check_options(cls, options: dict[str, bool | str | int]) -> dict[str, bool | str | int]:
         named = {option_name(name): _switch(value) for name, value in options.items()}
-        for name in options:
-            if not re.fullmatch(r"-{0,2}[A-Za-z][\w-]*", name):
-                raise ValueError(f"{name!r} is no name of an option")
         for name in named:
             if name in cls.model_fields and name not in OF_ANOTHER_MEANING:
                 raise ValueError(f"{name} has a flag and a key of its own, --{name}")
             if any(option.startswith(name) for option in OF_THE_JOB):  # sbatch takes short forms, too
                 raise ValueError(f"{name.replace('_', '-')} follows from what the run needs")
         return {name: value for name, value in named.items() if value is not False}
-
-    @field_validator("setup", "node_setup", mode="before")
-    @classmethod
-    def _split_lines(cls, lines: Any) -> Any:
-        several = lines.splitlines() if isinstance(lines, str) else lines
-        if not isinstance(several, list | tuple) or not all(isinstance(one, str) for one in several):
-            raise ValueError(
-                "give a line, or a list of lines; in a file, one with ': ' in it stands in quotes"
-            )
-        return several
-
-    @field_validator("pack_folder", mode="before")
-    @classmethod
-    def _expand_one(cls, folder: Any) -> Any:
-        return Path(os.path.expandvars(folder)).expanduser() if isinstance(folder, str) else folder
-
-    @field_validator("shared_folders", mode="before")
-    @classmethod
-    def _expand(cls, folders: Any) -> Any:
-        several = [folders] if isinstance(folders, str) else folders
-        if not isinstance(several, list | tuple):
-            return several
-        return [
-            Path(os.path.expandvars(one)).expanduser() if isinstance(one, str) else one for one in several
-        ]
 
     @model_validator(mode="after")
     def _check_together(self) -> Request:
@@ -343,15 +239,33 @@ class Request(BaseModel):
             raise ValueError("gpus_per_node and the GPUs of gres are the same: give one of them")
         return self
 
-    def known_from(self, origins: Mapping[str, str]) -> Request:
-        """Return the same, with the origin of each value as an error names it."""
-        found = self.model_copy()
-        found._origins = Origins(origins)
+    def __eq__(self, other: object) -> bool:
+        """Compare what is asked for, whatever the origins."""
+        return isinstance(other, Request) and dict(self) == dict(other)
+
+    @classmethod
+    def checked(cls, values: Mapping[str, Any], origins: dict[str, str]) -> Request:
+        """Return the request, with the origin of each value as an error names it. Raises ConfigError."""
+        try:
+            found = cls.model_validate(values)
+        except ValidationError as error:
+            finding = error.errors()[0]
+            what = finding["msg"].removeprefix("Value error, ")
+            if finding["loc"]:
+                name = str(finding["loc"][0])
+                what = f"{origins[name]} is {values[name]!r}: {what} ({cls.model_fields[name].description})"
+            raise ConfigError(what) from error
+        found._origins = origins
         return found
+
+    @property
+    def origins(self) -> Mapping[str, str]:
+        """The origin of each value; `sbatch.hold` is an option of sbatch."""
+        return self._origins
 
     def origin(self, name: str) -> str:
         """Return how an error names a resource: its flag, or the variable or the file that it is from."""
-        return self._origins.names.get(name, f"--{name}")
+        return self._origins.get(name, f"--{name}")
 
     def said(self, name: str) -> str:
         """Return the request as an error begins: `--nodes is 4`, `SBATCH_PARTITION is gpu`."""
@@ -387,16 +301,18 @@ class Request(BaseModel):
 
     def options(self) -> dict[str, bool | str | int]:
         """Return the script's options of sbatch, by their long names."""
-        found: dict[str, bool | str | int] = {
-            name: getattr(self, name)
-            for name, marked in sbatch_fields().items()
-            if marked.as_it_is and getattr(self, name) is not None
-        }
+        found = {name: value for name in PASSED if (value := getattr(self, name)) is not None}
         if not self.gpu_count:  # of a site whose other runs have GPUs
             found = {name: value for name, value in found.items() if name not in ("gpu_bind", "mem_per_gpu")}
         elif not gpus_in(self.gres):
             found["gpus_per_node"] = self.gpus_per_node or "1"
-        return {**found, **_mail(self.mail), **self.sbatch}
+        words = self.mail.split(",") if self.mail else []
+        events = [word.upper() for word in words if "@" not in word] or ["END", "FAIL"]
+        if words:
+            found["mail_type"] = ",".join(events)
+        if users := [word for word in words if "@" in word]:
+            found["mail_user"] = ",".join(users)
+        return {**found, **self.sbatch}
 
 
 def check_line(value: Any) -> None:
@@ -407,12 +323,6 @@ def check_line(value: Any) -> None:
             raise ValueError("it must be one line of UTF-8, without control characters")
 
 
-def sbatch_fields() -> dict[str, Sbatch]:
-    """Return the resources that sbatch has an option for."""
-    fields = Request.model_fields.items()
-    return {name: mark for name, field in fields for mark in field.metadata if isinstance(mark, Sbatch)}
-
-
 def option_name(text: str) -> str:
     """`--mail-type` as `mail_type`."""
     return text.lstrip("-").replace("-", "_")
@@ -421,14 +331,6 @@ def option_name(text: str) -> str:
 def _switch(value: bool | str | int) -> bool | str | int:
     """`true`, as a flag gives it, as it is read in a file."""
     return {"true": True, "false": False}.get(value.lower(), value) if isinstance(value, str) else value
-
-
-def _mail(text: str | None) -> dict[str, str]:
-    words = [] if text is None else text.split(",")
-    events = [word.upper() for word in words if "@" not in word] or ["END", "FAIL"]
-    users = [word for word in words if "@" in word]
-    mailed = {"mail_type": ",".join(events)} if words else {}
-    return {**mailed, "mail_user": users[0]} if users else mailed
 
 
 def parse_time(text: str) -> int:

@@ -8,21 +8,27 @@ from __future__ import annotations
 import argparse
 import os
 import shutil
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
 import psutil
-from pydantic import ValidationError
 
 from ...checkpoints.files import is_there, nearest_folder, read_regular
 from ...models.errors import ConfigError, did_you_mean
 from ...models.plain_yaml import MAX_BYTES, YamlError, parse_yaml
 from ..flags import Parser, run_folder
-from .request import MEMORY, Request, gpus_in, option_name, sbatch_fields, without_gpus
+from .request import MEMORY, Request, gpus_in, option_name, without_gpus
 
+VARIABLES = {
+    f"SBATCH_{name.upper()}": name
+    for name in (
+        "gpus_per_node", "gres", "gpu_bind", "mem_per_cpu", "mem_per_gpu", "partition", "account", "qos", "reservation",
+        "constraint",
+    )
+} | {"SBATCH_MEM_PER_NODE": "mem", "SBATCH_TIMELIMIT": "time"}  # fmt: skip
+"""Variables that sbatch reads, and the resource that each sets."""
 OPTION_VARIABLES = {
     f"SBATCH_{name.upper()}": name
     for name in (
@@ -31,69 +37,10 @@ OPTION_VARIABLES = {
         "wait_all_nodes", "wckey",
     )
 } | {"SBATCH_REQ_SWITCH": "switches"}  # fmt: skip
-"""Other variables that sbatch reads and a run can accept."""
+"""Those that a run can accept as other options."""
+Layer = tuple[Mapping[str, Any], Callable[[str], str]]
+"""Values of one origin, and how an error and the dry run name the origin of each; `sbatch.hold` for an option."""
 WITHOUT_VALUE = ("exclusive", "spread_job", "use_min_nodes")
-EXCLUSIVE_FOR = tuple(("exclusive", whom) for whom in ("user", "mcs", "topo"))
-
-
-@dataclass(frozen=True)
-class Layer:
-    """Values of one origin."""
-
-    values: Mapping[str, Any]
-    name_of: Callable[[str], str]
-    """How an error and the dry run name the origin of a value."""
-
-
-@dataclass
-class Asked:
-    """All layers in one: the value that wins, and its origin."""
-
-    values: dict[str, Any] = field(default_factory=dict)
-    origins: dict[str, str] = field(default_factory=dict)
-    """The origin by key; `sbatch.hold` for an option."""
-
-    def put(self, layer: Layer) -> None:
-        """Lay the values of `layer` over what is there."""
-        for name, value in layer.values.items():
-            self._make_room(name, value)
-        for name, value in layer.values.items():
-            if name == "sbatch" and isinstance(value, Mapping):
-                options = {option_name(str(key)): one for key, one in value.items()}
-                below = self.values.get(name)
-                self.values[name] = {**below, **options} if isinstance(below, Mapping) else options
-                self.origins |= {f"{name}.{key}": layer.name_of(f"{name}.{key}") for key in options}
-            else:
-                self.values[name] = value
-            self.origins[name] = layer.name_of(name)
-
-    def _make_room(self, name: str, value: Any) -> None:
-        """Take away what lies below and would contradict `value`."""
-        if value is None:
-            return
-        if name in MEMORY:
-            for other in MEMORY:
-                self.values.pop(other, None)
-        if name == "gres" and isinstance(value, str) and gpus_in(value):
-            self.values.pop("gpus_per_node", None)
-        if name == "gpus_per_node" and isinstance(self.values.get("gres"), str):
-            self.values["gres"] = without_gpus(self.values["gres"])
-
-    def config(self) -> Request:
-        """Raise ConfigError that names the flag, the variable or the file."""
-        try:
-            return Request.model_validate(self.values).known_from(self.origins)
-        except ValidationError as error:
-            finding = error.errors()[0]
-            what = finding["msg"].removeprefix("Value error, ")
-            if not finding["loc"]:
-                raise ConfigError(what) from error
-            name = str(finding["loc"][0])
-            meaning = Request.model_fields[name].description
-            value = self.values[name]
-            if name == "sbatch" and isinstance(value, Mapping):  # as it was typed
-                value = " ".join(key if one is True else f"{key}={one}" for key, one in value.items())
-            raise ConfigError(f"{self.origins[name]} is {value!r}: {what} ({meaning})") from error
 
 
 def site_file() -> Path:
@@ -108,7 +55,9 @@ def shared_site_files() -> list[Path]:
     return [Path(root) / "graftvit" / "cluster.yaml" for root in roots.split(":") if root]
 
 
-def ask(given: Mapping[str, Any], site: Path | None = None, before: Mapping[str, Any] | None = None) -> Asked:
+def ask(
+    given: Mapping[str, Any], site: Path | None = None, before: Mapping[str, Any] | None = None
+) -> Request:
     """Lay all origins over each other.
 
     Args:
@@ -117,81 +66,94 @@ def ask(given: Mapping[str, Any], site: Path | None = None, before: Mapping[str,
         before: What the run asked for when it was submitted.
 
     Raises:
-        ConfigError: a file or a key in it is not valid, or there is no such profile.
+        ConfigError: a value, a file or a key in it is not valid, or there is no such profile.
     """
     files = [site] if site is not None else [*reversed(shared_site_files()), site_file()]
-    asked, profiles = Asked(), dict[str, Layer]()
+    contents = {path: _read_site(path, needed=site is not None) for path in files}
+    profiles: dict[str, Layer] = {}
+    for path, content in contents.items():
+        profiles |= _profiles(content.pop("profiles", None), path)
 
-    def chosen(name: Any, origin: str) -> Layer:
+    def profile(name: Any, origin: str) -> Layer:
         if name not in profiles:
-            raise ConfigError(
-                f"{origin} {name!r} is not among the profiles of {files[-1]}: "
-                + (f"valid: {', '.join(profiles)}" if profiles else "it has none")
-            )
+            valid = f"valid: {', '.join(profiles)}" if profiles else "it has none"
+            raise ConfigError(f"{origin} {name!r} is not among the profiles of {files[-1]}: {valid}")
         return profiles[name]
 
-    contents = [(path, _read_site(path, needed=site is not None)) for path in files]
-    for path, content in contents:
-        profiles |= _profiles(content.pop("profiles", None), path)
-    usual = [path for path, content in contents if content.get("profile") is not None][-1:]
-    for path, content in contents:
-        asked.put(Layer(content, partial("{}: {}".format, path)))
+    usual = [path for path, content in contents.items() if content.get("profile") is not None][-1:]
+    layers: list[Layer] = []
+    for path, content in contents.items():
+        layers.append((content, partial("{}: {}".format, path)))
         if path in usual and "profile" not in given:
-            asked.put(chosen(content["profile"], f"{path}: profile"))
-    asked.put(from_environment())
-    asked.put(Layer(dict(before or {}), lambda key: f"{key} as before"))
+            layers.append(profile(content["profile"], f"{path}: profile"))
+    layers += [_from_environment(), (before or {}, "{} as before".format)]
     if "profile" in given:
-        asked.put(chosen(given["profile"], "--profile"))
-    asked.put(Layer(given, lambda key: f"--{key}" if "." not in key else "--sbatch"))
-    return asked
+        layers.append(profile(given["profile"], "--profile"))
+    layers.append((given, lambda key: f"--{key.partition('.')[0]}"))
+    return Request.checked(*_laid(layers))
 
 
-def from_environment() -> Layer:
-    """Return what the user's environment sets for sbatch: it is read here, and sbatch itself starts without it."""
-    own = {mark.variable: name for name, mark in sbatch_fields().items() if mark.variable}
-    values = {name: os.environ[variable] for variable, name in own.items() if os.environ.get(variable)}
+def _laid(layers: Sequence[Layer]) -> tuple[dict[str, Any], dict[str, str]]:
+    """Lay the values of each layer over those before it; return the values that win, and the origin of each."""
+    values: dict[str, Any] = {}
+    origins: dict[str, str] = {}
+    for layer, origin in layers:
+        for name, value in layer.items():
+            _make_room(values, name, value)
+        for name, value in layer.items():
+            origins[name], below = origin(name), values.get(name)
+            values[name] = value
+            if name == "sbatch" and isinstance(value, Mapping):
+                options = {option_name(str(key)): one for key, one in value.items()}
+                origins |= {f"sbatch.{key}": origin(f"sbatch.{key}") for key in options}
+                values[name] = {**below, **options} if isinstance(below, Mapping) else options
+    return values, origins
+
+
+def _make_room(values: dict[str, Any], name: str, value: Any) -> None:
+    """Take away what lies below and would contradict `value`."""
+    if value is not None and name in MEMORY:
+        for other in MEMORY:
+            values.pop(other, None)
+    if name == "gres" and isinstance(value, str) and gpus_in(value):
+        values.pop("gpus_per_node", None)
+    if name == "gpus_per_node" and value is not None and isinstance(values.get("gres"), str):
+        values["gres"] = without_gpus(values["gres"])
+
+
+def _from_environment() -> Layer:
+    """Return what the user's environment sets for sbatch, which itself starts without it."""
+    values: dict[str, Any] = {VARIABLES[name]: os.environ[name] for name in VARIABLES if os.environ.get(name)}
     options: dict[str, Any] = {}
     for variable, name in OPTION_VARIABLES.items():
         value = os.environ.get(variable)
-        if value is not None and name in WITHOUT_VALUE and _is_on(value):
-            options[name] = True
-        elif (value and name not in WITHOUT_VALUE) or (name, value) in EXCLUSIVE_FOR:
+        if value is not None and name in WITHOUT_VALUE:
+            options[name] = value if value in ("user", "mcs", "topo") else value not in ("0", "no")
+        elif value:
             options[name] = value
-    names = {name: variable for variable, name in own.items()}
+    names = {name: variable for variable, name in VARIABLES.items()}
     names |= {f"sbatch.{name}": variable for variable, name in OPTION_VARIABLES.items()}
-    return Layer(values | ({"sbatch": options} if options else {}), lambda key: names.get(key, key))
+    return values | ({"sbatch": options} if options else {}), lambda key: names.get(key, key)
 
 
 def left_out() -> list[str]:
     """Return variables for sbatch that are set, and would break what a run needs."""
-    taken = {mark.variable for mark in sbatch_fields().values()} | set(OPTION_VARIABLES)
+    taken = {*VARIABLES, *OPTION_VARIABLES}
     return sorted(name for name in os.environ if name.startswith("SBATCH_") and name not in taken)
 
 
-def describe(asked: Asked) -> str:
+def describe(request: Request) -> str:
     """Return the requested resources, a line each with its origin; for others the defaults of `--help` hold."""
     rows = []
-    for name, value in asked.values.items():
-        if name == "sbatch":
-            rows += [
-                (option.replace("_", "-"), one, asked.origins[f"sbatch.{option}"])
-                for option, one in value.items()
-            ]
-        elif value not in (None, (), [], {}) and name != "shared_folders":
-            rows.append((name, value, asked.origins[name]))
-    width = max(18, *(len(name) for name, _, _ in rows), 0)
-    lines = [f"  {name:<{width}} {_plain(value):<22} {origin}\n" for name, value, origin in rows]
+    for key, origin in request.origins.items():
+        name, _, option = key.partition(".")
+        value = request.sbatch.get(option) if option else getattr(request, name)
+        if key not in ("sbatch", "shared_folders") and value not in (None, (), ""):
+            shown = "; ".join(value) if isinstance(value, tuple) else value
+            rows.append(f"  {option.replace('_', '-') or name:<18} {shown!s:<22} {origin}\n")
     if ignored := left_out():
-        lines.append(f"  left out, as it would break what a run needs: {', '.join(ignored)}\n")
-    return f"asked of the cluster:\n{''.join(lines)}" if lines else ""
-
-
-def _plain(value: Any) -> str:
-    return "; ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
-
-
-def _is_on(value: str) -> bool:
-    return value in ("", "yes") or (value.isdecimal() and int(value) != 0)
+        rows.append(f"  left out, as it would break what a run needs: {', '.join(ignored)}\n")
+    return f"asked of the cluster:\n{''.join(rows)}" if rows else ""
 
 
 def _profiles(content: Any, path: Path) -> dict[str, Layer]:
@@ -200,11 +162,9 @@ def _profiles(content: Any, path: Path) -> dict[str, Layer]:
     if not isinstance(content, dict) or not all(isinstance(one, dict) for one in content.values()):
         raise ConfigError(f"{path}: profiles must hold names with keys, as in 'debug: {{partition: debug}}'")
     for name, values in content.items():
-        if not isinstance(name, str):
-            raise ConfigError(f"{path}: profiles: {name!r} is no name: write it in quotes")
         _check_keys(values, f"{path}: profiles.{name}", set(Request.model_fields) - {"profile"})
     return {
-        name: Layer(values, partial("{}: profiles.{}.{}".format, path, name))
+        str(name): (values, partial("{}: profiles.{}.{}".format, path, name))
         for name, values in content.items()
     }
 
@@ -269,30 +229,23 @@ def add_cluster_flags(parser: Parser, *, again: bool = False) -> None:
     )
 
 
-def asked_by(arguments: argparse.Namespace, before: dict[str, Any] | None = None) -> Asked:
+def asked_by(arguments: argparse.Namespace, before: Mapping[str, Any] | None = None) -> Request:
     """Return the resources of the flags, over those of `before` and of the site. Raises ConfigError."""
     given = {name: getattr(arguments, name) for name in Request.model_fields if hasattr(arguments, name)}
-    if "sbatch" in given:
-        given["sbatch"] = dict(map(_option, given["sbatch"]))
-    asked = ask(given, arguments.site, before)
-    if arguments.after:
-        cluster = asked.values.get("cluster", "slurm")
-        if cluster != "slurm":
-            raise ConfigError(f"--after waits for jobs of Slurm, and --cluster {cluster} starts at once")
-        from .plan import dependency_on
+    options = [word.partition("=") for word in given.get("sbatch", ())]
+    if options:
+        given["sbatch"] = {option_name(name): value if equals else True for name, equals, value in options}
+    request = ask(given, arguments.site, before)
+    if not arguments.after:
+        return request
+    if request.cluster != "slurm":
+        raise ConfigError(f"--after waits for jobs of Slurm, and --cluster {request.cluster} starts at once")
+    from .plan import dependency_on
 
-        own = asked.values.get("dependency")
-        asked.put(Layer(dependency_on(arguments.after, *([own] if own else [])), lambda key: "--after"))
-    return asked
-
-
-def _option(word: str) -> tuple[str, str | bool]:
-    name, equals, value = word.lstrip("-").partition("=")
-    if not name or (equals and not value):
-        raise ConfigError(
-            f"--sbatch {word!r} is no option of sbatch: give, for example, --sbatch mail-type=END or --sbatch exclusive"
-        )
-    return name.replace("-", "_"), value if equals else True
+    more = dependency_on(arguments.after, request.dependency)
+    values = {name: getattr(request, name) for name in request.model_fields_set}
+    values |= {**more, "sbatch": {**request.sbatch, **more.get("sbatch", {})}}
+    return Request.checked(values, {**request.origins, **dict.fromkeys(more, "--after")})
 
 
 # Check what only this machine can tell: the commands of Slurm, and whether the nodes see a folder.
@@ -330,11 +283,6 @@ def check_folder(output_dir: Path, request: Request) -> None:
             f"--output_dir {output_dir} is on this machine alone, and the nodes of the job would not see it: give a "
             "folder on a shared disk; if it is one, name it under shared_folders in the site file, or give --unchecked"
         )
-    above = nearest_folder(folder)
-    if not above.is_dir():
-        raise ConfigError(f"--output_dir {output_dir} cannot be made: {above} is a file")
-    if not os.access(above, os.W_OK | os.X_OK):
-        raise ConfigError(f"--output_dir {output_dir} cannot be written: {above} is not yours to write")
 
 
 def _file_system(folder: Path) -> str:

@@ -47,7 +47,7 @@ from .environment import detached, outside_of_a_job, start_script
 from .folder import Job, JobFolder, newest_state, remember, write_number
 from .jobs import UNSURE, active_jobs, current_stage, home, read_progress
 from .lock import InterruptedSubmissionError, ordering, submitting, unbroken
-from .request import Request
+from .request import Request, option_name
 from .scheduler import NoAnswerError, ask, flags_beyond, job_states, number_by_name, waiting
 from .site_file import check_commands, check_folder
 from .sweep import check_sweep
@@ -143,6 +143,9 @@ def _ask_sbatch(path: Path, request: Request) -> str:
 def _refusal(words: str, request: Request) -> ConfigError:
     """Return Slurm's words with the resource that they are about, or what was asked for where they name none."""
     limits = [name for word in words.split() for name in flags_beyond(word)]
+    limits += [
+        name for word in re.findall("--([a-z-]+)", words) if (name := option_name(word)) in _FLAG_OF.values()
+    ]
     parts = [name for part, name in _FLAG_OF.items() if re.search(rf"\b{part}\b", words.lower())]
     named = [name for name in limits or parts if getattr(request, name) is not None]
     if named:

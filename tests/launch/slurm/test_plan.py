@@ -676,5 +676,5 @@ def test_the_flag_after(tmp_path: Path, slurm: FakeSlurm) -> None:
     add_cluster_flags(parser)
     words = ["--after", str(tmp_path / "a"), "--dependency=singleton", f"--after={tmp_path / 'b'}"]
     asked = asked_by(parse_command(parser, words)[0])
-    assert asked.config().options()["dependency"] == "singleton,afterok:7:8"
-    assert "  dependency          singleton,afterok:7:8  --after\n" in describe_asked(asked)
+    assert asked.options()["dependency"] == "singleton,afterok:7:8"
+    assert "  dependency         singleton,afterok:7:8  --after\n" in describe_asked(asked)

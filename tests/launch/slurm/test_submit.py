@@ -110,7 +110,7 @@ def test_a_refusal_of_slurm_names_where_a_value_is_from(
         monkeypatch.setenv(name, value)
     write_program(user / "bin", "sbatch", f"echo '{told}' >&2; exit 1\n")
     with pytest.raises(ConfigError) as raised:
-        submit._ask_sbatch(user / "job.sh", ask({}).config())
+        submit._ask_sbatch(user / "job.sh", ask({}))
     assert str(raised.value).startswith(sentence.format(site=path))
 
 

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import yaml
 from graftvit.launch.flags import command_parser, parse_command
-from graftvit.launch.slurm.site_file import Asked, add_cluster_flags, asked_by, site_file
+from graftvit.launch.slurm.request import Request
+from graftvit.launch.slurm.site_file import add_cluster_flags, asked_by, site_file
 from graftvit.models.errors import ConfigError
 from support.runs.engine_runs import config, make_teacher
 
@@ -46,7 +47,7 @@ def user_with_recipe(
     return root
 
 
-def asked(*words: str, before: dict[str, Any] | None = None) -> Asked:
+def asked(*words: str, before: dict[str, Any] | None = None) -> Request:
     """What these flags ask for, over the site files and what was asked for before."""
     parser = command_parser("submit", "", [])
     add_cluster_flags(parser)
@@ -56,6 +57,6 @@ def asked(*words: str, before: dict[str, Any] | None = None) -> Asked:
 def refusal(*words: str) -> str:
     """The one sentence in which these flags are refused."""
     with pytest.raises(ConfigError) as raised:
-        asked(*words).config()
+        asked(*words)
     assert "\n" not in str(raised.value)
     return str(raised.value)
