@@ -337,9 +337,9 @@ def _summary(argv: list[str]) -> int:
     arguments = parser.parse_args(argv)
     from ..slurm.summary import summarize, to_markdown, write_summary
 
-    summary = summarize(arguments.folder)
-    say(to_markdown(summary))
-    for path in write_summary(summary):
+    rows = summarize(arguments.folder)
+    say(to_markdown(rows))
+    for path in write_summary(arguments.folder, rows):
         say_aside(f"{path}\n")
     return 0
 

@@ -222,7 +222,7 @@ def run_folders(folder: Path) -> list[Path]:
         near = near_path(folder, folders=True) or "give the output_dir of a run"
         raise ConfigError(f"{folder} is no folder: {near}")
     sweep = load_sweep(folder)
-    cells = [cell.folder for cell in sweep.cells] if sweep else sorted((folder / "cells").glob("*"))
+    cells = list(sweep.cells) if sweep else sorted((folder / "cells").glob("*"))
     if cells and not sweep:
         cells.insert(0, folder / "teacher")
     own = [folder] if cells and not sweep and JobFolder(folder).jobs() else []

@@ -9,7 +9,7 @@ import json
 import os
 import re
 import shlex
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +19,7 @@ from ...models.errors import ConfigError
 from ...models.plain_yaml import write_yaml
 from ...transfer.config import RunConfig
 from ..cli import DISTRIBUTED
-from ..load_config import Setting, dump_config, load_config, read_recipe
+from ..load_config import FOR_THE_TEACHER, Setting, dump_config, load_comparison, load_config, read_recipe
 from ..say import hint, say_aside
 from ..submitted import SUBMITTED, Work, check_words, command_name
 from .attempt import Task
@@ -27,7 +27,7 @@ from .batch import Batch
 from .folder import ORDER_FILE, Job, JobFolder, Order
 from .jobs import active_jobs, current_stage, judge_jobs, run_folders
 from .request import Request
-from .sweep import as_text, cell_configs, cell_settings, check_sweep, frozen_text, parse_sweep, run_configs
+from .sweep import cell_configs, cell_settings, check_sweep, frozen_text, parse_sweep, run_configs
 
 if TYPE_CHECKING:
     from ...transfer.analysis.compare.comparison_cells import Comparison
@@ -85,15 +85,15 @@ def _plan_sweep(
     sweep = parse_sweep(words, folder)
     check_sweep(sweep)
     for cell in sweep.cells:
-        _refuse_existing(run_configs(recipe, [*settings, _absolute(cell.folder)])[0])
+        _refuse_existing(run_configs(recipe, [*settings, _absolute(cell)])[0])
     plain = [setting for setting in settings if setting.key != "output_dir"]
-    first = run_configs(recipe, cell_settings(sweep.cells[0], settings))[0]
+    first = run_configs(recipe, cell_settings(sweep, next(iter(sweep.cells)), settings))[0]
     texts = cell_configs(sweep, recipe, [*plain, GOES_ON])
-    frozen = {cell.folder / "jobs" / "config.yaml": texts[cell.name] for cell in sweep.cells}
+    frozen = {cell / "jobs" / "config.yaml": text for cell, text in texts.items()}
     tasks = [
-        Task(["train", str(path)], cell.folder)
+        Task(["train", str(path)], cell)
         for (path, text), cell in zip(frozen.items(), sweep.cells, strict=True)
-        if not (JobFolder(cell.folder).finished and _holds(path, text))
+        if not (JobFolder(cell).finished and path.is_file() and read_regular(path, errors="replace") == text)
     ]
     if not tasks:
         raise ConfigError(
@@ -110,20 +110,19 @@ def _refuse_existing(config: RunConfig) -> None:
         refuse_existing(config.output_dir)
 
 
-def _holds(path: Path, text: str) -> bool:
-    return path.is_file() and read_regular(path, errors="replace") == text
-
-
 def _plan_comparison(recipe: str, settings: Sequence[Setting], request: Request) -> Batch:
     """Return a task for each cell; every cell must be possible."""
     from ...transfer.analysis.compare.compare import check_cells
-    from ..load_config import load_comparison
 
     settings = [*settings, _absolute(load_comparison(recipe, settings).folder)]
     comparison = load_comparison(recipe, settings)
     check_cells(comparison, comparison.cells())
     path = comparison.folder / "jobs" / "config.yaml"
-    words = ["compare", str(path), *_taken(settings)]
+    words = ["compare", str(path)]
+    for setting in settings:
+        if setting.key in FOR_THE_TEACHER:  # its run takes these over, too
+            value = setting.value if isinstance(setting.value, str) else json.dumps(setting.value)
+            words.append(f"--{setting.key}={value}")
     tasks = [
         Task([*words, "--cell", cell.folder], comparison.cell_folder(cell)) for cell in comparison.cells()
     ]
@@ -133,13 +132,6 @@ def _plan_comparison(recipe: str, settings: Sequence[Setting], request: Request)
         first, config = Task([*words, "--only", "teacher"], made.output_dir), made
     frozen = {path: _frozen_comparison(comparison, recipe)} | _frozen_teacher(comparison, path)
     return _batch(comparison.folder, tasks, request, [config], frozen=frozen, first=first, comparison=True)
-
-
-def _taken(settings: Iterable[Setting]) -> list[str]:
-    """Return the words that the run of the teacher takes over, too."""
-    from ..load_config import FOR_THE_TEACHER
-
-    return [f"--{setting.key}={as_text(setting)}" for setting in settings if setting.key in FOR_THE_TEACHER]
 
 
 def _absolute(folder: Path) -> Setting:

@@ -506,7 +506,7 @@ def test_a_run_with_a_job_is_not_resumed(tmp_path: Path, state: str, slurm: Fake
 def test_cells_that_failed_and_have_no_job_go_again_as_they_were_submitted(
     tmp_path: Path, slurm: FakeSlurm, sent: list[Batch]
 ) -> None:
-    cells = [cell.folder for cell in make_sweep(tmp_path, "seed=0..4").cells]
+    cells = make_sweep(tmp_path, "seed=0..4")
     asked = Request(
         gpus_per_node=4, dependency="afterok:3", mem="9G", sbatch={"kill_on_invalid_dep": "yes", "nice": 5}
     )
@@ -627,10 +627,10 @@ def test_a_folder_of_submission_that_is_gone_is_not_replaced_by_the_present_one(
 
 def test_jobs_of_runs_and_of_all_cells_of_a_sweep_are_waited_for(tmp_path: Path, slurm: FakeSlurm) -> None:
     submitted(tmp_path / "run", job_id="7")
-    for place, cell in enumerate(make_sweep(tmp_path / "sweep", "seed=0..2").cells):
-        submitted(cell.folder, job_id=f"9_{place}")
+    for place, cell in enumerate(make_sweep(tmp_path / "sweep", "seed=0..2")):
+        submitted(cell, job_id=f"9_{place}")
         if place == 1:
-            attempted(cell.folder, "finished")
+            attempted(cell, "finished")
     slurm.says(dict.fromkeys(("7", "9_0", "9_2"), "RUNNING"))
     found = dependency_on([tmp_path / "run", tmp_path / "sweep"], "afterany:3")
     assert found == {"dependency": "afterany:3,afterok:7:9_0:9_2", "sbatch": {"kill_on_invalid_dep": "yes"}}

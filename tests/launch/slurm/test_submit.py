@@ -304,7 +304,7 @@ def test_what_begins_anew_and_what_goes_on(tmp_path: Path) -> None:
     (run.output_dir / "config.yaml").write_text(dump_config(run))
     assert again(run, "seed=3") == "starts again, because nothing was saved"
     stage = run.output_dir / "2-task"
-    for folder in (stage, make_sweep(tmp_path / "sweep", "seed=0..1").cells[1].folder):
+    for folder in (stage, make_sweep(tmp_path / "sweep", "seed=0..1")[1]):
         (folder / "checkpoints").mkdir(parents=True)
         (folder / "checkpoints" / "last.safetensors").touch()
     (run.output_dir / "config.yaml").rename(stage / "config.yaml")

@@ -8,17 +8,18 @@ from pathlib import Path
 
 import yaml
 from graftvit.launch.slurm.folder import JobFolder
-from graftvit.launch.slurm.sweep import Cell, Sweep, parse_sweep
+from graftvit.launch.slurm.sweep import parse_sweep
 
 
-def make_sweep(folder: Path, *words: str) -> Sweep:
+def make_sweep(folder: Path, *words: str) -> list[Path]:
+    """The cells."""
     sweep = parse_sweep(words, folder)
     sweep.save()
-    return sweep
+    return list(sweep.cells)
 
 
 def write_run(
-    cell: Cell,
+    cell: Path,
     top1: Sequence[float | None] = (),
     *,
     ema: Sequence[float] = (),
@@ -29,7 +30,7 @@ def write_run(
     stage: str = "",
 ) -> None:
     """A run of ten steps an epoch, an epoch for each value of `top1`; None where it was not evaluated."""
-    run = cell.folder / stage
+    run = cell / stage
     run.mkdir(parents=True, exist_ok=True)
     optim, total = {"epochs": epochs, "max_steps": max_steps}, max_steps or 10 * epochs
     (run / "config.yaml").write_text(yaml.safe_dump({"output_dir": str(run), "optim": optim}))
@@ -43,12 +44,12 @@ def write_run(
         records.append({"epoch": epoch, "step": steps, **train, **scores})
     (run / "log.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     if student:
-        (cell.folder / "student").mkdir(exist_ok=True)
+        (cell / "student").mkdir(exist_ok=True)
 
 
-def write_attempt(cell: Cell, outcome: str | None, why: str = "") -> None:
-    cell.folder.mkdir(parents=True, exist_ok=True)
-    jobs = JobFolder(cell.folder)
+def write_attempt(cell: Path, outcome: str | None, why: str = "") -> None:
+    cell.mkdir(parents=True, exist_ok=True)
+    jobs = JobFolder(cell)
     name = jobs.begin(job_id="7_1", restart=0, nodes=["n1"], world_size=1)
     if outcome is not None:
         jobs.note(name, outcome=outcome, why=why)
