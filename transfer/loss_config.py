@@ -25,7 +25,7 @@ class LossConfig(Section):
     )
     layers: str | list[int] | list[tuple[int, int]] = setting(
         "all",
-        "all, first:N, last:N, every:N, A:B (half open, negative from the end), 0,3,5, stages of a pyramid "
+        "all, first:N, last:N, every:N, A:B (half open, negative from the end), 0,3-5, stages of a pyramid "
         "stage2,stage3 or stage3.0-1, or teacher>student pairs 2>0,5>1 or stage2>stage3",
     )
     heads: str | list[int] = setting(

@@ -76,6 +76,7 @@ def test_flags_that_people_type_exist(name: str) -> None:
         ("data.data_path", "/a,b", "/a,b"),
         ("transfer.layers", "0,3,5", "0,3,5"),
         ("transfer.layers", "2:5", "2:5"),
+        ("transfer.layers", "3-5", "3-5"),
         ("transfer.layers", "[0, 3]", [0, 3]),
         ("transfer.layers", "[[2, 0], [5, 1]]", [[2, 0], [5, 1]]),
         ("student.img_size", "224", 224),

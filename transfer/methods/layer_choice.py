@@ -7,11 +7,9 @@ The grammar of `transfer.layers`, for a student of depth L (negative numbers cou
     last:N         layers L-N … L-1
     every:N        the last layer and every N-th before it (N-1, 2N-1, … where N divides L)
     A:B            A, A+1, … B-1; either side may be left out; :-6 is the first 18 of 24
-    0,3,-1         these layers
-    2>0,5>1        teacher>student pairs
-    stage3         the layers of the student's third stage; several stages: stage2,stage3
-    stage3.0-1     layers 0 and 1 of the student's third stage
-    stage2>stage3  the layers of the student's third stage learn from the teacher's second
+    0,3-5,-1       these layers, named as in a plan (`layer_numbers`): 0, 3, 4, 5 and the last
+    stage3         the layers of the student's third stage; stage2-3 those of two, stage3.0-1 two of them
+    2>0,5>1        teacher>student pairs, of layers or of any that are named as in a plan: stage2>stage3
 
 Without pairs the selection is of student layers, and teacher layers are spread evenly (`spread_layer`): inside each
 stage where both models have equally many stages, else over the whole depth. A plain vision transformer has one stage.
@@ -22,27 +20,23 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from ...models.errors import TransferError
-from ...models.plan_syntax import STAGE
+from ...models.errors import ConfigError, TransferError
+from ...models.plan_syntax import LAYERS, STAGE, STAGES, layer_numbers
 
 GRAMMAR = (
-    "all, first:N, last:N, every:N, a range A:B, a list 0,3,-1, teacher>student pairs 2>0,5>1, stages stage2,stage3, "
-    "layers of a stage stage3.0-1 or teacher>student pairs of stages stage2>stage3"
+    "all, first:N, last:N, every:N, a range A:B, a list 0,3-5,-1, stages stage2,stage3 or stage2-3, layers of a stage "
+    "stage3.0-1, or teacher>student pairs of these, 2>0,5>1 or stage2>stage3"
 )
 _COUNTED = re.compile(r"(first|last|every):(-?\d+)")
 _RANGE = re.compile(r"(-?\d+)?:(-?\d+)?")
-_LIST = re.compile(r"-?\d+(,-?\d+)*")
-_PAIRS = re.compile(r"-?\d+>-?\d+(,-?\d+>-?\d+)*")
-_STAGE_PAIR = rf"{STAGE.pattern}(>{STAGE.pattern})?"
-_STAGES = re.compile(rf"{_STAGE_PAIR}(,{_STAGE_PAIR})*")
+_NAMED = rf"(?:{LAYERS.pattern}|{STAGE.pattern}|{STAGES.pattern})"
+_LISTED, _PAIRED = (re.compile(rf"{item}(?:,{item})*") for item in (_NAMED, f"{_NAMED}>{_NAMED}"))
 
 
 def check_layers(layers: str) -> None:
     """Raise TransferError for text that is no choice of layers in any model."""
     compact = re.sub(r"\s", "", layers)
-    if compact != "all" and not any(
-        form.fullmatch(compact) for form in (_COUNTED, _RANGE, _LIST, _PAIRS, _STAGES)
-    ):
+    if compact != "all" and not any(form.fullmatch(compact) for form in (_COUNTED, _RANGE, _LISTED, _PAIRED)):
         raise TransferError(f"transfer.layers={layers!r} is not a choice of layers; valid: {GRAMMAR}")
 
 
@@ -59,10 +53,7 @@ def choose_layers(
     """
     student_depth = sum(student_depths)
     items: Sequence[int] | Sequence[tuple[int, int]]
-    if isinstance(layers, str) and _STAGES.fullmatch(re.sub(r"\s", "", layers)):
-        items = _stages(layers, teacher_depths, student_depths)
-    else:
-        items = _parse(layers, student_depth) if isinstance(layers, str) else layers
+    items = _parse(layers, teacher_depths, student_depths) if isinstance(layers, str) else layers
     pairs = [_pair(item, layers, teacher_depths, student_depths) for item in items]
     if not pairs:
         raise TransferError(
@@ -86,49 +77,6 @@ def spread_layer(student: int, teacher_depth: int, student_depth: int) -> int:
     return -(-(student + 1) * teacher_depth // student_depth) - 1
 
 
-def _stages(
-    text: str, teacher_depths: Sequence[int], student_depths: Sequence[int]
-) -> list[int] | list[tuple[int, int]]:
-    """Return the layers of `stage3` or `stage3.0-1`, or the pairs of `stage2>stage3`."""
-    layers: list[int] = []
-    pairs: list[tuple[int, int]] = []
-    for item in re.sub(r"\s", "", text).split(","):
-        theirs, _, ours = item.rpartition(">")
-        student = _stage(ours, student_depths, "student", text)
-        if not theirs:
-            layers += student
-            continue
-        teacher = _stage(theirs, teacher_depths, "teacher", text)
-        pairs += [
-            (teacher[spread_layer(place, len(teacher), len(student))], layer)
-            for place, layer in enumerate(student)
-        ]
-    if layers and pairs:
-        raise TransferError(
-            f"transfer.layers={text!r} mixes stages and pairs of stages: write each as a pair, such as stage2>stage2"
-        )
-    return layers or pairs
-
-
-def _stage(word: str, depths: Sequence[int], owner: str, text: str) -> range:
-    """Return the layers of `stage3`, which is numbered from 1 as in papers, or of `stage3.0-1`."""
-    found = STAGE.fullmatch(word)
-    assert found is not None
-    number = int(found[1])
-    if not 1 <= number <= len(depths):
-        raise TransferError(
-            f"transfer.layers={text!r} names {word} of the {owner}, which has stage1 to stage{len(depths)}; {ANOTHER}"
-        )
-    start, size = sum(depths[: number - 1]), depths[number - 1]
-    first, last = (0, size - 1) if found[2] is None else (int(found[2]), int(found[3] or found[2]))
-    if not first <= last < size:
-        raise TransferError(
-            f"transfer.layers={text!r} names {word} of the {owner}, whose stage{number} has layers 0 to {size - 1}; "
-            f"{ANOTHER}"
-        )
-    return range(start + first, start + last + 1)
-
-
 def _spread(student: int, teacher_depths: Sequence[int], student_depths: Sequence[int]) -> int:
     """Return the teacher layer for a student layer: of the same stage where there are equally many stages."""
     if len(teacher_depths) != len(student_depths):
@@ -141,19 +89,34 @@ def _spread(student: int, teacher_depths: Sequence[int], student_depths: Sequenc
     raise AssertionError("the layer was checked")
 
 
-def _parse(text: str, depth: int) -> list[int] | list[tuple[int, int]]:
-    compact = re.sub(r"\s", "", text)
+def _parse(
+    text: str, teacher_depths: Sequence[int], student_depths: Sequence[int]
+) -> list[int] | list[tuple[int, int]]:
+    compact, depth = re.sub(r"\s", "", text), sum(student_depths)
     if compact == "all":
         return list(range(depth))
     if match := _COUNTED.fullmatch(compact):
         return _counted(match[1], int(match[2]), text, depth)
     if match := _RANGE.fullmatch(compact):
         return _range(match[1], match[2], text, depth)
-    if _LIST.fullmatch(compact):
-        return [int(number) for number in compact.split(",")]
     check_layers(text)
-    sides = [pair.split(">") for pair in compact.split(",")]
-    return [(int(teacher), int(student)) for teacher, student in sides]
+    if ">" not in compact:
+        return _numbers(compact, student_depths, "student", text)
+    pairs: list[tuple[int, int]] = []
+    for theirs, ours in (pair.split(">") for pair in compact.split(",")):
+        teacher = _numbers(theirs, teacher_depths, "teacher", text)
+        student = _numbers(ours, student_depths, "student", text)
+        spread = (spread_layer(place, len(teacher), len(student)) for place in range(len(student)))
+        pairs += zip((teacher[place] for place in spread), student, strict=True)
+    return pairs
+
+
+def _numbers(named: str, depths: Sequence[int], owner: str, text: str) -> list[int]:
+    """Return the layers of the teacher or the student that are named as in a plan."""
+    try:
+        return layer_numbers(named, depths, f"transfer.layers={text!r} of the {owner}")
+    except ConfigError as error:
+        raise TransferError(f"{error}; {ANOTHER}") from error
 
 
 ANOTHER = "give another --layers (in Python layers), such as all"

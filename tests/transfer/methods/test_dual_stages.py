@@ -270,7 +270,10 @@ def test_a_batch_of_another_size_has_other_grids() -> None:
     [
         ({"method": "distill", "layers": "0>0", "rows": 0.5}, r"transfer.rows=0.5 is for maps of all tokens"),
         ({"method": "distill_q", "layers": "2>0", "interpolate_grid": True}, "only maps of all tokens"),
-        ({"method": "distill", "layers": "stage5"}, "stage5 of the student, which has stage1 to stage2"),
+        (
+            {"method": "distill", "layers": "stage5"},
+            "of the student: there is no stage 5; the model has stages 1 to 2",
+        ),
         ({"method": "copy", "layers": "0>1"}, r"within windows of 3x3 tokens and .* shifted by 1x1"),
     ],
 )

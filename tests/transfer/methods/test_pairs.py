@@ -43,6 +43,9 @@ def students(layers: object, depth: int = 24) -> list[int]:
         (":", list(range(24))),
         ("0,3,-1", [0, 3, 23]),
         (" 5 , 1 ", [1, 5]),
+        ("3-5", [3, 4, 5]),
+        ("0-2,5", [0, 1, 2, 5]),
+        ("9 - 11, -2--1", [9, 10, 11, 22, 23]),
         ("7", [7]),
         ([0, -2], [0, 22]),
         ([(4, 4), (-1, -1)], [4, 23]),
@@ -123,11 +126,14 @@ SHALLOW = [1, 2], [2, 1]  # layers of each stage of a teacher and a student
 @pytest.mark.parametrize(
     ("layers", "message"),
     [
-        ("24", "layer 24 of the student"),
-        ("-25", "layer -25 of the student"),
+        ("24", "of the student: there is no layer 24"),
+        ("-25", "of the student: there is no layer -25"),
         ([3, 24], "layer 24 of the student"),
-        ("24>0", "layer 24 of the teacher"),
-        ("0>24", "layer 24 of the student"),
+        ("24>0", "of the teacher: there is no layer 24"),
+        ("0>24", "of the student: there is no layer 24"),
+        ("20-24", "of the student: there is no layer 24"),
+        ("5-3", "the range '5-3' is empty"),
+        ("3-5,4", "layer 4 of the student more than once"),
         ("3,3", "layer 3 of the student more than once"),
         ("3,-21", "layer 3 of the student more than once"),
         ("0>1,2>1", "layer 1 of the student more than once"),
@@ -144,14 +150,14 @@ SHALLOW = [1, 2], [2, 1]  # layers of each stage of a teacher and a student
         ("1>2,3", "valid: all, first:N"),
         ("0:8:2", "valid: all, first:N"),
         ([(1, 2, 3)], "a pair is"),
-        ("stage3", "names stage3 of the student, which has stage1 to stage2"),
-        ("stage0", "names stage0 of the student"),
-        ("stage3>stage1", "names stage3 of the teacher, which has stage1 to stage2"),
-        ("stage1,stage1>stage2", "mixes stages and pairs of stages"),
+        ("stage3", "of the student: there is no stage 3; the model has stages 1 to 2"),
+        ("stage0", "of the student: there is no stage 0"),
+        ("stage3>stage1", "of the teacher: there is no stage 3"),
+        ("stage1,stage1>stage2", "valid: all, first:N"),
         ("stage1,stage1", "names layer 0 of the student more than once"),
-        ("stage1,0", "is not a choice of layers"),
-        ("stage1.2-9", "names stage1.2-9 of the student, whose stage1 has layers 0 to"),
-        ("stage1.1-0", "names stage1.1-0 of the student"),
+        ("stage1,0", "names layer 0 of the student more than once"),
+        ("stage1.2-9", "'stage1.2-9' has no layers; stage 1 of the model has layers 0 to"),
+        ("stage1.1-0", "'stage1.1-0' has no layers"),
     ],
 )
 def test_mistakes_name_the_key_and_the_valid_values(layers: Any, message: str) -> None:
@@ -164,7 +170,7 @@ def test_mistakes_name_the_key_and_the_valid_values(layers: Any, message: str) -
 def test_the_examples_of_the_guide_hold() -> None:
     guide = (Path(__file__).parents[3] / "docs" / "layers-and-heads.md").read_text(encoding="utf-8")
     rows = re.findall(r"^\| `([^`>]+)` \| ([\d, to]+) \|$", guide, flags=re.MULTILINE)
-    assert len(rows) == 11
+    assert len(rows) == 14
     for layers, expected in rows:
         depths = [2, 2, 6, 2] if "stage" in str(layers) else [12]
         chosen = [pair.student for pair in resolve_layers(layers, depths, depths)]
