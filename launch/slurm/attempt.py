@@ -16,7 +16,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
@@ -63,22 +63,20 @@ class Task:
         limit_threads()
         record = Record(JobFolder(self.output_dir), job, restart)
         if record.asked_to_stop:  # a request that came too late for the previous attempt
-            record.note(outcome="stopped", ended=time.time())
-            raise SystemExit(STOPPED)
+            record.end("stopped", STOPPED)
         with record.watched():
             code = self._run(record)
         if code == 0 and not self.output_dir.is_dir():  # a command, which writes elsewhere
             sys.stderr.write(f"graftvit: {self._gone}; `graftvit {command_name(self.words)}` is through\n")
             raise SystemExit(0)
-        if code == 0:
-            record.note(outcome="finished", ended=time.time())
-            keep_results()
-            return {"output_dir": str(self.output_dir), "outcome": "finished"}
-        if early_signals.received:
+        if code and early_signals.received:
             deadline.clear()  # the run has saved, or has failed
             _leave(record)
-        record.note(outcome="stopped" if code > 128 else "failed", ended=time.time())
-        raise SystemExit(code)
+        if code:
+            record.end("stopped" if code > 128 else "failed", code)
+        record.note(outcome="finished", ended=time.time())
+        keep_results()
+        return {"output_dir": str(self.output_dir), "outcome": "finished"}
 
     def checkpoint(self) -> submitit.helpers.DelayedSubmission:
         """Replace submitit's own handler, as the first act of this one."""
@@ -97,17 +95,17 @@ class Task:
             sentence = str(error)
             sys.stderr.write(f"graftvit: rank {record.rank}: error: {sentence}\n")
             if error.exit_code <= 128:
-                record.fail(error, sentence)
+                record.fail(sentence, error)
             return error.exit_code
         except Exception as error:
             text = traceback.format_exc()
             sys.stderr.write(escaped(text))
             # if the scheduler has ended other ranks, the error of this rank is not the reason of the end
             if not early_signals.received:
-                record.fail(error, text)
+                record.fail(text, error)
             return 1
         if 0 < code <= 128:
-            record.fail_for_good(f"`graftvit {command_name(self.words)}` ended with exit code {code}")
+            record.fail(f"`graftvit {command_name(self.words)}` ended with exit code {code}")
         return code
 
 
@@ -119,25 +117,20 @@ def _leave(record: Record) -> NoReturn:
     if record.rank != 0:
         raise SystemExit(144 if record.cluster == "local" and not record.asked_to_stop else 0)
     if record.asked_to_stop:
-        record.note(signal=_words(record), outcome="stopped", ended=time.time())
-        raise SystemExit(STOPPED)
+        record.end("stopped", STOPPED, signal=_words(record))
     until = time.monotonic() + WAIT_FOR_THE_END
     if signal.SIGUSR2 not in early_signals.received:
         record.note(signal=_words(record))
     while signal.SIGUSR2 not in early_signals.received:
         if time.monotonic() > until or record.cluster != "slurm":
-            record.note(outcome="stopped", ended=time.time())
-            raise SystemExit(128 + signal.SIGTERM)
+            record.end("stopped", 128 + signal.SIGTERM)
         time.sleep(0.1)
     reason = _words(record)
     if "cancelled" in reason:  # while it saved; asking for a restart would bring it back
-        record.note(signal=reason, outcome="stopped", ended=time.time())
-        raise SystemExit(128 + signal.SIGTERM)
-    why = record.too_short() if "time limit" in reason else ""
-    if why:
-        record.fail_for_good(why)
-        record.note(signal=reason, outcome="failed", ended=time.time())
-        raise SystemExit(1)
+        record.end("stopped", 128 + signal.SIGTERM, signal=reason)
+    if "time limit" in reason and (why := record.too_short()):
+        record.fail(why)
+        record.end("failed", 1, signal=reason)
     record.note(signal=reason, outcome="requeued", ended=time.time())
     requeue()
     raise SystemExit(0)
@@ -186,11 +179,9 @@ class Record:
             submission = self.folder.job()
             self.resources = submission.resources if submission is not None else {}
         last = self._earlier[-1] if self._earlier else None
-        lost = last is not None and last.outcome in (
-            None,
-            "failed",
-        )  # a surviving rank may have written first
-        fallen = fallen_nodes(last.nodes) if last and lost and job.cluster == "slurm" else []
+        # a surviving rank may have written first
+        lost = job.cluster == "slurm" and last is not None and last.outcome in (None, "failed")
+        fallen = fallen_nodes(last.nodes) if last and lost else []
         start = os.environ.get(LOG_START, "")
         self._begun = {
             "started": time.time(),
@@ -237,16 +228,17 @@ class Record:
         if what := told.get(str(event.get("outcome"))):
             tell(self.folder, what, self.resources, **self._identity, why=self._why)
 
-    def fail(self, error: BaseException, text: str) -> None:
-        """Write down how this rank failed: `text`, and its kind."""
-        kind, transient = classify(error, saved=self._has_saved())
-        self._fail(Failure(self.rank, kind, transient, text))
+    def end(self, outcome: str, code: int, **event: object) -> NoReturn:
+        """Note how the attempt ended, and leave."""
+        self.note(**event, outcome=outcome, ended=time.time())
+        raise SystemExit(code)
 
-    def fail_for_good(self, text: str) -> None:
-        """Write down an error that a restart would meet again."""
-        self._fail(Failure(self.rank, "cause", False, text))
-
-    def _fail(self, failure: Failure) -> None:
+    def fail(self, text: str, error: BaseException | None = None) -> None:
+        """Write down how this rank failed; without an `error`, a restart would meet the same again."""
+        failure = Failure(self.rank, transient=False, text=text)
+        if error is not None:
+            kind, transient = classify(error, saved=self._has_saved())
+            failure = replace(failure, kind=kind, transient=transient)
         self._written(lambda: self.folder.write_failure(self._files(), failure))
         self.note(why=one_sentence(failure.last_words)[:500])
 
@@ -259,8 +251,8 @@ class Record:
             is_run = read_order(self.folder.output_dir) is None
             through = "the first step" if is_run else "the command was through"
             return f"the time limit ended before {through}: give a longer --time"
-        short = [one for one in self._of_this_job() if one.state == now and "time limit" in one.signal]
-        count = len([one for one in short if one.name != self._name]) + 1
+        earlier = [one for one in self._of_this_job() if one.name != self._name]
+        count = 1 + len([one for one in earlier if one.state == now and "time limit" in one.signal])
         if count < SHORT_ATTEMPTS:
             return ""
         return (
@@ -269,11 +261,10 @@ class Record:
         )
 
     def _has_saved(self) -> bool:
-        try:
-            began = next((one.state for one in self._of_this_job() if one.name == self._files()), None)
-            return began is not None and newest_state(self.folder.output_dir) != began
-        except OSError:
-            return False
+        with suppress(OSError):
+            began = [one.state for one in self._of_this_job() if one.name == self._files()]
+            return bool(began) and newest_state(self.folder.output_dir) != began[0]
+        return False
 
     def _of_this_job(self) -> list[Attempt]:
         return [one for one in self.folder.attempts() if one.job_id == self.job_id]
@@ -323,13 +314,8 @@ def tell(files: JobFolder, event: str, resources: Mapping[str, Any], **known: An
         "total_steps": progress.total_steps, "time": time.time(),
     }  # fmt: skip
     try:
-        done = subprocess.run(
-            ["sh", "-c", command],
-            input=json.dumps(said) + "\n",
-            text=True,
-            capture_output=True,
-            timeout=TIMEOUT,
-        )
+        words, line = ["sh", "-c", command], json.dumps(said) + "\n"
+        done = subprocess.run(words, input=line, text=True, capture_output=True, timeout=TIMEOUT)
         problem = f"exit code {done.returncode}: {done.stderr.strip()[-200:]}" if done.returncode else ""
     except (OSError, subprocess.SubprocessError) as error:
         problem = str(error)

@@ -10,7 +10,7 @@ from ...models.errors import ConfigError, GraftError
 from ..say import say_aside
 from ..submitted import SUBMITTED
 from .folder import JobFolder, resumes
-from .jobs import WAITS, Status, active_jobs, home, judge_jobs, run_folders
+from .jobs import WAITS, Status, active_jobs, home, run_folders
 from .lock import stop_process, submitting
 from .scheduler import NoSuchJobError, cancel, signal_job
 
@@ -20,15 +20,15 @@ PATIENCE, EVERY = 600.0, 2.0
 
 def wait_for_stops(folder: Path, patience: float = PATIENCE) -> None:
     """Wait until jobs that are stopping have ended; after `patience` seconds they count as running."""
-    until, told = time.monotonic() + patience, False
+    until, told = time.monotonic() + patience, ""
     while time.monotonic() < until:
-        judged = judge_jobs(run_folders(folder), strict=True).values()
-        ending = [one.words for jobs in judged for one in jobs if one.state == "stopping" and one.stopping]
+        active = active_jobs(run_folders(folder))
+        ending = next((one.words for one in active if one.state == "stopping" and one.stopping), "")
         if not ending:
             return
         if not told:
-            say_aside(f"graftvit: waiting for {ending[0]}, which was told to stop, to end\n")
-        told = True
+            say_aside(f"graftvit: waiting for {ending}, which was told to stop, to end\n")
+        told = ending
         time.sleep(EVERY)
 
 
@@ -53,7 +53,9 @@ def stop(folder: Path, *, now: bool = False) -> tuple[list[str], list[str]]:
         GraftError: if Slurm does not answer.
     """
     runs = run_folders(folder)
-    _wait_for_submissions(runs)
+    for top in dict.fromkeys(home(one.run) for one in active_jobs(runs) if not one.job.job_id):
+        with submitting(top):  # until a submission at this moment is through, whose job has no number yet
+            pass
     told, done, failed, ending = set[str](), list[str](), list[str](), list[str]()
     for place in range(ROUNDS):
         time.sleep(PAUSE if place else 0)
@@ -74,13 +76,6 @@ def stop(folder: Path, *, now: bool = False) -> tuple[list[str], list[str]]:
     return done + ending, failed
 
 
-def _wait_for_submissions(runs: list[Path]) -> None:
-    """Until a submission at this very moment is through, whose job has no number yet."""
-    for top in dict.fromkeys(home(one.run) for one in active_jobs(runs) if not one.job.job_id):
-        with submitting(top):
-            pass
-
-
 def _request(one: Status) -> None:
     """Write the request to stop, before any signal: an attempt that is asked to save looks for it afterwards."""
     if not one.job.job_id:
@@ -89,7 +84,7 @@ def _request(one: Status) -> None:
     try:
         request.touch()
     except OSError as error:
-        raise ConfigError(f"{request} cannot be written ({error.strerror}){_owner(one.run)}") from error
+        raise ConfigError(f"{request} cannot be written ({error.strerror})") from error
 
 
 def _waits(one: Status) -> bool:
@@ -133,17 +128,9 @@ def _stop(one: Status, now: bool, cancelled: bool) -> str:
         return f"{words} was {state} and is cancelled; {go_on}"
     try:
         signal_job(job.job_id, "USR2")
-    except NoSuchJobError:  # it is already ending; its next attempt, if there is one, reads the request
-        raise
-    except GraftError:
-        # no signal makes the job look: it is not stopping
-        JobFolder(one.run).stop_request(job.job_id).unlink(missing_ok=True)
+    except GraftError as error:
+        # of a job that is ending already, the next attempt, if there is one, reads the request
+        if not isinstance(error, NoSuchJobError):  # else no signal makes the job look: it is not stopping
+            JobFolder(one.run).stop_request(job.job_id).unlink(missing_ok=True)
         raise
     return f"{words} {ends}; {go_on}"
-
-
-def _owner(run: Path) -> str:
-    try:
-        return f": it is the run of {run.owner()}"
-    except (OSError, KeyError):
-        return ""

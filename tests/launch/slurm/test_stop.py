@@ -116,7 +116,7 @@ def test_a_run_of_another_user_is_told_in_a_sentence(
         said = typed("jobs", "stop", tmp_path, code=1)
     assert f"job {mine.pid} of {folders[1]} saves" in said.out
     assert said.err.startswith(f"graftvit: error: job {his.pid} of {folders[0]} continues: ")
-    assert "it is the run of" in said.err
+    assert "(Permission denied)" in said.err
     assert said.err.count("\n") == 1
     assert mine.wait(10) != 0
     monkeypatch.setattr(os, "kill", forbid)
