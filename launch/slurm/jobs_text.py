@@ -45,29 +45,25 @@ def _values(run: Status) -> dict[str, Any]:
 
 def write_table(runs: Sequence[Status], names: Sequence[str], file: TextIO) -> None:
     """Write a line for each run, and below it the number of runs in each state."""
-    file.write(aligned([COLUMNS, *map(_row, runs, names)]) + count_states(runs))
-
-
-def count_states(runs: Sequence[Status]) -> str:
-    """Return the number of runs in each state; empty for one run."""
-    if len(runs) < 2:
-        return ""
-    counts = Counter(run.state for run in runs)
-    return f"{len(runs)} runs: {', '.join(f'{count} {state}' for state, count in counts.items())}\n"
+    file.write(aligned([COLUMNS, *map(_row, runs, names)]))
+    if len(runs) > 1:
+        counts = Counter(run.state for run in runs)
+        states = ", ".join(f"{count} {state}" for state, count in counts.items())
+        file.write(f"{len(runs)} runs: {states}\n")
 
 
 def describe(run: Status) -> str:
     """Return the details of one run."""
     size = run.last.world_size if run.last else 0
     processes = f" ({counted(size, 'process')})" if size else ""
-    limit = f"; its limit ends it at {_clock(run.ends)}" if run.ends else ""
+    limit = f"; its limit ends it at {clock(run.ends)}" if run.ends else ""
     others = f"job {', '.join(run.others)} of this folder: it was submitted several times"
     progress, order = run.progress, run.order
     written = f"{order.output}, and what it printed: " if order and order.output else ""
     printed = f"{written}`{hint('jobs', 'logs', run.run)}`"
     lines = [
         ("run", str(run.run)),
-        ("job", f"{run.job.job_id} ({run.job.cluster}), submitted {_clock(run.job.submitted)}"),
+        ("job", f"{run.job.job_id} ({run.job.cluster}), submitted {clock(run.job.submitted)}"),
         ("state", f"{run.state}{f': {run.why}' if run.why else ''}{limit}"),
         ("starts", f"expected at {clock(run.starts)}" if run.starts else ""),
         ("also", others if run.others else ""),
@@ -83,7 +79,7 @@ def describe(run: Status) -> str:
     text = "".join(f"{name:<10}{value}\n" for name, value in lines if value)
     for restart in run.history:
         where = f" on {' '.join(restart.nodes)}" if restart.nodes else ""
-        text += f"  {_clock(restart.started)}  attempt {restart.number}{where}, after: {restart.before}\n"
+        text += f"  {clock(restart.started)}  attempt {restart.number}{where}, after: {restart.before}\n"
     if words := run.error.text:
         rank = "" if run.error.rank is None else f" of rank {run.error.rank}"
         by_slurm = words.startswith(("srun:", "slurmstepd"))
@@ -161,10 +157,6 @@ def _progress(progress: Progress, *, long: bool = False) -> str:
 
 def _number(value: float | None, form: str) -> str:
     return "" if value is None else form.format(value)
-
-
-def _clock(moment: float) -> str:
-    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(moment))
 
 
 EVERY = 10.0

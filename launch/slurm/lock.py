@@ -71,23 +71,20 @@ def is_submitting(folder: Path) -> bool:
 
 def _acquired(folder: Path, wait: float) -> BaseFileLock | None:
     path = folder / FILE
+    lock: BaseFileLock = FileLock(path)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         try:
-            return _try(FileLock(path), wait)
+            lock.acquire(timeout=wait)
         except OSError as error:
             if error.errno not in _WITHOUT_LOCKS:
                 raise
-            return _try(SoftFileLock(path.with_suffix(".pid")), wait)
-    except OSError as error:
-        raise ConfigError(f"{folder} cannot be written: {error.strerror}") from error
-
-
-def _try(lock: BaseFileLock, wait: float) -> BaseFileLock | None:
-    try:
-        lock.acquire(timeout=wait)
+            lock = SoftFileLock(path.with_suffix(".pid"))
+            lock.acquire(timeout=wait)
     except Timeout:
         return None
+    except OSError as error:
+        raise ConfigError(f"{folder} cannot be written: {error.strerror}") from error
     return lock
 
 
@@ -111,32 +108,14 @@ class InterruptedSubmissionError(GraftError):
 
 @contextmanager
 def stoppable() -> Iterator[None]:
-    """Say that nothing was submitted where Ctrl-C or SIGTERM ends the block before the first order.
-
-    Raises InterruptedSubmissionError.
-    """
-    if threading.current_thread() is not threading.main_thread():  # no other one may have handlers
-        yield
-        return
+    """Raise InterruptedSubmissionError where Ctrl-C ends the block before the first order: nothing was submitted."""
     _orders.clear()
-    before = signal.getsignal(signal.SIGTERM)
-    if before == signal.SIG_DFL:
-        signal.signal(signal.SIGTERM, _tell)
     try:
         yield
     except KeyboardInterrupt as told:
         if _orders:
             raise
-        raise InterruptedSubmissionError(*told.args or (signal.SIGINT,)) from told
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
-def _tell(number: int, frame: FrameType | None) -> None:
-    if not _orders:
-        raise KeyboardInterrupt(number)
-    signal.signal(number, signal.SIG_DFL)
-    os.kill(os.getpid(), number)
+        raise InterruptedSubmissionError(signal.SIGINT) from told
 
 
 def ordering() -> None:

@@ -95,14 +95,14 @@ def main(launch: Path, code: int) -> int:
     """Restart the job, or leave it as it is; return the exit code of the batch script."""
     try:
         files = JobFolder(_patiently(lambda: _run_folder(launch)))
-        found = _patiently(lambda: _find(files, launch))
-        verdict = _patiently(lambda: judge(files, *found)) if found else None
-        if found and verdict and verdict.wait is not None:
-            _start_again(files, *found, verdict)
-        elif found and verdict:
-            job, now = found
-            ended = {"outcome": "failed", "why": verdict.why, "ended": time.time()}
-            _patiently(lambda: files.note(now.name, **ended))
+        found = _patiently(lambda: _decided(files, launch))
+        if found is None:
+            return code
+        job, now, verdict = found
+        if verdict.wait is not None:
+            _start_again(files, job, now, verdict)
+        else:
+            _patiently(lambda: files.note(now.name, outcome="failed", why=verdict.why, ended=time.time()))
             _say(f"the job has failed: {verdict.why}")
             _tell(files, job, now, verdict.why)
     except (OSError, GraftError) as error:
@@ -110,14 +110,15 @@ def main(launch: Path, code: int) -> int:
     return code
 
 
-def _find(files: JobFolder, launch: Path) -> tuple[Job, Attempt] | None:
-    """Return this job and its present attempt; None where one of them has no record."""
+def _decided(files: JobFolder, launch: Path) -> tuple[Job, Attempt, Failure] | None:
+    """Return this job, its present attempt, and what to do; None where nothing is, or one of them has no record."""
     array, cell = os.environ.get("SLURM_ARRAY_JOB_ID"), os.environ.get("SLURM_ARRAY_TASK_ID")
     number = os.environ["SLURM_JOB_ID"] if array is None else f"{array}_{cell}"
     restart = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
     jobs = [replace(one, job_id=number) for one in files.jobs() if one.launch == str(launch)]
     own = [one for one in files.attempts() if (one.job_id, one.restart) == (number, restart)]
-    return (jobs[-1], own[0]) if jobs and own else None
+    verdict = judge(files, jobs[-1], own[0]) if jobs and own else None
+    return None if verdict is None else (jobs[-1], own[0], verdict)
 
 
 def _tell(files: JobFolder, job: Job, now: Attempt, why: str) -> None:

@@ -19,8 +19,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from ...models.errors import ConfigError, GraftError
-from .request import parse_time
+from ...models.errors import GraftError
 
 # Run Slurm's commands, each with a bounded number of tries.
 
@@ -125,11 +124,11 @@ ENDED = frozenset([
 
 _QUEUE = {
     "JobArrayID": "JobID", "State": "State", "NodeList": "NodeList", "Reason": "Reason", "RestartCnt": "Restarts",
-    "exit_code": "ExitCode", "StartTime": "Start", "EndTime": "End", "TimeLimit": "Timelimit", "Name": "JobName",
+    "exit_code": "ExitCode", "StartTime": "Start", "EndTime": "End", "Name": "JobName",
     "Command": "Command",
 }  # fmt: skip
 """Columns of squeue, and what sacct calls them."""
-_ACCOUNTING = ["JobID", "State", "NodeList", "ExitCode", "Start", "End", "Timelimit", "Reason", "JobName"]
+_ACCOUNTING = ["JobID", "State", "NodeList", "ExitCode", "Start", "End", "Reason", "JobName"]
 NAMELESS = "allocation"
 """What `sacct` calls a job whose name the accounting has not been told yet."""
 _FLAGS = ("--states=all", "--array", "--noheader")
@@ -149,8 +148,6 @@ class State:
     """Unix time; for a waiting job the time at which it is expected to start."""
     end: float | None = None
     """Unix time; for a running job the time at which its limit ends it."""
-    limit: int | None = None
-    """Minutes."""
     exit_code: str = ""
     """`status:signal`."""
     history: tuple[str, ...] = ()
@@ -319,7 +316,6 @@ def _state(row: Mapping[str, str]) -> State:
         restarts=int(said("Restarts") or 0),
         start=_time(said("Start")),
         end=_time(said("End")),
-        limit=_limit(said("Timelimit")),
         exit_code=_exit_code(said("ExitCode")),
         name="" if said("JobName") == NAMELESS else said("JobName"),
         script=Path(said("Command")) if said("Command") else None,
@@ -370,13 +366,6 @@ def _time(text: str) -> float | None:
     try:
         return datetime.fromisoformat(text).timestamp()
     except ValueError:
-        return None
-
-
-def _limit(text: str) -> int | None:
-    try:
-        return parse_time(text)
-    except ConfigError:
         return None
 
 

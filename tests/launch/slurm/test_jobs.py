@@ -328,7 +328,7 @@ def test_a_job_whose_number_came_again_is_known_by_its_name_or_script(
     """A number comes again where Slurm's counter was reset, or where two clusters share one home."""
     submitted(tmp_path, name="graftvit-run-0", launch=str(tmp_path / "launch-0"))
     script = str(tmp_path / launch / "submit.sh") if launch else ""
-    row = f"12|RUNNING|n1|None|0|0|2026-11-21T12:13:56|2026-11-21T12:33:56|10:00|{name}|{script}|"
+    row = f"12|RUNNING|n1|None|0|0|2026-11-21T12:13:56|2026-11-21T12:33:56|{name}|{script}|"
     slurm.says(parse_queue(row)["12"])
     assert described(tmp_path).active == own
     if not own:

@@ -35,19 +35,19 @@ from support.runs.patience import until
 from support.slurm.slurm_cluster import SlurmCluster
 
 QUEUE = """\
-12632732|FAILED|gpu1|NonZeroExitCode|0|1792|2026-11-21T12:13:56|2026-11-21T12:13:57|10:00|graftvit-x-0|/x/jobs/launch-0/submit.sh|
-12632731_2|PENDING||JobArrayTaskLimit|0|0|N/A|N/A|1-00:20:00|graftvit-x-0|/x|y/jobs/launch-0/submit.sh|
-12632730|RUNNING|gpu1,gpu2|None|2|0|2026-11-21T12:13:56|2026-11-21T12:33:56|UNLIMITED|graftvit-x-0|/x/jobs/launch-0/submit.sh|
-12632729|CANCELLED|gpu1|None|0|15|2026-11-21T12:13:56|2026-11-21T12:13:57|10:00|graftvit-x-0|/x/jobs/launch-0/submit.sh|
-50410830|FAILED|gpu1,gpu2|JobLaunchFailure|0|4021|2026-11-22T17:56:17|2026-11-22T17:56:17|2:00:00|graftvit-x-0|/x/jobs/launch-0/submit.sh|
+12632732|FAILED|gpu1|NonZeroExitCode|0|1792|2026-11-21T12:13:56|2026-11-21T12:13:57|graftvit-x-0|/x/jobs/launch-0/submit.sh|
+12632731_2|PENDING||JobArrayTaskLimit|0|0|N/A|N/A|graftvit-x-0|/x|y/jobs/launch-0/submit.sh|
+12632730|RUNNING|gpu1,gpu2|None|2|0|2026-11-21T12:13:56|2026-11-21T12:33:56|graftvit-x-0|/x/jobs/launch-0/submit.sh|
+12632729|CANCELLED|gpu1|None|0|15|2026-11-21T12:13:56|2026-11-21T12:13:57|graftvit-x-0|/x/jobs/launch-0/submit.sh|
+50410830|FAILED|gpu1,gpu2|JobLaunchFailure|0|4021|2026-11-22T17:56:17|2026-11-22T17:56:17|graftvit-x-0|/x/jobs/launch-0/submit.sh|
 """
 ACCOUNTING = """\
-JobID|State|NodeList|ExitCode|Start|End|Timelimit|Reason
-7|NODE_FAIL|gpu1|1:0|2026-11-21T12:00:00|2026-11-21T12:10:00|20:00|None
-7|PREEMPTED|gpu2|0:0|2026-11-21T12:10:00|2026-11-21T12:20:00|20:00|None
-7|CANCELLED by 1000|gpu3|0:15|2026-11-21T12:20:00|2026-11-21T12:30:00|20:00|None
-8_[3-5,9%2]|PENDING|None assigned|0:0|Unknown|Unknown|20:00|None
-8_[10-14:2,...]|PENDING|None assigned|0:0|Unknown|Unknown|20:00|None
+JobID|State|NodeList|ExitCode|Start|End|Reason
+7|NODE_FAIL|gpu1|1:0|2026-11-21T12:00:00|2026-11-21T12:10:00|None
+7|PREEMPTED|gpu2|0:0|2026-11-21T12:10:00|2026-11-21T12:20:00|None
+7|CANCELLED by 1000|gpu3|0:15|2026-11-21T12:20:00|2026-11-21T12:30:00|None
+8_[3-5,9%2]|PENDING|None assigned|0:0|Unknown|Unknown|None
+8_[10-14:2,...]|PENDING|None assigned|0:0|Unknown|Unknown|None
 """
 SIGNALLED = (
     "JobId=5 JobName=s JobState={state} Reason={reason} Dependency=(null) Requeue=1 Restarts={restarts} "
@@ -59,11 +59,11 @@ def test_the_queue_is_read() -> None:
     jobs = parse_queue(f"{QUEUE}no row of ours\n")
     assert (jobs["12632732"].exit_code, jobs["12632732"].reason) == ("7:0", "NonZeroExitCode")
     assert jobs["12632731_2"] == State(
-        "PENDING", reason="JobArrayTaskLimit", limit=24 * 60 + 20, exit_code="0:0", name="graftvit-x-0",
+        "PENDING", reason="JobArrayTaskLimit", exit_code="0:0", name="graftvit-x-0",
         script=Path("/x|y/jobs/launch-0/submit.sh"),
     )  # fmt: skip
     running = jobs["12632730"]
-    assert (running.nodes, running.restarts, running.limit) == (("gpu1", "gpu2"), 2, None)
+    assert (running.nodes, running.restarts) == (("gpu1", "gpu2"), 2)
     assert (running.end or 0) - (running.start or 0) == 1200
     assert jobs["12632729"].exit_code == "0:15"
     assert jobs["50410830"].exit_code == "0:53"
@@ -221,7 +221,7 @@ def answers(monkeypatch: pytest.MonkeyPatch, error: str = AWAY, **said: str | No
 
 
 def test_accounting_that_is_away_hides_no_job_and_stops_no_order(monkeypatch: pytest.MonkeyPatch) -> None:
-    row = "9|RUNNING|n1|None|0|0|N/A|N/A|10|run|/x/submit.sh|"
+    row = "9|RUNNING|n1|None|0|0|N/A|N/A|run|/x/submit.sh|"
     answers(monkeypatch, squeue=row, sacct=None, scancel="")
     for _ in range(2):  # the second time, it is known that the accounting is away
         assert job_states(["9"])["9"].state == "RUNNING"
@@ -230,8 +230,8 @@ def test_accounting_that_is_away_hides_no_job_and_stops_no_order(monkeypatch: py
 
 def test_what_the_queue_does_not_know_neither_waits_nor_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     """The accounting hears late of an end, and for a time has no name for a job: sacct says `allocation`."""
-    head = "JobID|State|NodeList|ExitCode|Start|End|Timelimit|Reason|JobName\n"
-    rows = "8|RUNNING|n1|0:0||||None|run\n9|FAILED|n1|3:0||||None|allocation\n"
+    head = "JobID|State|NodeList|ExitCode|Start|End|Reason|JobName\n"
+    rows = "8|RUNNING|n1|0:0|||None|run\n9|FAILED|n1|3:0|||None|allocation\n"
     answers(monkeypatch, squeue="", sacct=head + rows)
     found = job_states(["8", "9"])
     assert found["8"] == State()
@@ -241,7 +241,7 @@ def test_what_the_queue_does_not_know_neither_waits_nor_runs(monkeypatch: pytest
 
 
 def test_a_cell_that_slurm_forgot_beside_others_was_removed(monkeypatch: pytest.MonkeyPatch) -> None:
-    row = "7_[0,2%1]|PENDING||Priority|0|0|N/A|N/A|10|run|/x/submit.sh|"
+    row = "7_[0,2%1]|PENDING||Priority|0|0|N/A|N/A|run|/x/submit.sh|"
     calls = answers(monkeypatch, squeue=row, sacct=None)
     found = job_states(["7_0", "7_1", "8_0", "7_2"])
     assert [state.state for state in found.values()] == ["PENDING", REMOVED, "UNKNOWN", "PENDING"]
@@ -286,7 +286,7 @@ def test_real_jobs(
     assert state_when(failed, lambda job: job.state == "FAILED").exit_code == "7:0"
     assert state_when(wide, lambda job: job.state == "RUNNING").nodes == tuple(cluster.nodes[:2])
     assert job_states([f"{array}_4", "1"]) == {
-        f"{array}_4": State("PENDING", reason="JobArrayTaskLimit", limit=10, exit_code="0:0", name="wrap"),
+        f"{array}_4": State("PENDING", reason="JobArrayTaskLimit", exit_code="0:0", name="wrap"),
         "1": State(),
     }
     until(lambda: lines(Path(f"{mark}.ready")) == 2, "both tasks")

@@ -240,25 +240,21 @@ submit.submit = ordered
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("number", "name"), [(signal.SIGINT, "Ctrl-C"), (signal.SIGTERM, "SIGTERM")])
 @pytest.mark.parametrize("called", [False, True])
-def test_who_stops_a_submission_in_time_is_told_that_nothing_was_submitted(
-    called: bool, number: signal.Signals, name: str, user: Path
-) -> None:
+def test_who_stops_a_submission_in_time_is_told_that_nothing_was_submitted(called: bool, user: Path) -> None:
     """Once sbatch was called, nothing is said of it."""
     process = python(BETWEEN if called else BEFORE, "submit", "run.yaml", "--unchecked")
     assert process.stderr is not None
     assert process.stderr.readline() == "here\n"
     assert (user / "bin" / "sbatch.called").exists() == called
-    process.send_signal(number)
+    process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=600)
     assert (user / "bin" / "sbatch.called").exists() == called
+    assert process.returncode == 130
     if called:
         assert "nothing" not in err
-        assert process.returncode == (130 if number == signal.SIGINT else -signal.SIGTERM)
     else:
-        assert err == f"graftvit: error: stopped by {name}: nothing was submitted\n"
-        assert process.returncode == 128 + number
+        assert err == "graftvit: error: stopped by Ctrl-C: nothing was submitted\n"
 
 
 def finished(folder: Path) -> RunConfig:
