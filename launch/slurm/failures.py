@@ -33,7 +33,7 @@ _LOST = (
     r"|waiting for clients|Connect timeout|Gloo connectFullMesh failed|Connection was likely closed"
     r"|NCCL communicator (was|is) (aborted|.*abort)|ncclRemoteError|ncclSystemError|ncclInProgress"
     r"|Watchdog caught collective operation timeout|remote process exited|Store is (closed|not available)"
-    r"|DistBackendError|DistNetworkError|DistStoreError|heartbeat monitor|remote worker crashing"
+    r"|Dist(Backend|Network|Store)?Error|heartbeat monitor|remote worker crashing"
     r"|socketProgress|Last error:"
 )
 """What gloo, NCCL and torch's store report about a rank that does not answer, or about an aborted communicator."""
@@ -49,10 +49,7 @@ _MACHINE = (
 def classify(error: BaseException, *, saved: bool) -> tuple[Kind, bool]:
     """Return whether a rank failed by itself, and whether a restart may help.
 
-    Args:
-        error: As the rank raised it.
-        saved: Whether the attempt has saved a new state. A run that came so far has memory enough, as a rule; one that
-            has not will run out of it each time.
+    A run that has `saved` a new state has memory enough, as a rule; one that has not will run out of it each time.
     """
     chain = list(_chain(error))
     text = "\n".join(f"{type(one).__name__}: {one}" for one in chain)
@@ -66,7 +63,7 @@ def classify(error: BaseException, *, saved: bool) -> tuple[Kind, bool]:
         return "cause", saved
     if _says(_MACHINE, text):
         return "cause", True
-    if _says(_LOST, text) or any(_is_of_torch(one) for one in chain):
+    if _says(_LOST, text):
         return "consequence", True
     return "cause", False
 
@@ -97,11 +94,6 @@ def _is_away(error: BaseException) -> bool:
         return error.errno in AWAY
     numbers = re.findall(r"\[Errno (\d+)\]|\(os error (\d+)\)", str(error))
     return any(int(first or second) in AWAY for first, second in numbers)
-
-
-def _is_of_torch(error: BaseException) -> bool:
-    """Return whether torch.distributed raised it: DistError, DistBackendError, DistStoreError, DistNetworkError."""
-    return any(parent.__name__ == "DistError" for parent in type(error).__mro__)
 
 
 # Find the logs of a job, read their last lines, and follow them.
@@ -160,12 +152,9 @@ def new_text(path: Path, place: int, *, lines: bool = True) -> tuple[str, int]:
 def follow(
     files: Callable[[], tuple[Path, ...]], ended: Callable[[], bool], places: dict[Path, int]
 ) -> Iterator[tuple[Path, str]]:
-    """Yield texts as they are written, until the run has ended.
+    """Yield texts as they are written, from the `places` that were read, until the run has ended.
 
-    Args:
-        files: Returns the files to follow; called repeatedly, because a run may be submitted again.
-        ended: Returns whether the run has ended; called every `ASK` seconds.
-        places: How far each file has been read.
+    The `files` are asked for again and again, because a run may be submitted again.
     """
     asked, over = time.monotonic(), False
     while not over:
@@ -198,7 +187,7 @@ _TASK = re.compile(
     re.MULTILINE,
 )
 _UNRUNNABLE = re.compile(
-    r"^srun: error: (\S+): tasks? (\d+)\S*: Exited with exit code (126|127)$", re.MULTILINE
+    r"^srun: error: (\S+): tasks? (\d+)\S*: Exited with exit code (12[67])$", re.MULTILINE
 )
 """The codes of `env` and `sh` for a program that cannot be run, or is not there; a run leaves with no such code."""
 _MEMORY = re.compile(r"oom[-_ ]?kill", re.IGNORECASE)
@@ -212,11 +201,7 @@ NO_MEMORY = "out of memory"
 def blame(files: JobFolder, attempt: Attempt, job: Job, until: int | None = None) -> Failure:
     """Return why an attempt ended: by Slurm, by the records of its ranks, or by the loudest log.
 
-    Args:
-        files: Of the run.
-        attempt: The attempt.
-        job: Names the logs.
-        until: Where the log of the next attempt begins.
+    The log of the next attempt begins at `until`.
     """
     said = said_of(attempt, job, until)
     if said.why:

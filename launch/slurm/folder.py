@@ -39,7 +39,6 @@ from ...checkpoints.files import (
     safe_name,
 )
 from ...models.errors import CheckpointError
-from ..say import hint
 
 Cluster = Literal["slurm", "local", "debug"]
 Outcome = Literal["finished", "stopped", "requeued", "failed"]
@@ -162,11 +161,6 @@ def read_failure(path: Path) -> Failure:
 
 
 NOTHING = Failure()
-
-
-def resumes(run: Path) -> str:
-    """Return the command that resumes a run: `graftvit jobs resume`, if there is a record of its submission."""
-    return hint(*(("jobs", "resume") if JobFolder(run).jobs() else ("submit",)), run)
 
 
 _JOB, _ATTEMPT = TypeAdapter(Job), TypeAdapter(Attempt)

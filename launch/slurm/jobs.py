@@ -62,9 +62,7 @@ class Progress:
 def read_progress(folder: Path, training_since: float | None = None) -> Progress:
     """Return the progress according to the files of a run folder; all defaults before the first record.
 
-    Args:
-        folder: The run folder.
-        training_since: When the present attempt started to train; None if no attempt runs.
+    The present attempt has been training since that moment; None if no attempt runs.
     """
     inner = current_stage(folder)
     stage = "" if inner == folder else inner.name
@@ -76,9 +74,8 @@ def read_progress(folder: Path, training_since: float | None = None) -> Progress
         return Progress(stage)
     epochs = [record for record in records if "n_parameters" in record]
     step = max((int(record["step"]) for record in records), default=0)
-    total = next(
-        (int(record["total_steps"]) for record in reversed(records) if "total_steps" in record), None
-    )
+    totals = [int(record["total_steps"]) for record in records if "total_steps" in record]
+    total = totals[-1] if totals else None
     epoch, steps = (int(epochs[-1]["epoch"]) + 1, int(epochs[-1]["step"])) if epochs else (0, 0)
     pace = _seconds_a_step(records, epochs)
     # what the attempt has done since its last record; before its first one it starts, and has done nothing
@@ -86,6 +83,7 @@ def read_progress(folder: Path, training_since: float | None = None) -> Progress
     speeds = [float(record["images_per_second"]) for record in records if "images_per_second" in record]
     tops = (record.get("test_ema_top1", record.get("test_top1")) for record in epochs)
     scores = [float(top) for top in tops if top is not None]
+    left = None if total is None or pace is None else max(0.0, (total - step) * pace - max(0.0, age))
     return Progress(
         stage=stage,
         step=step,
@@ -93,9 +91,7 @@ def read_progress(folder: Path, training_since: float | None = None) -> Progress
         epoch=epoch,
         epochs=max(epoch, math.ceil(total * epoch / steps)) if total and steps else None,
         images_per_second=speeds[-1] if speeds else None,
-        seconds_left=None
-        if total is None or pace is None
-        else max(0.0, (total - step) * pace - max(0.0, age)),
+        seconds_left=left,
         last_top1=scores[-1] if scores else None,
         best_top1=max(scores, default=None),
     )
@@ -252,10 +248,7 @@ def describe_runs(folders: Iterable[Path], *, tries: int = TRIES) -> list[Status
 def judge_jobs(runs: Iterable[Path], *, strict: bool = False, tries: int = TRIES) -> dict[Path, list[Status]]:
     """Return all jobs that each run ever had, the oldest first.
 
-    Args:
-        runs: Run folders, submitted or not.
-        strict: Raise NoAnswerError where the scheduler does not answer, instead of judging by the files.
-        tries: Questions to a scheduler that does not answer.
+    Where the scheduler does not answer, judge by the files, or if `strict` raise NoAnswerError.
     """
     problem, found, states = "", dict[Path, list[Job]](), dict[str, State]()
     for run in runs:
@@ -353,14 +346,11 @@ def _other_owner(files: JobFolder) -> str:
 
 def _blame(files: JobFolder, seen: Status) -> Failure:
     """Return why the job, or its last attempt, ended; nothing where it waits, runs or ended well."""
-    ended = seen.slurm.state not in (*WAITING, *AT_WORK)
-    if seen.now is None:
+    now, ended = seen.now, seen.slurm.state not in (*WAITING, *AT_WORK)
+    if now is None:
         return blame_start(seen.job, first=seen.last is None) if ended else NOTHING
-    if seen.slurm.state not in WAITING and (
-        seen.now.outcome == "failed" or (ended and seen.now.outcome is None)
-    ):
-        return blame(files, seen.now, seen.job)
-    return NOTHING
+    failed = now.outcome == "failed" or (ended and now.outcome is None)
+    return blame(files, now, seen.job) if failed and seen.slurm.state not in WAITING else NOTHING
 
 
 # Judge a job in plain words.

@@ -14,7 +14,7 @@ from typing import Any, TextIO
 from ...models.errors import counted, escaped
 from ...transfer.analysis.report.tables import aligned
 from ..say import hint
-from .folder import JobFolder, resumes
+from .folder import JobFolder
 from .jobs import Progress, Status
 from .scheduler import clock, usage_of
 
@@ -86,7 +86,7 @@ def describe(run: Status) -> str:
         text += "what Slurm wrote:\n" if by_slurm else f"last words{rank}:\n"
         text += "".join(f"  {line}\n" for line in words.splitlines())
     if not run.active and run.state != "finished":
-        text += f"`{resumes(run.run)}` resumes it\n"
+        text += f"`{hint('jobs', 'resume', run.run)}` resumes it\n"
     return text
 
 
@@ -165,13 +165,7 @@ Seen = tuple[Sequence[Status], Sequence[str]]
 
 
 def watch(look: Callable[[], Seen], file: TextIO, none: str) -> None:
-    """Write the table each time that a state has changed, until no run waits or runs any more.
-
-    Args:
-        look: Gives the runs as they are now, and their names.
-        file: Where it is written.
-        none: What is said where there is no run to show.
-    """
+    """Write the table each time that what `look` gives has changed, until no run waits or runs; `none` without one."""
     before: object = None
     while True:
         runs, names = look()

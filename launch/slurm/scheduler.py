@@ -49,10 +49,7 @@ class NoSuchJobError(GraftError):
 def ask(*words: str, timeout: float = TIMEOUT, tries: int = TRIES) -> str:
     """Return the output of a command of Slurm.
 
-    Raises:
-        NoAnswerError: after `tries` questions to a controller that does not answer.
-        NoSuchJobError: if the job has ended or never was.
-        GraftError: if the command failed otherwise.
+    Raises NoAnswerError after `tries` questions; NoSuchJobError: the job has ended or never was; GraftError otherwise.
     """
     begun = time.monotonic()
     daemon = os.environ.get("SLURM_CONF", ""), words[0] == "sacct"  # slurmdbd, which may be away alone
@@ -193,14 +190,9 @@ def signal_job(job_id: str, name: str) -> None:
 
 
 def reason_of_signal(job_id: str, signal_delay: int = 90) -> str:
-    """Return why this job was just signalled: one call to the scheduler, from inside the job.
+    """Return why this job was just signalled: `preempted`, `requeued`, `cancelled`, `time limit`, or nothing.
 
-    Args:
-        job_id: `SLURM_JOB_ID`, or `123_4`.
-        signal_delay: Seconds before its limit at which the job is asked to save; the scheduler may be a minute early.
-
-    Returns:
-        `preempted`, `requeued`, `cancelled`, `time limit`, or an empty text if the scheduler gives no reason.
+    It is asked to save `signal_delay` seconds before its limit; the scheduler may be a minute early.
     """
     try:
         fields = job_fields(job_id, timeout=8, tries=1)
@@ -408,16 +400,11 @@ _FLAGS_OF = {
 
 
 def waiting(reason: str, start: float | None = None) -> str:
-    """Return why a job waits, as in `waits for nodes: Resources`: Slurm's word, with a sentence where there is one.
-
-    Args:
-        reason: Slurm's word, with what it may add after a comma.
-        start: When it is expected to start; that of `BeginTime` is certain.
-    """
+    """Return why a job waits, as in `waits for nodes: Resources`: Slurm's word, with a sentence where there is one."""
     word = reason.partition(",")[0].strip()
     if not word:
         return ""
-    if word == "BeginTime" and start is not None:
+    if word == "BeginTime" and start is not None:  # which is certain for it alone
         return f"waits until {clock(start)}: {word}"
     if flags := flags_beyond(reason):
         return f"waits: a limit does not allow it, see {', '.join(f'--{name}' for name in flags)}: {reason}"

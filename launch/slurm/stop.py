@@ -7,9 +7,9 @@ from contextlib import suppress
 from pathlib import Path
 
 from ...models.errors import ConfigError, GraftError
-from ..say import say_aside
+from ..say import hint, say_aside
 from ..submitted import SUBMITTED
-from .folder import JobFolder, resumes
+from .folder import JobFolder
 from .jobs import WAITS, Status, active_jobs, home, run_folders
 from .lock import stop_process, submitting
 from .scheduler import NoSuchJobError, cancel, signal_job
@@ -39,18 +39,10 @@ PAUSE = 0.5
 
 
 def stop(folder: Path, *, now: bool = False) -> tuple[list[str], list[str]]:
-    """Stop all jobs of a run, or of the cells of a sweep; one that cannot be stopped keeps no other from it.
+    """Stop all jobs of a run or sweep, `now` or after a save; one that cannot be stopped keeps no other from it.
 
-    Args:
-        folder: Of the run or the sweep.
-        now: Without waiting for a save.
-
-    Returns:
-        A sentence for each job that was asked to end, and for each that continues.
-
-    Raises:
-        ConfigError: if nothing was submitted to the folder.
-        GraftError: if Slurm does not answer.
+    Returns a sentence for each job that was asked to end, and for each that continues. Raises ConfigError: nothing was
+    submitted to the folder; GraftError: Slurm does not answer.
     """
     runs = run_folders(folder)
     for top in dict.fromkeys(home(one.run) for one in active_jobs(runs) if not one.job.job_id):
@@ -117,7 +109,7 @@ def _stop(one: Status, now: bool, cancelled: bool) -> str:
     job, words = one.job, f"{one.words} of {one.run}"
     is_run = not job.command or job.command[0] not in SUBMITTED
     ends = "saves at its next step and ends" if is_run else "ends"
-    go_on = f"`{resumes(one.run)}` {'resumes it' if is_run else 'starts it again'}"
+    go_on = f"`{hint('jobs', 'resume', one.run)}` {'resumes it' if is_run else 'starts it again'}"
     if job.cluster != "slurm":
         stop_process(job, now=now)
         return f"{words} {'is cancelled' if now else ends}; {go_on}"

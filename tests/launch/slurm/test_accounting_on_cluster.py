@@ -16,10 +16,6 @@ pytestmark = pytest.mark.slurm
 CLUSTER = ClusterOptions(accounting=True, min_job_age=2)
 
 
-def sbatch(cluster: SlurmCluster, command: str, *flags: str) -> str:
-    return cluster.run("sbatch", "--parsable", "--output=/dev/null", *flags, "--wrap", command).strip()
-
-
 def queued(cluster: SlurmCluster) -> str:
     return cluster.run("squeue", "--noheader", "--format=%i %T")
 
@@ -27,7 +23,7 @@ def queued(cluster: SlurmCluster) -> str:
 def test_a_job_that_only_the_accounting_knows_is_still_the_submitted_one(
     on_cluster: SlurmCluster, tmp_path: Path
 ) -> None:
-    job = sbatch(on_cluster, "exit 3", "--job-name=graftvit-run")
+    job = on_cluster.sbatch("exit 3", "--job-name=graftvit-run")
     submitted(tmp_path, job_id=job, name="graftvit-run")
     known = ["squeue", "--states=all", "--noheader", "--format=%i"]
     until(lambda: job not in on_cluster.run(*known), "the end of what the queue knows", every=0.5)
@@ -41,7 +37,7 @@ def test_a_job_that_only_the_accounting_knows_is_still_the_submitted_one(
 
 def test_what_a_run_has_cost(on_cluster: SlurmCluster, tmp_path: Path, typed: Typed) -> None:
     """Each start counts, and what the queue has forgotten."""
-    job = sbatch(on_cluster, "sleep 900", "--cpus-per-task=2")
+    job = on_cluster.sbatch("sleep 900", "--cpus-per-task=2")
     files = submitted(tmp_path, job_id=job)
     until(lambda: f"{job} RUNNING" in queued(on_cluster), lambda: queued(on_cluster))
     on_cluster.run("scontrol", "requeue", job)

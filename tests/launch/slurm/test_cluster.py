@@ -27,11 +27,6 @@ def wait_for(cluster: SlurmCluster, job: str, field: str, value: str) -> dict[st
     return show(cluster, job)
 
 
-def sbatch(cluster: SlurmCluster, command: str, *flags: str) -> str:
-    words = ["sbatch", "--parsable", "--output=/dev/null", *flags, "--wrap", command]
-    return cluster.run(*words).strip()
-
-
 def test_tasks_of_two_nodes_see_their_place_and_their_gpus(cluster: SlurmCluster) -> None:
     command = "echo $SLURM_PROCID $SLURMD_NODENAME $SLURM_LOCALID $CUDA_VISIBLE_DEVICES"
     flags = ["--nodes=2", "--ntasks-per-node=2", "--gpus-per-node=2"]
@@ -42,7 +37,7 @@ def test_tasks_of_two_nodes_see_their_place_and_their_gpus(cluster: SlurmCluster
 
 def test_two_at_once_are_strangers(cluster: SlurmCluster, start_cluster: StartCluster) -> None:
     other = start_cluster(nodes=1, gpus=0, accounting=True, min_job_age=2)
-    job = sbatch(other, "exit 3")
+    job = other.sbatch("exit 3")
     wait_for(other, job, "JobState", "FAILED")
     assert job not in cluster.run("squeue", "--states=all", "--noheader", "--format=%i").split()
     asked = ["sacct", "-X", "-n", "--parsable2", "-o", "JobID,JobName,State,ExitCode,NodeList", "-j", job]
@@ -59,7 +54,7 @@ def test_stopping_ends_what_does_not_want_to_end(start_cluster: StartCluster) ->
     cluster = start_cluster(nodes=1)
     stubborn = "import os, signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); os.setsid(); time.sleep(1000)"
     code = f"{sys.executable} -c '{stubborn}' &"
-    job = sbatch(cluster, f'srun sh -c "{code} wait"')
+    job = cluster.sbatch(f'srun sh -c "{code} wait"')
     wait_for(cluster, job, "JobState", "RUNNING")
     mark = {"SLURM_CONF": cluster.environment["SLURM_CONF"]}
     until(lambda: any("SIG_IGN" in str(process) for process in marked(mark)), "the stubborn process")

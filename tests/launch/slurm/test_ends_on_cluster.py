@@ -14,23 +14,6 @@ from support.slurm.slurm_cluster import SlurmCluster
 pytestmark = [pytest.mark.slurm, pytest.mark.slow]
 
 
-def test_a_node_that_dies_is_the_reason_though_a_rank_elsewhere_speaks(
-    cluster: SlurmCluster, tmp_path: Path
-) -> None:
-    run = cluster_run(cluster, tmp_path, optim={"epochs": 100})
-    run.submit("--nodes", "2", "--tasks_per_node", "1", "--max_restarts", "0")
-    run.wait_for_lines(2)
-    dead = run.shown()["nodes"][1]
-    cluster.kill_node(dead, tell=False)
-    until(lambda: run.jobs.attempts()[0].outcome == "failed", lambda: f"the words of rank 0\n{run.logs()}")
-    assert "lost another" in run.shown()["why"]  # nobody knows of the node yet
-    cluster.run("scontrol", "update", f"nodename={dead}", "state=down", "reason=killed")
-    run.wait_for_attempt(2)
-    assert run.shown()["history"][0]["why"] == f"node failure: {dead}"
-    run.graftvit("jobs", "stop", str(run.folder), "--now")
-    cluster.start_node(dead)
-
-
 def test_a_folder_that_the_nodes_cannot_see(cluster: SlurmCluster, tmp_path: Path) -> None:
     run = cluster_run(cluster, tmp_path)
     with held(cluster) as until_it_is_away:

@@ -22,9 +22,7 @@ from graftvit.launch.slurm.lock import FILE, submitting
 from graftvit.launch.slurm.plan import unfinished
 from graftvit.launch.slurm.scheduler import REMOVED, State, parse_queue
 from graftvit.models.errors import ConfigError, GraftError
-from support.runs.patience import until
 from support.runs.typed import Typed
-from support.slurm.slurm_cluster import SlurmCluster
 from support.slurm.slurm_folders import SILENT, FakeSlurm, attempted, submitted
 
 GONE = State()
@@ -461,24 +459,3 @@ def test_watching_is_left_by_ctrl_c_without_a_failure(
 
     monkeypatch.setattr(jobs_text.time, "sleep", press)
     typed("jobs", run.output_dir, "--watch")
-
-
-@pytest.mark.slurm
-def test_stopping_on_a_cluster(on_cluster: SlurmCluster, tmp_path: Path, typed: Typed) -> None:
-    mark, task = tmp_path / "told", tmp_path / "task.sh"
-    task.write_text(
-        f"trap 'echo told > {mark}; exit 0' USR2; touch {mark}.ready; while :; do sleep 0.1; done"
-    )
-    words = ["sbatch", "--parsable", "--output=/dev/null"]
-    array = on_cluster.run(*words, "--array=0-1%1", "--wrap", f"srun bash {task}").strip()
-    cells = [submitted(tmp_path / "cells" / f"seed={cell}", job_id=f"{array}_{cell}") for cell in (0, 1)]
-    until(Path(f"{mark}.ready").exists, "the first cell")
-    assert "2 runs: 1 running, 1 pending" in typed("jobs", tmp_path).out
-    running, waiting = typed("jobs", "stop", tmp_path).out.splitlines()
-    assert "saves at its next step" in running
-    assert "was pending and is cancelled" in waiting
-    until(mark.exists, "the signal")
-    assert described(cells[1].output_dir).state == "cancelled"
-    third = submitted(tmp_path / "third", job_id=on_cluster.run(*words, "--wrap", "sleep 100").strip())
-    typed("jobs", "stop", tmp_path / "third", "--now")
-    until(lambda: described(third.output_dir).state == "cancelled", "the cancelling", every=0.1)

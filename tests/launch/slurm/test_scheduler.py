@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import subprocess
-import sys
 from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
@@ -248,11 +247,6 @@ def test_a_cell_that_slurm_forgot_beside_others_was_removed(monkeypatch: pytest.
     assert "--jobs=7,8" in calls[0]
 
 
-def sbatch(cluster: SlurmCluster, command: str, *flags: str) -> str:
-    words = ["sbatch", "--parsable", "--output=/dev/null", *flags, "--wrap", command]
-    return cluster.run(*words).strip()
-
-
 def lines(path: Path) -> int:
     return path.read_text().count("\n") if path.exists() else 0
 
@@ -276,12 +270,12 @@ def test_real_jobs(
     cluster = start_cluster(accounting=True)
     for name in ("SLURM_CONF", "PATH"):
         monkeypatch.setenv(name, cluster.environment[name])
-    array = sbatch(cluster, "sleep 100", "--array=0-5%1")
-    failed = sbatch(cluster, "exit 7")
+    array = cluster.sbatch("sleep 100", "--array=0-5%1")
+    failed = cluster.sbatch("exit 7")
     mark, script = tmp_path / "usr2", tmp_path / "task.sh"
     wait = "while :; do sleep 0.1; done"
     script.write_text(f"trap 'echo $SLURM_PROCID >> {mark}' USR2; echo >> {mark}.ready; {wait}")
-    wide = sbatch(cluster, f"srun bash {script}", "--nodes=2", "--ntasks-per-node=1")
+    wide = cluster.sbatch(f"srun bash {script}", "--nodes=2", "--ntasks-per-node=1")
     assert state_when(f"{array}_0", lambda job: job.state == "RUNNING").nodes == (cluster.nodes[0],)
     assert state_when(failed, lambda job: job.state == "FAILED").exit_code == "7:0"
     assert state_when(wide, lambda job: job.state == "RUNNING").nodes == tuple(cluster.nodes[:2])
@@ -299,31 +293,3 @@ def test_real_jobs(
     cluster.kill_node(cluster.nodes[1])
     assert state_when(wide, lambda job: job.restarts == 1).state in ("COMPLETING", "PENDING")
     assert fallen_nodes(cluster.nodes) == [cluster.nodes[1]]
-
-
-@pytest.mark.slurm
-def test_a_task_learns_why_it_was_signalled(on_cluster: SlurmCluster, tmp_path: Path) -> None:
-    cluster = on_cluster
-    (tmp_path / "task.py").write_text(
-        "import os, signal, sys, time\n"
-        "from graftvit.launch.slurm.scheduler import reason_of_signal\n"
-        "def tell(*_):\n"
-        "    open(sys.argv[1], 'w').write(reason_of_signal(os.environ['SLURM_JOB_ID']) or 'nothing')\n"
-        "    os._exit(0)\n"
-        "signal.signal(signal.SIGTERM, tell)\n"
-        "open(sys.argv[1] + '.ready', 'w').close()\n"
-        "time.sleep(100)\n"
-    )
-    jobs = {}
-    for reason in ("requeued", "cancelled", "preempted"):
-        command = f"srun {sys.executable} {tmp_path}/task.py {tmp_path}/{reason}"
-        jobs[reason] = sbatch(cluster, command, "--requeue", "--cpus-per-task=8", "--time=60")
-    until(lambda: len(list(tmp_path.glob("*.ready"))) == 3, "the start of the jobs")
-    cluster.run("scontrol", "requeue", jobs["requeued"])
-    cluster.run("scontrol", "hold", jobs["requeued"])
-    cancel(jobs["cancelled"])
-    state_when(jobs["cancelled"], lambda job: job.state == "CANCELLED")
-    sbatch(cluster, "sleep 1", "--partition=high", "--nodes=3", "--cpus-per-task=8")
-    for reason in jobs:
-        until(lambda path=tmp_path / reason: path.exists() and path.stat().st_size, reason)  # type: ignore[misc]
-        assert (tmp_path / reason).read_text() == reason

@@ -115,15 +115,16 @@ class SlurmCluster:
             raise ClusterError(f"{' '.join(command)}: {result.returncode}: {result.stderr.strip()}")
         return result.stdout
 
-    def kill_node(self, name: str, *, tell: bool = True) -> None:
-        """Cuts the power of a node: its daemon and all tasks on it end at once.
+    def sbatch(self, command: str, *flags: str) -> str:
+        """Submits a job, and gives its number."""
+        words = ["sbatch", "--parsable", "--output=/dev/null", *flags, "--wrap", command]
+        return self.run(*words).strip()
 
-        `tell` marks it as down at once; without, the controller takes 15 to 30 seconds to find out.
-        """
+    def kill_node(self, name: str) -> None:
+        """Cuts the power of a node, and tells the controller, which else takes 15 to 30 seconds to find out."""
         end({**self._mark, "SLURMD_NODENAME": name})
         self._daemons.pop(_slurmd(name)).wait(timeout=PATIENCE)
-        if tell:
-            self.run("scontrol", "update", f"nodename={name}", "state=down", "reason=killed")
+        self.run("scontrol", "update", f"nodename={name}", "state=down", "reason=killed")
 
     def start_node(self, name: str) -> None:
         """Brings back a node that was killed."""
