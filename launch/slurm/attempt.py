@@ -29,7 +29,7 @@ from ..garbage import collect_seldom
 from ..submitted import command_name
 from .environment import LOG_START, export_ranks, forget_old_results, keep_results, limit_threads, requeue
 from .failures import classify
-from .folder import Attempt, Failure, JobFolder, newest_state, read_order
+from .folder import Attempt, Failure, JobFolder, newest_state
 from .jobs import current_stage, read_progress
 from .scheduler import fallen_nodes, reason_of_signal
 
@@ -167,6 +167,7 @@ class Record:
         self.folder, self.rank, self.restart = folder, job.global_rank, restart
         self.job_id, self.raw_job_id, self.cluster = job.job_id, job.raw_job_id, job.cluster
         self.resources: Mapping[str, Any] = {}
+        self._is_run = True
         self._warned = False
         self._earlier = folder.attempts()
         self._name = self._why = ""
@@ -176,8 +177,8 @@ class Record:
 
     def _begin(self, job: submitit.JobEnvironment) -> None:
         with suppress(GraftError, OSError):
-            submission = self.folder.job()
-            self.resources = submission.resources if submission is not None else {}
+            if (submission := self.folder.job()) is not None:
+                self.resources, self._is_run = submission.resources, submission.is_run
         last = self._earlier[-1] if self._earlier else None
         # a surviving rank may have written first
         lost = job.cluster == "slurm" and last is not None and last.outcome in (None, "failed")
@@ -248,8 +249,7 @@ class Record:
         if now != self._begun.get("state"):
             return ""
         if not now:
-            is_run = read_order(self.folder.output_dir) is None
-            through = "the first step" if is_run else "the command was through"
+            through = "the first step" if self._is_run else "the command was through"
             return f"the time limit ended before {through}: give a longer --time"
         earlier = [one for one in self._of_this_job() if one.name != self._name]
         count = 1 + len([one for one in earlier if one.state == now and "time limit" in one.signal])

@@ -20,7 +20,6 @@ import json
 import logging
 import os
 import re
-import shlex
 import time
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -39,6 +38,7 @@ from ...checkpoints.files import (
     safe_name,
 )
 from ...models.errors import CheckpointError
+from ..submitted import SUBMITTED
 
 Cluster = Literal["slurm", "local", "debug"]
 Outcome = Literal["finished", "stopped", "requeued", "failed"]
@@ -78,6 +78,11 @@ class Job:
     host: str = ""
     pid: int = 0
     """The process that submitted it, which is the run itself with `debug`."""
+
+    @property
+    def is_run(self) -> bool:
+        """Return whether it is a run, and not another command, which saves no state."""
+        return not self.command or self.command[0] not in SUBMITTED
 
 
 @dataclass(frozen=True)
@@ -285,9 +290,8 @@ def newest_state(output_dir: Path) -> str:
     """
     names = [f"{above}{name}" for above in ("", "*/", "*/*/") for name in _SAVED]
     paths = [path for name in names for path in output_dir.glob(name)]
-    order = read_order(output_dir)
-    if order is not None and order.output is not None:
-        paths += [path for name in _KEPT for path in Path(order.output).glob(name)]
+    if output := read_output(output_dir):
+        paths += [path for name in _KEPT for path in Path(output).glob(name)]
     times = []
     for path in paths:
         with contextlib.suppress(FileNotFoundError):  # `last` becomes `previous` at this moment
@@ -342,36 +346,20 @@ def job_id(launch: Path, index: int | None) -> str:
 
 
 def write_number(launch: Path, number: str) -> None:
-    """Record the job number of a launch."""
-    temporary = launch / ".job"
-    temporary.write_text(f"{number}\n", encoding="ascii")
-    temporary.replace(launch / "job")
+    """Record the job number of a launch. Raises WriteFailedError."""
+    write_text(launch / "job", f"{number}\n")
 
 
 ORDER_FILE = "command.json"
 """The file in `jobs/` that holds the submitted command."""
 
 
-@dataclass(frozen=True)
-class Order:
-    """A command as it was submitted."""
-
-    words: list[str]
-    output: str | None
-    """The absolute file or folder that it writes; None if it only prints."""
-
-    @property
-    def line(self) -> str:
-        """Return the command as a user would type it."""
-        return shlex.join(["graftvit", *self.words])
-
-
-def read_order(folder: Path) -> Order | None:
-    """Return what was submitted to a folder that is not a run folder; None for a run."""
+def read_output(folder: Path) -> str:
+    """Return the absolute file or folder that a command writes; empty for a run, and for one that only prints."""
     try:
-        return Order(**read_json(folder / "jobs" / ORDER_FILE, refusal=UnreadableError))
-    except (OSError, TypeError):
-        return None
+        return str(read_json(folder / "jobs" / ORDER_FILE, refusal=UnreadableError)["output"] or "")
+    except (OSError, TypeError, LookupError):
+        return ""
 
 
 # The runs that this user has submitted, one absolute folder a line, for `graftvit jobs`.

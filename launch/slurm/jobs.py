@@ -15,16 +15,14 @@ from pathlib import Path
 from typing import Any
 
 from ...checkpoints.files import is_folder, near_path, read_records
-from ...models.errors import ConfigError, GraftError
+from ...models.errors import CheckpointError, ConfigError, GraftError
 from ..say import hint
-from ..submitted import SUBMITTED
 from .failures import SILENT, blame, blame_start, log_starts
-from .folder import NOTHING, Attempt, Failure, Job, JobFolder, Order, read_order, write_number
+from .folder import NOTHING, Attempt, Failure, Job, JobFolder, write_number
 from .lock import is_alive, is_ordered, is_submitting, watchers
 from .scheduler import (
     AT_WORK,
     REMOVED,
-    TRIES,
     UNKNOWN,
     WAITING,
     NoAnswerError,
@@ -198,11 +196,6 @@ class Status:
         return self.slurm.end if self.state == "running" else None
 
     @property
-    def order(self) -> Order | None:
-        """Return the command, if this is not a run."""
-        return read_order(self.run) if self.job.command and self.job.command[0] in SUBMITTED else None
-
-    @property
     def error(self) -> Failure:
         """How the blamed rank failed, or what the scheduler wrote about it; nothing without a failure."""
         return self.found if self.state in ("failed", "unknown", "node failed") else NOTHING
@@ -236,16 +229,16 @@ def home(run: Path) -> Path:
     return above if (above / "jobs").is_dir() or (above / "sweep.json").exists() else run
 
 
-def describe_runs(folders: Iterable[Path], *, tries: int = TRIES) -> list[Status]:
+def describe_runs(folders: Iterable[Path], **asking: Any) -> list[Status]:
     """Describe several runs, with one question to the scheduler. Raises ConfigError: one was never submitted."""
-    judged = judge_jobs(folders, tries=tries)
+    judged = judge_jobs(folders, **asking)
     for folder, jobs in judged.items():
         if not jobs:
             raise ConfigError(f"{folder} was never submitted: `graftvit submit` does that")
     return [_described(jobs) for jobs in judged.values()]
 
 
-def judge_jobs(runs: Iterable[Path], *, strict: bool = False, tries: int = TRIES) -> dict[Path, list[Status]]:
+def judge_jobs(runs: Iterable[Path], *, strict: bool = False, **asking: Any) -> dict[Path, list[Status]]:
     """Return all jobs that each run ever had, the oldest first.
 
     Where the scheduler does not answer, judge by the files, or if `strict` raise NoAnswerError.
@@ -258,7 +251,7 @@ def judge_jobs(runs: Iterable[Path], *, strict: bool = False, tries: int = TRIES
             found[run], problem = JobFolder(run).jobs(), str(error)
     wanted = [one.job_id for jobs in found.values() for one in jobs if one.cluster == "slurm" and one.job_id]
     try:
-        states = {} if problem else job_states(wanted, tries=tries)
+        states = {} if problem else job_states(wanted, **asking)
     except GraftError as error:
         problem = str(error)
     if problem and strict:
@@ -299,7 +292,7 @@ def _numbered(job: Job, run: Path) -> Job | None:
     else:
         number = next(iter(watchers(job.logs)), "")
     if number:
-        with contextlib.suppress(OSError):  # another user's run
+        with contextlib.suppress(CheckpointError):  # another user's run
             write_number(launch, number)
         return replace(job, job_id=number if job.index is None else f"{number}_{job.index}")
     under_way = is_submitting(home(run)) or is_ordered(launch / "submit.sh")

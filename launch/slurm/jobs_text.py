@@ -14,7 +14,7 @@ from typing import Any, TextIO
 from ...models.errors import counted, escaped
 from ...transfer.analysis.report.tables import aligned
 from ..say import hint
-from .folder import JobFolder
+from .folder import JobFolder, read_output
 from .jobs import Progress, Status
 from .scheduler import clock, usage_of
 
@@ -32,15 +32,18 @@ def _values(run: Status) -> dict[str, Any]:
         {"attempt": one.number, "started": one.started, "nodes": one.nodes, "why": one.before}
         for one in run.history
     ]
-    order = run.order
     return {
         "folder": run.run, "job_id": run.job.job_id, "cluster": run.job.cluster, "submitted": run.job.submitted,
         "state": run.state, "why": run.why, "nodes": run.nodes,
         "world_size": run.last.world_size if run.last else None, "restarts": run.restarts, "history": restarts,
         "progress": asdict(run.progress), "starts": run.starts, "ends": run.ends, "error": run.error.text,
         "error_rank": run.error.rank, "others": run.others, "problem": run.problem,
-        "command": order.line if order else "", "output": (order.output or "") if order else "",
+        "command": _command(run), "output": "" if run.job.is_run else read_output(run.run),
     }  # fmt: skip
+
+
+def _command(run: Status) -> str:
+    return "" if run.job.is_run else shlex.join(["graftvit", *run.job.command])
 
 
 def write_table(runs: Sequence[Status], names: Sequence[str], file: TextIO) -> None:
@@ -58,8 +61,8 @@ def describe(run: Status) -> str:
     processes = f" ({counted(size, 'process')})" if size else ""
     limit = f"; its limit ends it at {clock(run.ends)}" if run.ends else ""
     others = f"job {', '.join(run.others)} of this folder: it was submitted several times"
-    progress, order = run.progress, run.order
-    written = f"{order.output}, and what it printed: " if order and order.output else ""
+    progress, output = run.progress, read_output(run.run)
+    written = f"{output}, and what it printed: " if output else ""
     printed = f"{written}`{hint('jobs', 'logs', run.run)}`"
     lines = [
         ("run", str(run.run)),
@@ -67,8 +70,8 @@ def describe(run: Status) -> str:
         ("state", f"{run.state}{f': {run.why}' if run.why else ''}{limit}"),
         ("starts", f"expected at {clock(run.starts)}" if run.starts else ""),
         ("also", others if run.others else ""),
-        ("command", order.line if order else ""),
-        ("output", printed if order and run.state == "finished" else ""),
+        ("command", _command(run)),
+        ("output", printed if not run.job.is_run and run.state == "finished" else ""),
         ("nodes", f"{' '.join(run.nodes)}{processes}" if run.nodes else ""),
         ("progress", _progress(progress, long=True)),
         ("left", _left(run)),

@@ -24,7 +24,7 @@ from ..say import hint, say_aside
 from ..submitted import SUBMITTED, Work, check_words, command_name
 from .attempt import Task
 from .batch import Batch
-from .folder import ORDER_FILE, Job, JobFolder, Order
+from .folder import ORDER_FILE, Job, JobFolder
 from .jobs import active_jobs, current_stage, judge_jobs, run_folders
 from .request import Request
 from .sweep import cell_configs, cell_settings, check_sweep, frozen_text, parse_sweep, run_configs
@@ -176,9 +176,9 @@ def plan_work(
     work = check_words(command, rest, here=not unchecked)
     folder = (folder or _usual_folder(words)).absolute()
     _refuse_run(folder)
-    order = Order(list(words), None if work.output is None else str(work.output.absolute()))
-    text = json.dumps({"words": order.words, "output": order.output}) + "\n"
-    tasks = _divided(Task(order.words, folder), shares, work)
+    order = {"words": list(words), "output": None if work.output is None else str(work.output.absolute())}
+    text = json.dumps(order) + "\n"
+    tasks = _divided(Task(list(words), folder), shares, work)
     frozen = {one.output_dir / "jobs" / ORDER_FILE: text for one in tasks}
     return Batch(folder, tasks, request, request.cpus_per_task or 1 + work.workers, frozen)
 
@@ -211,9 +211,9 @@ def _refuse_run(folder: Path) -> None:
 
 def describe_work(batch: Batch) -> str:
     """Return the command, the folder of its log and jobs, and what it writes."""
-    order = Order(**json.loads(next(iter(batch.frozen.values()))))
-    output = f"writes {order.output}\n" if order.output else ""
-    return f"{order.line}\n{output}jobs and log in {batch.folder}\n\n"
+    order = json.loads(next(iter(batch.frozen.values())))
+    output = f"writes {order['output']}\n" if order["output"] else ""
+    return f"{shlex.join(['graftvit', *order['words']])}\n{output}jobs and log in {batch.folder}\n\n"
 
 
 def _usual_folder(words: Sequence[str]) -> Path:

@@ -113,12 +113,8 @@ WAITING = (
     "PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "SPECIAL_EXIT", "RESV_DEL_HOLD",
 )  # fmt: skip
 AT_WORK = ("RUNNING", "COMPLETING", "SUSPENDED", "STOPPED", "SIGNALING", "STAGE_OUT", "RESIZING")
+"""States of a job that waits, and of one that holds nodes; in each other one it has ended."""
 _FALLEN = ("down", "fail", "error", "unknown")
-ENDED = frozenset([
-    "BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED", "TIMEOUT",
-])  # fmt: skip
-"""States in which a job holds no node; NODE_FAIL and PREEMPTED may be followed by another start."""
-
 _QUEUE = {
     "JobArrayID": "JobID", "State": "State", "NodeList": "NodeList", "Reason": "Reason", "RestartCnt": "Restarts",
     "exit_code": "ExitCode", "StartTime": "Start", "EndTime": "End", "Name": "JobName",
@@ -341,7 +337,8 @@ def expand_nodes(text: str) -> tuple[str, ...]:
 
 def _merged(queued: State | None, recorded: State | None) -> State:
     if queued is None:  # so it neither waits nor runs, whatever the accounting was told last
-        return recorded if recorded is not None and recorded.state in ENDED else State()
+        ended = recorded is not None and recorded.state not in (*WAITING, *AT_WORK)
+        return recorded if recorded is not None and ended else State()
     history = recorded.history if recorded is not None and recorded.name == queued.name else ()
     return replace(queued, history=history[-queued.restarts :] if queued.restarts else ())
 

@@ -8,7 +8,6 @@ from pathlib import Path
 
 from ...models.errors import ConfigError, GraftError
 from ..say import hint, say_aside
-from ..submitted import SUBMITTED
 from .folder import JobFolder
 from .jobs import WAITS, Status, active_jobs, home, run_folders
 from .lock import stop_process, submitting
@@ -107,9 +106,8 @@ def _cancel_together(jobs: list[Status], now: bool) -> set[str]:
 def _stop(one: Status, now: bool, cancelled: bool) -> str:
     """Stop a job that was not `cancelled` with others, and return what was done."""
     job, words = one.job, f"{one.words} of {one.run}"
-    is_run = not job.command or job.command[0] not in SUBMITTED
-    ends = "saves at its next step and ends" if is_run else "ends"
-    go_on = f"`{hint('jobs', 'resume', one.run)}` {'resumes it' if is_run else 'starts it again'}"
+    ends = "saves at its next step and ends" if job.is_run else "ends"
+    go_on = f"`{hint('jobs', 'resume', one.run)}` {'resumes it' if job.is_run else 'starts it again'}"
     if job.cluster != "slurm":
         stop_process(job, now=now)
         return f"{words} {'is cancelled' if now else ends}; {go_on}"

@@ -19,7 +19,7 @@ from graftvit.launch.load_config import dump_config, load_comparison, load_confi
 from graftvit.launch.slurm import jobs, submit
 from graftvit.launch.slurm.attempt import Task
 from graftvit.launch.slurm.batch import Batch
-from graftvit.launch.slurm.folder import JobFolder, read_order
+from graftvit.launch.slurm.folder import JobFolder, read_output
 from graftvit.launch.slurm.jobs import describe_runs
 from graftvit.launch.slurm.jobs_text import describe
 from graftvit.launch.slurm.plan import (
@@ -312,9 +312,7 @@ def test_right_words_become_a_request(folder: Path, words: str, output: str | No
     (task,) = plan.tasks
     assert (task.words, task.output_dir) == (words.split(), plan.folder)
     assert plan.cores == cores
-    order = read_order(plan.folder)
-    assert order is not None
-    assert order.output == (None if output is None else str(folder / output))
+    assert read_output(plan.folder) == ("" if output is None else str(folder / output))
 
 
 def test_what_lies_on_the_nodes_alone_is_not_looked_for(folder: Path) -> None:
@@ -388,8 +386,7 @@ def test_it_runs_and_jobs_tells_where_its_output_lies(folder: Path, typed: Typed
     assert (folder / "out.pt2").is_file()
     status = describe_runs([folder / "runs" / "export-teacher"])[0]
     assert status.state == "finished"
-    assert status.order is not None
-    assert status.order.output == str(folder / "out.pt2")
+    assert read_output(status.run) == str(folder / "out.pt2")
     shown = describe(status)
     assert "command   graftvit export teacher out.pt2\n" in shown
     assert f"output    {folder / 'out.pt2'}, and what it printed: `graftvit jobs logs " in shown
@@ -402,7 +399,7 @@ def test_a_run_is_not_taken_for_the_command_that_its_folder_had_before(folder: P
     (folder / "run" / "jobs" / "command.json").write_text('{"words": ["export"], "output": "/x"}')
     submitted(folder / "run", cluster="local")
     status = describe_runs([folder / "run"])[0]
-    assert status.order is None
+    assert status.job.is_run
 
 
 @pytest.mark.parametrize("number", early_signals.EARLY_SIGNALS)
