@@ -176,23 +176,6 @@ def test_a_limit_that_ends_before_the_first_save_is_not_requeued_for_ever(job: J
     assert (job.requeued, job.last.outcome) == (2, "requeued")
 
 
-@pytest.mark.parametrize("place", ["targets.txt", "fit/layer{}.safetensors"])
-def test_a_limit_before_the_first_step_is_met_again_while_each_attempt_adds_something(
-    job: Job, place: str
-) -> None:
-    job.reason = "time limit"
-
-    def adds() -> int:
-        kept = job.folder / place.format(job.requeued)
-        kept.parent.mkdir(exist_ok=True)
-        kept.write_text(str(job.requeued))
-        return stopped_by(signal.SIGUSR2)()
-
-    assert [job.run(adds, restart=restart) for restart in range(5)] == [0] * 5
-    assert [job.run(stopped_by(signal.SIGUSR2), restart=restart) for restart in range(5, 8)] == [0, 0, 1]
-    assert (job.requeued, job.last.outcome) == (7, "failed")
-
-
 def save(folder: Path) -> None:
     last = folder / "checkpoints" / "last.safetensors"
     last.parent.mkdir(exist_ok=True)

@@ -38,27 +38,12 @@ def test_files_carry_number_job_and_restart_and_causes_come_first(tmp_path: Path
     assert folder.failures(first) == []
 
 
-def test_records_of_before_are_read(tmp_path: Path) -> None:
-    for name in ("attempts", "errors"):
-        (tmp_path / "jobs" / name).mkdir(parents=True)
-    begun = (
-        '{"started": 1.0, "job_id": "7", "restart": 0, "nodes": [], "world_size": 4, "of_a_later_version": 1}'
-    )
-    (tmp_path / "jobs" / "attempts" / "0001.jsonl").write_text(begun + '\n{"outcome": "failed"}\n')
-    (tmp_path / "jobs" / "errors" / "0001-3.txt").write_text("boom\n")
-    folder = JobFolder(tmp_path)
-    (old,) = folder.attempts()
-    assert (old.number, old.name, old.outcome, old.state) == (1, "0001", "failed", None)
-    assert begin(folder, 1) == "0002-7.1"
-    assert [(failure.rank, failure.text) for failure in folder.failures(old.name)] == [(3, "boom\n")]
-
-
 def test_what_is_noted_after_a_cut_line_is_read(tmp_path: Path) -> None:
     folder = JobFolder(tmp_path)
     name = begin(folder)
     with folder.attempt_path(name).open("a") as file:
         file.write('{"signal": "SIGUSR')
-    folder.note(name, outcome="finished", ended=9.0)
+    folder.note(name, outcome="finished", ended=9.0, of_a_later_version=1)
     assert folder.finished
     folder.attempt_path(name).write_text("7\n[]\n" + folder.attempt_path(name).read_text())
     assert folder.finished
@@ -167,12 +152,10 @@ def test_the_registry_keeps_the_order_and_forgets_what_is_gone(tmp_path: Path) -
     detour = tmp_path / "a" / ".." / "a"
     remember(detour)  # one run under two names
     assert known() == [tmp_path / "c\u2028d", tmp_path / "a"]
-
-
-def test_a_home_that_cannot_be_written_stops_no_submission(tmp_path: Path) -> None:
-    (tmp_path / "state").write_text("a file")
-    remember(tmp_path)
-    assert not registry_file().exists()
+    shutil.rmtree(tmp_path / "state")
+    (tmp_path / "state").write_text("a home that cannot be written stops no submission")
+    remember(tmp_path / "a")
+    assert known() == []
 
 
 def test_the_number_of_a_cell_is_that_of_its_array_and_no_copy_has_it(tmp_path: Path) -> None:

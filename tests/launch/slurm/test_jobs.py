@@ -440,13 +440,9 @@ def test_a_watched_run_is_a_table_for_each_change(monkeypatch: pytest.MonkeyPatc
     assert places == sorted(places)
     assert places[0] > 0
     assert "waits for nodes: Resources; expected at" in text
-
-
-def test_nothing_to_watch_is_said_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    for states in ([None], [RUNNING, None]):  # one ends, with --active
-        text = shown(monkeypatch, *states)
-        assert text.count("nothing waits") == 1
-        assert text.endswith("nothing waits\n")
+    text = shown(monkeypatch, RUNNING, None)  # it ends, with --active
+    assert text.count("nothing waits") == 1
+    assert text.endswith("nothing waits\n")
 
 
 def test_watching_is_left_by_ctrl_c_without_a_failure(

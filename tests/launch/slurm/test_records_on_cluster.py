@@ -165,21 +165,19 @@ def remove(folder: Path) -> None:
     until(gone, f"{folder} to be gone")
 
 
-def test_a_run_whose_folder_is_removed_ends_and_makes_no_other(run: ClusterRun) -> None:
+@pytest.mark.parametrize("moves", [False, True])
+def test_a_run_whose_folder_is_removed_or_moved_ends_and_makes_no_other(run: ClusterRun, moves: bool) -> None:
     run.submit(*AT_ONCE)
     run.wait_for_lines(3)
-    remove(run.folder)
+    moved = run.root / "moved"
+    if moves:
+        run.folder.rename(moved)
+    else:
+        remove(run.folder)
     wait_for_the_end(run.cluster)
     assert not run.folder.exists()
-
-
-def test_a_run_whose_folder_is_moved_says_so(run: ClusterRun) -> None:
-    run.submit(*AT_ONCE)
-    run.wait_for_lines(3)
-    moved = run.folder.rename(run.root / "moved")
-    wait_for_the_end(run.cluster)
-    assert not run.folder.exists()
-    log = next((moved / "jobs" / "logs").glob("*_0_log.err")).read_text()
-    assert f"{run.folder} is not there any more: it was moved or removed" in log
-    assert "taken over" not in log
-    assert "was never submitted" in run.graftvit("jobs", str(moved), code=2)  # and may be again
+    if moves:
+        log = next((moved / "jobs" / "logs").glob("*_0_log.err")).read_text()
+        assert f"{run.folder} is not there any more: it was moved or removed" in log
+        assert "taken over" not in log
+        assert "was never submitted" in run.graftvit("jobs", str(moved), code=2)  # and may be again

@@ -159,7 +159,11 @@ def test_each_wait_is_twice_the_one_before_until_the_limit(
 
 
 def test_a_new_state_or_job_begins_the_count_anew(run: Run) -> None:
-    for _ in range(3):
+    run.attempt(LOST, retried=True)
+    run.attempt(outcome="requeued", signal="SIGUSR2 (preempted)")  # which does not count
+    run.attempt(LOST)
+    assert run.failed().wait == 60
+    for _ in range(2):
         run.attempt(LOST, retried=True)
     run.attempt(LOST)
     assert run.failed().wait is None
@@ -171,13 +175,6 @@ def test_a_new_state_or_job_begins_the_count_anew(run: Run) -> None:
         run.attempt(LOST, retried=True)
     run.files.begin(job_id="78", restart=0, nodes=["n1"], world_size=4, state="")
     assert run.failed().wait == 30
-
-
-def test_attempts_that_were_preempted_do_not_count(run: Run) -> None:
-    run.attempt(LOST, retried=True)
-    run.attempt(outcome="requeued", signal="SIGUSR2 (preempted)")
-    run.attempt(LOST)
-    assert run.failed().wait == 60
 
 
 class Slurm:

@@ -126,11 +126,14 @@ def test_a_job_is_found_by_its_name_and_script(monkeypatch: pytest.MonkeyPatch) 
         ("ReqNodeNotAvail, UnavailableNodes:n", "waits for nodes that are down, drained or reserved: "),
         ("Nodes required for job are DOWN", "waits: "),
         ("SomethingNew", "waits: "),
+        ("BeginTime", "waits until its begin time: "),
+        ("", ""),
     ],
 )
 def test_why_a_job_waits(reason: str, words: str) -> None:
-    assert waiting(reason) == f"{words}{reason}"
+    assert waiting(reason) == (f"{words}{reason}" if reason else "")
     assert flags_beyond(reason) == ()
+    assert re.fullmatch(r"waits until .*\d\d:\d\d:\d\d: BeginTime", waiting("BeginTime", 1.8e9))
 
 
 @pytest.mark.parametrize(
@@ -149,12 +152,6 @@ def test_why_a_job_waits(reason: str, words: str) -> None:
 def test_a_limit_of_each_job_names_flags_that_there_are(reason: str, flags: list[str]) -> None:
     assert list(flags_beyond(reason)) == flags == [name for name in flags if name in Request.model_fields]
     assert re.findall(r"--(\w+)", waiting(reason)) == flags
-
-
-def test_a_begin_time_is_said_and_no_reason_is_none() -> None:
-    assert re.fullmatch(r"waits until .*\d\d:\d\d:\d\d: BeginTime", waiting("BeginTime", 1.8e9))
-    assert waiting("BeginTime") == "waits until its begin time: BeginTime"
-    assert waiting("") == ""
 
 
 def test_without_slurm_one_sentence_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
