@@ -9,7 +9,7 @@ from __future__ import annotations
 import errno
 import re
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -192,8 +192,7 @@ _UNRUNNABLE = re.compile(
 """The codes of `env` and `sh` for a program that cannot be run, or is not there; a run leaves with no such code."""
 _MEMORY = re.compile(r"oom[-_ ]?kill", re.IGNORECASE)
 
-_DUE = re.compile(r"DUE TO ([A-Z ]+?)(?:,| \*|$)", re.MULTILINE)
-"""Why Slurm ended a step, in its own words."""
+_DUE = re.compile(r"DUE TO (NODE FAILURE|PREEMPTION|TIME LIMIT)")
 _STATES = {"NODE FAILURE": "node failed", "PREEMPTION": "preempted", "TIME LIMIT": "timed out"}
 NO_MEMORY = "out of memory"
 
@@ -270,8 +269,7 @@ def said_by_slurm(log: str) -> Failure:
         if _MEMORY.search(text):
             return Failure(text=text, why=NO_MEMORY, state="failed")
         due = _DUE.search(text)
-        known = due is not None and due[1] in _STATES
-        return Failure(text=text, why=due[1].lower(), state=_STATES[due[1]]) if due and known else NOTHING
+        return Failure(text=text, why=due[1].lower(), state=_STATES[due[1]]) if due else NOTHING
     node, rank, word = killed.groups()
     if word == "Out Of Memory" or _MEMORY.search(text):
         why = f"{NO_MEMORY}: the system killed rank {rank} on {node}"
@@ -282,17 +280,14 @@ def said_by_slurm(log: str) -> Failure:
     return Failure(int(rank), text=text, why=why, state="failed", node=node)
 
 
-def shorten(line: str) -> str:
-    """Return an error's last line, without source locations and without the advice that follows a lost connection."""
-    line = re.sub(r"\[\S+\.(cc|cpp|h):\d+\] *", "", line)
-    return re.sub(r"\. (This is typically|Check the logs).*", "", line)
-
-
 def _by_rank(first: Failure) -> Failure:
     """Return the rank that failed first by an error of its own, or else the rank that first lost another."""
     lost = f"rank {first.rank} lost another: " if first.kind == "consequence" else ""
+    # without source locations, and without the advice that follows a lost connection
+    line = re.sub(r"\[\S+\.(cc|cpp|h):\d+\] *", "", first.last_words or SILENT)
+    line = re.sub(r"\. (This is typically|Check the logs).*", "", line)
     words = "".join(first.text.splitlines(keepends=True)[-_LINES:])
-    return replace(first, text=words, why=f"{lost}{shorten(first.last_words or SILENT)}"[:500])
+    return replace(first, text=words, why=f"{lost}{line}"[:500])
 
 
 def _loudest_log(job: Job) -> Failure:
@@ -303,13 +298,3 @@ def _loudest_log(job: Job) -> Failure:
         return NOTHING
     rank = min(loud, key=lambda rank: (is_consequence(texts[rank]), logs[rank].stat().st_mtime_ns))
     return Failure(rank, text="".join(texts[rank].splitlines(keepends=True)[-_LINES:]))
-
-
-def log_starts(attempts: Sequence[Attempt]) -> dict[int, int]:
-    """Attempt number -> where the log of the next attempt of the same job begins."""
-    found = {}
-    for number, attempt in enumerate(attempts):
-        later = [after.log_start for after in attempts[number + 1 :] if after.job_id == attempt.job_id]
-        if later and later[0] is not None:
-            found[attempt.number] = later[0]
-    return found

@@ -17,7 +17,7 @@ from typing import Any
 from ...checkpoints.files import is_folder, near_path, read_records
 from ...models.errors import CheckpointError, ConfigError, GraftError
 from ..say import hint
-from .failures import SILENT, blame, blame_start, log_starts
+from .failures import SILENT, blame, blame_start
 from .folder import NOTHING, Attempt, Failure, Job, JobFolder, write_number
 from .lock import is_alive, is_ordered, is_submitting, watchers
 from .scheduler import (
@@ -459,26 +459,26 @@ def _described(jobs: Sequence[Status]) -> Status:
     """Return the job that describes the run, and what is known of the run."""
     shown = _shown(jobs)
     attempts, last = JobFolder(shown.run).attempts(), shown.last
-    trains = (
-        shown.state == "running" and not shown.why and last is not None
-    )  # neither starts nor is suspended
+    # one that neither starts nor is suspended
+    since = last.started if last is not None and shown.state == "running" and not shown.why else None
     earlier = len([attempt for attempt in attempts if attempt.job_id != shown.job.job_id])
     return replace(
         shown,
         restarts=max(0, len(attempts) - 1, earlier + shown.slurm.restarts),
         history=_restarts(attempts, shown, {one.job.job_id: one for one in jobs}),
-        progress=read_progress(shown.run, training_since=last.started if trains and last else None),
+        progress=read_progress(shown.run, training_since=since),
         others=[one.job.job_id for one in jobs if one.active and one is not shown],
     )
 
 
 def _restarts(attempts: Sequence[Attempt], shown: Status, jobs: Mapping[str, Status]) -> list[Attempt]:
     """Return each attempt but the first, and in `before` why there had to be another."""
-    made, files, ends = [], JobFolder(shown.run), log_starts(attempts)
-    for before, attempt in itertools.pairwise(attempts):
+    made, files = [], JobFolder(shown.run)
+    for place, (before, attempt) in enumerate(itertools.pairwise(attempts), start=1):
+        later = (one.log_start for one in attempts[place:] if one.job_id == before.job_id)
         job, found = jobs.get(before.job_id), NOTHING
         if job is not None and before.outcome != "finished":
-            found = blame(files, before, job.job, ends.get(before.number))
+            found = blame(files, before, job.job, next(later, None))
         asked = job is not None and job.stopping and before.outcome in (None, "stopped")
         why = (
             BY_STOP

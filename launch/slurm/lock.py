@@ -98,12 +98,9 @@ class InterruptedSubmissionError(GraftError):
 
     def __init__(self, number: int, job: str = "", folder: Path | None = None) -> None:
         self.exit_code = 128 + number
-        name = "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
-        super().__init__(
-            f"{name} came while job {job} was being submitted, and it was: `{hint('jobs', 'stop', folder)}` ends it"
-            if folder
-            else f"stopped by {name}: nothing was submitted"
-        )
+        came = f"{signal.Signals(number).name} came while job {job} was being submitted, and it was"
+        submitted = f"{came}: `{hint('jobs', 'stop', folder)}` ends it"
+        super().__init__(submitted if folder else "stopped by Ctrl-C: nothing was submitted")
 
 
 @contextmanager
