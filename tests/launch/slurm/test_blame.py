@@ -18,7 +18,7 @@ from graftvit.launch.slurm.failures import (
     said_of,
 )
 from graftvit.launch.slurm.folder import Attempt, Failure, Job, JobFolder, Kind, read_failure
-from graftvit.models.errors import ConfigError, DataError, LostLoaderError, RunFailedError
+from graftvit.models.errors import ConfigError, LostLoaderError
 from graftvit.transfer.engine.fence import FencedError
 from support.slurm.slurm_folders import submitted
 from torch import OutOfMemoryError
@@ -199,27 +199,19 @@ OTHERS = [
     DistBackendError(NCCL.format("remote process exited or there was a network error", "ncclRemoteError",
                                  "A call failed possibly due to a network error or a remote process exiting.")),
     DistBackendError(NCCL.format("unhandled system error", "ncclSystemError", "System call (e.g. socket) failed")),
-    DistBackendError("NCCL communicator was aborted on rank 1."),
     RuntimeError("NCCL communicator was aborted on rank 1.  Original reason for failure was: [Rank 1] Watchdog caught"),
 ]  # fmt: skip
 LASTING = [
     ConfigError("optim.blr is wrong"),
-    DataError("train/ has no images"),
-    RunFailedError("loss is not finite at step 7"),
     FencedError("job 12 has taken over the run"),
     ZeroDivisionError("division by zero"),
-    FileNotFoundError(errno.ENOENT, "No such file or directory", "/data"),
     OSError(errno.ENOSPC, "No space left on device", "/data"),
-    PermissionError(errno.EACCES, "Permission denied", "/data"),
     RuntimeError("CUDA error: device-side assert triggered"),
-    RuntimeError("mat1 and mat2 shapes cannot be multiplied (2x3 and 4x5)"),
     DistBackendError(NCCL.format("invalid usage", "ncclInvalidUsage", "This usually reflects invalid usage.")
                      + "Duplicate GPU detected : rank 0 and rank 1 both on CUDA device 1000"),
 ]  # fmt: skip
 PASSING = [
-    OSError(errno.ESTALE, "Stale file handle", "/data/a.jpg"),
     OSError(errno.EIO, "Input/output error", "/scratch/me"),
-    OSError(errno.ENOTCONN, "Transport endpoint is not connected", "/scratch/me"),
     OSError("Caught OSError in DataLoader worker process 0.\nOSError: [Errno 116] Stale file handle: '/data/x'"),
     RuntimeError("Error while deserializing header: Input/output error (os error 5)"),
     LostLoaderError("a loader process died (DataLoader worker (pid 4997) is killed by signal: Killed. )"),
