@@ -579,6 +579,12 @@ class EngineConfig(Section):
         True, "report of the teacher's accuracy at the start if it has a head", resume="free"
     )
     progress: bool = setting(True, "progress bar on a terminal", outside=True)
+    report: bool = setting(
+        True,
+        "verdict of a run at its end: lines, verdict.json and report.html in the run folder",
+        outside=True,
+        see="[the verdict](runs.md#the-verdict)",
+    )
 
 
 class PretrainConfig(Section):

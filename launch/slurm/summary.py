@@ -15,7 +15,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from ...checkpoints.atomic import write_bytes
-from ...checkpoints.files import read_records
+from ...checkpoints.files import read_json, read_records
 from ...checkpoints.markdown import plain
 from ...models.errors import ConfigError, GraftError, counted
 from ...transfer.analysis.report.ink import legend_beside, new_plots, to_png
@@ -26,13 +26,13 @@ from .jobs import current_stage, read_progress
 from .sweep import SWEEP_FILE, load_sweep
 
 ACCURACIES = ("test_top1", "test_ema_top1")
-LOSS = "train_loss"
+LOSS, DIVERGENCE = "train_loss", "map_divergence"
 SAMPLES = "test_samples"
-NUMBERS = (*(f"{best}{name}" for name in ACCURACIES for best in ("", "best_")), LOSS)
+NUMBERS = (*(f"{best}{name}" for name in ACCURACIES for best in ("", "best_")), LOSS, DIVERGENCE)
 
 
 def read_cell(folder: Path) -> dict[str, float] | str:
-    """Return the results of a cell: test_top1 and test_ema_top1 in percent, last and best_; the last train_loss.
+    """Return the results of a cell: accuracies in percent, last and best_; the last train_loss; the map_divergence.
 
     Without results, return how it failed, or how far it is. A cell is done if its last epoch is in the log and its
     student is written, failed if its last attempt recorded that, and otherwise unfinished. For a recipe with stages,
@@ -43,7 +43,7 @@ def read_cell(folder: Path) -> dict[str, float] | str:
     over = not attempts or attempts[-1].outcome is not None  # and is not trained for more epochs
     whole = bool(done.total_steps and epochs and epochs[-1]["step"] >= done.total_steps)
     if over and whole and (folder / "student").is_dir():
-        return _numbers(epochs)
+        return _numbers(epochs) | _divergence(run)
     if attempts and attempts[-1].outcome == "failed":
         why = " ".join(attempts[-1].why.split())
         return f"failed: {why if len(why) <= 200 else f'{why[:199]}…'}"
@@ -71,6 +71,14 @@ def _numbers(epochs: list[dict[str, Any]]) -> dict[str, float]:
     return found
 
 
+def _divergence(run: Path) -> dict[str, float]:
+    """Return how far the attention maps are from the teacher's, where the verdict of the run says so."""
+    try:
+        return {DIVERGENCE: float(read_json(run / "verdict.json")[DIVERGENCE])}
+    except (GraftError, LookupError, TypeError, ValueError):
+        return {}
+
+
 @dataclass(frozen=True)
 class Row:
     """One setting of everything but the seed."""
@@ -95,7 +103,7 @@ class Row:
     def interval(self, name: str) -> Interval | None:
         """Return the 95 % interval of a mean accuracy, for the number of test images."""
         values = self.values(name)
-        if not values or self.samples is None or name == LOSS:
+        if not values or self.samples is None or not name.endswith("top1"):
             return None
         return accuracy_interval(statistics.fmean(values), self.samples)
 
@@ -153,7 +161,7 @@ def _deviation(values: Sequence[float]) -> float | None:
 def to_csv(rows: Sequence[Row]) -> str:
     """Return a row for each setting; an empty field without a number, or without a deviation of a single value."""
     names = _names(rows)
-    rates = [name for name in names if name != LOSS]
+    rates = [name for name in names if name.endswith("top1")]
     head = [*rows[0].settings, "done", "asked"]
     head += [f"{name}_{kind}" for name in names for kind in ("mean", "std")]
     head += [f"{name}_{end}" for name in rates for end in ("low", "high")]
@@ -191,8 +199,8 @@ def to_markdown(rows: Sequence[Row]) -> str:
 
 
 def _shown(row: Row, name: str) -> str:
-    """Return `81.20 ± 0.35 [80.1, 82.2]`: two digits after the point of an accuracy, four of a loss."""
-    values, digits = row.values(name), 4 if name == LOSS else 2
+    """Return `81.20 ± 0.35 [80.1, 82.2]`: two digits after the point of an accuracy, four of others."""
+    values, digits = row.values(name), 2 if name.endswith("top1") else 4
     if not values:
         return ""
     deviation, interval = _deviation(values), row.interval(name)

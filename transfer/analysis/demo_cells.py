@@ -136,9 +136,11 @@ def _student(method: str, teacher: Cell | None, seed: int, runs: Path) -> Cell:
 
 
 def recipe(name: str, folder: Path, changes: Json) -> RunConfig:
-    """Return the packaged recipe `name` with the run folder `folder` and `changes`; no tracker."""
+    """Return the packaged recipe `name` with the run folder `folder` and `changes`; no tracker and no report."""
     text = resources.files("graftvit.cfgs").joinpath(f"{name}.yaml").read_text(encoding="utf-8")
-    content = _merged(parse_yaml(text), {"engine": {"trackers": []}, **changes, "output_dir": folder})
+    content = _merged(
+        parse_yaml(text), {"engine": {"trackers": [], "report": False}, **changes, "output_dir": folder}
+    )
     return RunConfig.model_validate(content)
 
 

@@ -30,6 +30,16 @@ Batch = tuple[Any, ...]
 """Images, their labels and, where they are kept, the teachers' targets by name: what a task takes."""
 
 
+@dataclass(frozen=True)
+class LastBatch:
+    """The last batch of this process, and what its random numbers depend on."""
+
+    batch: Batch
+    epoch: int
+    place: int
+    """Position of its first sample in the epoch's order."""
+
+
 @dataclass
 class Loop:
     """The training of a run from `position` to its end."""
@@ -49,6 +59,7 @@ class Loop:
         self.clock = SaveClock(self.config.engine.save_minutes if first else None)
         self.due = False
         """Whether the clock asked for a state that is not saved yet. All processes agree on it."""
+        self._last: LastBatch | None = None
 
     @property
     def finished(self) -> bool:
@@ -85,8 +96,25 @@ class Loop:
             and self.position.step < self.schedule.total_steps
         )
 
+    def last_batch(self) -> LastBatch:
+        """Return the last batch of a run that is over; read it again where the run was resumed after its last step."""
+        if self._last is None:
+            step, epoch = self.position.step, self.position.epoch - 1
+            self.position.epoch, self.position.epoch_step = (
+                epoch,
+                step - 1 - epoch * self.schedule.steps_per_epoch,
+            )
+            try:
+                with closing(self._batches()) as batches:
+                    *_, batch = (next(batches) for _ in range(self.schedule.accum))
+                self._last = LastBatch(batch, epoch, self._place(self.schedule.accum - 1))
+            finally:
+                self.position.epoch, self.position.epoch_step = epoch + 1, 0
+        return self._last
+
     def _epoch_steps(self) -> int | None:
         """Do the remaining steps of this epoch. Return the signal that stopped them, or None."""
+        self._last = None
         with closing(self._batches()) as batches:
             while self._steps_left:
                 self._step(batches)
@@ -127,6 +155,7 @@ class Loop:
             with nullcontext() if last else self.accelerator.no_sync(self.run_state.model):
                 images, targets, *taught = next(batches)
                 self._backward(images, targets, index, *taught)
+        place = self._place(self.schedule.accum - 1)
         if self.config.optim.clip_grad is not None:
             self.accelerator.clip_grad_norm_(self.parts.task.parameters(), self.config.optim.clip_grad)
         self.run_state.optimizer.step()
@@ -135,6 +164,8 @@ class Loop:
             self.run_state.average.update()
         self.position.step += 1
         self.position.epoch_step += 1
+        if not self._steps_left:  # of an epoch, which may be the last one
+            self._last = LastBatch((images, targets, *taught), self.position.epoch, place)
         self.recorder.step(self.position.step, self.position.epoch)
 
     def _backward(self, images: Tensor, targets: Tensor, index: int, *taught: Mapping[str, Tensor]) -> None:

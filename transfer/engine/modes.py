@@ -102,6 +102,10 @@ class Task(nn.Module, ABC):
     def forward(self, images: Tensor, targets: Tensor) -> Losses:
         """Return losses of images (B, C, H, W) with class indices (B,) or probabilities (B, classes)."""
 
+    def weighted(self, losses: Losses) -> Losses:
+        """Return by name the terms, with their weights, that add up to the `loss` of a step; none of a single loss."""
+        return {}
+
     def predict(self, images: Tensor) -> Tensor:
         """Return logits (B, classes), or features (B, D) of a student without a head."""
         logits: Tensor = self.trainable(images)
@@ -156,6 +160,19 @@ class TransferTask(Task):
         if output.parts:  # a copying method has no transfer loss
             losses = {**losses, "transfer": output.transfer_loss, **output.parts}
         return losses
+
+    def weighted(self, losses: Losses) -> Losses:
+        """Return `task`, the classification loss, and each entry of `transfer.losses` by its label.
+
+        A single transfer loss is called by its method.
+        """
+        terms = {name: loss for name, loss in losses.items() if name == "task"}
+        for term in self.dual.terms:
+            if term.label in losses:
+                terms[term.label] = term.settings.weight * losses[term.label]
+            elif not term.label and not term.method.copies:
+                terms[term.settings.method] = losses["transfer" if "task" in losses else "loss"]
+        return terms
 
     def measure(self, batches: Iterable[Batch]) -> None:
         self.dual.standardize(batches)

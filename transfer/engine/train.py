@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch.distributed as dist
 from accelerate import Accelerator
@@ -21,7 +22,7 @@ from ...models.copied import copy_attention
 from ...models.errors import GraftError, Json, check_types
 from ...models.lora import merged
 from ...models.plain_yaml import write_yaml
-from ..config import RunConfig
+from ..config import DataConfig, RunConfig
 from ..data.image_folder import INDEX, Found, keep_index, listed
 from ..data.sampler import preserved
 from .build import Parts, build, check_settings
@@ -59,6 +60,9 @@ from .runlog import Meters, ProgressBar, Recorder, RunLog, create_trackers, hype
 from .scoring import score, teacher_top1
 from .shard_teachers import shard_teachers
 from .signals import StopSignals
+
+if TYPE_CHECKING:
+    from ..verdict import Verdict
 
 # Export the student of a finished run, and its average, in timm's layout.
 
@@ -136,6 +140,8 @@ class RunResult:
     steps: int
     finished: bool
     signal: int | None
+    verdict: Verdict | None = None
+    """How a finished run went; None in other processes than the first one, and with engine.report=false."""
 
 
 @check_types()
@@ -203,8 +209,23 @@ def train(config: RunConfig) -> RunResult:
                 writes=accelerator.is_main_process,
                 group=group,
             )
+        verdict = _conclude(loop, data, fence) if loop.finished and signals.received is None else None
     best = {} if position.best is None else {f"best_{position.best_metric}": position.best}
-    return RunResult({**position.metrics, **best}, config.output_dir, position.step, loop.finished, stopped)
+    return RunResult(
+        {**position.metrics, **best}, config.output_dir, position.step, loop.finished, stopped, verdict
+    )
+
+
+def _conclude(loop: Loop, data: DataConfig, fence: Fence) -> Verdict | None:
+    """Let the first process say how the run went. The others do not wait for it."""
+    if not loop.config.engine.report or not loop.accelerator.is_main_process:
+        return None
+    try:
+        from ..verdict import conclude  # here: no step needs plots
+    except ImportError as error:
+        logger.warning("the run is finished, and no verdict can be written: %s", error)
+        return None
+    return conclude(loop, data, fence)
 
 
 def _keep_index(found: Sequence[Found], index: Path, fence: Fence) -> None:

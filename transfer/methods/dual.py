@@ -31,6 +31,7 @@ from ...models.hosting import host_attention
 from ...models.lora import merged
 from ...models.replay import replay_blocks, restore_blocks
 from ..loss_config import TransferConfig
+from .distill import DistillMap
 from .drop_path import SharedDropPath, check_shares, share_drop_paths
 from .loss_terms import (
     DEFAULT_TEACHER,
@@ -49,6 +50,7 @@ from .loss_terms import (
     resolve_terms,
     term_methods,
 )
+from .map_loss import MapLoss
 from .method import Pairing, TransferPlan
 from .standardize import Batch, Measured, fit, mark_ready
 from .taught_layer import Changes, begin_lesson, check_free, end_lesson, freeze_unused
@@ -260,6 +262,31 @@ class DualViT(nn.Module):
             if term.label:
                 terms[term.label] = loss
         return DualOutput(labelled[0] if labelled else logits, total, {**terms, **parts}, terms)
+
+    @torch.no_grad()
+    def map_divergences(self, images: Tensor) -> dict[str, float]:
+        """Return KL(P_t ‖ P_s) in nats of each pair of layers whose maps are distilled, by the name of its loss.
+
+        It is the cross-entropy of `distill` less the teacher's entropy H(P_t), which no student can learn away, at
+        temperature 1 and over all query rows: the mean over images, heads and queries. 0 means that the maps are equal.
+        Images are (B, C, H, W), normalized for the student; it runs in eval mode. Without the layers that learn from a
+        mean of several heads, and empty where no maps are distilled.
+        """
+        watched = [
+            each
+            for each in self._changes.observers
+            if isinstance(each, DistillMap) and max(each.link.sizes) == 1
+        ]
+        kept = [each.loss for each in watched]
+        try:
+            for each in watched:
+                each.loss = MapLoss(entropy=True)
+            with evaluating(self):
+                losses = self.forward(images).parts if watched else {}
+        finally:
+            for each, loss in zip(watched, kept, strict=True):
+                each.loss = loss
+        return {each.name: max(0.0, losses[each.name].item()) for each in watched}
 
     def teach(self, images: Tensor) -> dict[str, Tensor]:
         """Return the results of the whole teachers by name, such as `teacher.classes`: what `taught` takes."""

@@ -32,6 +32,7 @@ class Changes:
 
     hooks: list[Handle] = field(default_factory=list)
     frozen: list[nn.Parameter] = field(default_factory=list)
+    observers: list[Observer] = field(default_factory=list)
 
 
 class _Lesson(NamedTuple):
@@ -169,6 +170,8 @@ def attach(host: AttentionHost, part: Copy | Observer, method: str, changes: Cha
     Raises TransferError: the layer has no softmax attention of its own that `method` could use.
     """
     layer = part.link.pair.student
+    if isinstance(part, Observer):
+        changes.observers.append(part)
     if isinstance(host, ConvertedAttention):
         softmax_of_all = isinstance(host.operator, SoftmaxAttention)
         if isinstance(part, Copy) or (part.reads_projections and not softmax_of_all):

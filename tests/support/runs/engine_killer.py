@@ -24,6 +24,7 @@ from graftvit.transfer.engine.loop import Loop
 from graftvit.transfer.engine.run_state import RunState
 from graftvit.transfer.engine.train import train
 from graftvit.transfer.methods.dual import DualOutput, DualViT
+from graftvit.transfer.verdict import read_verdict
 from support.hub.ports import free_ports
 from support.runs.engine_runs import config, differences, make_convnext, make_teacher, several_losses, state
 from support.runs.patience import until
@@ -103,7 +104,14 @@ def interrupted(scenario: str, run: Callable[..., RunConfig], ranks: int) -> dic
         "ends": ends,
         "last": wait(start(run("cut"), ranks)),
         "differences": differences(run("whole").output_dir, run("cut").output_dir),
+        "verdicts": [verdict_of(run(name).output_dir) for name in ("whole", "cut")],
     }
+
+
+def verdict_of(folder: Path) -> dict[str, Any] | None:
+    """The verdict of a run without its own number; None where it was asked for none."""
+    found = read_verdict(folder)
+    return None if found is None else found.model_dump(exclude={"run_id"})
 
 
 def poison(rank: int) -> None:
@@ -189,6 +197,7 @@ def main(scenario: str, path: str, ranks: int, wrap: str) -> dict[str, Any]:
 
     def run(name: str, fsdp: bool = wrap == "fsdp") -> RunConfig:
         engine = {"log_interval": 1, "save_every": 3, "fsdp": fsdp, "eval_every": 2}
+        engine["report"] = scenario == "terminate"
         optim: dict[str, Any] = {"epochs": 6, "accum_iter": 2 if ranks > 1 and scenario != "clock" else 1}
         if scenario == "rewrap":  # Adam makes a whole step of rounding where a gradient is zero
             optim |= {"opt": "sgd", "lr": 0.05}

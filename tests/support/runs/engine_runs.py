@@ -82,7 +82,7 @@ def config(output_dir: Path, source: Path | None = None, **sections: Any) -> Run
             "train_samples": 130, "aa": None, "hflip": 0.0, "crop_scale": (0.8, 1.0), "mixup": 0.2,
         },
         "optim": {"epochs": 2, "blr": 0.03, "warmup_epochs": 0.5, "ema": 0.9, "clip_grad": 1.0},
-        "engine": {"device": "cpu", "log_interval": 3, "trackers": (), "progress": False},
+        "engine": {"device": "cpu", "log_interval": 3, "trackers": (), "progress": False, "report": False},
         "pretrain": {"decoder_dim": 8, "decoder_depth": 1, "decoder_heads": 2},
     }  # fmt: skip
     for name, values in sections.items():

@@ -365,6 +365,11 @@ def test_killed_and_terminated_runs_leave_no_trace(
     assert report["disturbed"] == (2 if scenario == "terminate" else 10 if ranks == 1 else 4), report
     assert report["last"] == [0] * ranks, report
     assert report["differences"] == []
+    whole, cut = report["verdicts"]
+    assert whole == cut
+    assert (whole is not None) == (scenario == "terminate")
+    if whole is not None:
+        assert bool(whole["divergences"] and whole["gradients"]) == (wrap != "fsdp"), report
 
 
 @pytest.mark.slow

@@ -204,7 +204,12 @@ def cell_stages(stages: Sequence[Stage], cell: Cell, folder: Path) -> list[Stage
         )
     made = []
     for number, stage in enumerate(kept):
-        engine = {"evaluate_start": number == 0, "evaluate_teacher": False, "progress": False}
+        engine = {
+            "evaluate_start": number == 0,
+            "evaluate_teacher": False,
+            "progress": False,
+            "report": False,
+        }
         update = {
             "output_dir": folder,
             "student": stage.config.student.model_copy(update=student),
