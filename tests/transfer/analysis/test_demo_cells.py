@@ -17,7 +17,7 @@ from graftvit.transfer.cells import Ending, save_record
 )
 def test_a_recipe_is_what_the_command_line_makes_of_it(name: str, tmp_path: Path) -> None:
     ours = recipe(name, tmp_path, {})
-    theirs = load_config(name, {"output_dir": tmp_path, "engine.trackers": ()})
+    theirs = load_config(name, {"output_dir": tmp_path, "engine.trackers": (), "engine.report": False})
     assert ours == theirs
 
 
