@@ -51,7 +51,7 @@ def classify(error: BaseException, *, saved: bool) -> tuple[Kind, bool]:
 
     A run that has `saved` a new state has memory enough, as a rule; one that has not will run out of it each time.
     """
-    chain = list(_chain(error))
+    chain = _chain(error)
     text = "\n".join(f"{type(one).__name__}: {one}" for one in chain)
     if isinstance(error, FencedError):  # another attempt is at work
         return "cause", False
@@ -78,14 +78,13 @@ def _says(pattern: str, text: str) -> bool:
     return re.search(pattern, text, re.IGNORECASE) is not None
 
 
-def _chain(error: BaseException) -> Iterator[BaseException]:
+def _chain(error: BaseException | None) -> list[BaseException]:
     """Return an error and the errors that caused it."""
-    seen: list[BaseException] = []
-    now: BaseException | None = error
-    while now is not None and now not in seen:
-        seen.append(now)
-        yield now
-        now = now.__cause__ or (None if now.__suppress_context__ else now.__context__)
+    found: list[BaseException] = []
+    while error is not None and error not in found:
+        found.append(error)
+        error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
+    return found
 
 
 def _is_away(error: BaseException) -> bool:

@@ -21,6 +21,7 @@ import logging
 import os
 import re
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -186,21 +187,21 @@ class JobFolder:
 
     def withdraw_job(self, launch: str) -> None:
         """Remove what was to be submitted with `launch`, and was not."""
-        for path in self._job_paths():
-            with contextlib.suppress(CheckpointError):
-                if _read_job(path).launch == launch:
-                    path.unlink()
+        for path, job in self._readable():
+            if job.launch == launch:
+                path.unlink()
 
     def jobs(self) -> list[Job]:
         """Return all submissions, the oldest first, without damaged records.
 
         Those of a folder that was copied or moved belong to the run of its first name.
         """
-        found = []
+        return [job for _, job in self._readable() if self._is_own(job)]
+
+    def _readable(self) -> Iterator[tuple[Path, Job]]:
         for path in self._job_paths():
             with contextlib.suppress(CheckpointError):
-                found.append(_read_job(path))
-        return [one for one in found if self._is_own(one)]
+                yield path, _read_job(path)
 
     def _is_own(self, job: Job) -> bool:
         return not job.output_dir or Path(job.output_dir).resolve() == self.output_dir.resolve()

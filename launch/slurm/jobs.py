@@ -213,9 +213,8 @@ def run_folders(folder: Path) -> list[Path]:
     sweep = load_sweep(folder)
     cells = list(sweep.cells) if sweep else sorted((folder / "cells").glob("*"))
     if cells and not sweep:
-        cells.insert(0, folder / "teacher")
-    own = [folder] if cells and not sweep and JobFolder(folder).jobs() else []
-    found = own + [cell for cell in cells if JobFolder(cell).jobs()] or [folder]
+        cells = [folder, folder / "teacher", *cells]
+    found = [cell for cell in cells if JobFolder(cell).jobs()] or [folder]
     if JobFolder(found[0]).jobs() or JobFolder(found[0]).job():  # which raises for a damaged record
         return found
     raise ConfigError(

@@ -316,11 +316,8 @@ def expand_id(text: str) -> list[str]:
     if match is None:
         return [text]
     found: list[int] = []
-    for part in match[2].split(","):
-        numbers = re.fullmatch(r"(\d+)(?:-(\d+)(?::(\d+))?)?", part)
-        if numbers is not None:  # sacct cuts long lists short with `...`
-            first = int(numbers[1])
-            found += range(first, int(numbers[2] or first) + 1, int(numbers[3] or 1))
+    for first, last, step in re.findall(r"(\d+)(?:-(\d+)(?::(\d+))?)?", match[2]):  # `...` ends a long list
+        found += range(int(first), int(last or first) + 1, int(step or 1))
     return [f"{match[1]}_{index}" for index in found]
 
 
