@@ -541,13 +541,11 @@ def _settle(config: RunConfig, made: RunConfig | None = None) -> RunConfig:
 
     `made` is the run that makes the teacher, which may not be there yet.
     """
-    from ..transfer.engine.build import find_start, settle
-    from ..transfer.engine.modes import mode_of
+    from ..transfer.engine.build import settled
     from ..transfer.engine.students import settle_student
-    from ..transfer.mode_facts import TEACHER
 
-    if made is None or config.starting_source != TEACHER:
-        return settle(config, find_start(mode_of(config)))
+    if made is None or not config.follows_teacher:
+        return settled(config)
     return config.model_copy(update={"student": settle_student(config.student, _settle(made).student)})
 
 

@@ -41,6 +41,8 @@ from .setting import (
 Metric = Literal["auto", "top1", "loss", "knn", "probe", "distance"]
 AUTO: Final = "auto"
 """Of the student's model and pooling: as the weights have it that the student starts from."""
+SAME: Final = "same"
+"""Of the student's model: as the teacher's, with fresh weights or others."""
 
 
 LOADS_TEACHER = Need(
@@ -148,8 +150,9 @@ class StudentConfig(Section):
 
     model: str = setting(
         AUTO,
-        "timm architecture of a fresh student, or the source of an existing one (local-dir:…, hf-hub:…, a file); auto: "
-        "that of the weights it starts from, else vit_base_patch16_224",
+        "timm architecture of a fresh student, or the source of an existing one (local-dir:…, hf-hub:…, a file); same: "
+        "the teacher's, with its arguments, image size and pooling; auto: that of the weights it starts from, else "
+        "vit_base_patch16_224",
         also=("model",),
     )
     model_args: JsonDict = setting(
@@ -203,7 +206,7 @@ class StudentConfig(Section):
         "a student with the teacher's native parts (LayerScale, registers, ...), freshly initialized",
         BUILT_HERE,
         Need(
-            lambda run: run.starting_source != TEACHER or run.student.model != AUTO,
+            lambda run: not run.follows_teacher or run.student.model not in (AUTO, SAME),
             "with a student that is its teacher's model and has its parts: leave it out",
         ),
     )
@@ -232,7 +235,7 @@ class StudentConfig(Section):
     def whole_name(self) -> str | None:
         """The source of a whole model that `model` is; None for a timm architecture."""
         text = self.model
-        if text == AUTO or not (":" in text or "/" in text or split_part(text)[0].exists()):
+        if text in (AUTO, SAME) or not (":" in text or "/" in text or split_part(text)[0].exists()):
             return None
         base = text.partition(".")[0]
         return None if base and not {*base} & {*":/"} and _is_architecture(base) else text
@@ -648,6 +651,11 @@ class RunConfig(Section):
         return self.student.init or self.student.whole_name or self.facts.starts_from
 
     @property
+    def follows_teacher(self) -> bool:
+        """True if the student starts from its teacher's weights, or is built as its teacher's model."""
+        return self.student.model == SAME or self.starting_source == TEACHER
+
+    @property
     def start(self) -> str:
         """The weights that the student starts from, in words."""
         return self.starting_source or "fresh weights"
@@ -655,7 +663,8 @@ class RunConfig(Section):
     @property
     def reads_teacher(self) -> bool:
         """True if a teacher is loaded at all, to learn from or to start from."""
-        starts = self.student.init in (None, TEACHER) or self.student.mirror_teacher
+        student = self.student
+        starts = student.init in (None, TEACHER) or student.mirror_teacher or student.model == SAME
         return self.facts.taught or (self.facts.starts_from == TEACHER and starts)
 
     @property

@@ -7,7 +7,7 @@ from pathlib import Path
 from ..checkpoints.sources import check_there
 from ..models.errors import ConfigError, DataError, GraftError
 from ..models.plan_syntax import operators_in
-from .config import DataConfig, RunConfig
+from .config import SAME, DataConfig, RunConfig
 from .methods.layer_choice import check_layers
 from .mode_facts import TEACHER
 from .setting import check_effect
@@ -53,8 +53,17 @@ def check_folder(data: DataConfig) -> None:
 
 def check_teacher_given(run: RunConfig) -> None:
     """Raise ConfigError where the mode needs a teacher, or weights to start from, and none is named."""
+    same = run.student.model == SAME
+    if same and not run.reads_teacher and run.starting_source != TEACHER:
+        raise ConfigError(
+            f"student.model=same is the teacher's, and mode={run.mode} has no teacher: give a timm architecture"
+        )
     if run.teacher.source is not None:
         return
+    if same and not run.facts.taught:
+        raise ConfigError(
+            "student.model=same needs a teacher: set teacher.source, or give a timm architecture"
+        )
     if run.facts.taught:
         raise ConfigError(
             f"mode={run.mode} needs a teacher: set teacher.source to a timm name, a hub name or a path"

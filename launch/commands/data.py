@@ -100,10 +100,11 @@ def _draw_picture(config: RunConfig, count: int) -> bytes:
     """Draw a PNG of the first training images, with the size and interpolation of the student."""
     from ...transfer.analysis.report.ink import to_png
     from ...transfer.data.survey import preview
-    from ...transfer.engine.build import find_start, settle
+    from ...transfer.engine.build import find_like, find_start, settle
     from ...transfer.engine.modes import mode_of
     from ...transfer.engine.students import find_whole, resolve_preprocessing
 
-    start = find_start(mode_of(config))
-    spec = resolve_preprocessing(settle(config, start), start, find_whole(config.student))
+    mode = mode_of(config)
+    start = find_start(mode)
+    spec = resolve_preprocessing(settle(config, find_like(mode, start)), start, find_whole(config.student))
     return to_png(preview(config.data, spec, count, seed=config.seed), ground="white")

@@ -31,7 +31,7 @@ from ...models.errors import ConfigError, DataError, JsonDict, UnsupportedModelE
 from ...models.families import pooling_of, vit
 from ...models.lora import add_lora
 from ...models.small import without_memory
-from ..config import DataConfig, RunConfig, TeacherConfig
+from ..config import SAME, DataConfig, RunConfig, TeacherConfig
 from ..data.archives import is_packed
 from ..data.datasets import check_dataset
 from ..data.labels import check_num_classes
@@ -135,10 +135,12 @@ def build(
     torch.manual_seed(config.seed)
     whole = read_once(lambda: find_whole(config.student), group, _outline)
     start = read_once(lambda: find_start(mode, commits, weights=weights), group, _outline)
-    config = settle(config, start)
+    like = read_once(lambda: find_like(mode, start, commits, weights=weights), group, _outline)
+    follows = config.follows_teacher
+    config = settle(config, like)
     mode = mode_of(config)
     size = input_size(config.student, whole)[1:]
-    loaded = replace(start, weights=None) if start is not None and config.starting_source == TEACHER else None
+    loaded = replace(like, weights=None) if like is not None and follows else None
     teachers = read_once(
         lambda: load_teachers(mode, size, commits, loaded, weights=weights), group, _outlines
     )
@@ -222,15 +224,38 @@ def find_start(
 
     Raises ConfigError: the student starts from a teacher, and no teacher is set. CheckpointError: it cannot be read.
     """
-    student, how, source = mode.config.student, mode.config.teacher, mode.config.starting_source
+    student, source = mode.config.student, mode.config.starting_source
     if source is None or student.whole_name is not None:
         return None
     if source != TEACHER:
         return read_outline(source)
+    return _load_own(mode, commits, weights=weights, starts=True)
+
+
+def find_like(
+    mode: Mode,
+    start: Pretrained | None,
+    commits: Mapping[str, str | None] = NO_COMMITS,
+    *,
+    weights: bool = False,
+) -> Pretrained | None:
+    """Return the model that the student is built as: `start`, whose weights it has, or its teacher for `model=same`.
+
+    Raises ConfigError: no teacher is set. CheckpointError: it cannot be read.
+    """
+    if mode.config.student.model != SAME or mode.config.starting_source == TEACHER:
+        return start
+    return _load_own(mode, commits, weights=weights, starts=False)
+
+
+def _load_own(mode: Mode, commits: Mapping[str, str | None], *, weights: bool, starts: bool) -> Pretrained:
+    """Return the teacher at the size that the student is given, else at its own."""
+    student, how = mode.config.student, mode.config.teacher
     if how.source is None:
-        raise ConfigError("student.init=teacher needs a teacher: set teacher.source")
+        setting = f"model={SAME}" if student.model == SAME else f"init={TEACHER}"
+        raise ConfigError(f"student.{setting} needs a teacher: set teacher.source")
     size = student.img_size or student.model_args.get("img_size")
-    return load_teacher(how, size, commits.get(DEFAULT_TEACHER), weights=weights, starts=True)
+    return load_teacher(how, size, commits.get(DEFAULT_TEACHER), weights=weights, starts=starts)
 
 
 def _open_start(
@@ -243,9 +268,16 @@ def _open_start(
     return whole if source in (None, mode.config.student.whole_name) else read_outline(source)
 
 
-def settle(config: RunConfig, start: Pretrained | None) -> RunConfig:
-    """Return the settings with the architecture, size and pooling of `start` where the user gave none."""
-    student = settle_student(config.student, FRESH if start is None else settings_of(start))
+def settled(config: RunConfig) -> RunConfig:
+    """Return the settings of a run as `build` settles them, without its weights. Raises GraftError as `find_like`."""
+    mode = mode_of(config)
+    return settle(config, find_like(mode, find_start(mode)))
+
+
+def settle(config: RunConfig, like: Pretrained | None) -> RunConfig:
+    """Return the settings with the architecture, size and pooling of the model `like` where the user gave none."""
+    same = config.student.model == SAME
+    student = settle_student(config.student, FRESH if like is None else settings_of(like, same=same))
     return config.model_copy(update={"student": student})
 
 

@@ -23,7 +23,7 @@ from ...models.families import check_patches, create_timm_model, pooling_of
 from ...models.mirror import mirror_arguments
 from ...models.parts import OutsideTeacher
 from ...models.small import without_memory
-from ..config import AUTO, RunConfig, StudentConfig, TeacherConfig
+from ..config import AUTO, SAME, RunConfig, StudentConfig, TeacherConfig
 from ..data.augment import with_settings
 from ..methods.loss_terms import DEFAULT_TEACHER, check_teacher, choose_teachers, placed, term_methods
 
@@ -83,9 +83,20 @@ class StudentPlan:
         return " Give student.global_pool=token (avg is the default)."
 
 
-def settings_of(start: Pretrained) -> StudentConfig:
-    """Return the settings that build the model of weights to start from; `FRESH` where timm cannot build it alone."""
-    if not is_model(start.architecture) or copying_of(start.model) is not None:
+def settings_of(start: Pretrained, *, same: bool = False) -> StudentConfig:
+    """Return the settings that build the model of weights to start from; `FRESH` where timm cannot build it alone.
+
+    Raises ConfigError: timm cannot, and the student is to be the `same` as its teacher.
+    """
+    copying = copying_of(start.model)
+    if copying is not None or not is_model(start.architecture):
+        if same:
+            reason = (
+                "is no model of timm" if copying is None else "runs with the attention of its own teacher"
+            )
+            raise ConfigError(
+                f"student.model=same: the teacher {start.source} {reason}: give student.model a timm architecture"
+            )
         return FRESH
     apart = ("img_size", "num_classes", "global_pool")  # which have settings of their own
     arguments = {name: value for name, value in start.model_args.items() if name not in apart}
@@ -100,7 +111,7 @@ def settings_of(start: Pretrained) -> StudentConfig:
 
 def settle_student(config: StudentConfig, start: StudentConfig = FRESH) -> StudentConfig:
     """Return the settings with those of `start`, the model of the initial weights, where the user gave none."""
-    model, arguments = (start.model, start.model_args) if config.model == AUTO else (config.model, {})
+    model, arguments = (start.model, start.model_args) if config.model in (AUTO, SAME) else (config.model, {})
     plain, own = without_plan(start.model, start.model_args)
     if split_model_name_tag(config.model)[0] == plain:
         arguments = own

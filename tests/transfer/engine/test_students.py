@@ -21,15 +21,20 @@ from graftvit.checkpoints.pretrained import load_pretrained, load_weights
 from graftvit.checkpoints.provenance import Pretrained
 from graftvit.checkpoints.student import save_student, write_student
 from graftvit.launch.cli import main
+from graftvit.launch.load_config import load_config
+from graftvit.models.conversion import converted_layers
 from graftvit.models.errors import CheckpointError, ConfigError, GraftError
+from graftvit.models.families import pooling_of
 from graftvit.transfer.config import RunConfig, StudentConfig
 from graftvit.transfer.data.loaders import create_eval_loader
 from graftvit.transfer.engine.build import build, find_start, settle
 from graftvit.transfer.engine.modes import mode_of
 from graftvit.transfer.engine.students import input_size, plan_student, resolve_preprocessing
 from graftvit.transfer.engine.train import train
+from graftvit.transfer.first_checks import check_first
+from graftvit.transfer.loss_config import TransferConfig
 from graftvit.transfer.metrics.measure import evaluate
-from support.runs.engine_runs import ARCHITECTURE, ARGUMENTS, config, make_teacher, tiny_vit
+from support.runs.engine_runs import ARCHITECTURE, ARGUMENTS, config, make_teacher, resume_cut, tiny_vit
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import get_pretrained_cfg
 from torch import Tensor
@@ -128,6 +133,80 @@ def test_fresh_weights_depend_on_the_seed_alone(tmp_path: Path) -> None:
 
     assert torch.equal(weights(0, 0), weights(0, 1))
     assert not torch.equal(weights(0, 0), weights(1, 0))
+
+
+def same(folder: Path, teacher: Path, **student: Any) -> RunConfig:
+    """A run whose student is its teacher's model, apart from what `student` sets."""
+    made = config(folder, teacher, student={"model": "same", "model_args": {}, **student})
+    return made.model_copy(update={"data": made.data.model_copy(update={"mixup": 0.0})})
+
+
+SHAPE = ("embed_dim", "depth", "num_heads", "patch_size", "reg_tokens", "qk_norm", "in_chans")
+
+
+def test_a_student_like_its_teacher_is_its_model_with_fresh_weights(tmp_path: Path) -> None:
+    teacher = odd_teacher(tmp_path / "teacher")
+    loaded = load_pretrained(f"local-dir:{teacher}")
+    parts = build(same(tmp_path / "run", teacher))
+    plan = parts.plan
+    assert (plan.architecture, plan.preprocessing) == (loaded.architecture, loaded.preprocessing)
+    shape = {name: loaded.model_args[name] for name in SHAPE}
+    assert {name: plan.arguments[name] for name in SHAPE} == shape
+    assert (plan.arguments["num_classes"], plan.arguments["img_size"]) == (10, (16, 16))
+    student = parts.task.trainable
+    assert pooling_of(student) == pooling_of(loaded.model)
+    name = "blocks.0.attn.qkv.weight"
+    assert not torch.equal(student.get_parameter(name), loaded.model.get_parameter(name))
+    given = build(
+        same(tmp_path / "run", teacher, model_args={"depth": 1}, img_size=8, global_pool="avg")
+    ).plan
+    assert {name: given.arguments[name] for name in SHAPE} == {**shape, "depth": 1}
+    assert (given.arguments["global_pool"], given.preprocessing.input_size) == ("avg", (1, 8, 8))
+
+
+def test_a_student_like_its_teacher_is_resumed_and_repeated_from_its_config(tmp_path: Path) -> None:
+    teacher = odd_teacher(tmp_path / "teacher")
+    whole = resume_cut(lambda folder: same(folder, teacher), tmp_path)
+    repeated = load_config(whole, {"output_dir": str(tmp_path / "again")})
+    assert build(repeated, weights=False).plan == build(same(tmp_path / "run", teacher), weights=False).plan
+    other = config(
+        tmp_path / "run", make_teacher(tmp_path / "other"), student={"model": "same", "model_args": {}}
+    )
+    train(other)
+    odd_teacher(tmp_path / "other")
+    with pytest.raises(ConfigError, match=r"holds other weights"):
+        train(other)
+
+
+def test_a_student_is_like_its_teacher_with_other_weights(tmp_path: Path) -> None:
+    teacher, init = odd_teacher(tmp_path / "teacher"), f"local-dir:{odd_teacher(tmp_path / 'init')}"
+    source = {"source": f"local-dir:{teacher}"}
+    student = {"model": "same", "model_args": {}}
+    for mode, start in (("finetune", None), ("finetune", init), ("scratch", "teacher")):
+        run = config(tmp_path / "run", mode=mode, teacher=source, student={**student, "init": start})
+        assert build(run, weights=False).plan.arguments["embed_dim"] == 32
+
+
+def test_a_student_like_a_converted_teacher_has_its_operators(tmp_path: Path) -> None:
+    words = ["convert", str(make_teacher(tmp_path / "plain")), "--plan", "0: linear"]
+    assert main([*words, "--output_dir", str(tmp_path / "teacher")]) == 0
+    run = same(tmp_path / "run", tmp_path / "teacher").model_copy(
+        update={"transfer": TransferConfig(method="feature")}
+    )
+    assert list(converted_layers(build(run).task.trainable)) == [0]
+
+
+def test_a_student_that_cannot_be_like_its_teacher_is_refused(finished: Any, tmp_path: Path) -> None:
+    copying = finished("copy")[0] / "student"
+    with pytest.raises(
+        ConfigError, match=r"student.model=same: the teacher .* runs with the attention of its own"
+    ):
+        build(same(tmp_path / "run", copying), weights=False)
+    cases = (("scratch", None, "mode=scratch has no teacher"), ("finetune", "x", "needs a teacher"))
+    for mode, init, told in cases:
+        run = RunConfig.model_validate({"mode": mode, "student": {"model": "same", "init": init}})
+        with pytest.raises(ConfigError, match=f"^student.model=same .*{told}"):
+            check_first(run)
 
 
 @pytest.fixture(scope="module", autouse=True)

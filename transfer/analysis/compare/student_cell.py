@@ -34,7 +34,7 @@ from ...align import can_learn
 from ...cells import save_record
 from ...config import DataConfig, RunConfig
 from ...data.loaders import create_eval_loader
-from ...engine.build import build, find_start, load_teachers, settle
+from ...engine.build import build, load_teachers, settled
 from ...engine.fit_operators import fit_student
 from ...engine.modes import Models, mode_of
 from ...engine.stages import Stage, chain, check_stages, train_stages
@@ -251,7 +251,7 @@ def describe_teachers(comparison: Comparison, stage: str, size: int) -> dict[str
     config = next(each.config for each in comparison.stages if each.name == stage)
     made = None
     if comparison.teacher is not None:
-        recipe = settle(comparison.teacher, find_start(mode_of(comparison.teacher)))
+        recipe = settled(comparison.teacher)
         with without_memory():
             made = describe_model(fresh_model(recipe, recipe.student.plan, config.teacher.image_size(size)))
     return load_teachers(mode_of(config), (size, size), loaded=made, weights=False)
