@@ -234,7 +234,11 @@ DISTILL, LOGITS_OF_C = {"method": "distill"}, {"method": "logits", "teacher": "c
         ("none, vit", OF_C, "no entry of transfer.losses learns from the section teacher"),
         ("vit, convnext", {"losses": [DISTILL]}, "teachers.c teaches nothing"),
         ("vit, five", {"losses": [DISTILL, LOGITS_OF_C]}, r"losses\[1\].method=logits .* the teacher has 5"),
-        ("vit", {"losses": [DISTILL, {**DISTILL, "layers": 9}]}, r"losses\[1\].layers='9' names layer 9"),
+        (
+            "vit",
+            {"losses": [DISTILL, {**DISTILL, "layers": 9}]},
+            r"losses\[1\].layers='9' of the student: there is no layer 9",
+        ),
         ("vit", {"weight": 0, "task_weight": 0}, "task_weight=0 leaves nothing to learn.*weight of each"),
         (
             "vit",
