@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import compileall
+import contextlib
 import hashlib
 import os
 import py_compile
@@ -26,14 +27,9 @@ from ...models.errors import ConfigError
 from ...transfer.config import RunConfig
 from ..say import say_aside
 from .attempt import Task
-from .environment import LOG_START
+from .environment import LOG_START, detached
 from .request import Request, check_line
 from .sweep import Sweep
-
-
-def new_identity() -> str:
-    """Return a name for a launch that no other launch of its folder has."""
-    return uuid.uuid4().hex[:8]
 
 
 @dataclass(frozen=True)
@@ -59,18 +55,16 @@ class Batch:
     """Whether it was submitted before, with these very settings."""
     after: str | None = None
     """The job that has to finish first; if it fails, these jobs are cancelled."""
-    identity: str = field(default_factory=new_identity)
+    identity: str = field(default_factory=lambda: uuid.uuid4().hex[:8])
+    """Distinguishes its launch from others of the folder."""
 
     def __post_init__(self) -> None:
         """Raise ConfigError for a folder whose name would end its line of the script, or of the list of runs."""
-        for what, folder in (
-            ("--output_dir", str(self.folder)),
-            ("the folder that you submit from,", str(Path.cwd())),
-        ):
+        for folder in (self.folder, Path.cwd()):
             try:
-                check_line(folder)
+                check_line(str(folder))
             except ValueError as error:
-                raise ConfigError(f"{what} {folder!r} cannot be given to the cluster: {error}") from error
+                raise ConfigError(f"{str(folder)!r} cannot be given to the cluster: {error}") from error
 
     @property
     def name(self) -> str:
@@ -81,7 +75,6 @@ class Batch:
 
     @property
     def is_array(self) -> bool:
-        """Return whether it is an array of jobs."""
         return len(self.tasks) > 1
 
     @property
@@ -121,10 +114,14 @@ def executor_of(batch: Batch) -> submitit.AutoExecutor:
     """Return the executor with its resources; write nothing."""
     request = batch.request
     executor = submitit.AutoExecutor(folder=batch.logs, cluster=request.cluster)
-    executor.update_parameters(**_common(batch))
+    executor.update_parameters(
+        name=batch.name, timeout_min=request.minutes, nodes=request.nodes, tasks_per_node=request.tasks
+    )
     if request.cluster == "slurm":
         executor.update_parameters(**_of_slurm(batch))
-    elif request.cluster == "local" and (request.setup or request.node_setup):
+    elif request.gpu_count:
+        executor.update_parameters(gpus_per_node=request.gpu_count)
+    if request.cluster == "local" and (request.setup or request.node_setup):
         executor.update_parameters(local_setup=[*request.setup, *request.node_setup])
     return executor
 
@@ -135,6 +132,13 @@ def script(batch: Batch) -> str:
     if batch.is_array:
         executor.parameters["map_count"] = len(batch.tasks)  # as submitit does for an array
     return str(executor._make_submission_file_text(command(batch), "%j"))
+
+
+def start(batch: Batch) -> str:
+    """Start the job on this machine, and return its number."""
+    executor: Any = executor_of(batch)._executor
+    with detached(batch.logs / "controller.log"):
+        return str(executor._submit_command(command(batch)).job_id)
 
 
 def command(batch: Batch) -> str:
@@ -148,42 +152,21 @@ def command(batch: Batch) -> str:
     return f"{shlex.join(['apptainer', 'exec', *devices, *mounts, request.container])} {words}"
 
 
-def _common(batch: Batch) -> dict[str, Any]:
-    """Return the resources by the names that submitit has for every cluster."""
-    request = batch.request
-    common: dict[str, Any] = {
-        "name": batch.name,
-        "timeout_min": request.minutes,
-        "nodes": request.nodes,
-        "tasks_per_node": request.tasks,
-    }
-    if request.gpu_count and request.cluster != "slurm":
-        common["gpus_per_node"] = request.gpu_count
-    return common
-
-
 def _of_slurm(batch: Batch) -> dict[str, Any]:
     request = batch.request
     more: dict[str, Any] = {"requeue": True, "chdir": os.getcwd(), **request.options()}  # noqa: PTH109
-    steps = [
-        f"--cpus-per-task={batch.cores}",
-        "--kill-on-bad-exit=1",
-    ]  # srun >= 22.05 inherits no cores
+    steps = [f"--cpus-per-task={batch.cores}", "--kill-on-bad-exit=1"]  # srun >= 22.05 inherits no cores
     if request.container and not request.container.endswith(".sif"):
         steps.append(f"--container-image={request.container}")
         steps += [f"--container-mounts={request.container_mounts}"] if request.container_mounts else []
     if batch.after is not None:
-        more["dependency"] = f"afterok:{batch.after}"
-        more["kill_on_invalid_dep"] = "yes"
+        more |= {"dependency": f"afterok:{batch.after}", "kill_on_invalid_dep": "yes"}
+    log_start = f"export {LOG_START}=$(stat -L -c %s /dev/fd/2)"
     return {
         "cpus_per_task": batch.cores,
         "slurm_signal_delay_s": request.signal_delay,
         "slurm_array_parallelism": request.array_parallelism,
-        "slurm_setup": [
-            f"export {LOG_START}=$(stat -L -c %s /dev/fd/2)",
-            *request.setup,
-            *_node_setup(batch),
-        ],
+        "slurm_setup": [log_start, *request.setup, *_node_setup(batch)],
         "slurm_teardown": _after_the_end(batch),
         "slurm_srun_args": steps,
         "slurm_additional_parameters": more,
@@ -200,14 +183,9 @@ def _node_setup(batch: Batch) -> list[str]:
     if not request.node_setup and not unpack:
         return []
     lines = "\n".join(["trap '' TERM USR2", *unpack, *request.node_setup])
-    step = [
-        f"--nodes={request.nodes}",
-        f"--ntasks={request.nodes}",
-        "--ntasks-per-node=1",
-        "--kill-on-bad-exit=1",
-    ]
+    step = f"srun --nodes={request.nodes} --ntasks={request.nodes} --ntasks-per-node=1 --kill-on-bad-exit=1"
     cores = f"--cpus-per-task={batch.cores * request.tasks}"
-    return [shlex.join(["srun", *step, cores, "bash", "-e", "-c", lines]) + " || exit $?"]
+    return [f"{step} {cores} bash -e -c {shlex.quote(lines)} || exit $?"]
 
 
 def _after_the_end(batch: Batch) -> list[str]:
@@ -251,12 +229,12 @@ def copy_package(folder: Path) -> Path:
 
 def origin() -> dict[str, Any]:
     """Git revision of the code, where it lies in a repository, and the versions of the packages that it needs."""
-    names = sorted({_name(line) for line in requires("graftvit") or () if "extra ==" not in line})
-    return {
-        "graftvit": version("graftvit"),
-        **_revision(),
-        "packages": {name: _version(name) for name in names},
-    }
+    packages = {}
+    for line in requires("graftvit") or ():
+        if "extra ==" not in line and (name := re.match(r"[\w.-]+", line)):
+            with contextlib.suppress(PackageNotFoundError):
+                packages[name[0]] = version(name[0])
+    return {"graftvit": version("graftvit"), **_revision(), "packages": packages}
 
 
 def _files() -> dict[str, Path]:
@@ -294,35 +272,17 @@ def _copy(files: dict[str, Path], folder: Path, target: Path) -> None:
 
 def _revision() -> dict[str, Any]:
     """Return the commit, and whether the package's own files differ from it; empty if it is not in a repository."""
-    here = _folder("graftvit.launch")
-    parts = [str(_folder(f"graftvit.{name}")) for name in PARTS]
+
+    def git(*words: str) -> str:
+        command = ["git", "-C", str(_folder("graftvit.launch")), *words]
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout.strip()
+
     try:
-        _git(here, "ls-files", "--error-unmatch", "cli.py")  # not a repository that the package only lies in
-        return {
-            "git": _git(here, "rev-parse", "HEAD"),
-            "edited": bool(_git(here, "status", "--porcelain", "--", *parts)),
-        }
+        git("ls-files", "--error-unmatch", "cli.py")  # not a repository that the package only lies in
+        parts = [str(_folder(f"graftvit.{name}")) for name in PARTS]
+        return {"git": git("rev-parse", "HEAD"), "edited": bool(git("status", "--porcelain", "--", *parts))}
     except (OSError, subprocess.SubprocessError):
         return {}
-
-
-def _git(folder: Path, *words: str) -> str:
-    command = ["git", "-C", str(folder), *words]
-    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout.strip()
-
-
-def _name(requirement: str) -> str:
-    end = next(
-        (i for i, sign in enumerate(requirement) if not (sign.isalnum() or sign in "-_.")), len(requirement)
-    )
-    return requirement[:end]
-
-
-def _version(name: str) -> str | None:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None
 
 
 # Pack the environment and the code into files, which one task of each node unpacks to its local disk.
@@ -379,12 +339,9 @@ def make_packs(code: Path, folder: Path, kind: str) -> list[Path]:
         raise ConfigError(f"--pack {kind}: there is no {program} here")
     base, env = Path(sys.base_prefix), Path(sys.prefix)
     own = base not in (env, *map(Path, SYSTEM))
-    roots = {
-        f"{name}-{_digest(root)}": root
-        for name, root in (("base", base), ("env", env))
-        if name == "env" or own
-    }
-    return [_make(name, root, folder, kind) for name, root in {**roots, code.name: code}.items()]
+    roots = {f"base-{_digest(base)}": base} if own else {}
+    roots |= {f"env-{_digest(env)}": env, code.name: code}
+    return [_make(name, root, folder, kind) for name, root in roots.items()]
 
 
 def unpack_script(packs: Sequence[Path]) -> str:
@@ -401,11 +358,19 @@ def on_node(packs: Sequence[Path], name: str) -> str:
 
 def _make(name: str, root: Path, folder: Path, kind: str) -> Path:
     target = folder / f"{name}.{kind}"
-    if not target.exists():
-        say_aside(f"graftvit: packing {root} into {target} ...\n")
-        folder.mkdir(parents=True, exist_ok=True)
-        size = sum(path.lstat().st_size for path in root.rglob("*"))
-        write_file(target, lambda new: _write(root, new, kind), size=size)
+    if target.exists():
+        return target
+    say_aside(f"graftvit: packing {root} into {target} ...\n")
+    folder.mkdir(parents=True, exist_ok=True)
+
+    def write(new: Path) -> None:
+        squash = ["mksquashfs", str(root), str(new), "-noappend", "-quiet", "-no-progress"]
+        words = squash if kind == "squashfs" else ["tar", "-cf", str(new), "-C", str(root), "."]
+        done = subprocess.run(words, capture_output=True, text=True)
+        if done.returncode != 0:
+            raise ConfigError(f"{words[0]} cannot pack {root}: {done.stderr.strip()[-300:]}")
+
+    write_file(target, write, size=sum(path.lstat().st_size for path in root.rglob("*")))
     return target
 
 
@@ -418,11 +383,3 @@ def _digest(root: Path) -> str:
             line = f"{path.relative_to(root)}\0{known.st_size}\0{known.st_mtime_ns}\n"
             digest.update(line.encode(errors="replace"))
     return digest.hexdigest()[:12]
-
-
-def _write(root: Path, new: Path, kind: str) -> None:
-    squash = ["mksquashfs", str(root), str(new), "-noappend", "-quiet", "-no-progress"]
-    words = squash if kind == "squashfs" else ["tar", "-cf", str(new), "-C", str(root), "."]
-    done = subprocess.run(words, capture_output=True, text=True)
-    if done.returncode != 0:
-        raise ConfigError(f"{words[0]} cannot pack {root}: {done.stderr.strip()[-300:]}")

@@ -24,6 +24,7 @@ from typing import Any
 import submitit
 from submitit.helpers import clean_env
 from submitit.local import local
+from submitit.slurm import slurm
 
 from ...models.errors import ConfigError, RunFailedError
 
@@ -113,18 +114,12 @@ def _starter(environment: Environment) -> tuple[str, int, str]:
 
 def _check_ranks(environment: Environment, starter: str, started: int, rank: str) -> None:
     """Raise ConfigError where the variables that were set by hand are not complete, or are the same in all tasks."""
-    size = environment.get("WORLD_SIZE", "")
-    missing = [name for name in NEEDED if name not in environment]
-    if missing and size != "1":
+    size, own = environment.get("WORLD_SIZE", ""), environment.get("RANK", "0")
+    numbers = size.isdecimal() and own.isdecimal() and int(own) < int(size)
+    if not numbers or (size != "1" and any(name not in environment for name in NEEDED)):
+        given = " ".join(f"{name}={environment.get(name, '')}" for name in NEEDED)
         raise ConfigError(
-            f"{', '.join(name for name in NEEDED if name in environment)} without {', '.join(missing)}: set all of "
-            f"{', '.join(NEEDED)}, or start with torchrun or accelerate launch"
-        )
-    own = environment.get("RANK", "0")
-    if not (size.isdecimal() and own.isdecimal() and int(own) < int(size)):
-        raise ConfigError(
-            f"RANK={own} and WORLD_SIZE={size} are not the number of a process and of processes: "
-            "RANK counts from 0 to WORLD_SIZE - 1"
+            f"{given}: set all of them, with RANK from 0 to WORLD_SIZE - 1, or start with torchrun or accelerate launch"
         )
     if int(size) < started or (int(size) == started > 1 and rank and own != rank):
         raise ConfigError(
@@ -137,45 +132,22 @@ def srun_ranks(environment: Environment) -> dict[str, str]:
     """Return the variables that torchrun would have set, from those that srun sets for its tasks."""
     tasks = int(environment["SLURM_STEP_NUM_TASKS"])
     rank, local = environment["SLURM_PROCID"], environment.get("SLURM_LOCALID", "0")
-    here = environment.get("SLURM_STEP_TASKS_PER_NODE", environment.get("SLURM_TASKS_PER_NODE", "1"))
-    node = int(environment.get("SLURM_NODEID", "0"))
+    nodes = environment.get("SLURM_STEP_NODELIST", environment.get("SLURM_JOB_NODELIST", "localhost"))
+    # `4(x2),3` are two nodes with four tasks and one with three
+    counts = environment.get("SLURM_STEP_TASKS_PER_NODE", environment.get("SLURM_TASKS_PER_NODE", "1"))
+    runs = re.findall(r"([0-9]+)(?:\(x([0-9]+)\))?", counts)
+    each = [count for count, times in runs for _ in range(int(times or 1))]
     job, step = environment.get("SLURM_JOB_ID", "0"), environment.get("SLURM_STEP_ID", "0")
     restart = environment.get("SLURM_RESTART_COUNT", "0")
+    port = PORTS[(int(job) * 31 + int(step) * 7 + int(restart)) % len(PORTS)]
     return {
         "RANK": rank,
         "WORLD_SIZE": str(tasks),
         "LOCAL_RANK": local,
-        "LOCAL_WORLD_SIZE": str(tasks_on_node(here, node)),
-        "MASTER_ADDR": environment.get("MASTER_ADDR") or first_host(environment),
-        "MASTER_PORT": environment.get("MASTER_PORT")
-        or str(PORTS[(int(job) * 31 + int(step) * 7 + int(restart)) % len(PORTS)]),
+        "LOCAL_WORLD_SIZE": each[int(environment.get("SLURM_NODEID", "0"))],
+        "MASTER_ADDR": environment.get("MASTER_ADDR") or slurm._parse_node_list(nodes)[0],
+        "MASTER_PORT": environment.get("MASTER_PORT") or str(port),
     }
-
-
-def first_host(environment: Environment) -> str:
-    """Return the host of the first task of this step."""
-    nodes = environment.get("SLURM_STEP_NODELIST", environment.get("SLURM_JOB_NODELIST", "localhost"))
-    if "[" not in nodes:
-        return nodes.split(",")[0]
-    try:
-        answer = subprocess.run(
-            ["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, timeout=60, check=True
-        )
-    except (OSError, subprocess.SubprocessError) as error:
-        raise ConfigError(
-            f"scontrol cannot list the hosts of {nodes}: set MASTER_ADDR to the first of them"
-        ) from error
-    return answer.stdout.split()[0]
-
-
-def tasks_on_node(counts: str, node: int) -> int:
-    """Return tasks of a node, from Slurm's `4(x2),3`: two nodes with four tasks, one with three."""
-    each: list[int] = []
-    for part in counts.split(","):
-        found = re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part)
-        if found:
-            each += [int(found[1])] * int(found[2] or 1)
-    return each[node] if node < len(each) else 1
 
 
 def limit_threads(environment: Environment = os.environ) -> None:
@@ -271,8 +243,14 @@ def requeue() -> None:
     before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
     try:
         for left in reversed(range(REQUEUE_TRIES)):
+            job = submitit.JobEnvironment()
             try:
-                _ask_for_requeue(submitit.JobEnvironment())
+                if (
+                    job.cluster == "slurm"
+                ):  # `incomplete`: a job that was cancelled at this moment stays cancelled
+                    subprocess.check_call(["scontrol", "requeue", "incomplete", job.job_id], timeout=60)
+                else:
+                    job._requeue(0)  # the hook that every cluster of submitit has
                 return
             except (subprocess.SubprocessError, OSError) as error:
                 if not left:
@@ -282,13 +260,6 @@ def requeue() -> None:
             time.sleep(REQUEUE_PAUSE)
     finally:
         signal.signal(signal.SIGTERM, before)
-
-
-def _ask_for_requeue(job: submitit.JobEnvironment) -> None:
-    if job.cluster == "slurm":  # `incomplete`: a job that was cancelled at this moment stays cancelled
-        subprocess.check_call(["scontrol", "requeue", "incomplete", job.job_id], timeout=60)
-    else:
-        job._requeue(0)  # the hook that every cluster of submitit has
 
 
 @contextmanager

@@ -8,9 +8,7 @@ from __future__ import annotations
 import json
 import os
 import re
-import shlex
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -58,15 +56,15 @@ def plan_run(
         early()
         say_aside("graftvit: checking the cells of the comparison ...\n")
         return _plan_comparison(str(recipe), settings, request)
-    settings = [*settings, _absolute(run_configs(recipe, settings)[0].output_dir)]
+    folder = run_configs(recipe, settings)[0].output_dir.absolute()
+    settings = [*settings, _absolute(folder)]
     if sweep:
         return _plan_sweep(recipe, settings, sweep, request)
     configs = run_configs(recipe, settings)
     for config in configs:
         _refuse_existing(config)
-    folder, settings = configs[0].output_dir, [*settings, GOES_ON]
     frozen = folder / "jobs" / "config.yaml"
-    texts = {frozen: frozen_text(recipe, settings)}
+    texts = {frozen: frozen_text(recipe, [*settings, GOES_ON])}
     return _batch(folder, [Task(["train", str(frozen)], folder)], request, configs[:1], frozen=texts)
 
 
@@ -84,22 +82,22 @@ def _plan_sweep(
     folder = run_configs(recipe, settings)[0].output_dir
     sweep = parse_sweep(words, folder)
     check_sweep(sweep)
+    plain = [setting for setting in settings if setting.key != "output_dir"]
     for cell in sweep.cells:
         _refuse_existing(run_configs(recipe, [*settings, _absolute(cell)])[0])
-    plain = [setting for setting in settings if setting.key != "output_dir"]
-    first = run_configs(recipe, cell_settings(sweep, next(iter(sweep.cells)), settings))[0]
-    texts = cell_configs(sweep, recipe, [*plain, GOES_ON])
-    frozen = {cell / "jobs" / "config.yaml": text for cell, text in texts.items()}
-    tasks = [
-        Task(["train", str(path)], cell)
-        for (path, text), cell in zip(frozen.items(), sweep.cells, strict=True)
-        if not (JobFolder(cell).finished and path.is_file() and read_regular(path, errors="replace") == text)
-    ]
+    frozen, tasks = {}, []
+    for cell, text in cell_configs(sweep, recipe, [*plain, GOES_ON]).items():
+        path = cell / "jobs" / "config.yaml"
+        frozen[path] = text
+        known = path.is_file() and read_regular(path, errors="replace") == text
+        if not (known and JobFolder(cell).finished):
+            tasks.append(Task(["train", str(path)], cell))
     if not tasks:
         raise ConfigError(
             f"all {len(sweep.cells)} cells of {folder} have finished: `{hint('jobs', 'summary', folder)}`"
         )
-    return _batch(folder, tasks, request, [first], frozen=frozen, sweep=sweep)
+    first = run_configs(recipe, cell_settings(sweep, next(iter(sweep.cells)), settings))[:1]
+    return _batch(folder, tasks, request, first, frozen=frozen, sweep=sweep)
 
 
 def _refuse_existing(config: RunConfig) -> None:
@@ -175,7 +173,9 @@ def plan_work(
     say_aside(f"graftvit: checking the words of `graftvit {command_name(words)}` ...\n")
     work = check_words(command, rest, here=not unchecked)
     folder = (folder or _usual_folder(words)).absolute()
-    _refuse_run(folder)
+    job = JobFolder(folder).job()
+    if (folder / "config.yaml").exists() or (job is not None and job.command[0] not in SUBMITTED):
+        raise ConfigError(f"--job_dir {folder} holds a run, with jobs of its own: give another folder")
     order = {"words": list(words), "output": None if work.output is None else str(work.output.absolute())}
     text = json.dumps(order) + "\n"
     tasks = _divided(Task(list(words), folder), shares, work)
@@ -188,25 +188,14 @@ def _divided(task: Task, shares: int, work: Work) -> list[Task]:
     if shares == 1:
         return [task]
     if shares < 1 or not work.divisible:
-        known = (
-            "give 1 or more" if work.divisible else "only `graftvit submit programs search` can be divided"
+        raise ConfigError(
+            f"--shares {shares}: only `graftvit submit programs search` can be divided, into 1 or more"
         )
-        raise ConfigError(f"--shares {shares}: `graftvit {command_name(task.words)}` is one job; {known}")
+    cells = task.output_dir / "cells"
     return [
-        replace(
-            task,
-            words=[*task.words, "--share", f"{one}/{shares}"],
-            output_dir=task.output_dir / "cells" / f"share-{one}",
-        )
+        Task([*task.words, "--share", f"{one}/{shares}"], cells / f"share-{one}")
         for one in range(1, shares + 1)
     ]
-
-
-def _refuse_run(folder: Path) -> None:
-    """Raise ConfigError where the jobs of a run would be hidden."""
-    job = JobFolder(folder).job()
-    if (folder / "config.yaml").exists() or (job is not None and job.command[0] not in SUBMITTED):
-        raise ConfigError(f"--job_dir {folder} holds a run, with jobs of its own: give another folder")
 
 
 def describe_work(batch: Batch) -> str:
@@ -267,7 +256,7 @@ def plan_again(folder: Path, jobs: Mapping[Path, Job], request: Request) -> Batc
     if not directory.is_dir():
         raise ConfigError(
             f"{folder} was submitted from {directory}, which is not there any more, and relative paths in its settings "
-            f"are meant from there: `{shlex.join(['mkdir', '-p', str(directory)])}`, with what they name"
+            f"are meant from there: make it again, with what they name"
         )
     os.chdir(directory)
     teacher = folder / "teacher"

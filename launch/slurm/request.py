@@ -93,111 +93,91 @@ Folder = Annotated[Path, BeforeValidator(_expanded)]
 class Request(BaseModel):
     """Resources and surroundings of a job."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, coerce_numbers_to_str=True)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, coerce_numbers_to_str=True, use_attribute_docstrings=True
+    )
     _origins: dict[str, str] = PrivateAttr(default_factory=dict)
 
-    cluster: Literal["slurm", "local", "debug"] = Field(
-        "slurm", description="slurm, local (this machine, in the background) or debug (this process)"
-    )
-    profile: str | None = Field(
-        None,
-        description="one of the `profiles` of the site file: what it names goes before the rest of the file",
-    )
-    nodes: int = Field(1, gt=0, description="machines")
-    gpus_per_node: str | None = Field(
-        None,
-        description="GPUs of a node, with their type where it matters, as in a100:4; 0 for a run on CPUs; 1 by default",
-    )
-    gres: str | None = Field(
-        None,
-        description="generic resources of a node, as in tmpdisk:100 or gpu:a100:4,tmpdisk:100, whose GPUs are those "
-        "of --gpus_per_node",
-    )
-    gpu_bind: str | None = Field(
-        None, description="which GPUs a process sees, as in closest; all of its node by default"
-    )
-    tasks_per_node: int | None = Field(None, gt=0, description="processes of a node; one a GPU by default")
-    cpus_per_task: int | None = Field(
-        None, gt=0, description="cores of a process; one more than data.workers by default"
-    )
-    mem: str | None = Field(None, description="memory of a node, as in 240G; the site's default if not given")
-    mem_per_cpu: str | None = Field(None, description="memory for each core, in place of --mem")
-    mem_per_gpu: str | None = Field(None, description="memory for each GPU, in place of --mem")
-    time: str = Field("24:00:00", description="limit of one attempt: minutes, H:MM:SS or D-HH:MM:SS")
-    partition: str | None = Field(
-        None,
-        description="partition, or several with commas, of which any will do; the site's default if not given",
-    )
-    account: str | None = Field(None, description="account that pays")
-    qos: str | None = Field(None, description="quality of service")
-    reservation: str | None = Field(None, description="reservation to run in")
-    constraint: str | None = Field(None, description="features that nodes must have, as in a100|h100")
-    exclude: str | None = Field(None, description="nodes that must not be taken, as in gpu[03-05]")
-    nodelist: str | None = Field(
-        None,
-        description="nodes that must be among those taken; the job waits for each of them, also after it has died",
-    )
-    comment: str | None = Field(None, description="comment of the job")
-    dependency: str | None = Field(
-        None, description="jobs to wait for, as in afterok:1234; --after waits for the job of a run folder"
-    )
-    mail: str | None = Field(
-        None,
-        description="whom Slurm writes to and when, as in me@example.org, FAIL,me@example.org or END,FAIL; END,FAIL "
-        "where no event is named. A restart is neither of them: REQUEUE is",
-    )
-    array_parallelism: int = Field(16, gt=0, description="cells of an array that run at a time")
-    signal_delay: int = Field(
-        90, gt=0, le=65_535, description="seconds before the limit at which the job is told to save"
-    )
-    max_restarts: int = Field(
-        3, ge=0, description="restarts in a row without a new state, after a failure that may pass"
-    )
-    restart_wait: int = Field(
-        30, ge=0, description="seconds before the first of them; each other waits twice as long"
-    )
-    setup: Lines = Field(
-        (),
-        description="shell lines before the run, on its first node, which its processes take their environment from: "
-        "module loads, conda",
-    )
-    node_setup: Lines = Field(
-        (),
-        description="shell lines that run once on every node before the processes start, after `setup`: to unpack "
-        "data, to make a folder. The processes see the files, but not the environment that they leave; the job ends at "
-        "the first line that fails",
-    )
-    container: str | None = Field(
-        None,
-        description="image that the processes run in: x.sif by `apptainer exec`, anything else by enroot and pyxis "
-        "(`srun --container-image`)",
-    )
-    container_mounts: str | None = Field(
-        None, description="folders of the node in it, as in /scratch:/scratch,/data:/data"
-    )
-    pack: Literal["no", "tar", "squashfs"] = Field(
-        "no",
-        description="put the environment and the code into one file, which a task on each node unpacks to its local "
-        "disk: for environments that nodes do not see, or that many processes read slowly",
-    )
-    pack_folder: Folder | None = Field(
-        None, description="where packs are kept for all runs; by default each run keeps its own"
-    )
-    on_event: str | None = Field(
-        None,
-        description="command that gets a JSON of what happens to a run on its standard input: start, restart, failure, "
-        "finish, stop, and no progress for `event_minutes`",
-    )
-    event_minutes: int = Field(
-        30, gt=0, description="minutes without progress after which `on_event` is told"
-    )
-    sbatch: dict[str, bool | str | int] = Field(
-        {},
-        description="other options of sbatch by their long names; hold or hold=true for one without a value",
-    )
-    shared_folders: Annotated[tuple[Folder, ...], BeforeValidator(_one_or_more)] = Field(
-        (), description="folders that every node sees; a run must lie in one of them"
-    )
+    cluster: Literal["slurm", "local", "debug"] = "slurm"
+    """slurm, local (this machine, in the background) or debug (this process)"""
+    profile: str | None = None
+    """one of the `profiles` of the site file: what it names goes before the rest of the file"""
+    nodes: int = Field(1, gt=0)
+    """machines"""
+    gpus_per_node: str | None = None
+    """GPUs of a node, with their type where it matters, as in a100:4; 0 for a run on CPUs; 1 by default"""
+    gres: str | None = None
+    """generic resources of a node, as in tmpdisk:100 or gpu:a100:4,tmpdisk:100, whose GPUs are those of
+    --gpus_per_node"""
+    gpu_bind: str | None = None
+    """which GPUs a process sees, as in closest; all of its node by default"""
+    tasks_per_node: int | None = Field(None, gt=0)
+    """processes of a node; one a GPU by default"""
+    cpus_per_task: int | None = Field(None, gt=0)
+    """cores of a process; one more than data.workers by default"""
+    mem: str | None = None
+    """memory of a node, as in 240G; the site's default if not given"""
+    mem_per_cpu: str | None = None
+    """memory for each core, in place of --mem"""
+    mem_per_gpu: str | None = None
+    """memory for each GPU, in place of --mem"""
+    time: str = "24:00:00"
+    """limit of one attempt: minutes, H:MM:SS or D-HH:MM:SS"""
+    partition: str | None = None
+    """partition, or several with commas, of which any will do; the site's default if not given"""
+    account: str | None = None
+    """account that pays"""
+    qos: str | None = None
+    """quality of service"""
+    reservation: str | None = None
+    """reservation to run in"""
+    constraint: str | None = None
+    """features that nodes must have, as in a100|h100"""
+    exclude: str | None = None
+    """nodes that must not be taken, as in gpu[03-05]"""
+    nodelist: str | None = None
+    """nodes that must be among those taken; the job waits for each of them, also after it has died"""
+    comment: str | None = None
+    """comment of the job"""
+    dependency: str | None = None
+    """jobs to wait for, as in afterok:1234; --after waits for the job of a run folder"""
+    mail: str | None = None
+    """whom Slurm writes to and when, as in me@example.org, FAIL,me@example.org or END,FAIL; END,FAIL where no event is
+    named. A restart is neither of them: REQUEUE is"""
+    array_parallelism: int = Field(16, gt=0)
+    """cells of an array that run at a time"""
+    signal_delay: int = Field(90, gt=0, le=65_535)
+    """seconds before the limit at which the job is told to save"""
+    max_restarts: int = Field(3, ge=0)
+    """restarts in a row without a new state, after a failure that may pass"""
+    restart_wait: int = Field(30, ge=0)
+    """seconds before the first of them; each other waits twice as long"""
+    setup: Lines = ()
+    """shell lines before the run, on its first node, which its processes take their environment from: module loads,
+    conda"""
+    node_setup: Lines = ()
+    """shell lines that run once on every node before the processes start, after `setup`: to unpack data, to make a
+    folder. The processes see the files, but not the environment that they leave; the job ends at the first line that
+    fails"""
+    container: str | None = None
+    """image that the processes run in: x.sif by `apptainer exec`, anything else by enroot and pyxis (`srun
+    --container-image`)"""
+    container_mounts: str | None = None
+    """folders of the node in it, as in /scratch:/scratch,/data:/data"""
+    pack: Literal["no", "tar", "squashfs"] = "no"
+    """put the environment and the code into one file, which a task on each node unpacks to its local disk: for
+    environments that nodes do not see, or that many processes read slowly"""
+    pack_folder: Folder | None = None
+    """where packs are kept for all runs; by default each run keeps its own"""
+    on_event: str | None = None
+    """command that gets a JSON of what happens to a run on its standard input: start, restart, failure, finish, stop,
+    and no progress for `event_minutes`"""
+    event_minutes: int = Field(30, gt=0)
+    """minutes without progress after which `on_event` is told"""
+    sbatch: dict[str, bool | str | int] = {}
+    """other options of sbatch by their long names; hold or hold=true for one without a value"""
+    shared_folders: Annotated[tuple[Folder, ...], BeforeValidator(_one_or_more)] = ()
+    """folders that every node sees; a run must lie in one of them"""
 
     @field_validator("*", mode="before")
     @classmethod

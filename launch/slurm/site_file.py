@@ -210,7 +210,7 @@ def add_cluster_flags(parser: Parser, *, again: bool = False) -> None:
         elif name == "sbatch":
             keywords = {"metavar": "OPTION[=VALUE]", "action": "append"}
         default = "" if again or info.default in (None, (), {}) else f" (default: {info.default})"
-        text = f"{info.description}{default}".replace("%", "%%")
+        text = " ".join(f"{info.description}{default}".split()).replace("%", "%%")
         group.add_argument(f"--{name}", default=argparse.SUPPRESS, help=text, **keywords)
     group.add_argument(
         "--after",

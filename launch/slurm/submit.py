@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import logging
 import os
 import re
 import shlex
@@ -30,20 +29,8 @@ from ...transfer.engine.resume_check import changes, describe_changes, settings
 from ...transfer.first_checks import check_first
 from ..load_config import load_config
 from ..say import hint, say_aside
-from .attempt import Task
-from .batch import (
-    Batch,
-    command,
-    copy_package,
-    executor_of,
-    make_packs,
-    new_identity,
-    on_node,
-    origin,
-    script,
-    unpack_script,
-)
-from .environment import detached, outside_of_a_job, start_script
+from .batch import Batch, copy_package, executor_of, make_packs, on_node, origin, script, start, unpack_script
+from .environment import outside_of_a_job, start_script
 from .folder import Job, JobFolder, newest_state, remember, write_number
 from .jobs import UNSURE, active_jobs, current_stage, home, read_progress
 from .lock import InterruptedSubmissionError, ordering, submitting, unbroken
@@ -52,7 +39,6 @@ from .scheduler import NoAnswerError, ask, flags_beyond, job_states, number_by_n
 from .site_file import check_commands, check_folder
 from .sweep import check_sweep
 
-logger = logging.getLogger(__name__)
 ANSWER = 120.0
 """Seconds that sbatch may take to answer."""
 FIRST_WORD = 6.0
@@ -63,6 +49,8 @@ START = 60
 """Seconds that a run needs before it can save anything."""
 UNCLEAR = ("Requested node configuration is not available", "Requested nodes are busy")
 """What `--test-only` says of nodes that do not exist, and of those that are drained, down or reserved: sbatch knows."""
+LOST = ("timed out", "send/recv", "zero bytes", "gave no answer", "exit code 0", "exit code -")
+"""What sbatch says where the request may have reached the controller, and the answer was lost."""
 ALL_THE_SAME = "`--unchecked` submits it all the same"
 _FLAG_OF = {
     "partition": "partition", "feature": "constraint", "node name": "nodelist", "reservation": "reservation",
@@ -75,13 +63,13 @@ _NUMBER = re.compile(r"^(?:Submitted batch job )?([0-9]+)(?:;.*| on .*)?$", re.M
 """The job number in sbatch's output, among a site's own lines; a wrapper of sbatch may not know `--parsable`."""
 
 
-def check(batch: Batch, *, unchecked: bool = False) -> tuple[str, list[str]]:
-    """Return a note of Slurm's on the request, if any, and the plan of each run in words.
+def check(batch: Batch, *, unchecked: bool = False) -> list[str]:
+    """Return the plan of each run in words, and a note of Slurm's on the request, if any.
 
     Raises ConfigError, DataError or another GraftError for what cannot run as it is asked for.
     """
     note = check_quickly(batch, unchecked=unchecked)
-    return note, [] if unchecked else describe_plans(batch)
+    return [*([] if unchecked else describe_plans(batch)), *([f"{note}\n"] if note else [])]
 
 
 def check_early(request: Request) -> None:
@@ -163,12 +151,12 @@ def describe_plans(batch: Batch) -> list[str]:
 
     plans = []
     for run in batch.configs:
-        if not batch.again:
-            _check_data(run, batch.request)
         needs_data = not run.data.download and not batch.again
+        if needs_data:
+            _check_data(run, batch.request)
         plans.append(describe_plan(run, batch.request.world_size, needs_data=needs_data))
-    lines = [line.partition("warning: ")[2] for text in plans for line in text.splitlines()]
-    for warning in filter(None, dict.fromkeys(lines)):
+    warnings = (line.partition("warning: ")[2] for text in plans for line in text.splitlines())
+    for warning in filter(None, dict.fromkeys(warnings)):
         say_aside(f"graftvit: warning: {warning}\n")
     return plans
 
@@ -182,9 +170,7 @@ def preview(batch: Batch, *, unchecked: bool = False) -> tuple[str, GraftError |
     if request.cluster == "slurm":
         check_commands()
     try:
-        note = check_quickly(batch, unchecked=unchecked)
-        parts += [] if unchecked else describe_plans(batch)
-        parts += [f"{note}\n"] if note else []
+        parts += check(batch, unchecked=unchecked)
     except GraftError as error:
         problem = error
     if batch.first is not None:
@@ -224,7 +210,7 @@ def _submit_all(batch: Batch) -> str:
     remember(batch.folder)  # before: an interrupted submission may have made a job
     after = ""
     if batch.first is not None:
-        made = submit(replace(batch, tasks=[batch.first], first=None, identity=new_identity()))[0]
+        made = submit(replace(batch, tasks=[batch.first], first=None, identity=f"{batch.identity}-first"))[0]
         batch = replace(batch, after=made if batch.request.cluster == "slurm" else None)
         after = f", after job {made} for the teacher,"
     try:
@@ -258,10 +244,6 @@ def first_word(jobs: Sequence[str], request: Request, patience: float = FIRST_WO
         if seen.state != "PENDING":
             return ""
         word = waiting(seen.reason, seen.start)
-        asked = [
-            request.said(name) for name in flags_beyond(seen.reason) if getattr(request, name) is not None
-        ]
-        word += f" ({', '.join(asked)})" * bool(asked)
         of_one = several and seen.reason.startswith("Partition")  # and another one may take it
         if word and seen.reason not in FIRST_REASONS and not of_one:
             return word
@@ -271,59 +253,44 @@ def first_word(jobs: Sequence[str], request: Request, patience: float = FIRST_WO
 
 def _check_machine(batch: Batch) -> None:
     """Raise ConfigError where more is asked for than one machine or process is."""
-    request = batch.request
-    if request.cluster != "slurm" and request.nodes > 1:
-        raise ConfigError(
-            f"{request.said('nodes')}: --cluster {request.cluster} is this machine alone; give --nodes 1"
-        )
-    if request.cluster != "slurm" and request.pack != "no":
-        raise ConfigError(f"{request.said('pack')}: --cluster {request.cluster} has no other nodes")
-    if request.cluster == "debug" and request.tasks > 1:
-        raise ConfigError(
-            f"--cluster debug is this process alone, and {request.tasks} are asked for: give one GPU or task"
-        )
-    if request.cluster == "local" and len(batch.tasks) > request.array_parallelism and not batch.again:
-        raise ConfigError(
-            f"{request.said('array_parallelism')}: --cluster local starts all {len(batch.tasks)} cells at once: "
-            "allow more of them, or take fewer values"
-        )
-    if batch.comparison and request.world_size > 1:
-        raise ConfigError(
-            f"a cell of a comparison is one process, and {request.nodes} x {request.tasks} are asked for: "
-            "give --nodes 1 --gpus_per_node 1 --tasks_per_node 1"
-        )
-    if batch.comparison and batch.first is not None and request.cluster == "local":
-        raise ConfigError(
-            "--cluster local does not wait for the teacher, which is not there yet: make it first by "
-            "`graftvit compare ... --only teacher`, or run all cells one after another without --only"
-        )
+    request, local = batch.request, batch.request.cluster != "slurm"
+    one, teacher = f"--cluster {request.cluster} is this", batch.comparison and batch.first is not None
+    at_once = request.cluster == "local" and len(batch.tasks) > request.array_parallelism and not batch.again
+    wrong = {
+        f"{request.said('nodes')}: {one} machine alone; give --nodes 1": local and request.nodes > 1,
+        f"{request.said('pack')}: {one} machine alone": local and request.pack != "no",
+        f"{one} process alone, and {request.tasks} are asked for: give one GPU or task": (
+            request.cluster == "debug" and request.tasks > 1
+        ),
+        f"{request.said('array_parallelism')}: --cluster local starts all {len(batch.tasks)} cells at once: "
+        "allow more of them, or take fewer values": at_once,
+        f"a cell of a comparison is one process, and {request.nodes} x {request.tasks} are asked for: "
+        "give --nodes 1 --gpus_per_node 1 --tasks_per_node 1": batch.comparison and request.world_size > 1,
+        "--cluster local does not wait for the teacher, which is not there yet: make it first by "
+        "`graftvit compare ... --only teacher`, or run all cells one after another without --only": (
+            teacher and request.cluster == "local"
+        ),
+    }
+    for sentence, found in wrong.items():
+        if found:
+            raise ConfigError(sentence)
 
 
 def _refuse_second(batch: Batch) -> None:
     """Raise ConfigError where one of the runs, or what was submitted to the same folder before, has a job."""
-    folder = batch.folder
-    above = folder.parent.parent if folder.parent.name == "cells" else folder.parent
-    ours = (above / "jobs").is_dir() or (above / "sweep.json").exists()
-    if ours and not batch.again and (folder.parent.name == "cells" or folder.name == "teacher"):
-        raise ConfigError(
-            f"--output_dir {folder} is inside of {above}, which was submitted as a whole: give another folder, or "
-            f"`{hint('jobs', 'resume', above)}`"
-        )
-    runs = list(dict.fromkeys([folder, *batch.runs]))
+    runs = list(dict.fromkeys([batch.folder, *batch.runs]))
     for run in runs:
         JobFolder(run).job()  # of a damaged record nobody knows the job
     for one in active_jobs(runs):
         raise ConfigError(
-            f"{one.run} is {one.words} already: `{hint('jobs', folder)}` shows it, "
-            f"`{hint('jobs', 'stop', folder)}` ends it"
+            f"{one.run} is {one.words} already: `{hint('jobs', batch.folder)}` shows it, "
+            f"`{hint('jobs', 'stop', batch.folder)}` ends it"
         )
 
 
 def _check_data(run: RunConfig, request: Request) -> None:
     from ...transfer.data.datasets import check_dataset
 
-    if run.data.download:
-        return
     try:
         check_dataset(run.data)
     except DataError as error:
@@ -338,48 +305,36 @@ def _is_single(batch: Batch) -> bool:
 
 def _refuse_finished(batch: Batch) -> None:
     """Raise ConfigError if a single run has nothing left to train."""
-    if (
-        _is_single(batch)
-        and JobFolder(batch.folder).finished
-        and _has_finished(batch.folder, batch.configs[0])
-    ):
+    folder = batch.folder
+    if not _is_single(batch) or not JobFolder(folder).finished:
+        return
+    done, optim = read_progress(folder), batch.configs[0].optim
+    whole = done.step >= optim.max_steps if optim.max_steps else done.epoch >= optim.epochs
+    if whole and batch.configs[0].output_dir == folder:
         raise ConfigError(
-            f"{batch.folder} has finished: there is nothing left to train; give more --epochs or another --output_dir, "
+            f"{folder} has finished: there is nothing left to train; give more --epochs or another --output_dir, "
             "or --unchecked, which submits it all the same"
         )
-
-
-def _has_finished(folder: Path, run: RunConfig) -> bool:
-    done, limit = read_progress(folder), run.optim.max_steps
-    return run.output_dir == folder and (done.step >= limit if limit else done.epoch >= run.optim.epochs)
 
 
 def _describe_again(batch: Batch) -> str:
     """Return what a run resumes from, and which settings change; empty where all runs are new."""
     if batch.sweep is not None:
-        begun = sum(1 for one in batch.tasks if newest_state(one.output_dir))
-        verb = "resumes from what it has" if begun == 1 else "resume from what they have"
-        return f"{begun} of {len(batch.tasks)} cells {verb} saved" if begun else ""
-    if not _is_single(batch):
-        return ""
-    run, stage = batch.configs[0], current_stage(batch.folder)
-    if not (stage / "config.yaml").is_file():
+        begun = sum(bool(newest_state(one.output_dir)) for one in batch.tasks)
+        return f"{begun} of {len(batch.tasks)} cells resume from what they have saved" if begun else ""
+    stage = current_stage(batch.folder)
+    if not _is_single(batch) or not (stage / "config.yaml").is_file():
         return ""
     if not newest_state(stage):
         return "starts again, because nothing was saved"
-    done, limit = read_progress(stage), run.optim.max_steps
+    run, done = batch.configs[0], read_progress(stage)
     if stage != run.output_dir:
         return f"resumes in stage {stage.name} at epoch {done.epoch + 1}"
     changed = ""
     with contextlib.suppress(GraftError):  # of another version
         changed = describe_changes(changes({"config": settings(load_config(stage)), "origins": {}}, run))
-    if _has_finished(stage, run):
-        place = "has finished: nothing is left to train"
-    else:
-        place = (
-            f"resumes at epoch {done.epoch + 1} of {f'a run of {limit} steps' if limit else run.optim.epochs}"
-        )
-    return f"{place}; {changed or 'nothing changed'}"
+    length = f"a run of {run.optim.max_steps} steps" if run.optim.max_steps else run.optim.epochs
+    return f"resumes at epoch {done.epoch + 1} of {length}; {changed or 'nothing changed'}"
 
 
 def submit(batch: Batch) -> list[str]:
@@ -394,14 +349,11 @@ def submit(batch: Batch) -> list[str]:
     if batch.request.cluster == "debug":
         return _run(batch, code, made)
     if batch.request.cluster == "local":
-        return [_order(_alone(batch, task), code, made) for task in batch.tasks]
+        # a cell that is started alone has its own folder for all files of its job
+        alone = (Batch(task.output_dir, [task], batch.request, batch.cores) for task in batch.tasks)
+        return [_order(one, code, made) for one in alone]
     number = _order(batch, code, made)
     return [f"{number}_{index}" for index in range(len(batch.tasks))] if batch.is_array else [number]
-
-
-def _alone(batch: Batch, task: Task) -> Batch:
-    """Return a cell that is started alone, and has its own folder for all files of its job."""
-    return Batch(task.output_dir, [task], batch.request, batch.cores)
 
 
 def _order(batch: Batch, code: Path, made: dict[str, Any]) -> str:
@@ -410,16 +362,13 @@ def _order(batch: Batch, code: Path, made: dict[str, Any]) -> str:
     with outside_of_a_job(), unbroken() as held:
         _record(batch, code, made)
         try:
-            number = _sbatch(batch) if batch.request.cluster == "slurm" else _start(batch)
+            number = _sbatch(batch) if batch.request.cluster == "slurm" else start(batch)
         except ConfigError:
-            _withdraw(batch)
+            for task in batch.tasks:
+                JobFolder(task.output_dir).withdraw_job(str(batch.place))
             raise
-        try:
+        with contextlib.suppress(OSError):  # without it the job is found by its name
             write_number(batch.place, number)
-        except OSError as error:
-            logger.warning(
-                "%s cannot be written (%s): the job is found by its name", batch.place, error.strerror
-            )
     if held:
         raise InterruptedSubmissionError(held[0], number, batch.folder)
     return number
@@ -473,60 +422,35 @@ def _record(batch: Batch, code: Path, made: dict[str, Any], job_id: str = "") ->
         )
 
 
-def _withdraw(batch: Batch) -> None:
-    for task in batch.tasks:
-        JobFolder(task.output_dir).withdraw_job(str(batch.place))
-
-
 def _sbatch(batch: Batch) -> str:
     """Order the job.
 
     Raises ConfigError: it is refused; GraftError: neither sbatch nor the queue tells whether it is.
     """
-    words = ["sbatch", "--parsable", str(batch.place / "submit.sh")]
+    script_path = batch.place / "submit.sh"
+    words = ["sbatch", "--parsable", str(script_path)]
     said = f"gave no answer within {ANSWER:.0f} seconds"
     with contextlib.suppress(subprocess.TimeoutExpired):
+        pipes: dict[str, Any] = {"stdin": subprocess.DEVNULL, "capture_output": True, "text": True}
         # in its own session it receives no Ctrl-C
-        done = subprocess.run(
-            words,
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            timeout=ANSWER,
-            start_new_session=True,
-        )
+        done = subprocess.run(words, **pipes, timeout=ANSWER, start_new_session=True)
         numbers = _NUMBER.findall(done.stdout)
         if done.returncode == 0 and len(numbers) == 1:
             return str(numbers[0])
         said = " ".join(done.stderr.split() if done.returncode else ()) or f"exit code {done.returncode}"
-    if not _may_be_queued(said):  # Slurm keeps a record of a job that it has refused, too
+    # Slurm keeps a record of a job that it has refused, too
+    if not any(words in said.lower() for words in LOST):
         raise _refusal(re.sub(r"sbatch: error: (Batch job submission failed: )?", "", said), batch.request)
+    shown = f"`{hint('jobs', batch.folder)}` tells"
     try:
-        number = number_by_name(batch.name, batch.place / "submit.sh")
+        if number := number_by_name(batch.name, script_path):
+            return number
     except GraftError as error:
         raise GraftError(
-            f"sbatch: {said}; whether the job is queued is not known: `{hint('jobs', batch.folder)}` tells when "
-            f"Slurm answers again"
+            f"sbatch: {said}; whether the job is queued is not known: {shown} when Slurm answers again"
         ) from error
-    if number:
-        return number
     (batch.place / UNSURE).touch()
-    raise GraftError(
-        f"sbatch: {said}; the job may be queued all the same: `{hint('jobs', batch.folder)}` tells in some minutes"
-    )
-
-
-def _may_be_queued(said: str) -> bool:
-    """Return whether the request reached the controller, and the answer was lost."""
-    lost = ("timed out", "send/recv", "zero bytes", "gave no answer", "exit code 0", "exit code -")
-    return any(words in said.lower() for words in lost)
-
-
-def _start(batch: Batch) -> str:
-    """Start the job on this machine."""
-    executor: Any = executor_of(batch)._executor
-    with detached(batch.logs / "controller.log"):
-        return str(executor._submit_command(command(batch)).job_id)
+    raise GraftError(f"sbatch: {said}; the job may be queued all the same: {shown} in some minutes")
 
 
 def _run(batch: Batch, code: Path, made: dict[str, Any]) -> list[str]:

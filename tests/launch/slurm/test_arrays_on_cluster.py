@@ -12,7 +12,7 @@ import yaml
 from graftvit.launch.cli import dispatch
 from graftvit.launch.slurm.folder import Attempt, JobFolder
 from graftvit.models.errors import ConfigError
-from support.runs.compare_runs import cell, write_config
+from support.runs.compare_runs import cell, write_config_with_teacher
 from support.runs.engine_runs import config, make_teacher
 from support.slurm.cluster_runs import ALONE, graftvit, held, user_environment, wait_for_the_end
 from support.slurm.slurm_cluster import SlurmCluster
@@ -121,28 +121,12 @@ def test_two_of_six_cells_fail_and_are_resubmitted_alone(
 CELLS = ["teacher-8", "uniform-8", "linear-8"]
 
 
-def write_recipes(folder: Path) -> Path:
-    """A comparison that makes its teacher first, in one epoch."""
-    path = write_config(folder, {"linear": "*: linear"})
-    whole = yaml.safe_load(path.read_text())
-    teacher = {"mode": "scratch", "output_dir": str(folder / "unused")}
-    teacher |= {key: whole[key] for key in ("data", "engine")}
-    teacher["student"] = {key: value for key, value in whole["student"].items() if key != "init"}
-    teacher["optim"] = {"epochs": 1, "lr": 1e-3, "warmup_epochs": 0}
-    (folder / "teacher.yaml").write_text(yaml.safe_dump(teacher))
-    del whole["teacher"]
-    whole["optim"]["epochs"] = 1
-    whole["compare"]["teacher_recipe"] = "teacher.yaml"
-    path.write_text(yaml.safe_dump(whole))
-    return path
-
-
 def outcomes(folder: Path) -> list[str | None]:
     return [attempt.outcome for attempt in JobFolder(folder).attempts()]
 
 
 def test_the_teacher_comes_first_and_the_cells_wait_for_it(cluster: SlurmCluster, tmp_path: Path) -> None:
-    recipe, out = write_recipes(tmp_path), tmp_path / "out"
+    recipe, out = write_config_with_teacher(tmp_path, "teacher.yaml"), tmp_path / "out"
     in_the_way = out / "teacher" / "checkpoints"
     in_the_way.parent.mkdir(parents=True)
     in_the_way.touch()
@@ -181,10 +165,6 @@ WORDS += ("--generations", "3", "--workers", "1")
 def test_an_array_ends_in_the_archive_of_one_process(cluster: SlurmCluster, tmp_path: Path) -> None:
     make_teacher(tmp_path / "teacher")
     graftvit(cluster, tmp_path, *WORDS, "--output_dir", "alone")
-    refused = ("evaluate", "teacher", "--dataset", "digits", "--shares", "2")
-    assert "only `graftvit submit programs search` can be divided" in graftvit(
-        cluster, tmp_path, "submit", *refused, "--tasks_per_node", "1", code=2
-    )
     said = graftvit(
         cluster, tmp_path, "submit", *WORDS, "--output_dir", "shared", "--shares", str(SHARES),
         "--nodes", "1", "--tasks_per_node", "1",

@@ -42,7 +42,7 @@ from graftvit.transfer.engine import early_signals
 from graftvit.transfer.engine.early_signals import remembering
 from graftvit.transfer.engine.train import train
 from support.files.data_sets import write_classes
-from support.runs.compare_runs import write_config
+from support.runs.compare_runs import write_config, write_config_with_teacher
 from support.runs.engine_runs import config, make_teacher
 from support.runs.typed import Typed
 from support.slurm.slurm_folders import HERE, FakeSlurm, attempted, submitted
@@ -73,21 +73,6 @@ def planned(recipe: str | None, *words: str, sweep: list[str] | None = None) -> 
     plan = plan_run(recipe, [parse_override(word) for word in words], sweep or [], LOCAL)
     plan.write()
     return plan
-
-
-def with_teacher(folder: Path, name: str) -> Path:
-    """A comparison whose teacher is made by the recipe `name`, a file beside it."""
-    path = write_config(folder, {"linear": "*: linear"})
-    whole = yaml.safe_load(path.read_text())
-    del whole["teacher"]
-    student = {key: value for key, value in whole["student"].items() if key != "init"}
-    recipe = {"mode": "scratch", "student": student, "data": whole["data"]}
-    recipe["optim"] = {"epochs": 1, "warmup_epochs": 0}
-    (folder / name).parent.mkdir(exist_ok=True)
-    (folder / name).write_text(yaml.safe_dump(recipe))
-    whole["compare"]["teacher_recipe"] = name
-    path.write_text(yaml.safe_dump(whole))
-    return path
 
 
 def test_a_run_is_frozen_with_all_its_settings(folder: Path) -> None:
@@ -170,7 +155,7 @@ def same_numbers(path: Path, frozen: Path, *words: str) -> bool:
 def test_the_teacher_is_frozen_beside_the_comparison(
     folder: Path, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    path = with_teacher(folder, name)
+    path = write_config_with_teacher(folder, name)
     plan = planned(str(path))
     frozen = folder / "out" / "jobs" / "config.yaml"
     assert plan.first is not None
@@ -205,7 +190,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
 
 def test_what_is_checked_and_shown_of_a_comparison_with_a_teacher(folder: Path) -> None:
     heard: list[str] = []
-    path = str(with_teacher(folder, "teacher.yaml"))
+    path = str(write_config_with_teacher(folder, "teacher.yaml"))
     plan = plan_run(path, [], [], Request(**HERE), early=lambda: heard.append("before what is slow"))
     assert heard == ["before what is slow"]
     for resources, sentence in REFUSED:
@@ -225,7 +210,7 @@ def test_what_is_checked_and_shown_of_a_comparison_with_a_teacher(folder: Path) 
 def test_what_has_a_job_is_not_submitted_again(
     folder: Path, monkeypatch: pytest.MonkeyPatch, slurm: FakeSlurm
 ) -> None:
-    path = str(with_teacher(folder, "teacher.yaml"))
+    path = str(write_config_with_teacher(folder, "teacher.yaml"))
     plan = plan_run(path, [], [], Request(gpus_per_node=0))
     monkeypatch.setattr(submit, "check_commands", lambda: None)
     for place, where in enumerate(("teacher", "cells/linear-8")):
@@ -236,11 +221,6 @@ def test_what_has_a_job_is_not_submitted_again(
             check(plan, unchecked=True)
     slurm.says("PREEMPTED")
     check(plan, unchecked=True)
-    (folder / "out" / "jobs").mkdir()
-    inside = Batch(folder / "out" / "cells" / "linear-8", plan.tasks[-1:], plan.request, 1)
-    with pytest.raises(ConfigError, match=f"inside of {folder}/out, which was submitted as a whole"):
-        check(inside, unchecked=True)
-    check(replace(inside, again=True), unchecked=True)
 
 
 VIT = "vit_tiny_patch16_224"
@@ -256,30 +236,20 @@ def test_each_is_a_command_that_can_check_its_words() -> None:
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
-        ("evaluate", "the following arguments are required: CHECKPOINT"),
         ("evaluate teacher --metrcs top1", "unknown flag '--metrcs', did you mean '--metrics'?"),
-        ("evaluate teacher --metrics top2 --dataset digits", "'top2' is not a metric"),
-        ("evaluate teacher --metrics distance --dataset digits", "needs a model to measure from"),
         ("evaluate runs/gone --dataset digits", "runs/gone"),
         ("evaluate teacher --data_path gone", "data.data_path=gone does not exist"),
         ("evaluate teacher --dataset digits --json gone/out.json", "its folder does not exist"),
-        ("convert teacher --output_dir new", "the following arguments are required: --plan"),
-        ("convert teacher --plan *:linaer --output_dir new", "did you mean 'linear'"),
         ("convert teacher --plan *:linear --output_dir teacher", "already holds a model"),
-        ("convert teacher --plan *:linear --output_dir new --calibrate 4", "--calibrate 4 needs images"),
         (
             "convert teacher --plan *:linear --output_dir new --calibrate 4 --data_path gone",
             "gone does not exist",
         ),
         ("convert teacher --plan *:linear", "--output_dir is missing"),
         ("export teacher out.pt2 --opset 18", "opset 18 is of ONNX"),
-        ("export gone/it out.pt2", "gone/it"),
-        ("benchmark", "unknown action ''; valid: "),
         ("benchmark operators --operators linaer", "did you mean 'linear'"),
         ("benchmark models gone/it --plan *:linear", "gone/it"),
-        ("layers teacher", "--teacher is missing"),
         ("layers teacher --teacher gone/it --dataset digits", "gone/it"),
-        ("data gone", "gone"),
         ("data digits --images 0", "--images: give a whole number, 1 or more"),
     ],
 )
@@ -294,7 +264,6 @@ def test_wrong_words_are_refused_before_anything_is_written(folder: Path, words:
     ("words", "output", "cores"),
     [
         ("evaluate teacher --dataset digits --workers 3 --json out.json", "out.json", 4),
-        ("evaluate teacher --dataset digits --workers 0", None, 1),
         ("convert teacher --plan *:linear --output_dir new --calibrate 4 --dataset digits", "new", 1),
         ("export teacher out.pt2", "out.pt2", 1),
         ("benchmark operators --operators linear --tokens 16", "benchmark/operators", 1),
@@ -467,37 +436,23 @@ def resume(folder: Path, **resources: Any) -> str:
     return send(plan_again(folder, left, Request(**resources)))
 
 
-@pytest.mark.parametrize(
-    "last",
-    [[], [None], ["failed"], ["stopped"], ["finished", "failed"], ["finished"], ["requeued", "finished"]],
-)
+@pytest.mark.parametrize("last", [[], [None], ["failed"], ["finished", "failed"], ["requeued", "finished"]])
 def test_a_run_is_left_until_its_last_attempt_finishes(
     tmp_path: Path, last: list[str | None], slurm: FakeSlurm
 ) -> None:
     submitted(tmp_path)
     for outcome in last:
         attempted(tmp_path, outcome)
-    slurm.says(GONE)
-    if last[-1:] != ["finished"]:
-        assert list(unfinished(tmp_path)) == [tmp_path]
-    else:
-        with pytest.raises(ConfigError, match=f"{tmp_path} has finished: there is nothing to resume"):
-            unfinished(tmp_path)
-
-
-FREE = ("FAILED", "CANCELLED", "NODE_FAIL", "PREEMPTED", "COMPLETED", "UNKNOWN")
-
-
-@pytest.mark.parametrize("state", ["PENDING", "RUNNING", "COMPLETING", "REQUEUED", *FREE])
-def test_a_run_with_a_job_is_not_resumed(tmp_path: Path, state: str, slurm: FakeSlurm) -> None:
-    submitted(tmp_path)
-    attempted(tmp_path)
-    slurm.says(state)
-    if state in FREE:
-        assert list(unfinished(tmp_path)) == [tmp_path]
-    else:
-        with pytest.raises(ConfigError, match=f"is job 12 already: `graftvit jobs {tmp_path}` shows it"):
-            unfinished(tmp_path)
+    for state in ("PENDING", "COMPLETING", "REQUEUED", "FAILED", "PREEMPTED", "UNKNOWN"):
+        slurm.says(state)
+        if last[-1:] == ["finished"]:
+            with pytest.raises(ConfigError, match=f"{tmp_path} has finished: there is nothing to resume"):
+                unfinished(tmp_path)
+        elif state in ("PENDING", "COMPLETING", "REQUEUED"):
+            with pytest.raises(ConfigError, match=f"is job 12 already: `graftvit jobs {tmp_path}` shows it"):
+                unfinished(tmp_path)
+        else:
+            assert list(unfinished(tmp_path)) == [tmp_path]
 
 
 def test_cells_that_failed_and_have_no_job_go_again_as_they_were_submitted(
@@ -604,22 +559,19 @@ def test_flags_of_resume_arrive(tmp_path: Path, slurm: FakeSlurm, typed: Typed) 
     assert "  tasks_per_node     3                      --tasks_per_node\n" in printed
 
 
-@pytest.mark.parametrize("words", [[], ["--dry_run"], ["--unchecked"]])
 def test_a_folder_of_submission_that_is_gone_is_not_replaced_by_the_present_one(
-    words: list[str], tmp_path: Path, slurm: FakeSlurm, sent: list[Batch], typed: Typed
+    tmp_path: Path, slurm: FakeSlurm, sent: list[Batch], typed: Typed
 ) -> None:
     away = tmp_path / "a b"
     submitted(tmp_path / "run", directory=str(away))
     slurm.says(GONE)
     line = f"jobs resume {tmp_path}/run --cluster local --gpus_per_node 0"
-    said = typed(line, *words, code=2).err
-    assert f"was submitted from {away}, which is not there any more" in said
-    assert f"`mkdir -p '{away}'`" in said
+    assert f"was submitted from {away}, which is not there any more" in typed(line, code=2).err
     assert not sent
     away.mkdir()
-    typed(line, *words)
+    typed(line, "--unchecked")
     assert Path.cwd() == away
-    assert bool(sent) == (words != ["--dry_run"])
+    assert sent
 
 
 def test_jobs_of_runs_and_of_all_cells_of_a_sweep_are_waited_for(tmp_path: Path, slurm: FakeSlurm) -> None:
@@ -633,8 +585,8 @@ def test_jobs_of_runs_and_of_all_cells_of_a_sweep_are_waited_for(tmp_path: Path,
     assert found == {"dependency": "afterany:3,afterok:7:9_0:9_2", "sbatch": {"kill_on_invalid_dep": "yes"}}
 
 
-@pytest.mark.parametrize("state", ["PENDING", "RUNNING", "REQUEUED", "SUSPENDED", "FAILED"])
-@pytest.mark.parametrize("outcome", ["failed", "stopped", "requeued", None, "finished"])
+@pytest.mark.parametrize("state", ["PENDING", "REQUEUED", "FAILED"])
+@pytest.mark.parametrize("outcome", ["failed", None, "finished"])
 def test_only_what_may_still_finish_is_waited_for(
     outcome: str | None, state: str, tmp_path: Path, slurm: FakeSlurm
 ) -> None:

@@ -85,12 +85,9 @@ def test_a_limit_that_leaves_no_time_to_train_is_refused(values: dict[str, objec
 
 ORIGINS: list[tuple[dict[str, str], dict[str, object], str, str]] = [
     ({"SBATCH_PARTITION": "x"}, {}, PARTITION, "SBATCH_PARTITION is x: sbatch refuses the job: Invalid partition"),
-    ({}, {"partition": "x"}, PARTITION, "{site}: partition is x: sbatch refuses the job"),
     ({}, {"profile": "big", "profiles": {"big": {"nodes": 9}}}, "sbatch: error: Node count specification invalid",
      "{site}: profiles.big.nodes is 9: sbatch refuses the job: Node count"),
-    ({"SBATCH_TIMELIMIT": "1-0"}, {}, "Requested time limit is invalid (missing or exceeds some limit)",
-     "SBATCH_TIMELIMIT is 1-0: sbatch refuses the job: Requested time limit is invalid"),
-    ({}, {"cpus_per_task": 99}, "CPU count per node can not be satisfied", "{site}: cpus_per_task is 99: sbatch"),
+    ({}, {"mem": "1.5G"}, "sbatch: error: Invalid --mem specification", "{site}: mem is 1.5G: sbatch refuses the job"),
     ({}, {"account": "a"}, "QOSMaxWallDurationPerJobLimit\\nJob violates accounting/QOS policy (job submit limit)",
      "sbatch refuses the job: Job violates"),
     ({}, {"account": "a"}, "QOSMaxWallDurationPerJobLimit Job violates accounting/QOS policy", "--time is 24:00:00"),
@@ -144,10 +141,7 @@ BEYOND = "a limit does not allow it, see --time: QOSMaxWallDurationPerJobLimit"
         ([State("PENDING"), State("PENDING", reason="PartitionConfig"), State("PENDING", reason="Resources")],
          "waits for nodes: Resources"),
         ([State("PENDING", reason="Priority"), State("CONFIGURING")], ""),
-        ([State("PENDING", reason="QOSMaxWallDurationPerJobLimit")], f"waits: {BEYOND} (--time is 24:00:00 by "
-         "default)"),
-        ([State("PENDING", reason="QOSMaxMemoryPerJob")], "waits: a limit does not allow it, see --mem: "
-         "QOSMaxMemoryPerJob"),
+        ([State("PENDING", reason="QOSMaxWallDurationPerJobLimit")], f"waits: {BEYOND}"),
     ],
 )  # fmt: skip
 def test_why_a_job_waits_is_said_after_its_submission(
@@ -180,7 +174,6 @@ def test_it_is_printed_below_the_number(user: Path, monkeypatch: pytest.MonkeyPa
     "line",
     [
         "--partition hihg",
-        "--partition hihg --dry_run",
         "--time 1",
         "--output_dir /tmp/nobody --dry_run",
         "--epochs 3 --warmup_epochs 5",
@@ -282,7 +275,6 @@ def test_what_is_resumed_and_what_differs_is_said(tmp_path: Path) -> None:
     assert again(run, "optim.max_steps=40", "data.workers=1") == (
         "resumes at epoch 2 of a run of 40 steps; changed: data.workers 0 -> 1, optim.max_steps none -> 40"
     )
-    assert again(run) == "has finished: nothing is left to train; nothing changed"
     longer = run.model_copy(update={"optim": run.optim.model_copy(update={"epochs": 3})})
     assert "changed: optim.epochs 1 -> 3\n" in describe_plan(longer)
     batch = planned(tmp_path / "run")
@@ -306,7 +298,7 @@ def test_what_begins_anew_and_what_goes_on(tmp_path: Path) -> None:
     (run.output_dir / "config.yaml").rename(stage / "config.yaml")
     assert again(run) == "resumes in stage 2-task at epoch 1"
     cells = planned("digits_scratch", f"output_dir={tmp_path / 'sweep'}", sweep=("seed=0..1",))
-    assert submit._describe_again(cells) == "1 of 2 cells resumes from what it has saved"
+    assert submit._describe_again(cells) == "1 of 2 cells resume from what they have saved"
 
 
 def test_it_is_said_before_the_job_is_sent(
@@ -356,12 +348,8 @@ def answer(
     ("said", "queued"),
     [
         ("123", ""),
-        ("123;cluster", ""),
         ("Welcome to the cluster!\n5 jobs are waiting\n123", ""),
-        ("123\n\nthis job will cost 5 units", ""),
         ("123;cluster\nbudget left: 77 %", ""),
-        ("Submitted batch job 123", ""),
-        ("Submitted batch job 123 on cluster x", ""),
         ("sbatch: lua: default partition set\nSubmitted batch job 123 on cluster x\ngood luck", ""),
         ("123\n500", "123"),  # where it could be another number, the queue is asked
     ],
@@ -381,7 +369,6 @@ LOST = "slurm_submit_batch_job: Zero Bytes were transmitted or received"
     ("lines", "queued", "said", "unsure"),
     [
         ("", "", "may be queued all the same", True),
-        ("echo a warning of the site >&2", "", "may be queued all the same", True),
         (f"echo {LOST} >&2; exit 1", "", "may be queued all the same", True),
         (f"echo {LOST} >&2; exit 1", SILENT, "whether the job is queued is not known", False),
         ("echo no such account >&2; exit 1", "", "sbatch refuses the job: no such account", False),

@@ -33,6 +33,22 @@ def write_config(folder: Path, plans: dict[str, str], **compare: Any) -> Path:
     return path
 
 
+def write_config_with_teacher(folder: Path, name: str) -> Path:
+    """The same, whose teacher the recipe `name` beside it makes first, in one epoch."""
+    path = write_config(folder, {"linear": "*: linear"})
+    whole = yaml.safe_load(path.read_text())
+    del whole["teacher"]
+    whole["optim"]["epochs"] = 1
+    whole["compare"]["teacher_recipe"] = name
+    path.write_text(yaml.safe_dump(whole))
+    teacher = {"mode": "scratch", "optim": {"epochs": 1, "lr": 1e-3, "warmup_epochs": 0}}
+    teacher |= {key: whole[key] for key in ("data", "engine")}
+    teacher["student"] = {key: value for key, value in whole["student"].items() if key != "init"}
+    (folder / name).parent.mkdir(exist_ok=True)
+    (folder / name).write_text(yaml.safe_dump(teacher))
+    return path
+
+
 def cell(folder: Path, name: str) -> dict[str, Any]:
     """The record of a cell as it is on the disk."""
     record: dict[str, Any] = json.loads((folder / "out" / "cells" / name / "cell.json").read_text())
