@@ -21,7 +21,6 @@ ALLOWED = {
     "launch/slurm/folder.py unlink": "a submission that was not sent",
     "launch/slurm/environment.py unlink": "a result of submitit, by the number of this job",
     "launch/slurm/stop.py unlink": "a request to stop; the number of its job is a safe_name",
-    "launch/slurm/submit.py unlink": "a request to stop",
     "transfer/analysis/visualize/visualize.py unlink": "pictures beside the numbers.json that names them",
     "transfer/bench_run.py rmtree": "the run of a trial, whose folder has a safe_name and no link",
     "transfer/target_shards.py unlink": OWN_NAME,

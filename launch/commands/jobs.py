@@ -335,7 +335,7 @@ def _summary(argv: list[str]) -> int:
     )
     parser.add_argument("folder", type=run_folder, metavar="FOLDER", help="the output_dir of the sweep")
     arguments = parser.parse_args(argv)
-    from ..slurm.summary import summarize, to_markdown, write_summary
+    from ..summary import summarize, to_markdown, write_summary
 
     rows = summarize(arguments.folder)
     say(to_markdown(rows))

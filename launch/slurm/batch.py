@@ -26,10 +26,10 @@ from ...checkpoints.atomic import write_file, write_folder, write_text
 from ...models.errors import ConfigError
 from ...transfer.config import RunConfig
 from ..say import say_aside
+from ..sweep import Sweep
 from .attempt import Task
 from .environment import LOG_START, detached
 from .request import Request, check_line
-from .sweep import Sweep
 
 
 @dataclass(frozen=True)

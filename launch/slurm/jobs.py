@@ -17,6 +17,7 @@ from typing import Any
 from ...checkpoints.files import is_folder, near_path, read_records
 from ...models.errors import CheckpointError, ConfigError, GraftError
 from ..say import hint
+from ..sweep import load_sweep
 from .failures import SILENT, blame, blame_start
 from .folder import NOTHING, Attempt, Failure, Job, JobFolder, write_number
 from .lock import is_alive, is_ordered, is_submitting, watchers
@@ -31,7 +32,6 @@ from .scheduler import (
     number_by_name,
     waiting,
 )
-from .sweep import load_sweep
 
 # Measure how far a run is, from its log and its configuration alone.
 

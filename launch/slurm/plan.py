@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,12 +21,12 @@ from ..cli import DISTRIBUTED
 from ..load_config import FOR_THE_TEACHER, Setting, dump_config, load_comparison, load_config, read_recipe
 from ..say import hint, say_aside
 from ..submitted import SUBMITTED, Work, check_words, command_name
+from ..sweep import cell_configs, cell_settings, check_sweep, frozen_text, parse_sweep, run_configs
 from .attempt import Task
 from .batch import Batch
 from .folder import ORDER_FILE, Job, JobFolder
 from .jobs import active_jobs, current_stage, judge_jobs, run_folders
 from .request import Request
-from .sweep import cell_configs, cell_settings, check_sweep, frozen_text, parse_sweep, run_configs
 
 if TYPE_CHECKING:
     from ...transfer.analysis.compare.comparison_cells import Comparison

@@ -29,6 +29,7 @@ from ...transfer.engine.resume_check import changes, describe_changes, settings
 from ...transfer.first_checks import check_first
 from ..load_config import load_config
 from ..say import hint, say_aside
+from ..sweep import check_sweep
 from .batch import Batch, copy_package, executor_of, make_packs, on_node, origin, script, start, unpack_script
 from .environment import outside_of_a_job, start_script
 from .folder import Job, JobFolder, newest_state, remember, write_number
@@ -37,7 +38,6 @@ from .lock import InterruptedSubmissionError, ordering, submitting, unbroken
 from .request import Request, option_name
 from .scheduler import NoAnswerError, ask, flags_beyond, job_states, number_by_name, waiting
 from .site_file import check_commands, check_folder
-from .sweep import check_sweep
 
 ANSWER = 120.0
 """Seconds that sbatch may take to answer."""

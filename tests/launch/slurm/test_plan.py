@@ -35,8 +35,8 @@ from graftvit.launch.slurm.scheduler import State
 from graftvit.launch.slurm.site_file import add_cluster_flags, asked_by
 from graftvit.launch.slurm.site_file import describe as describe_asked
 from graftvit.launch.slurm.submit import check, preview, send
-from graftvit.launch.slurm.sweep import load_sweep
 from graftvit.launch.submitted import SUBMITTED, Interrupted, check_words, ended_by_signals
+from graftvit.launch.sweep import load_sweep
 from graftvit.models.errors import ConfigError, GraftError
 from graftvit.transfer.engine import early_signals
 from graftvit.transfer.engine.early_signals import remembering

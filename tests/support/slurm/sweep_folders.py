@@ -8,7 +8,7 @@ from pathlib import Path
 
 import yaml
 from graftvit.launch.slurm.folder import JobFolder
-from graftvit.launch.slurm.sweep import parse_sweep
+from graftvit.launch.sweep import parse_sweep
 
 
 def make_sweep(folder: Path, *words: str) -> list[Path]:

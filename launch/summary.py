@@ -14,15 +14,15 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from ...checkpoints.atomic import write_bytes
-from ...checkpoints.files import read_json, read_records
-from ...checkpoints.markdown import plain
-from ...models.errors import ConfigError, GraftError, counted
-from ...transfer.analysis.report.ink import legend_beside, new_plots, to_png
-from ...transfer.analysis.report.tables import Table
-from ...transfer.metrics.intervals import Interval, accuracy_interval
-from .folder import JobFolder
-from .jobs import current_stage, read_progress
+from ..checkpoints.atomic import write_bytes
+from ..checkpoints.files import read_json, read_records
+from ..checkpoints.markdown import plain
+from ..models.errors import ConfigError, GraftError, counted
+from ..transfer.analysis.report.ink import legend_beside, new_plots, to_png
+from ..transfer.analysis.report.tables import Table
+from ..transfer.metrics.intervals import Interval, accuracy_interval
+from .slurm.folder import JobFolder
+from .slurm.jobs import current_stage, read_progress
 from .sweep import SWEEP_FILE, load_sweep
 
 ACCURACIES = ("test_top1", "test_ema_top1")

@@ -17,13 +17,13 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ...checkpoints.atomic import write_text
-from ...checkpoints.files import LONGEST_NAME, read_json, safe_name
-from ...models.errors import CheckpointError, ConfigError
-from ...models.plain_yaml import write_yaml
-from ...transfer.config import RunConfig
-from ..fields import find_key, leaves, unknown
-from ..load_config import Setting, dump_config, load_config, load_stages, parse_setting
+from ..checkpoints.atomic import write_text
+from ..checkpoints.files import LONGEST_NAME, read_json, safe_name
+from ..models.errors import CheckpointError, ConfigError
+from ..models.plain_yaml import write_yaml
+from ..transfer.config import RunConfig
+from .fields import find_key, leaves, unknown
+from .load_config import Setting, dump_config, load_config, load_stages, parse_setting
 
 SWEEP_FILE = "sweep.json"
 MAX_CELLS = 1000

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from graftvit.checkpoints.files import read_records
 from graftvit.launch.load_config import dump_config, load_config, load_stages, parse_override
-from graftvit.launch.slurm.summary import (
+from graftvit.launch.summary import (
     Row,
     draw,
     numeric_key,
@@ -21,7 +21,7 @@ from graftvit.launch.slurm.summary import (
     to_markdown,
     write_summary,
 )
-from graftvit.launch.slurm.sweep import cell_configs, check_sweep, load_sweep, parse_sweep
+from graftvit.launch.sweep import cell_configs, check_sweep, load_sweep, parse_sweep
 from graftvit.models.errors import CheckpointError, ConfigError
 from hypothesis import given
 from hypothesis import strategies as st
