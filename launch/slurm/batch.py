@@ -60,11 +60,13 @@ class Batch:
 
     def __post_init__(self) -> None:
         """Raise ConfigError for a folder whose name would end its line of the script, or of the list of runs."""
-        for folder in (self.folder, Path.cwd()):
+        for what, folder in (("--output_dir", self.folder), ("the folder that you submit from,", Path.cwd())):
             try:
                 check_line(str(folder))
             except ValueError as error:
-                raise ConfigError(f"{str(folder)!r} cannot be given to the cluster: {error}") from error
+                raise ConfigError(
+                    f"{what} {str(folder)!r} cannot be given to the cluster: {error}"
+                ) from error
 
     @property
     def name(self) -> str:
