@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from graftvit.launch.slurm.summary import summarize
+from graftvit.launch.summary import summarize
 from graftvit.transfer import verdict as under_test
 from graftvit.transfer.config import RunConfig
 from graftvit.transfer.data import loading
