@@ -371,6 +371,7 @@ _WAITS = {
     "DependencyNeverSatisfied": "waits for ever: the job that it follows has failed",
     "BeginTime": "waits until its begin time",
     "ReqNodeNotAvail": "waits for nodes that are down, drained or reserved",
+    "Nodes_required_for_job_are_DOWN": "waits for nodes that are down, drained or reserved",
     "JobArrayTaskLimit": "waits for cells of its array: --array_parallelism",
     "JobHeldUser": "is held: `scontrol release` lets it go",
     "launch_failed_requeued_held": "is held, because its nodes could not start it: `scontrol release` lets it go",
@@ -395,7 +396,7 @@ _FLAGS_OF = {
 
 def waiting(reason: str, start: float | None = None) -> str:
     """Return why a job waits, as in `waits for nodes: Resources`: Slurm's word, with a sentence where there is one."""
-    word = reason.partition(",")[0].strip()
+    word = reason.partition(",")[0].strip().replace(" ", "_")  # some come with blanks
     if not word:
         return ""
     if word == "BeginTime" and start is not None:  # which is certain for it alone

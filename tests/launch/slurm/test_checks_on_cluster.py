@@ -200,7 +200,7 @@ def test_a_partition_that_is_closed_is_told_apart_from_one_that_is_down(
         assert "sbatch refuses the job: Required partition not available (inactive or drain)" in said
         cluster.run("scontrol", "update", "partitionname=main", "state=down")
         said, _ = submitted("", hold=False)
-        assert "it waits for its partition, which is down: PartitionDown" in said
+        assert "it waits: PartitionDown" in said
     finally:
         cluster.run("scontrol", "update", "partitionname=main", "state=up")
 

@@ -124,7 +124,7 @@ def test_a_job_is_found_by_its_name_and_script(monkeypatch: pytest.MonkeyPatch) 
         ("QOSMaxJobsPerUserLimit", "waits: "),
         ("AssocGrpCPUMinutesLimit", "waits: "),
         ("ReqNodeNotAvail, UnavailableNodes:n", "waits for nodes that are down, drained or reserved: "),
-        ("Nodes required for job are DOWN", "waits: "),
+        ("Nodes required for job are DOWN", "waits for nodes that are down, drained or reserved: "),
         ("SomethingNew", "waits: "),
         ("BeginTime", "waits until its begin time: "),
         ("", ""),
