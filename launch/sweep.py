@@ -24,6 +24,7 @@ from ..models.plain_yaml import write_yaml
 from ..transfer.config import RunConfig
 from .fields import find_key, leaves, unknown
 from .load_config import Setting, dump_config, load_config, load_stages, parse_setting
+from .say import hint
 
 SWEEP_FILE = "sweep.json"
 MAX_CELLS = 1000
@@ -40,19 +41,6 @@ class Sweep:
     folder: Path
     cells: dict[Path, dict[str, str]]
     """Run folder -> dotted key -> value, as a text of the command line."""
-
-    @property
-    def axes(self) -> dict[str, list[str]]:
-        """Each swept setting, and its values."""
-        cells = list(self.cells.values())
-        return {key: list(dict.fromkeys(cell[key] for cell in cells)) for key in cells[0]}
-
-    def __str__(self) -> str:
-        """Return the words of the command line."""
-        return " ".join(
-            f"--sweep '{key}={','.join(_quoted(value) for value in values)}'"
-            for key, values in self.axes.items()
-        )
 
     def save(self) -> None:
         """Write `sweep.json`. Raises WriteFailedError."""
@@ -128,8 +116,8 @@ def check_sweep(sweep: Sweep) -> None:
         )
     if before is not None and before.cells != sweep.cells:
         raise ConfigError(
-            f"output_dir={sweep.folder} holds another sweep ({before}): "
-            "give the same --sweep words to resume it, or another output_dir"
+            f"output_dir={sweep.folder} holds another sweep: `{hint('jobs', 'resume', sweep.folder)}` resumes it; give "
+            "this one another output_dir"
         )
 
 
@@ -204,10 +192,6 @@ def _split(text: str) -> list[str] | None:
     return None if depth else [item.strip() for item in items]
 
 
-def _quoted(value: str) -> str:
-    return f"[{value}]" if len(_split(value) or ()) > 1 or RANGE.fullmatch(value) else value
-
-
 def _slug(text: str) -> str:
     """Return letters, digits, points, dashes; a dash in place of anything else."""
     slug = re.sub(r"[^A-Za-z0-9_.+-]+", "-", text)
@@ -226,7 +210,7 @@ def cell_configs(
     Raises ConfigError: the settings of a cell are not valid, or an override is one that is swept.
     """
     for setting in overrides:
-        for key in sweep.axes:
+        for key in next(iter(sweep.cells.values())):
             if setting.key == key or _inside(setting.key, key):
                 raise ConfigError(
                     f"{setting.origin} sets what --sweep {key} goes through: leave one of the two out"

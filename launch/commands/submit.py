@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from ...checkpoints.files import is_there
@@ -57,8 +56,8 @@ def run(argv: list[str]) -> int:
 
     request = asked_by(arguments)
     with stoppable():
-        early = _check_early(arguments, request)
-        batch = plan_run(arguments.recipe, settings, arguments.sweep, request, early)
+        _check_early(arguments, request)
+        batch = plan_run(arguments.recipe, settings, arguments.sweep, request)
         return show_or_send(arguments, batch)
 
 
@@ -102,17 +101,18 @@ def _submit_work(argv: list[str]) -> int:
 
     request = asked_by(arguments)
     with stoppable():
-        _check_early(arguments, request)()
+        _check_early(arguments, request)
         shares, unchecked = arguments.shares, arguments.unchecked
         batch = plan_work(words, arguments.job_dir, request, shares=shares, unchecked=unchecked)
         return show_or_send(arguments, batch, describe_work(batch))
 
 
-def _check_early(arguments: argparse.Namespace, request: Request) -> Callable[[], None]:
-    """Return the check that runs before slow ones; a dry run shows the script even if this check would fail."""
+def _check_early(arguments: argparse.Namespace, request: Request) -> None:
+    """Refuse before what is slow; a dry run shows the script even if this check would fail."""
     from ..slurm.submit import check_early
 
-    return lambda: None if arguments.dry_run or arguments.unchecked else check_early(request)
+    if not arguments.dry_run and not arguments.unchecked:
+        check_early(request)
 
 
 def show_or_send(arguments: argparse.Namespace, batch: Batch, before: str = "") -> int:

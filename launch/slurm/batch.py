@@ -94,16 +94,6 @@ class Batch:
         """The folder in which the job finds what it runs, and in which its number is recorded."""
         return self.folder / "jobs" / f"launch-{self.identity}"
 
-    @property
-    def start(self) -> Path:
-        """The script that starts the interpreter of each task."""
-        return self.place / "start.sh"
-
-    @property
-    def unpack(self) -> Path:
-        """The script that unpacks packs on a node."""
-        return self.place / "unpack.sh"
-
     def write(self) -> None:
         """Freeze the configurations in the run folders. Raises WriteFailedError."""
         for path, text in self.frozen.items():
@@ -145,7 +135,8 @@ def start(batch: Batch) -> str:
 
 def command(batch: Batch) -> str:
     """Return the command of each task: it reads the request from the folder of the batch."""
-    words = f"sh {shlex.quote(str(batch.start))} -u -m submitit.core._submit {shlex.quote(str(batch.place))}"
+    start_script, place = (shlex.quote(str(path)) for path in (batch.place / "start.sh", batch.place))
+    words = f"sh {start_script} -u -m submitit.core._submit {place}"
     request = batch.request
     if request.container is None or not request.container.endswith(".sif") or request.cluster != "slurm":
         return words
@@ -181,7 +172,7 @@ def _node_setup(batch: Batch) -> list[str]:
     Signals wait for its end: a preempted job whose step dies of SIGTERM has failed, and is not started again.
     """
     request = batch.request
-    unpack = [f"sh {shlex.quote(str(batch.unpack))}"] if request.pack != "no" else []
+    unpack = [f"sh {shlex.quote(str(batch.place / 'unpack.sh'))}"] if request.pack != "no" else []
     if not request.node_setup and not unpack:
         return []
     lines = "\n".join(["trap '' TERM USR2", *unpack, *request.node_setup])
@@ -196,7 +187,7 @@ def _after_the_end(batch: Batch) -> list[str]:
     A file system that is away takes the folder along, and often comes back. Where its neighbors are there, or it is
     itself and our part of it is not, somebody has removed or moved that.
     """
-    paths = (batch.folder, batch.folder.parent, batch.start, batch.place)
+    paths = (batch.folder, batch.folder.parent, batch.place / "start.sh", batch.place)
     folder, above, start, place = (shlex.quote(str(path)) for path in paths)
     return [
         "code=$?",

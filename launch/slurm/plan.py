@@ -9,7 +9,7 @@ import json
 import os
 import re
 import shlex
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,11 +40,8 @@ def plan_run(
     settings: Sequence[Setting],
     sweep: Sequence[str],
     request: Request,
-    early: Callable[[], None] = lambda: None,
 ) -> Batch:
     """Return what `graftvit submit RECIPE SETTINGS --sweep ...` submits; check every cell, write nothing.
-
-    `early` is called before what is slow to check.
 
     Raises ConfigError: something in the recipe, the settings or the sweep is not valid.
     """
@@ -54,7 +51,6 @@ def plan_run(
             raise ConfigError(
                 f"--sweep does not go with {recipe}, which compares plans: its cells are the sweep"
             )
-        early()
         say_aside("graftvit: checking the cells of the comparison ...\n")
         return _plan_comparison(str(recipe), settings, request)
     folder = run_configs(recipe, settings)[0].output_dir.absolute()

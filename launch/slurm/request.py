@@ -202,7 +202,10 @@ class Request(BaseModel):
     @field_validator("sbatch")
     @classmethod
     def _check_options(cls, options: dict[str, bool | str | int]) -> dict[str, bool | str | int]:
-        named = {option_name(name): _switch(value) for name, value in options.items()}
+        switches = {"true": True, "false": False}
+        named = {
+            option_name(name): switches.get(str(value).lower(), value) for name, value in options.items()
+        }
         for name in named:
             if name in cls.model_fields and name not in OF_ANOTHER_MEANING:
                 raise ValueError(f"{name} has a flag and a key of its own, --{name}")
@@ -306,11 +309,6 @@ def check_line(value: Any) -> None:
 def option_name(text: str) -> str:
     """`--mail-type` as `mail_type`."""
     return text.lstrip("-").replace("-", "_")
-
-
-def _switch(value: bool | str | int) -> bool | str | int:
-    """`true`, as a flag gives it, as it is read in a file."""
-    return {"true": True, "false": False}.get(value.lower(), value) if isinstance(value, str) else value
 
 
 def parse_time(text: str) -> int:

@@ -136,12 +136,6 @@ def _from_environment() -> Layer:
     return values | ({"sbatch": options} if options else {}), lambda key: names.get(key, key)
 
 
-def left_out() -> list[str]:
-    """Return variables for sbatch that are set, and would break what a run needs."""
-    taken = {*VARIABLES, *OPTION_VARIABLES}
-    return sorted(name for name in os.environ if name.startswith("SBATCH_") and name not in taken)
-
-
 def describe(request: Request) -> str:
     """Return the requested resources, a line each with its origin; for others the defaults of `--help` hold."""
     rows = []
@@ -151,7 +145,8 @@ def describe(request: Request) -> str:
         if key not in ("sbatch", "shared_folders") and value not in (None, (), ""):
             shown = "; ".join(value) if isinstance(value, tuple) else value
             rows.append(f"  {option.replace('_', '-') or name:<18} {shown!s:<22} {origin}\n")
-    if ignored := left_out():
+    taken = {*VARIABLES, *OPTION_VARIABLES}
+    if ignored := sorted(name for name in os.environ if name.startswith("SBATCH_") and name not in taken):
         rows.append(f"  left out, as it would break what a run needs: {', '.join(ignored)}\n")
     return f"asked of the cluster:\n{''.join(rows)}" if rows else ""
 

@@ -380,9 +380,9 @@ def _prepare(batch: Batch, code: Path) -> None:
     words = {"code": shlex.quote(str(code))}
     if batch.request.pack != "no":
         packs = make_packs(code, batch.request.pack_folder or batch.folder / "jobs", batch.request.pack)
-        write_text(batch.unpack, unpack_script(packs))
+        write_text(batch.place / "unpack.sh", unpack_script(packs))
         words = {"code": on_node(packs, "code"), "python": f"{on_node(packs, 'env')}/bin/python"}
-    write_text(batch.start, start_script(launch=batch.place, **words))
+    write_text(batch.place / "start.sh", start_script(launch=batch.place, **words))
     write_text(batch.place / "runs.json", json.dumps([str(task.output_dir) for task in batch.tasks]))
     if batch.request.cluster == "slurm":
         write_text(batch.place / "submit.sh", script(batch))

@@ -90,8 +90,6 @@ def test_two_of_six_cells_fail_and_are_resubmitted_alone(
     assert failed == set(BROKEN), {name: attempt.why for name, attempt in last_attempts(cells).items()}
     for name, path in BROKEN.items():
         assert f"{name}/{path}" in last_attempts(cells)[name].why
-    other = refused("submit", str(recipe), "--sweep", "seed=0..1", *ARRAY)
-    assert "holds another sweep (--sweep 'transfer.layers=all,first:1,last:1' --sweep 'seed=0,1')" in other
 
     file_in_the_way.unlink()
     folder_in_the_way.rmdir()
