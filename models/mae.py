@@ -24,6 +24,7 @@ class MaskedAutoencoder(nn.Module):
     The loss is the mean squared error over the pixels of hidden patches (section 3 of the paper). With `norm_pixels`,
     each target patch is normalized by its own mean and deviation. The encoder is a plain
     `timm.models.VisionTransformer`; its prefix tokens are never masked. Its head and `fc_norm` are not used.
+    Sizes of the decoder that are not given are those of `decoder_sizes`.
 
     Raises:
         UnsupportedModelError: the encoder is not a plain timm VisionTransformer.
@@ -37,9 +38,9 @@ class MaskedAutoencoder(nn.Module):
         encoder: nn.Module,
         *,
         mask_ratio: float = 0.75,
-        decoder_dim: int = 512,
-        decoder_depth: int = 8,
-        decoder_heads: int = 16,
+        decoder_dim: int | None = None,
+        decoder_depth: int | None = None,
+        decoder_heads: int | None = None,
         norm_pixels: bool = True,
         decay_tokens: bool = True,
     ) -> None:
@@ -52,6 +53,10 @@ class MaskedAutoencoder(nn.Module):
         self.decay_tokens = decay_tokens
         self.num_patches = self.grid[0] * self.grid[1]
         self.num_masked = _count_masked(self.num_patches, mask_ratio)
+        sizes = decoder_dim, decoder_depth, decoder_heads
+        decoder_dim, decoder_depth, decoder_heads = decoder_sizes(
+            self.encoder.embed_dim, len(self.encoder.blocks), *sizes
+        )
         _check_decoder(decoder_dim, decoder_heads)
         channels = patch_embed.proj.in_channels
         self.decoder_embed = nn.Linear(self.encoder.embed_dim, decoder_dim)
@@ -158,6 +163,20 @@ def _count_masked(num_patches: int, mask_ratio: float) -> int:
             "at least one must be hidden and one visible."
         )
     return masked
+
+
+def decoder_sizes(
+    width: int, blocks: int, dim: int | None = None, depth: int | None = None, heads: int | None = None
+) -> tuple[int, int, int]:
+    """Return the width, the blocks and the heads of the decoder of an encoder; given ones stay.
+
+    The paper has 512, 8 and 16 for ViT-B, L and H (appendix A.1). That is two thirds of the width and of the blocks of
+    ViT-B, so a smaller encoder gets two thirds of its own: a decoder of 30 % of its parameters, as with ViT-B. The
+    width is a multiple of 32, the width of a head.
+    """
+    dim = dim or min(512, max(32, width * 2 // 3 // 32 * 32))
+    depth = depth or min(8, max(1, blocks * 2 // 3))
+    return dim, depth, heads or max(count for count in range(1, max(1, dim // 32) + 1) if dim % count == 0)
 
 
 def _check_decoder(dim: int, heads: int) -> None:

@@ -596,9 +596,17 @@ class PretrainConfig(Section):
     needs: ClassVar = (in_mode("pretrain"),)
 
     mask_ratio: float = setting(0.75, "fraction of patches hidden", gt=0, lt=1)
-    decoder_dim: int = setting(512, "width of the decoder", gt=0)
-    decoder_depth: int = setting(8, "number of the decoder's blocks", gt=0)
-    decoder_heads: int = setting(16, "number of the decoder's heads", gt=0)
+    decoder_dim: int | None = setting(
+        None, "width of the decoder; by default two thirds of the encoder's, and at most MAE's 512", gt=0
+    )
+    decoder_depth: int | None = setting(
+        None,
+        "number of the decoder's blocks; by default two thirds of the encoder's, and at most MAE's 8",
+        gt=0,
+    )
+    decoder_heads: int | None = setting(
+        None, "number of the decoder's heads; by default heads of 32 channels, as MAE's", gt=0
+    )
     norm_pixels: bool = setting(True, "normalization of each target patch")
     decay_tokens: bool = setting(
         True,

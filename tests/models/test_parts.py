@@ -13,7 +13,7 @@ import torch
 from graftvit.models.errors import ConfigError, TransferError, UnsupportedModelError
 from graftvit.models.families import attention_shape, token_layout
 from graftvit.models.families.plain import native_parts
-from graftvit.models.mae import MaskedAutoencoder
+from graftvit.models.mae import MaskedAutoencoder, decoder_sizes
 from graftvit.models.mirror import mirror_arguments
 from graftvit.models.parts import grid_positions, unfold_patches
 from graftvit.transfer.methods.mismatch import compare_models
@@ -35,6 +35,27 @@ def encoder(
 def autoencoder(model: nn.Module, ratio: float = 0.5, **more: object) -> MaskedAutoencoder:
     options: dict[str, object] = {"decoder_dim": 8, "decoder_depth": 1, "decoder_heads": 2} | more
     return MaskedAutoencoder(model, mask_ratio=ratio, **options).double()  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("width", "blocks", "given", "sizes"),
+    [
+        (768, 12, {}, (512, 8, 16)), (1024, 24, {}, (512, 8, 16)), (1280, 32, {}, (512, 8, 16)),
+        (384, 12, {}, (256, 8, 8)), (192, 12, {}, (128, 8, 4)), (64, 4, {}, (32, 2, 1)), (16, 1, {}, (32, 1, 1)),
+        (192, 12, {"dim": 512, "depth": 3, "heads": 8}, (512, 3, 8)), (192, 12, {"dim": 100}, (100, 8, 2)),
+        (192, 12, {"dim": 8}, (8, 8, 1)),
+    ],
+)  # fmt: skip
+def test_the_decoder_is_maes_and_a_smaller_encoder_has_a_smaller_one(
+    width: int, blocks: int, given: dict[str, int], sizes: tuple[int, int, int]
+) -> None:
+    assert decoder_sizes(width, blocks, **given) == sizes
+
+
+def test_the_sizes_of_the_decoder_follow_the_encoder() -> None:
+    model = MaskedAutoencoder(encoder(embed_dim=96, depth=3))
+    assert (model.decoder_embed.out_features, len(model.decoder_blocks)) == (64, 2)
+    assert model.decoder_blocks[0].attn.num_heads == 2
 
 
 def fix_order(model: MaskedAutoencoder, order_BN: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,7 +16,7 @@ from .cached_targets import CacheSize, Footprint, plan_targets, rehearse
 from .elastic import GlobalBatch, settle
 from .optim import Schedule
 from .parallel import check_placement
-from .resume_check import Position, check_length, check_same_run, commits_of, refuse_existing
+from .resume_check import Position, as_begun, check_length, check_same_run, commits_of, refuse_existing
 
 
 @dataclass(frozen=True)
@@ -60,6 +60,7 @@ def dry_run(config: RunConfig, processes: int, *, here: bool) -> DryRun:
         check_stage(config.data, here=here)
     saved = _saved(config)
     commits = {} if saved is None else commits_of(saved)
+    config = config if saved is None else as_begun(config, saved)
     parts = build(config, world_size=processes, commits=commits, weights=False)
     batch = None
     if not isinstance(parts.train_loader, AbsentTrainLoader):

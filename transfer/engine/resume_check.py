@@ -51,6 +51,20 @@ def settings(config: RunConfig) -> JsonDict:
     return config.model_dump(mode="json")
 
 
+BEGUN = ("optim.warmup_epochs", "pretrain.decoder_dim", "pretrain.decoder_depth", "pretrain.decoder_heads")
+"""Settings that follow from others unless they are given; an older run wrote numbers that did not."""
+
+
+def as_begun(config: RunConfig, saved: Json) -> RunConfig:
+    """Return the settings of a resumed run with the values of `BEGUN` that its state has and the user did not give."""
+    for section, name in (key.split(".") for key in BEGUN):
+        before = saved["config"].get(section, {}).get(name)
+        own = getattr(config, section)
+        if before is not None and getattr(own, name) is None:
+            config = config.model_copy(update={section: own.model_copy(update={name: before})})
+    return config
+
+
 def check_same_run(saved: Json, config: RunConfig) -> None:
     """Refuse to continue a run with another model, method, optimizer, data or seed.
 
@@ -68,7 +82,7 @@ def check_same_run(saved: Json, config: RunConfig) -> None:
 
 def changes(saved: Json, config: RunConfig) -> dict[str, tuple[Any, Any]]:
     """Return the settings that differ from those which the state with the meta part `saved` was made with."""
-    found = differences(saved["config"], settings(config))
+    found = differences(saved["config"], settings(as_begun(config, saved)))
     for name in _teachers(saved["origins"]):
         revision, commit = f"{name}.revision", commits_of(saved).get(name.removeprefix("teachers."))
         if revision in found and _same_commit(*found[revision], commit):

@@ -47,6 +47,7 @@ from .parallel import (
 )
 from .resume_check import (
     Position,
+    as_begun,
     check_length,
     check_same_code,
     check_same_run,
@@ -164,6 +165,7 @@ def train(config: RunConfig) -> RunResult:
         if early is not None:
             return _unbegun(config, state, early)
         commits = {} if state is None else commits_of(state.meta)
+        config = config if state is None else as_begun(config, state.meta)
         rank, world = accelerator.process_index, accelerator.num_processes
         here = config.model_copy(update={"data": data})
         check_settings(mode_of(here))  # before folders are looked through

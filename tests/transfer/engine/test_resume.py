@@ -11,6 +11,7 @@ from graftvit.models.errors import ConfigError, DataError
 from graftvit.transfer.config import RunConfig
 from graftvit.transfer.engine.resume_check import (
     Position,
+    as_begun,
     check_length,
     check_same_run,
     check_same_split,
@@ -44,6 +45,23 @@ def test_a_setting_that_matters_is_refused_by_name(key: str, change: dict[str, A
     with pytest.raises(ConfigError, match=rf"^{key}.*was started with"):
         check_same_run(saved(), RunConfig(**change))
     check_same_run(saved(**change), RunConfig(**change))
+
+
+def test_numbers_of_an_older_default_are_those_of_the_run() -> None:
+    """The defaults were 5 epochs and the decoder of ViT-L, which now follow the run and its model."""
+    older = saved(
+        optim={"warmup_epochs": 5}, pretrain={"decoder_dim": 512, "decoder_depth": 8, "decoder_heads": 16}
+    )
+    check_same_run(older, RunConfig())
+    begun = as_begun(RunConfig(), older)
+    assert (begun.optim.warmup_epochs, begun.pretrain.decoder_dim, begun.pretrain.decoder_heads) == (
+        5,
+        512,
+        16,
+    )
+    with pytest.raises(ConfigError, match=r"^pretrain.decoder_dim=256, but the run .* was started with 512"):
+        check_same_run(older, RunConfig(pretrain={"decoder_dim": 256}))
+    assert as_begun(RunConfig(), saved()) == RunConfig()
 
 
 @pytest.mark.parametrize(
