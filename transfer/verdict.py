@@ -19,7 +19,9 @@ from torch import Tensor
 
 from ..checkpoints.atomic import write_text
 from ..checkpoints.files import read_if_there, read_records
-from ..models.errors import DataError, Json, one_sentence
+from ..checkpoints.pretrained import load
+from ..models.copying.teacher_view import Normalization
+from ..models.errors import DataError, GraftError, Json, one_sentence
 from .analysis.layer_maps import preprocessed, spread_images
 from .analysis.report.ink import GRAY, Line, color_of, dashes_of, draw_lines
 from .analysis.report.rendering import Figure, compose
@@ -29,6 +31,8 @@ from .data.sampler import preserved, seed_batch
 from .engine.loop import Loop
 from .engine.modes import Losses, Task, TransferTask
 from .engine.students import sharded_teachers
+from .methods.dual import DualViT
+from .methods.loss_terms import Term
 
 if TYPE_CHECKING:
     from .engine.fence import Fence
@@ -110,14 +114,14 @@ class Verdict(BaseModel, frozen=True):
         return {name: words for name, words in found.items() if words}
 
     def _where(self, folder: Path) -> str:
-        parts = {
+        others = {
             "#ema": ("its moving average", self.average),
             "#best": ("the best state", self.best is not None),
         }
-        behind = " and ".join(f"{part} {what}" for part, (what, there) in parts.items() if there)
+        named = ", ".join(f"{folder}{part} is {what}" for part, (what, there) in others.items() if there)
         return (
             f"{folder / 'student'}, that of the last step; graftvit.load({str(folder)!r}) and `graftvit evaluate "
-            f"{shlex.quote(str(folder))}` take it{behind and f', and with {behind}'}"
+            f"{shlex.quote(str(folder))}` take it{named and f'; {named}'}"
         )
 
     def _result(self) -> str:
@@ -212,7 +216,36 @@ def _gradients(loop: Loop) -> dict[str, float]:
 def _divergences(task: TransferTask, loop: Loop, data: DataConfig) -> tuple[dict[str, float], str]:
     """Return the divergences of the maps, and of which images."""
     images, words = _images(loop, data)
-    return task.dual.map_divergences(images.to(loop.accelerator.device)), f"{len(images)} {words} images"
+    images = images.to(loop.accelerator.device)
+    found = {} if loop.config.engine.fsdp else task.dual.map_divergences(images)
+    for term in task.dual.terms:
+        names = {term.loss_name(link) for link in term.plan.links}
+        if term.method.uses_heads and not term.method.copies and not names & found.keys():
+            found |= _divergences_apart(term, loop, images)
+    return found, f"{len(images)} {words} images"
+
+
+def _divergences_apart(term: Term, loop: Loop, images: Tensor) -> dict[str, float]:
+    """Return the divergences of the student as it was written, where a loss is not of maps or the model is sharded.
+
+    Nothing where the maps of the two cannot be compared.
+    """
+    spec, settings = loop.parts.spec, term.settings
+    try:
+        probe = DualViT(
+            {term.side.name: term.side.model},
+            load(loop.config.output_dir / "student").to(images.device),
+            "distill",
+            teacher_normalization=term.side.normalization,
+            student_normalization=Normalization(spec.mean, spec.std),
+            calibration=images,
+            layers=[(link.pair.teacher, link.pair.student) for link in term.plan.links],
+            heads=settings.heads,
+            interpolate_grid=settings.interpolate_grid,
+        )
+        return {f"{term.prefix}{name}": value for name, value in probe.map_divergences(images).items()}
+    except GraftError:
+        return {}
 
 
 def _images(loop: Loop, data: DataConfig) -> tuple[Tensor, str]:
@@ -258,12 +291,15 @@ def measure(loop: Loop, data: DataConfig) -> Verdict:
     baseline, words = _baseline(loop, key, records)
     divergences: dict[str, float] = {}
     gradients: dict[str, float] = {}
-    images = unmeasured = advice = ""
+    images = advice = unmeasured = ""
     if isinstance(task, TransferTask):
-        if loop.config.engine.fsdp or sharded_teachers(loop.config):
-            unmeasured = "maps and gradients of a run whose student or teacher is sharded"
+        if sharded_teachers(loop.config):
+            unmeasured = "maps and gradients, because a teacher is sharded"
         else:
             divergences, images = _tried(partial(_divergences, task, loop, data), (divergences, images))
+        if loop.config.engine.fsdp:
+            unmeasured = unmeasured or "gradients, because the student is sharded"
+        elif not unmeasured:
             gradients = _tried(partial(_gradients, loop), {})
             advice = advise(gradients, _weights(task))
     average = None if choice is None else position.metrics.get(f"test_ema_{choice.key}")
@@ -348,7 +384,8 @@ def render(verdict: Verdict, folder: Path) -> str:
 def _curves(records: Sequence[Json]) -> list[Figure]:
     """Return the losses and the accuracies by step, as far as the log has them."""
     losses = {
-        "training loss": ("train_loss", "train_transfer"),
+        "loss": ("train_loss",),
+        "transfer loss": ("train_transfer",),
         "task loss": ("train_task", "test_loss", "test_ema_loss", "test_objective", "test_ema_objective"),
     }
     accuracies = {"": ("teacher_top1", "test_top1", "test_ema_top1", "test_knn_top1", "test_ema_knn_top1",
@@ -361,7 +398,7 @@ def _curves(records: Sequence[Json]) -> list[Figure]:
         drawn = {title: lines for title, keys in panels.items() if (lines := _lines(records, keys))}
         if drawn:
             about = ", ".join(line.label for lines in drawn.values() for line in lines)
-            size = (8.4, 0.6 + 2.6 * len(drawn))
+            size = (8.4, 1.0 + 2.2 * len(drawn))
             draw = partial(draw_lines, drawn, names=("step", axis), size=size, stacked=True, ticks=False)
             found.append(
                 Figure(name, heading, "By optimizer step, as in log.jsonl.", f"Lines by step: {about}.", draw)

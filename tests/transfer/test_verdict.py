@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from graftvit.checkpoints.pretrained import load, load_pretrained
 from graftvit.launch.summary import summarize
 from graftvit.transfer import verdict as under_test
 from graftvit.transfer.config import RunConfig
@@ -162,6 +163,27 @@ def test_a_finished_run_that_is_resumed_has_the_same_verdict_and_a_new_page(
     assert train(run).verdict == first.verdict == read_verdict(run.output_dir)
 
 
+def test_the_maps_of_a_loss_of_other_things_are_those_of_the_written_student(
+    tmp_path: Path, teacher: Path
+) -> None:
+    pairs = [(0, 1), (1, 0)]
+    transfer = {"method": "attention_output", "layers": pairs}
+    run = config(
+        tmp_path / "run", teacher, engine=REPORT, transfer=transfer, data={"val_split": None, "mixup": 0.0}
+    )
+    found = train(run).verdict
+    assert found is not None
+    shown: list[Tensor] = []
+    models = load_pretrained(f"local-dir:{teacher}"), load(run.output_dir)
+    dual = DualViT(*models, "distill", layers=pairs)
+    (run.output_dir / RECORD).unlink()
+    real = under_test._images
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(under_test, "_images", lambda *given: (shown.append(real(*given)[0]), real(*given))[1])
+        assert train(run).verdict == found
+    assert found.divergences == pytest.approx(dual.map_divergences(shown[0]), rel=1e-5)
+
+
 def test_the_verdict_has_the_numbers_of_the_run(tmp_path: Path, teacher: Path, convnext: Path) -> None:
     run = config(tmp_path / "run", teacher, engine=REPORT, **several_losses(convnext))
     result = train(run)
@@ -181,12 +203,16 @@ OTHERS: dict[str, dict[str, Any]] = {
     "align": {"mode": "align", "student": {"plan": "*: linear"}, "data": {"mixup": 0.0}},
     "copy": {"transfer": {"method": "copy"}},
     "logits": {"transfer": {"method": "logits"}},
+    "queries": {"transfer": {"method": "distill_q"}},
     "no labels": {"transfer": {"task_weight": 0.0}, "data": {"mixup": 0.0}},
     "no test images": {"data": {"val_split": None}},
     "one evaluation": {"mode": "scratch", "teacher": {"source": None}, "optim": {"epochs": 1, "ema": None}},
     "accumulated": {"optim": {"accum_iter": 2}},
     "converted": {"student": {"plan": "0: linear"}, "transfer": {"layers": "1"}},
 }
+
+
+MAPS = ("queries", "no labels", "no test images", "accumulated", "converted")
 
 
 @pytest.mark.parametrize("name", OTHERS)
@@ -197,7 +223,7 @@ def test_every_kind_of_run_has_a_verdict(
     found = train(run).verdict
     assert found is not None
     assert "lacks a part" not in caplog.text
-    assert bool(found.divergences) == (name in ("no labels", "no test images", "accumulated", "converted"))
+    assert bool(found.divergences) == (name in MAPS)
     assert len(found.gradients) == {"logits": 2, "copy": 1, "no labels": 1}.get(
         name, 2 if found.divergences else 0
     )
