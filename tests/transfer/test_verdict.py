@@ -215,7 +215,12 @@ OTHERS: dict[str, dict[str, Any]] = {
 MAPS = ("queries", "no labels", "no test images", "accumulated", "converted")
 
 
-@pytest.mark.parametrize("name", OTHERS)
+SLOW = ("finetune", "no labels", "one evaluation", "accumulated", "converted")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in OTHERS]
+)
 def test_every_kind_of_run_has_a_verdict(
     name: str, tmp_path: Path, teacher: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
