@@ -3,7 +3,6 @@ from .describe import describe_source as describe_source
 from .describe import describe_teacher as describe_teacher
 from .describe import extract as extract
 from .export import export_model as export_model
-from .export import export_source as export_source
 from .pretrained import load as load
 from .pretrained import load_pretrained as load_pretrained
 from .pretrained import load_weights as load_weights
@@ -13,7 +12,7 @@ from .state import StateFolder as StateFolder
 from .state import TrainingState as TrainingState
 from .state import read_state as read_state
 from .state import write_state as write_state
-from .student import save_student as save_student
+from .student import save as save
 from .student import write_student as write_student
 from .upload import plan_upload as plan_upload
 from .upload import push_student as push_student

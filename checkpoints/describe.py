@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ..models.converted import is_mark
 from ..models.copied import copying_of
 from ..models.cost import copied_macs, copied_parameters
-from ..models.errors import CheckpointError, Json, JsonDict, UnsupportedModelError, counted
+from ..models.errors import CheckpointError, Json, JsonDict, UnsupportedModelError, check_types, counted
 from ..models.families import (
     Site,
     attention_shape,
@@ -64,6 +64,7 @@ def teacher_facts(teacher: Pretrained) -> dict[str, str]:
     return facts
 
 
+@check_types()
 def describe_teacher(teacher: Pretrained) -> str:
     """Return the facts and the loading report as text, one line each."""
     facts = teacher_facts(teacher)
@@ -72,6 +73,7 @@ def describe_teacher(teacher: Pretrained) -> str:
     return "\n".join([*lines, *(f"{'weights':<{width}}  {line}" for line in teacher.report.lines())]) + "\n"
 
 
+@check_types()
 def describe_source(
     source: str, *, model: str | None = None, model_args: Json | None = None, **how: Any
 ) -> tuple[str, CheckpointError | None]:
@@ -191,6 +193,7 @@ class Extracted:
     """The other entries of the file."""
 
 
+@check_types()
 def describe_file(path: Path) -> list[str]:
     """Container, tensors with dtype, shape and size, totals, and what else is there; one line each.
 
@@ -212,6 +215,7 @@ def describe_file(path: Path) -> list[str]:
     return [printable(line) for line in (*lines, *_entries(found.tree), *_metadata(found.metadata))]
 
 
+@check_types()
 def extract(source: FileSource, out: Path, *, overwrite: bool = False) -> Extracted:
     """Write one part's weights, under the names that the file gives them, to a .safetensors or torch file.
 

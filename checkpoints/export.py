@@ -18,7 +18,8 @@ from torch import nn
 from ..models import families
 from ..models.conversion import plan_of, sharing_copy
 from ..models.copied import copying_of
-from ..models.errors import CheckpointError, JsonDict, did_you_mean
+from ..models.errors import CheckpointError, JsonDict, check_types, did_you_mean
+from ..models.given import Model
 from ..models.hosting import host_attention
 from .architecture import build
 from .atomic import sync, write_file
@@ -40,9 +41,8 @@ from .export_graph import (
 )
 from .formats.containers import as_metadata
 from .licenses import public_text
-from .pretrained import describe_model, load_pretrained
+from .pretrained import describe, describe_model
 from .provenance import Pretrained
-from .sources import source_text
 from .weight_files import Weights, as_pair
 
 # Write the metadata of an exported file, and report the export.
@@ -154,8 +154,10 @@ TOLERANCE = 1e-4
 DYNAMIC: tuple[Dynamic, ...] = ("batch",)
 
 
-def export_source(
-    source: str | Path,
+@check_types()
+def export(
+    model: Model | Pretrained,
+    /,
     path: str | Path,
     *,
     format: Format | None = None,  # noqa: A002  its name on the command line
@@ -166,23 +168,24 @@ def export_source(
     overwrite: bool = False,
     **how: Any,
 ) -> ExportReport:
-    """Load any source and export it as `export_model`; the file says how to feed it and where it comes from.
+    """Export a model, or that of any source, as `export_model`; the file says how to feed it and where it comes from.
 
     Args:
-        how: `img_size`, `model`, `model_args` and the rest, as of `load_pretrained`.
+        model: as of `graftvit.save`.
+        how: of a source: `img_size`, `model_args` and the rest, as of `load_pretrained`.
 
     Raises CheckpointError or UnsupportedModelError as `load_pretrained` and `export_model`.
     """
     check_export(Path(path), format, dynamic, opset, tolerance, overwrite)
-    teacher = load_pretrained(source_text(source), **how)
-    model = teacher.model
-    if "resolution" in dynamic and getattr(model, "dynamic_img_size", None) is False:
-        model = _of_any_size(teacher)
+    teacher = describe(model, **how)
+    module = teacher.model
+    if "resolution" in dynamic and getattr(module, "dynamic_img_size", None) is False:
+        module = _of_any_size(teacher)
     return export_model(
-        model,
+        module,
         path,
         format=format,
-        image_size=None if families.image_size(model) else teacher.preprocessing.input_size[1:],
+        image_size=None if families.image_size(module) else teacher.preprocessing.input_size[1:],
         dynamic=dynamic,
         opset=opset,
         mean=teacher.mean,
@@ -194,11 +197,12 @@ def export_source(
     )
 
 
+@check_types()
 def export_model(
     model: nn.Module,
     path: str | Path,
     *,
-    format: Format | None = None,  # noqa: A002  as of export_source
+    format: Format | None = None,  # noqa: A002  as of export
     image_size: int | tuple[int, int] | None = None,
     dynamic: Collection[Dynamic] = DYNAMIC,
     opset: int | None = None,

@@ -6,8 +6,9 @@ import copy
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from timm.models import get_model_args, split_model_name_tag
@@ -18,7 +19,7 @@ from ..models.conversion import plan_size, resize, with_plan
 from ..models.converted import MARK, converted_layers, drop_other_operators, drop_parts, is_mark, read_mark
 from ..models.copied import ARCHITECTURE as COPIED
 from ..models.copied import copying_of
-from ..models.errors import CheckpointError, Json, JsonDict, check_types
+from ..models.errors import CheckpointError, ConfigError, Json, JsonDict, check_types
 from ..models.families import (
     any_family,
     check_patches,
@@ -31,6 +32,7 @@ from ..models.families import (
 )
 from ..models.families.pvt_v1 import PVT
 from ..models.families.towers import PLAN, is_transformers
+from ..models.given import Model, as_model
 from ..models.plan_syntax import plan_text
 from .architecture import (
     build,
@@ -140,6 +142,32 @@ def _load(
     return loaded
 
 
+@runtime_checkable
+class HoldsPretrained(Protocol):
+    """An object that knows more of its model than the model itself, such as a `DualViT`."""
+
+    def to_pretrained(self) -> Pretrained:
+        """Return the model with its description."""
+
+
+def describe(thing: Model | Pretrained, role: str = "model", **how: Any) -> Pretrained:
+    """Return the model that `thing` is, holds or names, as `as_model` takes it, with what is known of it.
+
+    `how` is of a source by name, as of `load_pretrained`. Raises as `as_model` and `describe_model`.
+    """
+    if isinstance(thing, str | PathLike):
+        return load_pretrained(source_text(thing), **how)
+    if how:
+        raise ConfigError(
+            f"{next(iter(how))} is of a source by name, and {role} is a model that is built already"
+        )
+    if isinstance(thing, Pretrained):
+        return thing
+    if isinstance(thing, HoldsPretrained) and not isinstance(thing, type):
+        return thing.to_pretrained()
+    return describe_model(as_model(thing, role))
+
+
 def describe_model(model: nn.Module, **own: Any) -> Pretrained:
     """Describe a model that timm created as `load_pretrained` describes one that it loaded; where its weights come from
     is not known. `own` overrides fields of its `pretrained_cfg`, such as mean and std.
@@ -157,7 +185,7 @@ def describe_model(model: nn.Module, **own: Any) -> Pretrained:
             f"this {type(model).__name__} does not say its timm name: make it by timm.create_model, or load it by "
             "graftvit.load"
         )
-    arguments = get_model_args(model)
+    arguments = {**get_model_args(model), **_changed(model)}
     return Pretrained(
         model=model,
         source="a model made in Python",
@@ -168,6 +196,14 @@ def describe_model(model: nn.Module, **own: Any) -> Pretrained:
         has_head=vit(model).num_classes > 0,
         report=LoadReport("Python", "a model", 0),
         model_args=arguments,
+    )
+
+
+def _changed(model: nn.Module) -> JsonDict:
+    """Return what may have changed since a model was built: its classes, and the size of its images."""
+    classes, size = getattr(model, "num_classes", None), image_size(model)
+    return ({} if classes is None else {"num_classes": classes}) | (
+        {} if size is None else {"img_size": size}
     )
 
 
@@ -211,6 +247,7 @@ def plan_model(
     return ModelPlan(split_model_name_tag(str(weights.architecture))[0], arguments, weights, config)
 
 
+@check_types()
 def load_weights(
     model: nn.Module,
     source: str | Weights,

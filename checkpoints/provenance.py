@@ -53,6 +53,10 @@ class Pretrained:
     weights: Weights | None = None
     """What the source holds, for a student that starts from it."""
 
+    def to_model(self) -> nn.Module:
+        """Return the model."""
+        return self.model
+
     @property
     def mean(self) -> tuple[float, ...]:
         """Mean of each channel, of images in 0..1."""

@@ -70,8 +70,7 @@ def source_text(source: object) -> str:
     if isinstance(source, str | os.PathLike):
         return str(source)
     raise CheckpointError(
-        f"source is a {type(source).__name__} and no path or name of weights; a model in memory is "
-        "written by DualViT.save, or by save_for_hf of timm.models"
+        f"source is a {type(source).__name__} and no path or name of weights; graftvit.save writes a model in memory"
     )
 
 

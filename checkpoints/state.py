@@ -13,7 +13,7 @@ from pathlib import Path
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..models.errors import CheckpointError, JsonDict
+from ..models.errors import CheckpointError, JsonDict, check_types
 from .atomic import remove, sync, write_file
 from .weight_files import (
     BLANK,
@@ -42,6 +42,7 @@ class TrainingState:
         return TrainingState({name: tensor.to("meta") for name, tensor in self.tensors.items()}, self.meta)
 
 
+@check_types()
 def write_state(path: Path, state: TrainingState) -> None:
     """Write `state` to `path`, whole or not at all, and return when it is on the disk.
 
@@ -62,6 +63,7 @@ def write_state(path: Path, state: TrainingState) -> None:
     write_file(path, write, size=size)
 
 
+@check_types()
 def read_state(path: Path) -> TrainingState:
     """Return the state in `path`, after a check of its digest.
 

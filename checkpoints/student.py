@@ -24,13 +24,14 @@ from ..models.copied import copying_of, with_copying
 from ..models.cost import copied_macs, copied_parameters
 from ..models.errors import CheckpointError, ConfigError, Json, JsonDict, check_types
 from ..models.families import family_of, pooling_of, vit
+from ..models.given import Model
 from .architecture import build, published_config
 from .atomic import write_file, write_folder
 from .class_names import KEY as LABEL_NAMES
 from .fit import own_norm_eps, refuse_not_finite
 from .model_folders import CONFIG
 from .preprocessing import Preprocessing
-from .pretrained import load_pretrained
+from .pretrained import describe
 from .provenance import COST, NORM_EPS, Pretrained, carried_license, of_weights
 from .provenance import KEY as PROVENANCE
 from .report import some
@@ -94,9 +95,10 @@ KEPT = ("classifier", "first_conv", "fixed_input_size", "pool_size")
 """Fields of timm's description that are the architecture's and not of some published weights."""
 
 
-@check_types("source")
-def save_student(
-    source: str | Path,
+@check_types()
+def save(
+    model: Model | Pretrained,
+    /,
     folder: Path | str,
     *,
     dtype: torch.dtype | None = None,
@@ -104,33 +106,35 @@ def save_student(
     overwrite: bool = False,
     **how: Any,
 ) -> Path:
-    """Write the model of any source, without teacher, optimizer or average, and return its folder.
+    """Write a model, the student of a `DualViT`, or the model of any source, and return its folder.
 
     `timm.create_model('local-dir:FOLDER', pretrained=True)` loads it wherever the architecture is timm's own and
     the weights are in one file; `graftvit.load(FOLDER)` always. Weights keep their bits unless `dtype` is given.
 
     Args:
-        source: a run folder or file (`#ema` behind it for the moving average), or any source of `load_pretrained`.
+        model: of timm, converted, or copying its teacher's attention; a `DualViT`; what `load_pretrained` returns; a
+            run folder or file (`#ema` behind it for the moving average), or any other source of `load_pretrained`.
         dtype: of the floating-point weights, float32 by default.
         max_shard_size: bytes, or "5GB"; larger weights are spread over several files with an index.
         overwrite: replace a model folder that is there.
-        how: `model`, `model_args`, `img_size`, `bare` and the rest, as of `load_pretrained`.
+        how: of a source: `model_args`, `img_size`, `bare` and the rest, as of `load_pretrained`.
 
     Raises CheckpointError as `load_pretrained` and `write_student`, or where `folder` holds something.
+    UnsupportedModelError: `model` is none.
     """
     folder = Path(folder)
     refuse_existing(folder, overwrite=overwrite)
-    teacher = load_pretrained(source, **how)
+    known = describe(model, **how)
     write_student(
-        teacher.model,
+        known.model,
         folder,
         check=partial(refuse_existing, folder, overwrite=overwrite),
-        architecture=teacher.architecture,
-        model_args=teacher.model_args,
-        preprocessing=teacher.preprocessing,
-        license=teacher.license,
-        provenance=teacher.provenance,
-        label_names=teacher.label_names,
+        architecture=known.architecture,
+        model_args=known.model_args,
+        preprocessing=known.preprocessing,
+        license=known.license,
+        provenance=known.provenance,
+        label_names=known.label_names,
         dtype=dtype,
         max_shard_size=max_shard_size,
     )

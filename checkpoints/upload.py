@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from json import JSONDecodeError
+from os import PathLike
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from traceback import walk_tb
 from typing import TypeVar
 
@@ -23,7 +27,8 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from torch import Tensor
 
-from ..models.errors import CheckpointError, Json, JsonDict, RunFailedError
+from ..models.errors import CheckpointError, Json, JsonDict, RunFailedError, check_types
+from ..models.given import Model
 from .card import (
     CardFacts,
     Claim,
@@ -39,8 +44,10 @@ from .files import read_json, read_regular
 from .hub import download, is_network, line, status_of
 from .licenses import public
 from .model_folders import CONFIG
+from .provenance import Pretrained
 from .report import some
-from .sources import PICKLE_SUFFIXES, STUDENTS
+from .sources import PICKLE_SUFFIXES, STUDENTS, split_part
+from .student import save
 from .weight_files import outline, weight_map
 
 # Collect what would go to the hub from a student's folder: files, card, license. Send nothing.
@@ -82,6 +89,22 @@ class Upload:
     """Whether the card is the folder's own, written or edited by a person."""
 
 
+@contextmanager
+def student_folder(model: Model | Pretrained) -> Iterator[Path]:
+    """Yield a student folder unchanged; for a run, or a model in memory, the folder that `save` writes of it.
+
+    Raises as `save`.
+    """
+    if isinstance(model, str | PathLike):
+        run, _ = split_part(os.fspath(model))
+        if (run / CONFIG).is_file() or not any((run / name).is_dir() for name in ("checkpoints", "student")):
+            yield run
+            return
+    with TemporaryDirectory(prefix="graftvit-push-") as temporary:
+        yield save(model, Path(temporary) / "student")
+
+
+@check_types()
 def plan_upload(
     folder: Path | str,
     repository: str,
@@ -308,6 +331,7 @@ def check_visibility(upload: Upload, remote: Remote, *, private: bool) -> None:
         )
 
 
+@check_types()
 def push_student(
     upload: Upload, *, private: bool = False, public: bool = False, message: str | None = None
 ) -> Pushed:

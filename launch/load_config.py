@@ -16,7 +16,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from ..checkpoints.files import NOT_A_URL, is_file, is_there, is_url, read_regular
-from ..models.errors import ConfigError, Json, JsonDict, did_you_mean
+from ..models.errors import ConfigError, Json, JsonDict, check_types, did_you_mean
 from ..models.plain_yaml import MAX_BYTES, YamlError, parse_yaml, write_yaml
 from ..transfer.config import RunConfig
 from ..transfer.engine.stages import Stage
@@ -135,6 +135,7 @@ class Setting:
     """File that holds the setting, or the stage in that file; empty for a flag."""
 
 
+@check_types()
 def load_config(
     source: str | Path | None = None, overrides: Json | Iterable[str | Setting] = ()
 ) -> RunConfig:

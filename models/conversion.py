@@ -45,6 +45,7 @@ from .families import (
     sites,
     vit,
 )
+from .given import Model, as_model, check_images
 from .host import AttentionHost, has_bias
 from .hosting import put_attention, release_attention, remove_attention
 from .layer_plan import Choice, check_choice, create_operator
@@ -54,9 +55,9 @@ from .plan_syntax import AS_IT_IS, DEFORMABLE, KEEP, NONE, merge_of_plan, parse_
 ARCHITECTURE = "graftvit_converted"
 
 
-@check_types()
+@check_types("calibration")
 def convert(
-    model: nn.Module,
+    model: Model,
     plan: str | Mapping[Any, str],
     *,
     weights: KeptWeights = "all",
@@ -65,7 +66,7 @@ def convert(
     seed: int = 0,
     finished: Finished | None = None,
 ) -> nn.Module:
-    """Return a copy of `model` whose layers have the operators of `plan` (`models/layer_plan.py`).
+    """Return a copy of `model`, or of what it holds or names, whose layers have the operators of `plan`.
 
     A vision tower of transformers becomes another one of its class, with the plan in its configuration.
     A converted layer of a plain vision transformer is converted again from its original attention layer. One of a
@@ -85,7 +86,11 @@ def convert(
     Raises:
         UnsupportedModelError: the model is not supported, or an operator cannot replace a layer.
         ConfigError: the plan is invalid, or names a layer or operator that does not exist.
+        DataError: the calibration images do not fit the model.
     """
+    model = as_model(model)
+    if calibration is not None:
+        check_images(calibration, model, "calibration")
     family = find_family(model)
     if without and family is not None and "without" in family.cannot:
         raise ConfigError(f"without={','.join(without)}: a {type(model).__name__} {family.cannot['without']}")
@@ -364,6 +369,7 @@ def name_for_timm(
     model._model_args = {key: value for key, value in arguments.items() if value is not None}  # type: ignore[assignment]
 
 
+@check_types()
 def resize(model: nn.Module, img_size: int | tuple[int, int]) -> None:
     """Change the image size (height, width) of a model in place, converted or not.
 

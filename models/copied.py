@@ -22,7 +22,7 @@ from .copying.copying_operators import COPIES, Copy
 from .copying.grids import GridRule, match_tokens
 from .copying.tape import HeadMap, LayerPair, Link, Tape
 from .copying.teacher_view import LARGEST, Normalization, TeacherInput, view_attention
-from .errors import WEIGHT_ARGUMENTS, Json, JsonDict, UnsupportedModelError
+from .errors import WEIGHT_ARGUMENTS, Json, JsonDict, UnsupportedModelError, check_types
 from .families import attention_blocks, attention_shape, check_supported, patch_size, sites, token_layout, vit
 from .host import AttentionHost
 from .replay import replay_blocks
@@ -179,6 +179,7 @@ def copying_of(model: nn.Module) -> Copying | None:
     return copied
 
 
+@check_types()
 def copied_layers(model: nn.Module) -> dict[int, CopiedAttention]:
     """Return the copied layers by their number."""
     layers = enumerate(getattr(block, "attn", None) for block in attention_blocks(model))

@@ -6,9 +6,9 @@ import difflib
 import functools
 import inspect
 import re
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from itertools import takewhile
-from numbers import Integral
+from numbers import Integral, Real
 from types import NoneType, UnionType
 from typing import Any, Literal, ParamSpec, TypeAlias, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -127,15 +127,19 @@ R = TypeVar("R")
 
 
 def check_types(*but: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
-    """Decorate a function: it raises ConfigError for an argument, except those in `but`, that is not of its type."""
+    """Decorate a function: it raises ConfigError for an argument, except those in `but`, that is not of its type.
+
+    So it does for an argument that it does not take, or that is missing.
+    """
 
     def decorate(function: Callable[P, R]) -> Callable[P, R]:
-        names = list(inspect.signature(function).parameters)
+        signature = inspect.signature(function)
+        hints = functools.cache(lambda: get_type_hints(function))  # later: a type may be defined below
 
         @functools.wraps(function)
         def checked(*arguments: P.args, **keywords: P.kwargs) -> R:
-            kinds = get_type_hints(function)
-            for name, value in {**dict(zip(names, arguments, strict=False)), **keywords}.items():
+            kinds = hints()
+            for name, value in _bind(function.__qualname__, signature, *arguments, **keywords).items():
                 if name in kinds and name not in but and not _is_of(value, kinds[name]):
                     shown = repr(value) if len(repr(value)) < ENDS else f"a {type(value).__name__}"
                     raise ConfigError(f"{name}={shown}; {_describe_kind(value, kinds[name])}")
@@ -146,8 +150,21 @@ def check_types(*but: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
     return decorate
 
 
+def _bind(function: str, signature: inspect.Signature, /, *arguments: Any, **keywords: Any) -> dict[str, Any]:
+    """Return the arguments of a call by name. Raises ConfigError: one is unknown or missing."""
+    function = function.removesuffix(".__init__")
+    try:
+        return signature.bind(*arguments, **keywords).arguments
+    except TypeError as error:
+        known = [name for name in signature.parameters if name != "self"]
+        unknown = next((name for name in keywords if name not in known), None)
+        if unknown is None:
+            raise ConfigError(f"{function}(): {error}") from error
+        raise ConfigError(f"{function}() takes no {unknown!r}; {did_you_mean(unknown, known)}") from error
+
+
 def _is_of(value: object, kind: Any) -> bool:
-    """Return whether a value is of an annotation; what is in a collection, and a protocol, are not looked at."""
+    """Return whether a value is of an annotation; what is in a mapping, and a protocol, are not looked at."""
     plain, inner = get_origin(kind) or kind, get_args(kind)
     if plain is Literal:
         return value in inner
@@ -157,15 +174,26 @@ def _is_of(value: object, kind: Any) -> bool:
         return isinstance(value, list | tuple) and len(value) == len(inner) and all(map(_is_of, value, inner))
     if plain is Any or not isinstance(plain, type) or getattr(plain, "_is_protocol", False):
         return True
-    if isinstance(value, bool) or (isinstance(value, str) and plain is Collection):
+    if isinstance(value, bool) or (isinstance(value, str) and plain in (Collection, Sequence)):
         return plain is bool
-    return isinstance(value, Integral if plain is int else plain)
+    if isinstance(value, list | tuple) and plain in (Collection, Sequence, list):
+        return all(_is_of(each, inner[0]) for each in value if inner)
+    kind = Integral if plain is int else Real if plain is float else plain
+    return isinstance(value, kind)
+
+
+def _choices(kind: Any) -> tuple[str, ...]:
+    """Return the choices of an annotation, or of what is in its collection or union."""
+    inner = get_args(kind)
+    return inner if get_origin(kind) is Literal else tuple(name for each in inner for name in _choices(each))
 
 
 def _describe_kind(value: object, kind: Any) -> str:
     """Return what an argument takes: the nearest of its choices, or its types."""
-    if get_origin(kind) is Literal:
-        return did_you_mean(str(value), get_args(kind))
+    choices = _choices(kind)
+    if choices:
+        several = [value] if isinstance(value, str) or not isinstance(value, Collection) else value
+        return did_you_mean(str(next((each for each in several if each not in choices), value)), choices)
     kinds = get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
     words = ["None" if each is NoneType else re.sub(r"<class '|'>|\w+\.", "", str(each)) for each in kinds]
     return f"give {' or '.join(words)}"

@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from .errors import JsonDict
+from .errors import JsonDict, check_types
 from .families import (
     NoAttention,
     Site,
@@ -100,6 +100,7 @@ def remove_attention(model: nn.Module, site: Site, plan_size: tuple[int, int] | 
         site.block(model)._modules[name] = nn.Identity()
 
 
+@check_types()
 def release_attention(model: nn.Module) -> nn.Module:
     """Put timm's layers back in place of native hosts, and return the model. Converted layers stay."""
     for path in paths_of(model):

@@ -9,7 +9,7 @@ from importlib import import_module
 
 from . import attention
 from .attention.base import AttentionOperator, LayerShape
-from .errors import ConfigError, did_you_mean
+from .errors import ConfigError, check_types, did_you_mean
 from .plan_syntax import KEEP
 from .plan_syntax import Choice as Choice
 from .programs.program import FOUND
@@ -62,6 +62,7 @@ MOST = 16_384
 """The largest value of a numeric option: a plan may come from an untrusted file."""
 
 
+@check_types()
 def register_operator(name: str, create: Callable[..., AttentionOperator]) -> None:
     """Register an operator of another package under `name`.
 

@@ -11,7 +11,7 @@ import inspect
 from torch import nn
 
 from .conversion import without_plan
-from .errors import Json, JsonDict, TransferError, UnsupportedModelError
+from .errors import Json, JsonDict, TransferError, UnsupportedModelError, check_types
 from .families import (
     attention_blocks,
     attention_shape,
@@ -30,10 +30,12 @@ from .families.plain import (
     native_parts,
     poolings_of,
 )
+from .given import Model, as_model
 from .small import without_memory
 
 
-def mirror_arguments(teacher: nn.Module, architecture: str, model_args: Json) -> tuple[str, JsonDict]:
+@check_types()
+def mirror_arguments(teacher: Model, architecture: str, model_args: Json) -> tuple[str, JsonDict]:
     """Return the timm architecture and arguments of a student with the teacher's parts and its own size.
 
     `architecture` and `model_args` are the requested student. Depth, width, heads, image and patch size, pooling and
@@ -43,6 +45,7 @@ def mirror_arguments(teacher: nn.Module, architecture: str, model_args: Json) ->
 
     Raises TransferError: the teacher's family does not take an argument or a size.
     """
+    teacher = as_model(teacher, "teacher")
     student = _build_without_memory(architecture, model_args, "student.model")
     for model in (teacher, student):
         try:

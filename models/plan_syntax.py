@@ -22,7 +22,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from .errors import ConfigError, Json, JsonDict, did_you_mean
+from .errors import ConfigError, Json, JsonDict, check_types, did_you_mean
 from .plain_yaml import YamlError, parse_yaml, write_yaml
 
 KEEP = "softmax"
@@ -53,6 +53,7 @@ class Choice:
         return f"{self.operator}({options})" if options else self.operator
 
 
+@check_types()
 def parse_plan(plan: str | Mapping[Any, str], depth: int | Sequence[int]) -> tuple[Choice, ...]:
     """Return the choice of each layer, from text or from a mapping of layers to operators.
 

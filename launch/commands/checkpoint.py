@@ -134,9 +134,9 @@ def _save(argv: list[str]) -> int:
     how = keywords_of(settings)
     import torch
 
-    from ...checkpoints.student import save_student
+    from ...checkpoints.student import save
 
-    folder = save_student(
+    folder = save(
         arguments.source,
         arguments.folder,
         dtype=getattr(torch, arguments.dtype),

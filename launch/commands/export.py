@@ -25,9 +25,9 @@ EXAMPLES = (
 def run(argv: list[str]) -> int:
     """Export one model, and print the files and their error against the model."""
     arguments, how = _parse(argv)
-    from ...checkpoints.export import export_source
+    from ...checkpoints.export import export
 
-    report = export_source(
+    report = export(
         arguments.source,
         arguments.out,
         format=arguments.format,

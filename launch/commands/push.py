@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 from ...models.errors import ConfigError
@@ -58,10 +55,10 @@ def run(argv: list[str]) -> int:
             raise ConfigError(f"--{flag} is empty: give it a value or leave it out")
     if arguments.private and arguments.public:
         raise ConfigError("--private and --public contradict each other: leave one out")
-    from ...checkpoints.upload import plan_upload, push_student
+    from ...checkpoints.upload import plan_upload, push_student, student_folder
     from ...transfer.methods.registry import describe_transfer
 
-    with _student_folder(str(arguments.folder)) as folder:
+    with student_folder(str(arguments.folder)) as folder:
         upload = plan_upload(
             folder,
             arguments.repository,
@@ -80,21 +77,6 @@ def run(argv: list[str]) -> int:
         )
     say(_describe_pushed(upload, pushed))
     return 0
-
-
-@contextmanager
-def _student_folder(source: str) -> Iterator[Path]:
-    """Yield a student folder unchanged; for a run, yield the folder that `graftvit checkpoint save` writes."""
-    from ...checkpoints.sources import split_part
-
-    run, _ = split_part(source)
-    if (run / "config.json").is_file() or not ((run / "checkpoints").is_dir() or (run / "student").is_dir()):
-        yield Path(source).expanduser()
-        return
-    from ...checkpoints.student import save_student
-
-    with TemporaryDirectory(prefix="graftvit-push-") as temporary:
-        yield save_student(source, Path(temporary) / "student")
 
 
 def _report_left_out(upload: Upload) -> None:

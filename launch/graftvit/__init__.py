@@ -4,7 +4,7 @@ load, load_pretrained    read a model from a run, a folder, a weights file, timm
 convert                  replace the attention of a model by a plan of its layers
 DualViT                  a student that frozen teachers teach, as a torch module for a loop of your own
 RunConfig, train         a run as of `graftvit train`: its settings, and the run
-save_student             write a model as a folder that `load` reads
+save             write a model as a folder that `load` reads
 
 help(graftvit.DualViT) and help(graftvit.RunConfig) explain the two classes; `graftvit --help` lists the commands.
 """

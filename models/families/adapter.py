@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..attention.base import QKV, Geometry, Heads
-from ..errors import ConfigError, GraftError, UnsupportedModelError
+from ..errors import ConfigError, GraftError, UnsupportedModelError, check_types
 from ..host import AttentionHost
 from ..plan_syntax import KEEP
 from .site import OWN_PLACES, Family, Site, attention_of, evaluating, shallow, submodule
@@ -102,6 +102,7 @@ class Adapter(Family):
         **dict.fromkeys(("copying", "mirroring", "measuring", "masking"), "is read by an adapter"),
     }
 
+    @check_types("model")
     def __init__(
         self,
         model: type[nn.Module],

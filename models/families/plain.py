@@ -92,6 +92,8 @@ def refuse_copied(model: nn.Module, copied: bool) -> None:
 
 def attention_blocks(model: nn.Module) -> list[Block]:
     """Return the blocks of a plain transformer in order; an empty list for a model without such blocks."""
+    if not isinstance(model, nn.Module):
+        raise UnsupportedModelError(f"{model!r} is no model: give an nn.Module")
     own = model._modules.get("blocks")  # not the callables of `replay.py`
     return list(getattr(model, "blocks", ()) if own is None else cast(Iterable[Block], own))
 

@@ -14,7 +14,7 @@ from timm.models import is_model, model_entrypoint, split_model_name_tag
 from torch import nn
 
 from ..attention.base import Geometry
-from ..errors import ConfigError, UnsupportedModelError
+from ..errors import ConfigError, UnsupportedModelError, check_types
 from ..host import AttentionHost
 from ..plan_syntax import KEEP
 from .intermediates import REST
@@ -41,6 +41,7 @@ STAGED = ", ".join(family.name for family in FAMILIES if family.kept != KEEP)
 WHOLE = {block: whole for family in FAMILIES for block, whole in family.whole.items()}
 
 
+@check_types()
 def register_family(family: Family) -> None:
     """Add a family of another package: its models are then converted, looked at and taught like others.
 
@@ -87,7 +88,7 @@ def family_of(model: nn.Module) -> Family:
 
 def is_compiled(model: nn.Module) -> bool:
     """Return whether a model is what torch.compile returns, which hides the model itself."""
-    return "_orig_mod" in model._modules
+    return "_orig_mod" in getattr(model, "_modules", ())
 
 
 def refuse_compiled(model: nn.Module) -> None:

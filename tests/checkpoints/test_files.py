@@ -28,7 +28,7 @@ from graftvit.checkpoints.files import (
 )
 from graftvit.checkpoints.preprocessing import Preprocessing
 from graftvit.checkpoints.pretrained import load, load_pretrained, load_weights
-from graftvit.checkpoints.student import save_student
+from graftvit.checkpoints.student import save
 from graftvit.checkpoints.weight_files import read_file
 from graftvit.models.errors import CheckpointError, ConfigError
 from safetensors.torch import load_file, save_file
@@ -310,7 +310,7 @@ def test_a_smaller_kind_of_number_that_cannot_hold_the_weights_is_refused(tmp_pa
     with pytest.raises(CheckpointError, match=r"not finite as float16 in norm\.bias"):
         load(folder, dtype=torch.float16)
     with pytest.raises(CheckpointError, match=r"not finite as float16 in norm\.bias"):
-        save_student(folder, tmp_path / "half", dtype=torch.float16)
+        save(folder, tmp_path / "half", dtype=torch.float16)
     assert not (tmp_path / "half").exists()
 
 

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from graftvit.checkpoints.describe import teacher_facts
 from graftvit.checkpoints.pretrained import load, load_pretrained, load_weights
-from graftvit.checkpoints.student import save_student
+from graftvit.checkpoints.student import save
 from graftvit.models import layer_plan as operators
 from graftvit.models.attention.base import AttentionOperator, Geometry, Heads, LayerShape, Traits
 from graftvit.models.conversion import convert, converted_layers, plan_size, resize
@@ -100,7 +100,7 @@ def test_the_stored_size_changes_nothing(student: nn.Module, tmp_path: Path) -> 
 
 def test_saved_after_a_resize_and_resized_again(student: nn.Module, tmp_path: Path) -> None:
     first = write(student, tmp_path / "first")
-    save_student(first, tmp_path / "second", img_size=(24, 40))
+    save(first, tmp_path / "second", img_size=(24, 40))
     arguments = json.loads((tmp_path / "second" / "config.json").read_text())["model_args"]
     assert arguments["img_size"] == [24, 40]
     assert arguments["plan_size"] == [16, 24], "the operators have two rows, as at 16 pixels, and not three"
@@ -108,10 +108,10 @@ def test_saved_after_a_resize_and_resized_again(student: nn.Module, tmp_path: Pa
     assert torch.equal(load(str(tmp_path / "second"))(images(24, 40)), student(images(24, 40)))
     by_timm = timm.create_model(f"local-dir:{tmp_path / 'second'}", pretrained=True).eval()
     assert torch.equal(by_timm(images(24, 40)), student(images(24, 40)))
-    save_student(str(tmp_path / "second"), tmp_path / "third", img_size=(32, 32))
+    save(str(tmp_path / "second"), tmp_path / "third", img_size=(32, 32))
     resize(student, (32, 32))
     assert torch.equal(graftvit.load(str(tmp_path / "third"))(images(32, 32)), student(images(32, 32)))
-    back = save_student(str(tmp_path / "third"), tmp_path / "fourth", img_size=(16, 24))
+    back = save(str(tmp_path / "third"), tmp_path / "fourth", img_size=(16, 24))
     assert "plan_size" not in json.loads((back / "config.json").read_text())["model_args"]
     assert load(str(back))(images(16, 24)).isfinite().all()
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import timm
 from graftvit.checkpoints.pretrained import load_pretrained
-from graftvit.checkpoints.student import save_student
+from graftvit.checkpoints.student import save
 from graftvit.checkpoints.upload import plan_upload
 from graftvit.launch.cli import main
 from graftvit.launch.load_config import load_config
@@ -66,7 +66,7 @@ def refused(typed: Typed, source: str, root: Path) -> str:
 
 def renamed(source: Path, folder: Path, names: Any) -> str:
     """A copy of a student whose config says other class names."""
-    save_student(source, folder)
+    save(source, folder)
     config = json.loads((folder / "config.json").read_text())
     config.pop("label_names", None)
     (folder / "config.json").write_text(
@@ -78,8 +78,8 @@ def renamed(source: Path, folder: Path, names: Any) -> str:
 def test_what_a_run_leaves_says_its_classes(trained: tuple[Path, float], tmp_path: Path) -> None:
     run_folder, top1 = trained
     assert top1 == 100
-    for folder in (run_folder / "student", save_student(f"{run_folder}#best", tmp_path / "best"),
-                   save_student(run_folder / "checkpoints" / "last.safetensors", tmp_path / "file")):  # fmt: skip
+    for folder in (run_folder / "student", save(f"{run_folder}#best", tmp_path / "best"),
+                   save(run_folder / "checkpoints" / "last.safetensors", tmp_path / "file")):  # fmt: skip
         assert json.loads((folder / "config.json").read_text())["label_names"] == list(NAMES)
         plain = timm.create_model(f"local-dir:{folder}", pretrained=True)
         assert tuple(plain.pretrained_cfg["label_names"]) == NAMES

@@ -34,7 +34,7 @@ WRONG: list[tuple[Callable[[], Any], str]] = [
     (lambda: graftvit.load_pretrained(NAME, num_classes=True), "num_classes=True; give int or None"),
     (lambda: graftvit.load(NAME, model=model()), "model=a VisionTransformer; give str or None"),
     (lambda: graftvit.load(NAME, dtype="bf16"), "dtype='bf16'"),
-    (lambda: graftvit.save_student(NAME, 3), "folder=3"),
+    (lambda: graftvit.save(NAME, 3), "folder=3"),
     (lambda: graftvit.convert("runs/teacher", "*: linear"), "model='runs/teacher'; give Module"),
     (lambda: graftvit.convert(model(), "*: linear", weights="zz"), "weights='zz'; .*all, mlp, none"),
     (lambda: graftvit.convert(model(), "*: linear", without="bias"), "without='bias'; give Collection"),

@@ -19,12 +19,23 @@ from ...models.attention.base import Geometry, Heads
 from ...models.conversion import sharing_copy
 from ...models.converted import ConvertedAttention
 from ...models.copied import CopiedAttention
-from ...models.errors import ConfigError, DataError, TransferError
-from ...models.families import Site, blocks_of, check_size, check_supported, family_of, native_host, sites
+from ...models.errors import ConfigError, DataError, TransferError, check_types
+from ...models.families import (
+    Site,
+    blocks_of,
+    check_size,
+    check_supported,
+    family_of,
+    native_host,
+    plan_depth,
+    sites,
+)
+from ...models.given import Model, as_model, check_images
 from ...models.host import AttentionHost
 from ...models.hosting import Call, watch_layer
 from ...models.map_structure import Size, Windows
 from ...models.merges import merge_layers, merges_deformably
+from ...models.plan_syntax import layer_numbers
 from ...models.token_merging import TokenMerging, tap_places
 from ..config import DataConfig
 from ..data.augment import eval_transform
@@ -251,12 +262,14 @@ def _key_places(host: AttentionHost, attended: Heads, geometry: Geometry) -> Key
 # Maps are formed densely here, (B, H, N, N) a layer: this is for a handful of images, not for training.
 
 
+@check_types("images")
 def attention_maps(
-    model: nn.Module, images: Tensor, layers: Sequence[int] | None = None
+    model: Model, images: Tensor, layers: Sequence[int] | int | str | None = None
 ) -> dict[int, Tensor]:
     """Return the attention maps of `model` on `images` (B, C, H, W): (B, heads, N, N) by layer, in float32.
 
-    Negative layers count from the end; the keys of the result are the layers as given. Maps of pyramids are over the
+    `layers` are numbers, negative ones from the end, or words as in a plan (`0,5,9-11`); by default all. The keys of
+    the result are the numbers as given. Maps of pyramids are over the
     N tokens of the layer's stage, zero outside of a query's window, or (B, heads, N, M) over M reduced keys. Blocks
     without attention are left out. The model runs in eval mode and is left as it was.
 
@@ -264,13 +277,18 @@ def attention_maps(
         TransferError: a layer that the model does not have.
         UnsupportedModelError: a model of another kind.
     """
-    return {layer: each.dense() for layer, each in _chosen_maps(model, images, layers).items()}
+    return {layer: each.dense() for layer, each in _chosen_maps(as_model(model), images, layers).items()}
 
 
-def _chosen_maps(model: nn.Module, images: Tensor, layers: Sequence[int] | None) -> dict[int, LayerMap]:
+def _chosen_maps(
+    model: nn.Module, images: Tensor, layers: Sequence[int] | int | str | None
+) -> dict[int, LayerMap]:
     """Return the maps under the numbers of `layers` as given, such as -1."""
     depth = len(blocks_of(model))
-    wanted = list(range(depth)) if layers is None else list(layers)
+    check_images(images, model)
+    if isinstance(layers, str):
+        layers = layer_numbers(layers, plan_depth(model), "layers")
+    wanted = list(range(depth)) if layers is None else [layers] if isinstance(layers, int) else list(layers)
     for layer in wanted:
         if not -depth <= layer < depth:
             raise TransferError(f"layer {layer} does not exist: the model has {depth} blocks.")
@@ -278,11 +296,14 @@ def _chosen_maps(model: nn.Module, images: Tensor, layers: Sequence[int] | None)
     return {layer: found[layer % depth] for layer in wanted if layer % depth in found}
 
 
+@check_types()
 def js_divergence(p: Tensor, q: Tensor) -> Tensor:
     """Return the Jensen-Shannon divergence of distributions over the last dimension, in nats (0 to ln 2).
 
     (KL(p ‖ m) + KL(q ‖ m)) / 2 with m = (p + q) / 2; the other dimensions are broadcast and kept.
     """
+    if p.shape[-1] != q.shape[-1]:
+        raise TransferError(f"p has {p.shape[-1]} entries in its last dimension and q {q.shape[-1]}")
     middle = (p + q) / 2
     terms = torch.xlogy(p, p) + torch.xlogy(q, q) - 2 * torch.xlogy(middle, middle)
     return (terms.sum(dim=-1) / 2).clamp_min(0.0)
@@ -309,9 +330,10 @@ def map_divergence(teacher_BHNN: Tensor, student_BHNN: Tensor, *, match_heads: b
     return cost_TS[torch.as_tensor(rows), torch.as_tensor(columns)].mean().item()
 
 
+@check_types("images", "teacher_images")
 def divergence_by_layer(
-    teacher: nn.Module,
-    student: nn.Module,
+    teacher: Model,
+    student: Model,
     images: Tensor,
     *,
     teacher_images: Tensor | None = None,
@@ -326,6 +348,7 @@ def divergence_by_layer(
         TransferError: unequal depths without `pairs`, or maps that cannot be compared: of other numbers of tokens, or
             of a block without attention.
     """
+    teacher, student = as_model(teacher, "teacher"), as_model(student, "student")
     if pairs is None:
         depths = len(blocks_of(teacher)), len(blocks_of(student))
         if depths[0] != depths[1]:

@@ -19,14 +19,15 @@ from ...checkpoints.architecture import build
 from ...checkpoints.copying_students import copied_teacher
 from ...checkpoints.fit import own_norm_eps, set_norm_eps
 from ...checkpoints.pretrained import describe_model
-from ...checkpoints.provenance import carried_license, of_teacher
-from ...checkpoints.student import refuse_existing, write_student
+from ...checkpoints.provenance import Pretrained, carried_license, of_teacher
+from ...checkpoints.student import save
 from ...models.copied import CopiedTeacher, Copying, copy_attention, copying_of
 from ...models.copying.tape import Tape
 from ...models.copying.teacher_view import Normalization as Normalization
 from ...models.copying.teacher_view import ShownImages, Wanted, view_teacher
 from ...models.errors import JsonDict, TransferError, check_types
 from ...models.families import check_supported, evaluating, family_of
+from ...models.given import Model, as_model, check_images
 from ...models.hosting import host_attention
 from ...models.lora import merged
 from ...models.replay import replay_blocks, restore_blocks
@@ -43,10 +44,10 @@ from .loss_terms import (
     choose_teachers,
     model_of,
     module_name,
+    opened,
     placed,
     pretrained_normalization,
     read_settings,
-    refuse_name,
     resolve_terms,
     term_methods,
 )
@@ -136,8 +137,9 @@ class DualViT(nn.Module):
 
         DualViT(teacher, student, losses=[{"method": "distill", "weight": 3}, {"method": "feature", "weight": 1}])
 
-    `teacher` is one model, or several by name, which an entry of `losses` names as its `teacher`; an entry without
-    a name learns from the first. Both are timm models of a supported family (`graftvit.models.families.SUPPORTED`, and
+    `teacher` is one model (a module, what `load_pretrained` returns, or a source by name), or several by name, which an
+    entry of `losses` names as its `teacher`; an entry without a name learns from the first. The student is given in the
+    same ways. Both are timm models of a supported family (`graftvit.models.families.SUPPORTED`, and
     pyramids); `feature`, `logits` and `block_output` take any models of timm. A teacher is never registered: it is not
     trained, not in the state dict, and stays in eval mode. Both may also be vision towers of transformers
     (docs/transfer.md). The student stays an ordinary model of its library, with its own state dict; while it is taught,
@@ -151,11 +153,11 @@ class DualViT(nn.Module):
     _dismissed = False
     _compiled: frozenset[str] = frozenset()
 
-    @check_types("teacher", "student")
+    @check_types()
     def __init__(
         self,
         teacher: Teacher | Mapping[str, Teacher],
-        student: nn.Module,
+        student: Model,
         method: str | None = None,
         *,
         teacher_normalization: Normalization | None = None,
@@ -169,10 +171,11 @@ class DualViT(nn.Module):
         self.config = read_settings(**options)
         given = teacher if isinstance(teacher, Mapping) else {DEFAULT_TEACHER: teacher}
         chosen = choose_teachers(self.config, list(given))
-        refuse_name("student", student, "load")
+        loaded = {name: opened(name, each) for name, each in given.items()}
+        student = _learner(student)
         self.student = student
         norm = student_normalization or pretrained_normalization(student)
-        models = {name: model_of(name, each) for name, each in given.items()}
+        models = {name: model_of(name, each) for name, each in loaded.items()}
         for each in models.values():
             check_free(each, student)
         for each in (*models.values(), student):
@@ -186,7 +189,7 @@ class DualViT(nn.Module):
         layered = {name for kind, name in zip(kinds, chosen, strict=True) if kind.uses_layers}
         self._sides = tuple(
             TeacherSide.of(name, each, student, norm, teacher_normalization, layers=name in layered)
-            for name, each in given.items()
+            for name, each in loaded.items()
             if name in chosen
         )
         sides = {side.name: side for side in self._sides}
@@ -241,8 +244,11 @@ class DualViT(nn.Module):
         """Run one step on images (B, C, H, W), normalized for the student.
 
         With `taught`, which `teach` gave for these images, no teacher runs.
+
+        Raises DataError: the images do not fit the student. TransferError: `taught` is not what `teach` gives.
         """
         self._check_step(images)
+        self._check_taught(taught)
         try:
             self._run_teachers(images, taught)
             logits = self._run_student(images)
@@ -321,8 +327,10 @@ class DualViT(nn.Module):
         """Return the student's logits; the teacher runs only for the copy methods."""
         if self.needs_teacher:
             return self.forward(images).logits
+        check_images(images, self.student)
         return family_of(self.student).predict(self.student, images)
 
+    @check_types()
     def with_student(self, student: nn.Module) -> DualViT:
         """Return the same teachers, settings and resolved heads around another student, such as a moving average."""
         for side in self._sides:
@@ -370,8 +378,17 @@ class DualViT(nn.Module):
         Raises CheckpointError: `folder` holds something, or timm did not create the student. TransferError: the
         teacher's part cannot be described.
         """
-        folder = Path(folder)
-        refuse_existing(folder, overwrite=overwrite)
+        return save(self, folder, overwrite=overwrite)
+
+    def to_model(self) -> nn.Module:
+        """Return the student as it would be saved, in eval mode; it shares its weights with that which is taught.
+
+        Raises as `save`.
+        """
+        return self.to_pretrained().model
+
+    def to_pretrained(self) -> Pretrained:
+        """Return the student as it would be saved, with its normalization and how it was made. Raises as `save`."""
         known = describe_model(self.student, **self._normalization._asdict())
         model = build(known.architecture, known.model_args)
         epsilon = own_norm_eps(self.student, model, known.architecture)
@@ -381,17 +398,7 @@ class DualViT(nn.Module):
         if self.needs_teacher and copying_of(model) is None:  # a released student has its part
             copy_attention(model, *self._described_part())
         made = self._provenance()
-        write_student(
-            model,
-            folder,
-            check=functools.partial(refuse_existing, folder, overwrite=overwrite),
-            architecture=known.architecture,
-            model_args=known.model_args,
-            preprocessing=known.preprocessing,
-            license=carried_license(made),
-            provenance=made,
-        )
-        return folder
+        return replace(known, model=model.eval(), license=carried_license(made), provenance=made)
 
     def _provenance(self) -> JsonDict:
         """Return what is known of how the student was made; where its first weights came from is not."""
@@ -511,9 +518,7 @@ class DualViT(nn.Module):
         return share_drop_paths(self.student, self._views[first.name], self._tapes[first.name])
 
     def _check_step(self, images: Tensor) -> None:
-        if not isinstance(images, Tensor) or images.ndim != 4:
-            shape = tuple(images.shape) if isinstance(images, Tensor) else type(images).__name__
-            raise TransferError(f"images is {shape}: give a tensor (B, C, H, W), normalized for the student")
+        check_images(images, self.student)
         runs_again = self.training and getattr(self.student, "is_gradient_checkpointing", False)
         if runs_again and any(term.method.uses_layers for term in self._terms):
             raise TransferError(
@@ -524,6 +529,16 @@ class DualViT(nn.Module):
             raise TransferError(
                 "this DualViT was released and teaches nobody: call its student, or make another DualViT"
             )
+
+    def _check_taught(self, taught: Mapping[str, Tensor] | None) -> None:
+        if taught is None:
+            return
+        wanted = {side.name: self.wanted(side) for side in self._sides}
+        names = [f"{side}.{result}" for side, each in wanted.items() for result in sorted(each.whole)]
+        missing = [name for name in names if name not in taught] if isinstance(taught, Mapping) else names
+        if missing or any(each.layers for each in wanted.values()):
+            layered = "" if missing else ", and these methods read layers, which it does not hold"
+            raise TransferError(f"taught is not what `teach` gives of these teachers{layered}: leave it out")
 
     @contextmanager
     def _shown(self, images: Tensor, taught: Mapping[str, Tensor] | None = None) -> Iterator[None]:
@@ -576,6 +591,15 @@ class DualViT(nn.Module):
 # The teacher-student wrapper that the settings of a run describe.
 
 
+def _learner(student: Model) -> nn.Module:
+    """Return a student with gradients. Raises UnsupportedModelError, or TransferError for that of another DualViT."""
+    if isinstance(student, DualViT):
+        raise TransferError("the student is a DualViT, which would stop to teach it: give its release()")
+    model = as_model(student, "student")
+    return model.requires_grad_(True) if isinstance(student, Pretrained) else model
+
+
+@check_types()
 def build_dual(
     config: TransferConfig,
     teachers: Mapping[str, Teacher],

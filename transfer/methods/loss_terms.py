@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from os import PathLike
 from typing import Any
 
@@ -14,13 +15,16 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor, nn
 
+from ...checkpoints.pretrained import HoldsPretrained, load_pretrained
 from ...checkpoints.provenance import Pretrained
+from ...checkpoints.sources import source_text
 from ...models.conversion import converted_layers
 from ...models.copied import copied_layers
 from ...models.copying.tape import Link
 from ...models.copying.teacher_view import Normalization, ShownImages, TeacherInput, WholeInput
 from ...models.errors import ConfigError, GraftError, TransferError, UnsupportedModelError, did_you_mean
-from ...models.families import check_supported, find_family, image_size, is_supported, refuse_compiled
+from ...models.families import check_supported, find_family, image_size, is_supported
+from ...models.given import Model, as_model
 from ...models.parts import OutsideTeacher as OutsideTeacher
 from ...models.parts import check_takes, image_channels
 from ..loss_config import LossEntry, TransferConfig
@@ -29,7 +33,7 @@ from .method import Finish, TransferMethod, TransferPlan
 from .pairs import resolve_plan
 from .registry import find_method
 
-Teacher = nn.Module | Pretrained
+Teacher = Model | Pretrained
 HALF = (torch.bfloat16, torch.float16)
 DEFAULT_TEACHER = "teacher"
 """Name of the teacher that is not one of `teachers`."""
@@ -53,7 +57,7 @@ class TeacherSide:
     def of(
         cls,
         name: str,
-        teacher: Teacher,
+        teacher: nn.Module | Pretrained,
         student: nn.Module,
         norm: Normalization,
         own: Normalization | None,
@@ -171,25 +175,26 @@ def resolve_terms(
     return terms
 
 
-def refuse_name(role: str, model: object, loader: str) -> None:
-    """Raise UnsupportedModelError for the path or name of a model in place of it, or for another object."""
-    if isinstance(model, str | PathLike):
-        raise UnsupportedModelError(
-            f"{role} is a path or name and no model: load it first by graftvit.{loader}({str(model)!r})"
-        )
-    if not isinstance(model, nn.Module):
-        wrapped = ", or a function as an OutsideTeacher" if callable(model) else ""
-        raise UnsupportedModelError(
-            f"{role} is of type {type(model).__name__} and no model: give one as graftvit.{loader} returns "
-            f"it{wrapped}"
-        )
-    refuse_compiled(model)
+def opened(name: str, teacher: Teacher) -> nn.Module | Pretrained:
+    """Return a teacher with what is known of it, loaded where it is a source by name.
+
+    Raises UnsupportedModelError: it is no model.
+    """
+    if isinstance(teacher, str | PathLike):
+        return load_pretrained(source_text(teacher))
+    if isinstance(teacher, Pretrained):
+        return teacher
+    if isinstance(teacher, HoldsPretrained) and not isinstance(teacher, type):
+        known = teacher.to_pretrained()
+        return replace(
+            known, model=copy.deepcopy(known.model)
+        )  # what is taught on does not change its teacher
+    return as_model(teacher, name)
 
 
-def model_of(name: str, teacher: Teacher) -> nn.Module:
+def model_of(name: str, teacher: nn.Module | Pretrained) -> nn.Module:
     """Return the model of a teacher. Raises UnsupportedModelError: it is not one of timm, nor an OutsideTeacher."""
     model = teacher.model if isinstance(teacher, Pretrained) else teacher
-    refuse_name(name, model, "load_pretrained")
     if find_family(model) is None and not hasattr(model, "forward_head"):
         raise UnsupportedModelError(
             f"{name} is a {type(model).__name__}, which is not a classifier of timm: give "

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from ...models.errors import check_types
 from ...models.families import (
     NativeParts,
     Site,
@@ -17,6 +18,7 @@ from ...models.families import (
     sites,
     token_layout,
 )
+from ...models.given import Model, as_model
 from ...models.hosting import map_structure
 
 # A model stage by stage, for the report of how teacher and student differ.
@@ -70,7 +72,7 @@ class Mismatch:
     warning: str | None = None
 
 
-def compare_models(teacher: nn.Module, student: nn.Module) -> tuple[Mismatch, ...]:
+def compare_models(teacher: Model, student: Model) -> tuple[Mismatch, ...]:
     """Return all differences of two supported models: sizes, tokens and native parts.
 
     There is a warning for a part that the student lacks and that belongs to families whose transfer into a plain
@@ -79,6 +81,7 @@ def compare_models(teacher: nn.Module, student: nn.Module) -> tuple[Mismatch, ..
     Where the layers of one of the models are not all alike, they are compared stage by stage: sizes, and the structure
     of the maps.
     """
+    teacher, student = as_model(teacher, "teacher"), as_model(student, "student")
     parts_t, parts_s = (family_of(model).native_parts(model) for model in (teacher, student))
     if parts_t is None or parts_s is None:
         stages = zip(describe_stages(teacher).items(), describe_stages(student).values(), strict=True)
@@ -91,6 +94,7 @@ def compare_models(teacher: nn.Module, student: nn.Module) -> tuple[Mismatch, ..
     )
 
 
+@check_types()
 def report_mismatch(mismatches: Sequence[Mismatch]) -> str:
     """Return a table of the differences, then the warnings."""
     if not mismatches:

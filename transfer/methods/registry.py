@@ -7,7 +7,7 @@ from importlib import import_module
 
 from ...checkpoints.card import Rows, number
 from ...checkpoints.markdown import code
-from ...models.errors import ConfigError, Json, did_you_mean
+from ...models.errors import ConfigError, Json, check_types, did_you_mean
 from .method import TransferMethod
 from .method_facts import METHODS, MethodFacts, method_names
 
@@ -24,6 +24,7 @@ def find_method(name: str) -> TransferMethod:
     return next(method for method in methods if method.name == name)
 
 
+@check_types()
 def register_method(method: TransferMethod) -> None:
     """Make a method known under its name, for `transfer.method` and `DualViT`.
 

@@ -16,7 +16,7 @@ import timm
 import torch
 from graftvit.checkpoints import export_graph as check
 from graftvit.checkpoints import export_graph as files
-from graftvit.checkpoints.export import export_model, export_source
+from graftvit.checkpoints.export import export, export_model
 from graftvit.checkpoints.export_graph import ExportFailedError, compare, data_file
 from graftvit.models.calibration import fit_at_random
 from graftvit.models.conversion import convert, converted_layers
@@ -187,7 +187,7 @@ def test_the_file_says_how_to_feed_it(suffix: str, tmp_path: Path) -> None:
     model = timm.create_model("vit_tiny_patch16_224", **sizes)
     shown = {"mean": (0.25,) * 3, "std": (0.5,) * 3, "crop_pct": 0.8}
     save_folder(model, folder, "vit_tiny_patch16_224", sizes, shown, license="cc-by-nc-4.0")
-    report = export_source(folder, path)
+    report = export(folder, path)
     if suffix == ".onnx":
         words = {entry.key: entry.value for entry in onnx().load(path).metadata_props}
         assert onnx().load(path).graph.output[0].name == "features"
@@ -213,7 +213,7 @@ def test_a_source_of_one_size_is_exported_for_any(tmp_path: Path) -> None:
     nn.init.normal_(model.pos_embed)
     save_folder(model, tmp_path / "student", "eva02_tiny_patch14_224", sizes)
     path = tmp_path / "model.pt2"
-    export_source(tmp_path / "student", path, dynamic=("batch", "resolution"))
+    export(tmp_path / "student", path, dynamic=("batch", "resolution"))
     agrees(path, model, (16, 16))
     larger = timm.create_model("eva02_tiny_patch14_224", **sizes, dynamic_img_size=True).eval()
     larger.load_state_dict(model.state_dict())
@@ -346,7 +346,7 @@ def test_a_missing_package_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr(importlib.util, "find_spec", without_onnxruntime)
     with pytest.raises(CheckpointError, match=r"onnxruntime.* pip install 'graftvit\[exp"):
-        export_source("no-such-model", tmp_path / "model.onnx")
+        export("no-such-model", tmp_path / "model.onnx")
     export_model(small(), tmp_path / "model.pt2")
 
 

@@ -7,11 +7,12 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import graftvit
 import pytest
 import timm
 import torch
 from graftvit.checkpoints.describe import describe_file
-from graftvit.checkpoints.export import export_model, export_source
+from graftvit.checkpoints.export import export_model
 from graftvit.checkpoints.export_graph import quiet, relative_error
 from graftvit.checkpoints.formats.containers import KEY
 from graftvit.checkpoints.pretrained import load_pretrained
@@ -76,7 +77,7 @@ def ours(tmp_path_factory: pytest.TempPathFactory) -> Path:
     shown = {"mean": (0.4, 0.5, 0.6), "std": (0.2, 0.3, 0.25)}
     arguments = {**SIZES, "img_size": 32, "num_classes": 5}
     save_folder(tiny(), folder / "student", "vit_tiny_patch16_224", arguments, shown)
-    export_source(folder / "student", folder / "student.onnx")
+    graftvit.export(folder / "student", folder / "student.onnx")
     return folder / "student.onnx"
 
 
@@ -128,7 +129,7 @@ def test_a_converted_model_is_read_back_with_its_operators(plan: str, tmp_path: 
 def test_an_exported_folder_of_a_converted_model_is_a_source(tmp_path: Path) -> None:
     model = drawn(convert(tiny(), "0: linear"))
     save_for_hf(model, tmp_path / "m")
-    export_source(tmp_path / "m", tmp_path / "m.onnx", normalize=True)
+    graftvit.export(tmp_path / "m", tmp_path / "m.onnx", normalize=True)
     assert plan_of(load_pretrained(str(tmp_path / "m.onnx")).model) == plan_of(model)
 
 
@@ -161,7 +162,7 @@ def test_a_converted_graph_without_a_description_is_refused(tmp_path: Path) -> N
 @pytest.mark.slow
 def test_a_resolution_left_free_and_a_normalization_inside(ours: Path, tmp_path: Path) -> None:
     path = tmp_path / "free.onnx"
-    export_source(ours.parent / "student", path, dynamic=("batch", "resolution"), normalize=True)
+    graftvit.export(ours.parent / "student", path, dynamic=("batch", "resolution"), normalize=True)
     student = load_file(ours.parent / "student" / "model.safetensors")
     found = load_pretrained(str(path)).model.state_dict()
     assert all(torch.equal(tensor, student[name]) for name, tensor in found.items())

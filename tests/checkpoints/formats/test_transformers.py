@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import graftvit
 import pytest
 import timm
 import torch
@@ -19,7 +20,6 @@ from graftvit.checkpoints.formats.keymap import recognize
 from graftvit.checkpoints.model_folders import loads_in_plain_timm
 from graftvit.checkpoints.pretrained import load, load_pretrained
 from graftvit.checkpoints.provenance import Pretrained
-from graftvit.checkpoints.student import save_student
 from graftvit.models.errors import CheckpointError
 from graftvit.models.families import check_supported
 from safetensors.torch import load_file, save_file
@@ -297,7 +297,7 @@ def test_shards_load_as_one_and_an_absent_one_is_named(folders: Any, tmp_path: P
 @pytest.mark.parametrize("case", CASES, ids=[case.name for case in CASES])
 def test_what_is_saved_gives_the_same_in_plain_timm(folders: Any, tmp_path: Path, case: Case) -> None:
     teacher: Any = load_pretrained(f"local-dir:{folders(case.name)[0]}")
-    written = save_student(teacher.source, tmp_path / "out")
+    written = graftvit.save(teacher.source, tmp_path / "out")
     images = case.images()
     with torch.no_grad():
         wanted = teacher.model.forward_features(images)
@@ -307,5 +307,5 @@ def test_what_is_saved_gives_the_same_in_plain_timm(folders: Any, tmp_path: Path
         plain = theirs.forward_features(images)
     close = float((plain - wanted).norm() / wanted.norm()) <= 1e-5
     assert close == loads_in_plain_timm(written) == (case.name != "vit-relu")  # whose epsilon is 0.01
-    again = save_student(str(written), tmp_path / "again")
+    again = graftvit.save(str(written), tmp_path / "again")
     assert (again / "config.json").read_text() == (written / "config.json").read_text()

@@ -19,7 +19,7 @@ from graftvit.checkpoints.files import read_records
 from graftvit.checkpoints.preprocessing import Preprocessing
 from graftvit.checkpoints.pretrained import load_pretrained, load_weights
 from graftvit.checkpoints.provenance import Pretrained
-from graftvit.checkpoints.student import save_student, write_student
+from graftvit.checkpoints.student import save, write_student
 from graftvit.launch.cli import main
 from graftvit.launch.load_config import load_config
 from graftvit.models.conversion import converted_layers
@@ -323,7 +323,7 @@ def test_a_state_needs_the_teacher_that_the_run_names(
             model = graftvit.load(source)
             with torch.no_grad():
                 assert top1(model(images), targets) == pytest.approx(metrics[key], abs=1e-9)
-        save_student(str(stopped), tmp_path / "saved")
+        save(str(stopped), tmp_path / "saved")
     finally:
         shutil.rmtree(run.parent / "teacher")
     one, other = (path / "model.safetensors" for path in (tmp_path / "saved", run / "student"))
@@ -367,7 +367,7 @@ def test_what_it_cannot_be_is_refused_with_what_to_do(
         main(["convert", str(run), "--plan", "*: linear", "--output_dir", str(tmp_path / "converted")]) == 2
     )
     assert "--bare" in capsys.readouterr().err
-    save_student(str(run), tmp_path / "bare", bare=True)
+    save(str(run), tmp_path / "bare", bare=True)
     start = {"init": str(tmp_path / "bare")}
     train(config(tmp_path / "next", mode="finetune", student=start, optim={"max_steps": 1}))
 

@@ -15,7 +15,7 @@ from graftvit.checkpoints.upload import plan_upload
 from graftvit.models.conversion import convert
 from graftvit.models.copied import copying_of
 from graftvit.models.copying.teacher_view import Normalization
-from graftvit.models.errors import CheckpointError, TransferError, UnsupportedModelError
+from graftvit.models.errors import CheckpointError, TransferError
 from graftvit.transfer.methods.dual import DualViT
 from support.models import pyramids
 from support.models.dense import images, tiny
@@ -113,13 +113,25 @@ def test_what_is_known_of_a_loaded_teacher_is_recorded(tmp_path: Path) -> None:
     assert teacher.source.rpartition("/")[2] in str(files)
 
 
-def test_a_path_in_place_of_a_model(tmp_path: Path) -> None:
-    model: Any = tiny()
-    for path in ("runs/t2/student", tmp_path):
-        with pytest.raises(UnsupportedModelError, match=rf"teacher is a path.*load_pretrained\('{path}'\)"):
-            DualViT(path, model, "distill")
-        with pytest.raises(UnsupportedModelError, match=rf"student is a path.*graftvit\.load\('{path}'\)"):
-            DualViT(model, path, "distill")
+def test_teacher_and_student_by_name_are_loaded(tmp_path: Path) -> None:
+    teacher = tiny(seed=1, dtype=torch.float32)
+    folder = DualViT(tiny(dtype=torch.float32), teacher, "distill", **NORMS).save(tmp_path / "model")
+    dual = DualViT(folder, str(folder), "distill")
+    assert torch.equal(dual.teacher.state_dict()["norm.weight"], teacher.state_dict()["norm.weight"])
+    assert all(each.requires_grad for each in dual.student.parameters())
+    assert not any(each.requires_grad for each in dual.teacher.parameters())
+    with pytest.raises(CheckpointError, match="runs/t2/student"):
+        DualViT("runs/t2/student", tiny(), "distill")
+
+
+def test_of_another_dual_the_teacher_is_a_copy() -> None:
+    dual = DualViT(tiny(seed=1, dtype=torch.float32), tiny(dtype=torch.float32), "distill", **NORMS)
+    other = DualViT(dual, tiny(seed=2, dtype=torch.float32), "distill", **NORMS)
+    with torch.no_grad():
+        dual.student.norm.weight.zero_()
+    assert other.teacher.norm.weight.all()
+    with pytest.raises(TransferError, match="release"):
+        DualViT(tiny(dtype=torch.float32), dual, "distill")
 
 
 def test_what_cannot_be_described_is_refused(tmp_path: Path) -> None:
