@@ -120,7 +120,7 @@ def save(
         how: of a source: `model_args`, `img_size`, `bare` and the rest, as of `load_pretrained`.
 
     Raises CheckpointError as `load_pretrained` and `write_student`, or where `folder` holds something.
-    UnsupportedModelError: `model` is none.
+    UnsupportedModelError: `model` is not a model.
     """
     folder = Path(folder)
     refuse_existing(folder, overwrite=overwrite)

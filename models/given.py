@@ -32,7 +32,7 @@ def as_model(thing: object, role: str = "model") -> nn.Module:
 
     A source by name is loaded as by `graftvit.load`. A `DualViT` gives a copy of its student, as `release` would.
 
-    Raises UnsupportedModelError: it is none of these, or was compiled by torch.compile. CheckpointError: as `load`.
+    Raises UnsupportedModelError: it is something else, or was compiled by torch.compile. CheckpointError: as `load`.
     """
     if isinstance(thing, HoldsModel) and not isinstance(thing, type):
         return thing.to_model()

@@ -42,7 +42,7 @@ def push(
         The address of the commit, and what became of the card.
 
     Raises CheckpointError: the model cannot be saved, the license is refused, or the hub refuses the push.
-    UploadFailedError, with exit code 1: the hub failed or cannot be reached. UnsupportedModelError: `model` is none.
+    UploadFailedError, with exit code 1: the hub failed or cannot be reached. UnsupportedModelError: `model` is not a model.
     """
     with student_folder(model) as folder:
         upload = plan_upload(

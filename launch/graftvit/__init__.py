@@ -1,10 +1,14 @@
 """GraftViT: make one vision transformer attend like another. The public names are imported when first used.
 
 load, load_pretrained    read a model from a run, a folder, a weights file, timm or the hub
+as_model                 the model that an object holds or names: every function below takes such objects
 convert                  replace the attention of a model by a plan of its layers
 DualViT                  a student that frozen teachers teach, as a torch module for a loop of your own
+Alignment                the losses of a converted model's layers against those of the original
 RunConfig, train         a run as of `graftvit train`: its settings, and the run
-save             write a model as a folder that `load` reads
+attention_maps           what each layer attends to in a batch of images
+compare_models           how two models differ, with what is known to make transfer fail
+save, export, push       write a model as a folder that `load` reads, as ONNX or torch.export, or to the hub
 
 help(graftvit.DualViT) and help(graftvit.RunConfig) explain the two classes; `graftvit --help` lists the commands.
 """
