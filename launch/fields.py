@@ -5,19 +5,11 @@ from __future__ import annotations
 import difflib
 import functools
 import re
-import types
 from collections.abc import Collection
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal, Union, get_args, get_origin
-
-from pydantic import PositiveFloat
-from pydantic.fields import FieldInfo
 
 from ..models.errors import ConfigError, did_you_mean
-from ..models.plain_yaml import YamlError, parse_yaml
 from ..transfer.config import RunConfig
-from ..transfer.setting import OneOf, Section, fields_of, is_section, rule_of, section_of_entries
+from ..transfer.setting import Leaf, Section, fields_of, is_section, rule_of, section_of_entries
 
 # Words of the command lines of MAE and of the attention transfer code that have another name or no counterpart here.
 #
@@ -73,70 +65,6 @@ def check_value(key: str, value: str, origin: str) -> None:
 
 ENTRY = re.compile(r"(?P<list>[\w.-]+)\[(?P<index>\d+)\]\.(?P<name>\w+)")
 """A setting within an entry of a list, such as `transfer.losses[0].weight`."""
-
-
-@dataclass(frozen=True)
-class Leaf:
-    """One setting: its dotted `key` (`optim.blr`) and the field that declares it."""
-
-    key: str
-    field: FieldInfo
-
-    @property
-    def section(self) -> str:
-        """`optim` of `optim.blr`; empty for the keys of the run itself."""
-        return self.key.rpartition(".")[0]
-
-    @property
-    def name(self) -> str:
-        """`blr` of `optim.blr`."""
-        return self.key.rpartition(".")[2]
-
-    @property
-    def kinds(self) -> tuple[Any, ...]:
-        """The types of the annotation; several for a union."""
-        annotation = self.field.annotation
-        for table in self.field.metadata:
-            if isinstance(table, OneOf):
-                return (Literal[tuple(table.names())],)
-        return get_args(annotation) if get_origin(annotation) in (Union, types.UnionType) else (annotation,)
-
-    @property
-    def is_switch(self) -> bool:
-        """Whether the flag takes no value (`--fsdp`, `--no-fsdp`)."""
-        return self.kinds == (bool,)
-
-    @property
-    def is_mapping(self) -> bool:
-        """Whether keys below this one may be set (`student.model_args.depth=6`)."""
-        return any(get_origin(kind) is dict for kind in self.kinds)
-
-    def valid(self) -> str:
-        """Return what the setting accepts, in words."""
-        words = " or ".join(_words(kind) for kind in self.kinds if kind is not type(None))
-        return words + _bounds(self.field) + (" or none" if type(None) in self.kinds else "")
-
-    def nearest(self, value: Any) -> str | None:
-        """Return the name, of those that the setting accepts, that `value` may have meant."""
-        kinds = [inner for kind in self.kinds for inner in (kind, *get_args(kind))]
-        names = [name for kind in kinds for name in _choices(kind) if isinstance(name, str)]
-        wrong = [str(one) for one in (value if isinstance(value, list) else [value]) if one not in names]
-        return next((near for one in wrong for near in difflib.get_close_matches(one, names, n=1)), None)
-
-    def parse(self, text: str) -> Any:
-        """Parse a user's `text`. Text that cannot be parsed is returned unchanged, and validation refuses it."""
-        if text.lower() in ("none", "null") and type(None) in self.kinds:
-            return None
-        many = [kind for kind in self.kinds if get_origin(kind) in (list, tuple)]
-        bracketed = text.startswith("[")
-        if not (many and bracketed) and any(kind in (str, Path) or _choices(kind) for kind in self.kinds):
-            return text
-        if many and not bracketed and ("," in text or len(many) == len(self.kinds)):
-            text = "[]" if text.lower() in ("", "none") else f"[{text}]"
-        try:
-            return parse_yaml(text)
-        except YamlError:
-            return text
 
 
 @functools.cache
@@ -254,44 +182,3 @@ def unknown(
         known = nearest[0] if dashes or nearest[0] in extra else short_names().get(nearest[0], nearest[0])
         return ConfigError(f"{start}, did you mean {dashes + known!r}?")
     return ConfigError(f"{start}; `{command} --help` lists the valid ones")
-
-
-def _choices(kind: Any) -> tuple[Any, ...]:
-    return get_args(kind) if get_origin(kind) is Literal else ()
-
-
-def _words(kind: Any, plural: bool = False) -> str:
-    """Describe a type: `a whole number`, `one of ce, kl`, `2 numbers`."""
-    if choices := _choices(kind):
-        return ("any of " if plural else "one of ") + ", ".join(
-            repr(c) if c == "" else str(c) for c in choices
-        )
-    names = {bool: "true or false", int: "whole number", float: "number", str: "text", Path: "path"}
-    if kind in names:
-        word = names[kind]
-        return f"{word}s" if plural else word if kind in (bool, str) else f"a {word}"
-    if is_section(kind):
-        return f"mappings with any of the keys {', '.join(kind.model_fields)}"
-    origin, arguments = get_origin(kind), get_args(kind)
-    if origin is dict and arguments[1:] and is_section(arguments[1]):
-        return f"a mapping of names to {_words(arguments[1])}"
-    if origin is tuple and arguments[-1] is not Ellipsis:
-        return f"{len(arguments)} {_words(arguments[0], plural=True)}"
-    if origin in (list, tuple):
-        inner = _words(arguments[0], plural=True)
-        return f"a list of {inner.removeprefix('any of ')}"
-    if origin is dict and arguments[1:] == (PositiveFloat,):
-        return "a mapping of texts to numbers above 0, such as {head: 0.1}"
-    return "a mapping such as {depth: 6}"
-
-
-def _bounds(field: FieldInfo) -> str:
-    """Describe the limits of a number: ` of at least 0 and below 1`."""
-    limits = {"gt": "above", "ge": "of at least", "lt": "below", "le": "of at most"}
-    found = [
-        f"{word} {getattr(limit, name)}"
-        for limit in field.metadata
-        for name, word in limits.items()
-        if hasattr(limit, name)
-    ]
-    return f" {' and '.join(found)}" if found else ""

@@ -15,7 +15,8 @@ from typing import Any, NoReturn
 from ..checkpoints.files import NOT_A_URL, is_there, is_url
 from ..models.errors import ConfigError, JsonDict, did_you_mean
 from ..transfer.config import TeacherConfig
-from .fields import Leaf, find_key, find_stage_key, leaf_of, leaves, sections, short_names, unknown
+from ..transfer.setting import Leaf
+from .fields import find_key, find_stage_key, leaf_of, leaves, sections, short_names, unknown
 from .load_config import Setting, at_home, load_config, parse_override, parse_setting
 
 

@@ -22,8 +22,16 @@ from ..transfer.config import RunConfig
 from ..transfer.engine.stages import Stage
 from ..transfer.loss_config import LossConfig, describes_single_loss
 from ..transfer.mode_facts import MODE_FACTS, Mode
-from ..transfer.setting import Section, explain, find_replacements, find_unread, rule_of, section_of_entries
-from .fields import Leaf, check_value, find_key, find_stage_key, leaf_of, leaves, sections, unknown
+from ..transfer.setting import (
+    Leaf,
+    Section,
+    explain,
+    find_replacements,
+    find_unread,
+    rule_of,
+    section_of_entries,
+)
+from .fields import check_value, find_key, find_stage_key, leaf_of, leaves, sections, unknown
 
 if TYPE_CHECKING:
     from importlib.abc import Traversable
@@ -431,11 +439,7 @@ def _explain(error: ValidationError, values: JsonDict, given: Mapping[str, Setti
                 f"{given[key].origin} is {value!r}: {finding['msg'].removeprefix('Value error, ')}"
             )
             continue
-        leaf = leaf_of(key)
-        meaning = f" ({leaf.field.description})" if leaf.field.description else ""
-        near = leaf.nearest(value)
-        hint = f", did you mean {near!r}? It" if near else ", but"
-        sentences[key] = f"{given[key].origin} is {value!r}{hint} must be {leaf.valid()}{meaning}"
+        sentences[key] = leaf_of(key).refusal(given[key].origin, value)
     return ConfigError("; ".join(sentences.values()))
 
 

@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 import timm
-from graftvit.launch.fields import Leaf, leaves, sections, short_names
+from graftvit.launch.fields import leaves, sections, short_names
 from graftvit.models.errors import UnsupportedModelError
 from graftvit.models.families import check_supported, family_of
 from graftvit.models.small import without_memory

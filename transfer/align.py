@@ -27,12 +27,13 @@ from ..models.copying.teacher_view import (
     shallow,
     truncated,
 )
-from ..models.errors import TransferError, did_you_mean
+from ..models.errors import TransferError, check_types, did_you_mean
 from ..models.families import (
     Site,
     TokenLayout,
     attention_place,
     blocks_of,
+    check_size,
     check_supported,
     depths,
     family_of,
@@ -41,6 +42,7 @@ from ..models.families import (
     sites,
     whole_grid,
 )
+from ..models.given import Model, as_model, check_images
 from ..models.host import AttentionHost
 from ..models.merges import describe_unequal
 from .config import RunConfig
@@ -302,6 +304,8 @@ class AlignedLayer(nn.Module):
 class Alignment(nn.Module):
     """Losses of all converted layers of `student` on the inputs of `teacher`; `forward(images)` gives them by layer.
 
+    Both are given as to `DualViT`.
+
     Teacher and student have the same depth, heads and tokens, as a model and its conversion do. The teacher is
     frozen, never registered, and stops after the last converted layer; a pyramid runs to its last block.
 
@@ -310,8 +314,10 @@ class Alignment(nn.Module):
         UnsupportedModelError: no adapter covers the teacher.
     """
 
-    def __init__(self, teacher: nn.Module, student: nn.Module, loss: str = "output") -> None:
+    @check_types()
+    def __init__(self, teacher: Model, student: Model, loss: str = "output") -> None:
         super().__init__()
+        teacher, student = as_model(teacher, "teacher"), as_model(student, "student")
         layers = converted_layers(student)
         check_supported(teacher)
         if converted_layers(teacher):
@@ -356,6 +362,8 @@ class Alignment(nn.Module):
     def forward(self, images: Tensor) -> dict[int, Tensor]:
         """Return the loss of each converted layer, a float32 scalar with a gradient for that layer alone."""
         (view,) = self._view
+        check_images(images, self.student)
+        check_size(view.model, (images.shape[-2], images.shape[-1]))
         self._take_grid(view.model, (images.shape[-2], images.shape[-1]))
         with torch.no_grad():
             view(images)

@@ -42,7 +42,8 @@ def push(
         The address of the commit, and what became of the card.
 
     Raises CheckpointError: the model cannot be saved, the license is refused, or the hub refuses the push.
-    UploadFailedError, with exit code 1: the hub failed or cannot be reached. UnsupportedModelError: `model` is not a model.
+    UploadFailedError, with exit code 1: the hub failed or cannot be reached. UnsupportedModelError: `model` is no
+    model.
     """
     with student_folder(model) as folder:
         upload = plan_upload(

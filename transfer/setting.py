@@ -7,19 +7,22 @@ No torch here, so that `graftvit --help` stays quick.
 
 from __future__ import annotations
 
+import difflib
 import json
 import math
 import re
+import types
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal, TypeGuard, TypeVar, get_args
+from typing import Any, ClassVar, Literal, TypeGuard, TypeVar, Union, get_args, get_origin
 
 from pydantic import (
     AfterValidator,
     BaseModel,
     ConfigDict,
     Field,
+    PositiveFloat,
     ValidationError,
     ValidationInfo,
     field_validator,
@@ -29,6 +32,7 @@ from pydantic_core import PydanticCustomError
 
 from ..checkpoints.files import NOT_A_URL, is_url
 from ..models.errors import WEIGHT_ARGUMENTS, ConfigError, JsonDict, did_you_mean
+from ..models.plain_yaml import YamlError, parse_yaml
 
 T = TypeVar("T")
 
@@ -189,19 +193,152 @@ def section_of_entries(annotation: Any) -> type[Section] | None:
     return next((kind for kind in inner if is_section(kind)), None)
 
 
+# A setting with its valid values in words.
+
+
+@dataclass(frozen=True)
+class Leaf:
+    """One setting: its dotted `key` (`optim.blr`) and the field that declares it."""
+
+    key: str
+    field: FieldInfo
+
+    @property
+    def section(self) -> str:
+        """`optim` of `optim.blr`; empty for the keys of the run itself."""
+        return self.key.rpartition(".")[0]
+
+    @property
+    def name(self) -> str:
+        """`blr` of `optim.blr`."""
+        return self.key.rpartition(".")[2]
+
+    @property
+    def kinds(self) -> tuple[Any, ...]:
+        """The types of the annotation; several for a union."""
+        annotation = self.field.annotation
+        for table in self.field.metadata:
+            if isinstance(table, OneOf):
+                return (Literal[tuple(table.names())],)
+        return get_args(annotation) if get_origin(annotation) in (Union, types.UnionType) else (annotation,)
+
+    @property
+    def is_switch(self) -> bool:
+        """Whether the flag takes no value (`--fsdp`, `--no-fsdp`)."""
+        return self.kinds == (bool,)
+
+    @property
+    def is_mapping(self) -> bool:
+        """Whether keys below this one may be set (`student.model_args.depth=6`)."""
+        return any(get_origin(kind) is dict for kind in self.kinds)
+
+    def valid(self) -> str:
+        """Return what the setting accepts, in words."""
+        words = " or ".join(_words(kind) for kind in self.kinds if kind is not type(None))
+        return words + _bounds(self.field) + (" or none" if type(None) in self.kinds else "")
+
+    def nearest(self, value: Any) -> str | None:
+        """Return the name, of those that the setting accepts, that `value` may have meant."""
+        kinds = [inner for kind in self.kinds for inner in (kind, *get_args(kind))]
+        names = [name for kind in kinds for name in _choices(kind) if isinstance(name, str)]
+        wrong = [str(one) for one in (value if isinstance(value, list) else [value]) if one not in names]
+        return next((near for one in wrong for near in difflib.get_close_matches(one, names, n=1)), None)
+
+    def refusal(self, name: str, value: Any) -> str:
+        """Return what is wrong with a value, and what the setting accepts, as one sentence; `name` is the user's."""
+        near = self.nearest(value)
+        hint = f", did you mean {near!r}? It" if near else ", but"
+        meaning = f" ({self.field.description})" if self.field.description else ""
+        return f"{name} is {value!r}{hint} must be {self.valid()}{meaning}"
+
+    def parse(self, text: str) -> Any:
+        """Parse a user's `text`. Text that cannot be parsed is returned unchanged, and validation refuses it."""
+        if text.lower() in ("none", "null") and type(None) in self.kinds:
+            return None
+        many = [kind for kind in self.kinds if get_origin(kind) in (list, tuple)]
+        bracketed = text.startswith("[")
+        if not (many and bracketed) and any(kind in (str, Path) or _choices(kind) for kind in self.kinds):
+            return text
+        if many and not bracketed and ("," in text or len(many) == len(self.kinds)):
+            text = "[]" if text.lower() in ("", "none") else f"[{text}]"
+        try:
+            return parse_yaml(text)
+        except YamlError:
+            return text
+
+
+def _choices(kind: Any) -> tuple[Any, ...]:
+    return get_args(kind) if get_origin(kind) is Literal else ()
+
+
+def _words(kind: Any, plural: bool = False) -> str:
+    """Describe a type: `a whole number`, `one of ce, kl`, `2 numbers`."""
+    if choices := _choices(kind):
+        return ("any of " if plural else "one of ") + ", ".join(
+            repr(c) if c == "" else str(c) for c in choices
+        )
+    names = {bool: "true or false", int: "whole number", float: "number", str: "text", Path: "path"}
+    if kind in names:
+        word = names[kind]
+        return f"{word}s" if plural else word if kind in (bool, str) else f"a {word}"
+    if is_section(kind):
+        return f"mappings with any of the keys {', '.join(kind.model_fields)}"
+    origin, arguments = get_origin(kind), get_args(kind)
+    if origin is dict and arguments[1:] and is_section(arguments[1]):
+        return f"a mapping of names to {_words(arguments[1])}"
+    if origin is tuple and arguments[-1] is not Ellipsis:
+        return f"{len(arguments)} {_words(arguments[0], plural=True)}"
+    if origin in (list, tuple):
+        inner = _words(arguments[0], plural=True)
+        return f"a list of {inner.removeprefix('any of ')}"
+    if origin is dict and arguments[1:] == (PositiveFloat,):
+        return "a mapping of texts to numbers above 0, such as {head: 0.1}"
+    return "a mapping such as {depth: 6}"
+
+
+def _bounds(field: FieldInfo) -> str:
+    """Describe the limits of a number: ` of at least 0 and below 1`."""
+    limits = {"gt": "above", "ge": "of at least", "lt": "below", "le": "of at most"}
+    found = [
+        f"{word} {getattr(limit, name)}"
+        for limit in field.metadata
+        for name, word in limits.items()
+        if hasattr(limit, name)
+    ]
+    return f" {' and '.join(found)}" if found else ""
+
+
 def explain(error: ValidationError, section: type[BaseModel], prefix: str = "") -> ConfigError:
     """Return pydantic's first finding in a section as one sentence: the dotted key, its value, and what is valid."""
     first = error.errors()[0]
     path, message = first["loc"], first["msg"].removeprefix("Value error, ")
-    for name in path[:-1]:
-        field = section.model_fields.get(str(name))
-        if field is not None:
-            kind = field.annotation
-            section = kind if is_section(kind) else section_of_entries(kind) or section
-    key = ".".join(map(str, [prefix, *path] if prefix else path))
+    field: FieldInfo | None = None
+    known: list[str] = []
+    entry = False  # the next name is that of an entry
+    for name in map(str, path):
+        inner = section if field is None else _section_of(field)
+        if not entry and (inner is None or name not in inner.model_fields):
+            break
+        if entry or inner is None:
+            entry = False
+        else:
+            section, field = inner, inner.model_fields[name]
+            entry = not is_section(field.annotation) and _section_of(field) is not None
+        known.append(name)
+    key = ".".join([prefix, *known] if prefix else known)
     if first["type"] == "extra_forbidden":
-        return ConfigError(f"unknown key {key!r}; {did_you_mean(str(path[-1]), section.model_fields)}")
-    return ConfigError(f"{key} is {first['input']!r}: {message}" if key else message)
+        inner = section if field is None else _section_of(field) or section
+        unknown = ".".join(filter(None, [key, str(path[-1])]))
+        return ConfigError(f"unknown key {unknown!r}; {did_you_mean(str(path[-1]), inner.model_fields)}")
+    if field is None or first["type"] == "value_error":
+        return ConfigError(f"{key} is {first['input']!r}: {message}" if key else message)
+    return ConfigError(Leaf(key, field).refusal(key, first["input"]))
+
+
+def _section_of(field: FieldInfo) -> type[BaseModel] | None:
+    """Return the section that a setting is, or that its entries are."""
+    kind = field.annotation
+    return kind if is_section(kind) else section_of_entries(kind)
 
 
 def check_local(path: T) -> T:

@@ -10,6 +10,7 @@ from .transfer.config import RunConfig as RunConfig
 from .transfer.engine.train import train as train
 from .transfer.methods.dual import DualViT as DualViT
 from .transfer.methods.mismatch import compare_models as compare_models
+from .transfer.metrics.measure import evaluate as evaluate
 from .transfer.push import push as push
 
 __version__: str

@@ -99,6 +99,7 @@ MODELS: dict[str, Callable[[Any], Any]] = {
     "Alignment": lambda thing: a.Alignment(one(), thing),
     "save": lambda thing: a.save(thing, "out"),
     "export": lambda thing: a.export(thing, "out.pt2"),
+    "evaluate": lambda thing: t.evaluate(thing, [(X, torch.tensor([0, 1]))]),
     "push": lambda thing: a.push(thing, "me/model"),
 }
 OTHERS: dict[str, tuple[Callable[[], Any], type[GraftError]]] = {
@@ -143,7 +144,13 @@ OTHERS: dict[str, tuple[Callable[[], Any], type[GraftError]]] = {
     "js_divergence: nothing": (lambda: t.js_divergence(None, X), ConfigError),
     "js_divergence: a shape": (lambda: t.js_divergence(X, X[..., :3]), TransferError),
     "report_mismatch: nothing": (lambda: t.report_mismatch(None), ConfigError),
-    "evaluate: a module": (lambda: t.evaluate(one(), X), ConfigError),
+    "evaluate: no batches": (lambda: t.evaluate(one(), X), DataError),
+    "evaluate: no labels": (lambda: t.evaluate(one(), [X]), DataError),
+    "evaluate: a label": (lambda: t.evaluate(one(), [(X, torch.tensor([0, 9]))]), DataError),
+    "evaluate: labels of floats": (lambda: t.evaluate(one(), [(X, X[:, 0, 0, 0])]), DataError),
+    "evaluate: a number": (lambda: t.evaluate(one(), 3), ConfigError),
+    "evaluate: a folder": (lambda: t.evaluate(one(), "nowhere"), DataError),
+    "evaluate: no model": (lambda: t.evaluate({}, [(X, X)]), ConfigError),
     "visualize: images": (lambda: t.visualize("nowhere/at/all", 3, "out"), ConfigError),
     "save: nowhere": (lambda: a.save(one(), None), ConfigError),
     "save: a list": (lambda: a.save(one(), ["b"]), ConfigError),
@@ -166,7 +173,7 @@ OTHERS: dict[str, tuple[Callable[[], Any], type[GraftError]]] = {
     "DualViT: a weight": (lambda: dual(weight="big"), ConfigError),
     "DualViT: losses": (lambda: a.DualViT(vit(), vit(), losses="distill"), ConfigError),
     "DualViT: a key of losses": (lambda: a.DualViT(vit(), vit(), losses=[{"methd": "feature"}]), ConfigError),
-    "DualViT: both forms": (lambda: dual(losses=[{"method": "distill"}]), ConfigError),
+    "DualViT: both forms": (lambda: dual(method="copy", losses=[{"method": "distill"}]), ConfigError),
     "DualViT: itself": (lambda: dual(one(), one()), TransferError),
     "DualViT: no teacher": (lambda: a.DualViT({}, vit()), ConfigError),
     "DualViT: a dual as the student": (lambda: dual(vit(), dual()), TransferError),
@@ -228,7 +235,7 @@ def says(error: type[GraftError], call: Callable[[], Any]) -> None:
         call()
     text = str(caught.value)
     assert "\n" not in text
-    assert 10 < len(text) < 600
+    assert 10 < len(text) < 800
     assert "Input should" not in text
 
 

@@ -24,7 +24,7 @@ from ...models.families import token_layout
 from ...models.parts import unfold_patches
 from ..cells import refuse_links, run_in_processes, torch_threads, usable_cores
 from ..data.loaders import EvalLoader, create_eval_loader, create_train_loader
-from ..metrics.measure import evaluate
+from ..metrics.measure import score_models
 from .compare.comparison_plots import draw_maps, fill_maps
 from .compare.student_cell import CellMaps
 from .demo_cells import STUDENTS, TEACHERS, Cell, TeacherName, demo_cells
@@ -370,7 +370,7 @@ def load_test_set(cell: Cell, spec: Preprocessing) -> TestSet:
 def ensemble_top1(cells: Sequence[Cell], loader: EvalLoader) -> float:
     """Return the accuracy, in percent, of the mean of the models' probabilities."""
     models = {cell.method: load_student(cell)[0] for cell in cells}
-    return evaluate(models, loader)["ensemble"].top1
+    return score_models(models, loader)["ensemble"].top1
 
 
 def find_maps(models: Mapping[str, nn.Module], test: TestSet) -> dict[str, CellMaps]:

@@ -13,7 +13,7 @@ from ...models.errors import DataError
 from ..data.loaders import EvalLoader
 from ..data.sampler import preserved, seed_batch
 from ..metrics.distance import Reader, compared_layers, exact, summed
-from ..metrics.measure import PROBES, Against, Family, evaluate, measure
+from ..metrics.measure import PROBES, Against, Family, measure, score_models
 from . import deadline
 from .best import Criterion, classifies
 from .build import Parts
@@ -61,7 +61,7 @@ def teacher_top1(parts: Parts, accelerator: Accelerator) -> float | None:
         return logits if columns is None else logits[:, columns]
 
     with preserved(), torch.no_grad():
-        results = evaluate(
+        results = score_models(
             {"teacher": _autocast(predict, accelerator)}, loader, accelerator=accelerator, ensemble=False
         )
     return float(results["teacher"].top1)

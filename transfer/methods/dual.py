@@ -26,7 +26,7 @@ from ...models.copying.tape import Tape
 from ...models.copying.teacher_view import Normalization as Normalization
 from ...models.copying.teacher_view import ShownImages, Wanted, view_teacher
 from ...models.errors import JsonDict, TransferError, check_types
-from ...models.families import check_supported, evaluating, family_of
+from ...models.families import check_size, check_supported, evaluating, family_of
 from ...models.given import Model, as_model, check_images
 from ...models.hosting import host_attention
 from ...models.lora import merged
@@ -328,6 +328,7 @@ class DualViT(nn.Module):
         if self.needs_teacher:
             return self.forward(images).logits
         check_images(images, self.student)
+        check_size(self.student, (images.shape[-2], images.shape[-1]))
         return family_of(self.student).predict(self.student, images)
 
     @check_types()

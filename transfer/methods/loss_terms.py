@@ -28,7 +28,7 @@ from ...models.given import Model, as_model
 from ...models.parts import OutsideTeacher as OutsideTeacher
 from ...models.parts import check_takes, image_channels
 from ..loss_config import LossEntry, TransferConfig
-from ..setting import check_section, rule_of
+from ..setting import check_section, explain, rule_of
 from .method import Finish, TransferMethod, TransferPlan
 from .pairs import resolve_plan
 from .registry import find_method
@@ -285,10 +285,6 @@ def read_settings(**options: Any) -> TransferConfig:
     try:
         settings = TransferConfig(**options)
     except ValidationError as error:
-        first = error.errors()[0]
-        if not first["loc"]:
-            raise ConfigError(first["msg"].removeprefix("Value error, ")) from error
-        name = ".".join(map(str, first["loc"]))
-        raise ConfigError(f"transfer.{name} is {first['input']!r}, but: {first['msg']}") from error
+        raise explain(error, TransferConfig, "transfer") from error
     check_section(settings, "transfer")
     return settings

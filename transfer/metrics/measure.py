@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Literal
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, TypeAlias, overload
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...models.errors import DataError
+from ...checkpoints.pretrained import describe
+from ...checkpoints.provenance import Pretrained
+from ...models.errors import ConfigError, DataError, check_types
 from ...models.families import evaluating
+from ...models.given import Model, as_model, check_images
+from ..config import DataConfig
 from ..data.labels import IMAGENET_CLASSES, find_subset, subset_classes
-from ..data.loaders import EvalLoader
+from ..data.loaders import EvalLoader, create_eval_loader
 from .distance import (
     ComparedLayers,
     Distance,
@@ -37,6 +42,8 @@ if TYPE_CHECKING:
 # Accuracy of models, each alone and as an ensemble, exact over ranks.
 
 ENSEMBLE = "ensemble"
+Batches: TypeAlias = Iterable[Sequence[Tensor]]
+"""Batches of images (B, C, H, W), normalized for the model, and of labels (B,), whole numbers from 0."""
 SUBSET_CLASSES = 200
 """The number of classes of ImageNet-A and of ImageNet-R."""
 
@@ -51,10 +58,98 @@ class Metrics:
     samples: int
 
 
-@torch.no_grad()
+@overload
 def evaluate(
+    models: Mapping[str, Model | Pretrained], data: str | Path | DataConfig | Batches
+) -> dict[str, Metrics]: ...
+
+
+@overload
+def evaluate(models: Model | Pretrained, data: str | Path | DataConfig | Batches) -> Metrics: ...
+
+
+@check_types()
+def evaluate(
+    models: Model | Pretrained | Mapping[str, Model | Pretrained], data: str | Path | DataConfig | Batches
+) -> Metrics | dict[str, Metrics]:
+    """Return the accuracy and the mean cross-entropy of a model, or of several by name, where they are.
+
+    Args:
+        models: one as of `graftvit.save`, or several by name. A `DualViT` predicts with its student.
+        data: the folder of a data set, or its `DataConfig`, whose validation split each model sees as its own
+            preprocessing makes it; or batches of images, normalized for all of the models, and labels.
+
+    Raises:
+        DataError: classes and logits do not fit, images do not fit a model, or there are none.
+        UnsupportedModelError, CheckpointError: as `graftvit.as_model`.
+    """
+    if not isinstance(models, Mapping):
+        return evaluate({"model": models}, data)["model"]
+    if isinstance(data, str | Path):
+        data = DataConfig(data_path=str(data))
+    if isinstance(data, DataConfig):
+        return {name: _on_split(name, each, data) for name, each in models.items()}
+    named = {name: _opened(name, each) for name, each in models.items()}
+    seen = next((each for each in named.values() if isinstance(each, nn.Module)), None)
+    if seen is None:
+        raise ConfigError("models={} names no model: give one, or several by name")
+    device = next((each.device for each in seen.parameters()), torch.device("cpu"))
+    return score_models(
+        {name: _predicting(each) for name, each in named.items()},
+        _Batches(data, list(named.values())),
+        ensemble=False,
+        device=device,
+    )
+
+
+def _opened(name: str, thing: Model | Pretrained) -> nn.Module:
+    """Return a model as it predicts: of a `DualViT` itself, whose student may need its teacher."""
+    return thing if isinstance(thing, nn.Module) and hasattr(thing, "predict") else as_model(thing, name)
+
+
+def _predicting(model: nn.Module) -> Callable[[Tensor], Tensor]:
+    predict: Callable[[Tensor], Tensor] = getattr(model, "predict", model)
+    return predict
+
+
+def _on_split(name: str, thing: Model | Pretrained, config: DataConfig) -> Metrics:
+    known, model = describe(thing, name), _opened(name, thing)
+    device = next((each.device for each in model.parameters()), torch.device("cpu"))
+    loader = create_eval_loader(config, known.preprocessing)
+    with evaluating(model):
+        return score_models({name: _predicting(model)}, loader, device=device)[name]
+
+
+class _Batches:
+    """Batches of a user, each checked: images that fit the models, and labels of their classes."""
+
+    class_names = None
+    num_classes = 0
+
+    def __init__(self, batches: Batches, models: Sequence[nn.Module]) -> None:
+        self._batches, self._models = batches, models
+        counts = [int(getattr(getattr(model, "student", model), "num_classes", 0)) for model in models]
+        self._classes = min(counts, default=0)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        for batch in self._batches:
+            if not isinstance(batch, list | tuple) or len(batch) != 2:
+                raise DataError("data holds something else than pairs (images, labels)")
+            images, labels = batch
+            for model in self._models:
+                check_images(images, model)
+            whole = isinstance(labels, Tensor) and labels.shape == images.shape[:1]
+            if not whole or labels.dtype != torch.long or (self._classes and labels.max() >= self._classes):
+                raise DataError(
+                    f"labels must be whole numbers (torch.long) below {self._classes}, one an image"
+                )
+            yield images, labels, torch.ones_like(labels, dtype=torch.bool)
+
+
+@torch.no_grad()
+def score_models(
     models: Mapping[str, Callable[[Tensor], Tensor]],
-    loader: EvalLoader,
+    loader: EvalLoader | _Batches,
     *,
     others: Mapping[str, Callable[[Tensor], Tensor]] | None = None,
     accelerator: Accelerator | None = None,
@@ -87,7 +182,8 @@ def evaluate(
             log_probabilities = []
             for name, model in every.items():
                 logits = model(images)
-                check_classes(name, logits.shape[-1], loader, subset)
+                if not isinstance(loader, _Batches):
+                    check_classes(name, logits.shape[-1], loader, subset)
                 logits = logits if classes is None else logits[:, classes]
                 log_probabilities.append(F.log_softmax(logits.float(), dim=-1))
                 sums[name] += _score(log_probabilities[-1], targets, valid, precision)
@@ -133,7 +229,7 @@ def _misfit(name: str, logits: int, loader: EvalLoader) -> str:
     return f"the data set has {classes} classes; model {name!r} has {logits} logits: {advice}"
 
 
-def _numbered(loader: EvalLoader) -> int:
+def _numbered(loader: EvalLoader | _Batches) -> int:
     """Return the number of classes of the labels: the number of folders if known, whatever number is given."""
     return len(loader.class_names or ()) or loader.num_classes
 
@@ -230,7 +326,7 @@ def measure(
     probes = _probes({family: chosen(family) for family in PROBES}, readers, reference, loader, device)
     results: dict[str, dict[str, float]] = {name: {} for name in readers}
     if heads or probes:
-        found = evaluate(
+        found = score_models(
             heads, loader, others=probes, accelerator=accelerator, ensemble=ensemble, subset=subset
         )
         for name, metrics in found.items():

@@ -33,7 +33,7 @@ from graftvit.transfer.engine.students import input_size, plan_student, resolve_
 from graftvit.transfer.engine.train import train
 from graftvit.transfer.first_checks import check_first
 from graftvit.transfer.loss_config import TransferConfig
-from graftvit.transfer.metrics.measure import evaluate
+from graftvit.transfer.metrics.measure import score_models
 from support.runs.engine_runs import ARCHITECTURE, ARGUMENTS, config, make_teacher, resume_cut, tiny_vit
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import get_pretrained_cfg
@@ -402,7 +402,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def score_of(source: str) -> float:
     loaded = load_pretrained(source)
     loader = create_eval_loader(config(Path("unused")).data, loaded.preprocessing)
-    return evaluate({"model": loaded.model}, loader)["model"].top1
+    return score_models({"model": loaded.model}, loader)["model"].top1
 
 
 def test_each_word_is_the_model_that_the_log_scored(run: Path) -> None:

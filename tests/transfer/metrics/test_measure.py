@@ -25,8 +25,8 @@ from graftvit.transfer.metrics.measure import (
     Metrics,
     check_folders,
     check_same_classes,
-    evaluate,
     measure,
+    score_models,
     to_json,
     to_table,
 )
@@ -73,7 +73,7 @@ def test_metrics_agree_with_a_plain_computation() -> None:
     other = logits_of(50, 10, seed=1)[0]
     joined = torch.cat([logits, other], dim=1)
     models = {"a": lambda x: x[:, :10], "b": lambda x: x[:, 10:]}
-    results = evaluate(models, Fixed(joined, targets))
+    results = score_models(models, Fixed(joined, targets))
     first, second = logits.softmax(1), other.softmax(1)
     wanted = {"a": first, "b": second, "ensemble": (first + second) / 2}
     assert list(results) == list(wanted)
@@ -81,24 +81,24 @@ def test_metrics_agree_with_a_plain_computation() -> None:
         metrics = results[name]
         assert (metrics.top1, metrics.top5, metrics.loss) == pytest.approx(reference(probabilities, targets))
         assert metrics.samples == 50
-    assert list(evaluate(models, Fixed(joined, targets), ensemble=False)) == ["a", "b"]
-    assert list(evaluate({"a": models["a"]}, Fixed(joined, targets))) == ["a"]
+    assert list(score_models(models, Fixed(joined, targets), ensemble=False)) == ["a", "b"]
+    assert list(score_models({"a": models["a"]}, Fixed(joined, targets))) == ["a"]
 
 
 def test_padding_does_not_count_even_where_it_is_not_finite() -> None:
     logits, targets = logits_of(10, 10)
     valid = torch.arange(10) < 7
-    expected = evaluate({"m": identity}, Fixed(logits[:7], targets[:7]))
+    expected = score_models({"m": identity}, Fixed(logits[:7], targets[:7]))
     logits[7:] = float("nan")
-    assert evaluate({"m": identity}, Fixed(logits, targets, valid)) == expected
+    assert score_models({"m": identity}, Fixed(logits, targets, valid)) == expected
 
 
 def test_modules_are_in_eval_mode_meanwhile() -> None:
     model = nn.Sequential(nn.Dropout(0.9), nn.Identity())
     model[1].eval()
     logits, targets = logits_of(30, 10)
-    plain = evaluate({"m": identity}, Fixed(logits, targets))["m"]
-    assert evaluate({"m": model}, Fixed(logits, targets))["m"] == plain
+    plain = score_models({"m": identity}, Fixed(logits, targets))["m"]
+    assert score_models({"m": model}, Fixed(logits, targets))["m"] == plain
     assert [module.training for module in model.modules()] == [True, True, False]
 
 
@@ -107,14 +107,14 @@ def test_a_subset_looks_at_its_own_classes_alone() -> None:
     logits, targets = logits_of(40, 200)
     wide = torch.full((40, 1000), 100.0)  # the other classes would win
     wide[:, classes] = logits
-    own = evaluate({"m": identity}, Fixed(wide, targets, classes=200), subset="imagenet-r")["m"]
-    assert own == evaluate({"m": identity}, Fixed(logits, targets, classes=200))["m"]
+    own = score_models({"m": identity}, Fixed(wide, targets, classes=200), subset="imagenet-r")["m"]
+    assert own == score_models({"m": identity}, Fixed(logits, targets, classes=200))["m"]
     whole = torch.cat([classes[targets], torch.tensor([0])])  # class 0 is not in the subset
     filtered = Fixed(torch.cat([wide, wide[:1]]), whole, classes=1000)
-    assert evaluate({"m": identity}, filtered, subset="imagenet-r")["m"] == own
+    assert score_models({"m": identity}, filtered, subset="imagenet-r")["m"] == own
     folders = Fixed(wide, targets, classes=1000)  # as a run says that was trained on all of ImageNet
     folders.class_names = synsets("imagenet-r")
-    assert evaluate({"m": identity}, folders, subset="imagenet-r")["m"] == own
+    assert score_models({"m": identity}, folders, subset="imagenet-r")["m"] == own
 
 
 @pytest.mark.parametrize(
@@ -131,13 +131,15 @@ def test_more_logits_than_classes_are_refused(folders: object, classes: int, adv
     loader = Fixed(torch.randn(6, 1000), torch.arange(6) % 2, classes=classes)
     loader.class_names = synsets(folders) if isinstance(folders, str) else folders  # type: ignore[assignment]
     with pytest.raises(DataError, match=f"model 'm' has 1000 logits: .*{advice}"):
-        evaluate({"m": identity}, loader)
+        score_models({"m": identity}, loader)
     if isinstance(folders, str):
-        assert evaluate({"m": identity}, loader, subset=folders)["m"].samples == 6
+        assert score_models({"m": identity}, loader, subset=folders)["m"].samples == 6
         loader.num_classes = 1000  # as somebody may say with --num_classes
         with pytest.raises(DataError, match=advice):
             check_folders("m", 1000, loader)
-        assert evaluate({"m": identity}, loader)["m"].samples == 6, "a run that learned from these folders"
+        assert score_models({"m": identity}, loader)["m"].samples == 6, (
+            "a run that learned from these folders"
+        )
 
 
 def synsets(subset: str) -> tuple[str, ...]:
@@ -151,7 +153,7 @@ def test_several_labels_count_if_any_is_right() -> None:
     accepted = torch.zeros(3, 10)
     accepted[0, [0, 4]] = 1
     accepted[1, [2, 3]] = 1
-    metrics = evaluate({"m": identity}, Fixed(logits, accepted, torch.tensor([True, True, False])))["m"]
+    metrics = score_models({"m": identity}, Fixed(logits, accepted, torch.tensor([True, True, False])))["m"]
     assert (metrics.top1, metrics.samples) == (50, 2)
     shares = accepted[:2] / 2
     assert metrics.loss == pytest.approx(F.cross_entropy(logits[:2], shares).item())
@@ -160,15 +162,15 @@ def test_several_labels_count_if_any_is_right() -> None:
 def test_what_does_not_fit_is_named() -> None:
     logits, targets = logits_of(6, 10)
     with pytest.raises(DataError, match="has 12 classes; model 'm' has 10 logits"):
-        evaluate({"m": identity}, Fixed(logits, targets, classes=12))
+        score_models({"m": identity}, Fixed(logits, targets, classes=12))
     with pytest.raises(DataError, match="needs 1000 logits; model 'm' has 10"):
-        evaluate({"m": identity}, Fixed(logits, targets, classes=200), subset="imagenet-a")
+        score_models({"m": identity}, Fixed(logits, targets, classes=200), subset="imagenet-a")
     with pytest.raises(DataError, match=r"has 10 classes; model 'n' has 11 logits: set --num_classes 11"):
-        evaluate({"m": identity, "n": lambda x: F.pad(x, (0, 1))}, Fixed(logits, targets))
+        score_models({"m": identity, "n": lambda x: F.pad(x, (0, 1))}, Fixed(logits, targets))
     few = logits_of(9, 3)
-    assert evaluate({"m": identity}, Fixed(*few, classes=3))["m"].top5 == 100, "of three classes"
+    assert score_models({"m": identity}, Fixed(*few, classes=3))["m"].top5 == 100, "of three classes"
     with pytest.raises(DataError, match="no image could be evaluated"):
-        evaluate({"m": identity}, Fixed(logits, targets, torch.zeros(6, dtype=torch.bool)))
+        score_models({"m": identity}, Fixed(logits, targets, torch.zeros(6, dtype=torch.bool)))
 
 
 def test_results_become_a_table_and_json() -> None:
@@ -190,7 +192,7 @@ def test_real_labels_are_scored_through_the_loader(tmp_path: Path) -> None:
     assert batches[0][1].shape == (4, 1000)
     labelled = real_labels([f"ILSVRC2012_val_{number:08d}.png" for number in range(1, 7)]).any(dim=1).sum()
     assert sum(int(valid.sum()) for *_, valid in batches) == int(labelled) == 5  # timm's file leaves one out
-    assert evaluate({"m": lambda x: torch.zeros(len(x), 1000)}, loader)["m"].samples == int(labelled)
+    assert score_models({"m": lambda x: torch.zeros(len(x), 1000)}, loader)["m"].samples == int(labelled)
 
 
 HERE = Path(__file__).resolve().parent

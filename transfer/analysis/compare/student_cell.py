@@ -39,7 +39,7 @@ from ...engine.fit_operators import fit_student
 from ...engine.modes import Models, mode_of
 from ...engine.stages import Stage, chain, check_stages, train_stages
 from ...engine.students import input_size, plan_student
-from ...metrics.measure import evaluate
+from ...metrics.measure import score_models
 from ..benchmark import macs_beside
 from ..benchmark_cases import counted_macs, load_average, machine, peak_bytes, step_of, time_steps
 from ..layer_maps import layer_maps, preprocessed, spread_images
@@ -361,7 +361,7 @@ def score_teacher(config: RunConfig, teacher: Pretrained) -> Score | None:
     """Measure the teacher's accuracy; None where it has no head for these classes."""
     if not teacher.has_head:
         return None
-    found = evaluate({"teacher": teacher.model}, _loader(config, teacher))["teacher"]
+    found = score_models({"teacher": teacher.model}, _loader(config, teacher))["teacher"]
     return Score(ZERO_SHOT, found.top1, found.top5, found.loss, samples=found.samples)
 
 

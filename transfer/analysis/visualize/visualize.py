@@ -17,7 +17,7 @@ from ....checkpoints.atomic import write_bytes, write_text
 from ....checkpoints.files import read_if_there
 from ....checkpoints.pretrained import build_untrained, load_pretrained
 from ....checkpoints.provenance import Pretrained
-from ....models.errors import CheckpointError, ConfigError, JsonDict, TransferError
+from ....models.errors import CheckpointError, ConfigError, JsonDict, TransferError, check_types
 from ....models.families import (
     TokenLayout,
     blocks_of,
@@ -178,6 +178,7 @@ RANDOM = "random"
 CHART = "Entropy and mean distance of attention by layer, and distance from the teacher where there is one"
 
 
+@check_types()
 def visualize(
     source: str,
     images: Sequence[str],
