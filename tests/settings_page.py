@@ -13,7 +13,7 @@ from graftvit.models.small import without_memory
 from graftvit.transfer.methods.method_facts import LAYERS, METHODS
 from graftvit.transfer.methods.mismatch import describe_stages
 from graftvit.transfer.methods.registry import find_method
-from graftvit.transfer.setting import OneOf, rule_of
+from graftvit.transfer.setting import Leaf, OneOf, rule_of
 from torch import nn
 
 DOCS = Path(__file__).parent.parent / "docs"
