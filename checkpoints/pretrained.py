@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from os import PathLike
@@ -185,7 +186,7 @@ def describe_model(model: nn.Module, **own: Any) -> Pretrained:
             f"this {type(model).__name__} does not say its timm name: make it by timm.create_model, or load it by "
             "graftvit.load"
         )
-    arguments = {**get_model_args(model), **_changed(model)}
+    arguments = {**_written(model, name), **_changed(model)}
     return Pretrained(
         model=model,
         source="a model made in Python",
@@ -197,6 +198,20 @@ def describe_model(model: nn.Module, **own: Any) -> Pretrained:
         report=LoadReport("Python", "a model", 0),
         model_args=arguments,
     )
+
+
+def _written(model: nn.Module, name: str) -> JsonDict:
+    """Return the arguments that a model was built with, without functions that change nothing but a norm's epsilon.
+
+    The epsilon is written by itself. A function that changes more stays, and is refused where it would be written.
+    """
+    arguments: JsonDict = get_model_args(model)
+    plain = {key: value for key, value in arguments.items() if not callable(value)}
+    if len(plain) == len(arguments):
+        return arguments
+    both = repr(model), repr(build(name, plain, on_meta=True))
+    shown, twin = (re.sub(r"(LayerNorm\(.*)eps=[^,)]+", r"\1", each) for each in both)
+    return plain if shown == twin else arguments
 
 
 def _changed(model: nn.Module) -> JsonDict:

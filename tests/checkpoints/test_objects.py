@@ -1,0 +1,201 @@
+"""The law of artefacts for objects: what a notebook holds, written or sent in any way, is the same model again."""
+
+from __future__ import annotations
+
+import copy
+import json
+import pickle
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import graftvit
+import pytest
+import timm
+import torch
+from graftvit.models import resize
+from graftvit.models.errors import CheckpointError
+from support.hub.hub_client import use_hub
+from support.hub.hub_uploads import serve_uploads
+from support.models.pyramids import tiny as pyramid
+from torch import Tensor, nn
+
+NAME = "vit_tiny_patch16_224"
+SIZES: dict[str, Any] = {
+    "img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 3, "num_classes": 5,
+}  # fmt: skip
+MEAN, STD = (0.3, 0.4, 0.5), (0.2, 0.3, 0.4)
+
+
+def vit(seed: int = 0, **more: Any) -> nn.Module:
+    torch.manual_seed(seed)
+    model = timm.create_model(NAME, **SIZES | more)
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.1)
+    model.pretrained_cfg |= {"mean": MEAN, "std": STD, "crop_pct": 0.7, "interpolation": "bilinear"}
+    return model.eval()
+
+
+def images(size: tuple[int, int] = (32, 32)) -> Tensor:
+    return torch.randn(3, 3, *size, generator=torch.Generator().manual_seed(7))
+
+
+def new_head() -> nn.Module:
+    model: Any = vit()
+    model.reset_classifier(7)
+    return model.eval()  # type: ignore[no-any-return]
+
+
+def resized() -> nn.Module:
+    model = vit()
+    resize(model, (40, 24))
+    return model
+
+
+def taught(method: str, *, steps: int = 1) -> graftvit.DualViT:
+    dual = graftvit.DualViT(vit(1), vit(), method=method)
+    optimizer = torch.optim.SGD([each for each in dual.parameters() if each.requires_grad], lr=0.01)
+    for _ in range(steps):
+        out = dual(images())
+        (out.logits.square().mean() + out.transfer_loss).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return dual.eval()
+
+
+def loaded(tmp_path: Path) -> Any:
+    graftvit.save(vit(), tmp_path / "first")
+    return graftvit.load_pretrained(tmp_path / "first")
+
+
+THINGS: dict[str, Callable[[Path], Any]] = {
+    "plain": lambda _: vit(),
+    "without a head": lambda _: vit(num_classes=0),
+    "a new head": lambda _: new_head(),
+    "resized": lambda _: resized(),
+    "pooled": lambda _: vit(global_pool="avg"),
+    "other norms": lambda _: vit(norm_layer=partial(nn.LayerNorm, eps=1e-3)),
+    "converted": lambda _: graftvit.convert(vit(), "*: linear"),
+    "calibrated": lambda _: graftvit.convert(vit(), "0: hedgehog; 1: hash", calibration=images()),
+    "without attention": lambda _: graftvit.convert(pyramid("swin").float(), "1: none").eval(),
+    "converted twice": lambda _: graftvit.convert(graftvit.convert(vit(), "*: linear"), "0: performer"),
+    "pvt": lambda _: pyramid("pvt").float().eval(),
+    "swin": lambda _: pyramid("swin").float().eval(),
+    "converted swin": lambda _: graftvit.convert(
+        pyramid("swin").float(), "stage1: linear", without=["bias"]
+    ).eval(),
+    "distilling": lambda _: taught("distill"),
+    "distilled": lambda _: taught("distill").release().eval(),
+    "copying": lambda _: taught("copy"),
+    "copied": lambda _: taught("copy").release().eval(),
+    "copying queries": lambda _: taught("copy_q"),
+    "features": lambda _: taught("feature"),
+    "logits": lambda _: taught("logits"),
+    "converted student": lambda _: graftvit.DualViT(vit(1), graftvit.convert(vit(), "*: linear"), "feature"),
+    "loaded": loaded,
+}
+
+
+def answer(thing: Any) -> Tensor:
+    """What it says of the images."""
+    model = thing if isinstance(thing, nn.Module) else thing.model
+    size = (
+        (40, 24) if getattr(getattr(model, "patch_embed", None), "img_size", None) == (40, 24) else (32, 32)
+    )
+    model.eval()
+    with torch.no_grad():
+        return getattr(model, "predict", model)(images(size))  # type: ignore[no-any-return]
+
+
+def by_save(thing: Any, tmp_path: Path) -> Any:
+    return graftvit.load(graftvit.save(thing, tmp_path / "saved"))
+
+
+def by_save_twice(thing: Any, tmp_path: Path) -> Any:
+    again = graftvit.load_pretrained(graftvit.save(thing, tmp_path / "saved"))
+    return graftvit.load(graftvit.save(again, tmp_path / "again"))
+
+
+def by_shards(thing: Any, tmp_path: Path) -> Any:
+    return graftvit.load(str(graftvit.save(thing, tmp_path / "saved", max_shard_size=4_000)))
+
+
+def by_push(thing: Any, tmp_path: Path) -> Any:
+    graftvit.push(thing, "tester/model", visibility="private", license="mit", confirm_license=True)
+    return graftvit.load("hf-hub:tester/model")
+
+
+def by_model(thing: Any, tmp_path: Path) -> Any:
+    return graftvit.as_model(thing)
+
+
+def by_pickle(thing: Any, tmp_path: Path) -> Any:
+    return graftvit.as_model(pickle.loads(pickle.dumps(copy.deepcopy(thing))))
+
+
+ROUTES = {
+    "save": by_save,
+    "save, load, save": by_save_twice,
+    "shards": by_shards,
+    "push": by_push,
+    "as_model": by_model,
+    "pickle": by_pickle,
+}
+
+
+@pytest.fixture
+def _hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    with serve_uploads() as (server, _):
+        use_hub(monkeypatch, server, tmp_path / "home")
+        yield
+
+
+@pytest.mark.usefixtures("_hub")
+@pytest.mark.parametrize("name", THINGS)
+def test_it_is_the_same_model_again(name: str, tmp_path: Path) -> None:
+    thing = THINGS[name](tmp_path)
+    wanted = answer(thing)
+    assert wanted.std() > 1e-3
+    for route, take in ROUTES.items():
+        (tmp_path / route).mkdir()
+        got = answer(take(thing, tmp_path / route))
+        assert torch.equal(got, wanted), route
+    assert torch.equal(answer(thing), wanted), "the thing itself is as it was"
+
+
+def test_the_folder_says_how_images_are_made(tmp_path: Path) -> None:
+    for name in ("plain", "converted", "distilling", "copied", "loaded"):
+        folder = graftvit.save(THINGS[name](tmp_path / name), tmp_path / name / "saved")
+        shown = json.loads((folder / "config.json").read_text())["pretrained_cfg"]
+        assert (tuple(shown["mean"]), tuple(shown["std"])) == (MEAN, STD), name
+        assert (shown["crop_pct"], shown["interpolation"]) == (0.7, "bilinear"), name
+
+
+@pytest.mark.parametrize("name", ["plain", "converted", "copied", "distilling", "swin"])
+def test_its_graph_says_the_same(name: str, tmp_path: Path) -> None:
+    runtime = pytest.importorskip("onnxruntime")
+    thing = THINGS[name](tmp_path)
+    report = graftvit.export(thing, tmp_path / "model.onnx")
+    session = runtime.InferenceSession(str(report.path), providers=["CPUExecutionProvider"])
+    (found,) = session.run(None, {session.get_inputs()[0].name: images().numpy()})
+    torch.testing.assert_close(torch.from_numpy(found), answer(thing), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("model", "part"), [
+    (lambda: nn.Sequential(nn.Linear(3, 3)), "timm"),
+    (lambda: vit(act_layer=partial(nn.GELU, approximate="tanh")), "act_layer"),
+])  # fmt: skip
+def test_what_cannot_be_built_again_is_refused(
+    model: Callable[[], nn.Module], part: str, tmp_path: Path
+) -> None:
+    with pytest.raises(CheckpointError, match=part):
+        graftvit.save(model(), tmp_path / "saved")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_changed_model_is_not_written_as_another(tmp_path: Path) -> None:
+    model: Any = vit()
+    model.blocks[1].mlp = nn.Identity()
+    with pytest.raises(CheckpointError, match="other weights"):
+        graftvit.save(model, tmp_path / "saved")
