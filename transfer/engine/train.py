@@ -16,6 +16,8 @@ from torch import Tensor, nn
 
 from ...checkpoints import provenance
 from ...checkpoints.atomic import WriteFailedError, write_text
+from ...checkpoints.pretrained import load, load_pretrained
+from ...checkpoints.provenance import Pretrained
 from ...checkpoints.state import StateFolder, TrainingState
 from ...checkpoints.student import write_student
 from ...models.copied import copy_attention
@@ -143,6 +145,14 @@ class RunResult:
     signal: int | None
     verdict: Verdict | None = None
     """How a finished run went; None in other processes than the first one, and with engine.report=false."""
+
+    def to_model(self) -> nn.Module:
+        """Return the student of the run, as `graftvit.load` does."""
+        return load(self.output_dir)
+
+    def to_pretrained(self) -> Pretrained:
+        """Return the student of the run, as `graftvit.load_pretrained` does."""
+        return load_pretrained(self.output_dir)
 
 
 @check_types()
