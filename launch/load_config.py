@@ -25,6 +25,7 @@ from ..transfer.mode_facts import MODE_FACTS, Mode
 from ..transfer.setting import (
     Leaf,
     Section,
+    as_inherited,
     explain,
     find_replacements,
     find_unread,
@@ -141,6 +142,8 @@ class Setting:
     """Stage of the setting; empty for every stage, or for a run without stages."""
     layer: str = ""
     """File that holds the setting, or the stage in that file; empty for a flag."""
+    written: bool = False
+    """Of a file with all values of a run, which a run wrote: nobody gave this one."""
 
 
 @check_types()
@@ -258,7 +261,7 @@ def read_recipe(source: str | Path, seen: tuple[str, ...] = ()) -> Recipe:
     stages = _stages(content.pop("stages", None), label) or inherited.stages
     compare = content.pop("compare", inherited.compare)
     attnbench = content.pop("attnbench", inherited.attnbench)
-    own = [replace(setting, layer=label) for setting in _flatten(content, "", label)]
+    own = _layer(content, label, label)
     return Recipe(inherited.settings + own, stages, compare, attnbench)
 
 
@@ -281,9 +284,16 @@ def _stages(content: Any, label: str) -> list[tuple[str, list[Setting]]]:
             raise ConfigError(
                 f"{label}: stages[{number}] has the name {name!r} of an earlier stage: give it another"
             )
-        own = _flatten(settings, "", f"{label}: stages.{name}")
-        stages.append((name, [replace(setting, layer=name) for setting in own]))
+        stages.append((name, _layer(settings, f"{label}: stages.{name}", name)))
     return stages
+
+
+def _layer(content: JsonDict, label: str, layer: str) -> list[Setting]:
+    """Return the settings of a file or stage. One that sets more than half of all that there are was written by a run:
+    an older version knew fewer, and nobody types as many."""
+    found = _flatten(content, "", label)
+    written = len(found) > len(leaves()) // 2
+    return [replace(setting, layer=layer, written=written) for setting in found]
 
 
 def _base_path(base: str, folder: Path | None) -> str | Path:
@@ -357,7 +367,8 @@ def _validate(settings: Sequence[Setting], stage: str = "") -> RunConfig:
         raise _explain(error.__cause__, values, given) from error
     _check_finetune(settings, config.mode)
     _check_single_loss(settings, config)
-    return config
+    written = {key_of(setting): setting.written for setting in settings}
+    return as_inherited(config, (key for key, inherited in written.items() if inherited))
 
 
 def _check_finetune(settings: Sequence[Setting], mode: Mode) -> None:

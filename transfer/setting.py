@@ -149,6 +149,9 @@ def check_switch(value: Any, annotation: Any) -> None:
         raise PydanticCustomError("switch", "Input should not be true or false")
 
 
+S = TypeVar("S", bound="Section")
+
+
 class Section(BaseModel):
     """A group of settings; an unknown key or a value of the wrong kind is refused."""
 
@@ -462,13 +465,33 @@ def find_unread(run: Section) -> dict[str, str]:
 
 
 def check_effect(run: Section) -> None:
-    """Raise ConfigError for a setting that changes nothing in a run."""
-    _refuse_unread(_walk_unread(run, run, ""))
+    """Raise ConfigError for a setting that somebody gave and that changes nothing in a run.
+
+    What is not in `model_fields_set` is not given: a default, or what a run folder has (`as_inherited`).
+    """
+    _refuse_unread(_walk_unread(run, run, "", given=True))
+
+
+def as_inherited(run: S, keys: Iterable[str]) -> S:
+    """Return the run with these settings as it has them, of which none counts as given.
+
+    A run folder holds all values, also of what was a default when it was written and changes nothing.
+    """
+    for key in keys:
+        name, _, rest = key.partition(".")
+        value = getattr(run, name)
+        if rest:
+            value = as_inherited(value, [rest])
+        elif isinstance(value, list):
+            value = [as_inherited(each, vars(each)) if isinstance(each, Section) else each for each in value]
+        run = run.model_copy(update={name: value})
+        run.model_fields_set.discard(name)
+    return run
 
 
 def check_section(section: Section, name: str) -> None:
     """Raise ConfigError for a setting that changes nothing because of others of its section, in whatever run."""
-    _refuse_unread(_walk_unread(None, section, f"{name}."))
+    _refuse_unread(_walk_unread(None, section, f"{name}.", given=True))
 
 
 def _refuse_unread(found: Iterable[tuple[str, str, Any]]) -> None:
@@ -483,20 +506,22 @@ def find_replacements(run: Section, keys: Iterable[str]) -> set[str]:
     return {need.instead for need in found if not need.met(run)}
 
 
-def _walk_unread(run: Section | None, section: Section, prefix: str) -> Iterator[tuple[str, str, Any]]:
+def _walk_unread(
+    run: Section | None, section: Section, prefix: str, *, given: bool = False
+) -> Iterator[tuple[str, str, Any]]:
     """Give key, reason and value of each setting that changes nothing, of entries of lists first.
 
-    Without a run, only the conditions within a section count.
+    Without a run, only the conditions within a section count; with `given`, only the settings that somebody gave.
     """
     for name, field in type(section).model_fields.items():
         value = getattr(section, name)
         if isinstance(value, Section):
-            yield from _walk_unread(run, value, f"{prefix}{name}.")
+            yield from _walk_unread(run, value, f"{prefix}{name}.", given=given)
             continue
         for index, entry in enumerate(value if isinstance(value, list) else ()):
             if isinstance(entry, Section):
-                yield from _walk_unread(run, entry, f"{prefix}{name}[{index}].")
-        if value in (field.default, *rule_of(field).off):
+                yield from _walk_unread(run, entry, f"{prefix}{name}[{index}].", given=given)
+        if value in (field.default, *rule_of(field).off) or (given and name not in section.model_fields_set):
             continue
         for need in section.needs_of(name):
             subject = run if need.of == "run" else section

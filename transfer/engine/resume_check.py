@@ -13,7 +13,7 @@ from ...checkpoints.class_names import KEY as LABEL_NAMES
 from ...checkpoints.class_names import difference
 from ...models.errors import CheckpointError, ConfigError, DataError, Json, JsonDict, counted
 from ..config import RunConfig
-from ..setting import is_free
+from ..setting import as_inherited, is_free
 
 logger = logging.getLogger(__name__)
 BUILT = (
@@ -62,6 +62,7 @@ def as_begun(config: RunConfig, saved: Json) -> RunConfig:
         own = getattr(config, section)
         if before is not None and getattr(own, name) is None:
             config = config.model_copy(update={section: own.model_copy(update={name: before})})
+            config = as_inherited(config, [f"{section}.{name}"])
     return config
 
 
