@@ -109,11 +109,11 @@ def dispatch(words: list[str]) -> int:
         raise ConfigError(f"unknown command {words[0]!r}; {did_you_mean(words[0], COMMANDS)}")
     _log(words[0])
     if words[0] in DISTRIBUTED:
-        from .slurm.environment import prepare_process
+        from .launcher import prepare_process
 
         prepare_process()
     elif words[0] in ALONE:
-        from .slurm.environment import refuse_several
+        from .launcher import refuse_several
 
         refuse_several(words[0])
     if words[0] in SAVING:

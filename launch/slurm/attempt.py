@@ -26,8 +26,9 @@ import submitit
 from ...models.errors import GraftError, escaped, one_sentence
 from ...transfer.engine import deadline, early_signals
 from ..garbage import collect_seldom
+from ..launcher import limit_threads
 from ..submitted import command_name
-from .environment import LOG_START, export_ranks, forget_old_results, keep_results, limit_threads, requeue
+from .environment import LOG_START, export_ranks, forget_old_results, keep_results, requeue
 from .failures import classify
 from .folder import Attempt, Failure, JobFolder, newest_state
 from .jobs import current_stage, read_progress

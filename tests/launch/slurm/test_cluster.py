@@ -1,4 +1,4 @@
-"""The cluster that other tests run on leaves nothing behind."""
+"""The cluster that other tests run on leaves nothing behind, and a plain srun on it is one run."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from support.runs.launched import TRAIN, clean, recipe, run_all
 from support.runs.patience import until
 from support.slurm.cluster_runs import field
 from support.slurm.slurm_cluster import SlurmCluster
@@ -55,3 +56,11 @@ def test_where_slurm_is_missing_the_reason_is_given(
     monkeypatch.setenv("GRAFTVIT_TEST_SLURM", "1")
     with pytest.raises(pytest.fail.Exception, match="no_such_daemon: not installed"):
         start_cluster()
+
+
+@pytest.mark.slurm
+@pytest.mark.slow
+def test_plain_srun(tmp_path: Path, cluster: SlurmCluster) -> None:
+    path = recipe(tmp_path)
+    command = ["srun", "-N", "2", "-n", "2", sys.executable, *TRAIN, str(path)]
+    run_all([command], [clean(**cluster.environment)], tmp_path)

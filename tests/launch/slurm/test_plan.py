@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import signal
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
-from graftvit.launch import cli
-from graftvit.launch.cli import COMMANDS
 from graftvit.launch.flags import command_parser, parse_command, split_words
 from graftvit.launch.load_config import dump_config, load_comparison, load_config, load_stages, parse_override
 from graftvit.launch.slurm import jobs, submit
@@ -35,10 +31,8 @@ from graftvit.launch.slurm.scheduler import State
 from graftvit.launch.slurm.site_file import add_cluster_flags, asked_by
 from graftvit.launch.slurm.site_file import describe as describe_asked
 from graftvit.launch.slurm.submit import check, preview, send
-from graftvit.launch.submitted import SUBMITTED, Interrupted, check_words, ended_by_signals
 from graftvit.launch.sweep import load_sweep
 from graftvit.models.errors import ConfigError, GraftError
-from graftvit.transfer.engine import early_signals
 from graftvit.transfer.engine.early_signals import remembering
 from graftvit.transfer.engine.train import train
 from support.files.data_sets import write_classes
@@ -224,13 +218,6 @@ def test_what_has_a_job_is_not_submitted_again(
 VIT = "vit_tiny_patch16_224"
 
 
-def test_each_is_a_command_that_can_check_its_words() -> None:
-    for command in SUBMITTED:
-        assert command in COMMANDS
-        with pytest.raises(GraftError):
-            check_words(command, ["--no_such_flag", "1"])
-
-
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
@@ -367,47 +354,6 @@ def test_a_run_is_not_taken_for_the_command_that_its_folder_had_before(folder: P
     submitted(folder / "run", cluster="local")
     status = describe_runs([folder / "run"])[0]
     assert status.job.is_run
-
-
-@pytest.mark.parametrize("number", early_signals.EARLY_SIGNALS)
-def test_a_signal_of_the_scheduler_ends_a_command_at_once(
-    number: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    reached: list[str] = []
-
-    def run(words: list[str]) -> int:
-        reached.append("begun")
-        try:
-            os.kill(os.getpid(), number)
-            reached.append("went on")
-        finally:
-            reached.append("cleaned up")
-        return 0
-
-    monkeypatch.setattr(cli, "_run", run)
-    with remembering():
-        assert cli.dispatch(["export", "a", "b"]) == 128 + number
-        assert early_signals.received == [number]
-        assert cli.dispatch(["export", "a", "b"]) == 128 + number, "it came before the command began"
-    assert reached == ["begun", "cleaned up"]
-
-
-def test_outside_of_a_job_signals_are_as_they_were() -> None:
-    before = signal.getsignal(signal.SIGTERM)
-    with ended_by_signals():
-        assert signal.getsignal(signal.SIGTERM) is before
-
-
-def test_a_forked_loader_process_leaves_the_end_to_its_parent() -> None:
-    with remembering(), ended_by_signals():
-        child = os.fork()
-        if child == 0:
-            try:
-                os.kill(os.getpid(), signal.SIGTERM)
-                os._exit(7)
-            except Interrupted:
-                os._exit(8)
-        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
 
 
 @pytest.fixture
