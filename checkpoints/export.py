@@ -10,10 +10,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, get_args
+from typing import get_args
 
 import torch
 from torch import nn
+from typing_extensions import Unpack
 
 from ..models import families
 from ..models.conversion import plan_of, sharing_copy
@@ -41,7 +42,7 @@ from .export_graph import (
 )
 from .formats.containers import as_metadata
 from .licenses import public_text
-from .pretrained import describe, describe_model
+from .pretrained import LoadSettings, describe, describe_model
 from .provenance import Pretrained
 from .weight_files import Weights, as_pair
 
@@ -166,7 +167,7 @@ def export(
     normalize: bool = False,
     tolerance: float = TOLERANCE,
     overwrite: bool = False,
-    **how: Any,
+    **how: Unpack[LoadSettings],
 ) -> ExportReport:
     """Export a model, or that of any source, as `export_model`; the file says how to feed it and where it comes from.
 

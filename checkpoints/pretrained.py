@@ -9,11 +9,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from os import PathLike
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, TypedDict, runtime_checkable
 
 import torch
 from timm.models import get_model_args, split_model_name_tag
 from torch import nn
+from typing_extensions import Unpack
 
 from ..models.conversion import ARCHITECTURE as CONVERTED
 from ..models.conversion import plan_size, resize, with_plan
@@ -60,6 +61,21 @@ from .transformers_models import load_tower
 from .weight_files import Weights, as_pair
 
 logger = logging.getLogger(__name__)
+
+
+class LoadSettings(TypedDict, total=False):
+    """The keywords of `load_pretrained`, for what passes them on; a test holds the two equal."""
+
+    model: str | None
+    model_args: Json | None
+    img_size: int | tuple[int, int] | None
+    num_classes: int | None
+    position_embedding: Method
+    revision: str | None
+    bare: bool
+    identified: bool
+    download: bool
+    keep: bool
 
 
 @check_types("source")
@@ -151,7 +167,7 @@ class HoldsPretrained(Protocol):
         """Return the model with its description."""
 
 
-def describe(thing: Model | Pretrained, role: str = "model", **how: Any) -> Pretrained:
+def describe(thing: Model | Pretrained, role: str = "model", **how: Unpack[LoadSettings]) -> Pretrained:
     """Return the model that `thing` is, holds or names, as `as_model` takes it, with what is known of it.
 
     `how` is of a source by name, as of `load_pretrained`. Raises as `as_model` and `describe_model`.
@@ -476,7 +492,7 @@ UNTRAINED_SEED = 20121  # one that nobody takes for a training
 
 
 @check_types("source")
-def load(source: str | Path, *, dtype: torch.dtype | None = None, **how: Any) -> nn.Module:
+def load(source: str | Path, *, dtype: torch.dtype | None = None, **how: Unpack[LoadSettings]) -> nn.Module:
     """Return the model of any source, in eval mode and with gradients: a student (converted ones too) or a teacher.
 
     A student that copies its teacher's attention has the part of the teacher that it needs, which stays frozen.

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import torch
 from huggingface_hub import save_torch_state_dict
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from typing_extensions import Unpack
 
 from ..models.attention.base import Fit
 from ..models.calibration import Layer
@@ -31,7 +31,7 @@ from .class_names import KEY as LABEL_NAMES
 from .fit import own_norm_eps, refuse_not_finite
 from .model_folders import CONFIG
 from .preprocessing import Preprocessing
-from .pretrained import describe
+from .pretrained import LoadSettings, describe
 from .provenance import COST, NORM_EPS, Pretrained, carried_license, of_weights
 from .provenance import KEY as PROVENANCE
 from .report import some
@@ -104,7 +104,7 @@ def save(
     dtype: torch.dtype | None = None,
     max_shard_size: int | str = SHARD_SIZE,
     overwrite: bool = False,
-    **how: Any,
+    **how: Unpack[LoadSettings],
 ) -> Path:
     """Write a model, the student of a `DualViT`, or the model of any source, and return its folder.
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, ClassVar, Literal
+from collections.abc import Sequence
+from typing import Annotated, Any, ClassVar, Literal, TypedDict
 
 from pydantic import field_validator, model_validator
 
@@ -160,3 +161,58 @@ def describes_single_loss(given: str, name: str) -> str:
         f"{given} describes a single loss and cannot be used with transfer.losses: write {name} into an entry of "
         "transfer.losses"
     )
+
+
+# The same settings as keywords of Python, for editors and type checkers; a test holds them equal to the fields above.
+
+MethodName = Literal[
+    "copy",
+    "copy_q",
+    "copy_k",
+    "copy_v",
+    "distill",
+    "distill_q",
+    "distill_k",
+    "distill_v",
+    "attention_output",
+    "block_output",
+    "feature",
+    "logits",
+]
+"""The methods of GraftViT. A registered one of another package is named in a `LossEntry`, which takes any text."""
+
+
+class LossSettings(TypedDict, total=False):
+    """What both forms of `DualViT` take for one loss, as `LossConfig` describes it."""
+
+    layers: str | int | Sequence[int] | Sequence[tuple[int, int]]
+    heads: (
+        Literal["all", "mean", "match"] | str | int | Sequence[int]
+    )  # the words for editors, or pairs as text
+    loss: Literal["ce", "kl"]
+    feature_loss: Literal["cosine", "smooth_l1", "mse"]
+    tokens: Literal["pooled", "patches", "both"]
+    standardize: Literal["none", "dimension", "phi_s"]
+    standardize_images: int
+    logits_loss: Literal["kl", "hard"]
+    logits_head: Literal["all", "distillation"]
+    weight: float
+    reduction: Literal["sum", "mean"]
+    temperature: float
+    rows: float
+    interpolate_grid: bool
+
+
+class EntrySettings(LossSettings, total=False):
+    """An entry of `losses` as a dictionary."""
+
+    method: MethodName
+    teacher: str | None
+
+
+class DualSettings(LossSettings, total=False):
+    """The keywords of `DualViT` beside its method: those of `TransferConfig` that its numbers depend on."""
+
+    losses: Sequence[EntrySettings | LossEntry]
+    task_weight: float
+    share_drop_path: bool

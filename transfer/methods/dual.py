@@ -10,10 +10,10 @@ from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from textwrap import indent
-from typing import Any
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import Unpack
 
 from ...checkpoints.architecture import build
 from ...checkpoints.copying_students import copied_teacher
@@ -31,7 +31,7 @@ from ...models.given import Model, as_model, check_images
 from ...models.hosting import host_attention
 from ...models.lora import merged
 from ...models.replay import replay_blocks, restore_blocks
-from ..loss_config import TransferConfig
+from ..loss_config import DualSettings, MethodName, TransferConfig
 from .distill import DistillMap
 from .drop_path import SharedDropPath, check_shares, share_drop_paths
 from .loss_terms import (
@@ -133,7 +133,7 @@ class DualViT(nn.Module):
     """A student that is taught by frozen teachers: by copying or distilling their attention, features or classes.
 
     With the short form, `method` and the keywords are those of `TransferConfig`. With `losses`, a list of
-    `LossConfig` or of dictionaries with its keys, several losses are summed:
+    `LossEntry` or of dictionaries with its keys, several losses are summed:
 
         DualViT(teacher, student, losses=[{"method": "distill", "weight": 3}, {"method": "feature", "weight": 1}])
 
@@ -153,22 +153,21 @@ class DualViT(nn.Module):
     _dismissed = False
     _compiled: frozenset[str] = frozenset()
 
-    @check_types()
+    @check_types("method")  # a registered method of another package is valid too
     def __init__(
         self,
         teacher: Teacher | Mapping[str, Teacher],
         student: Model,
-        method: str | None = None,
+        method: MethodName | None = None,
         *,
         teacher_normalization: Normalization | None = None,
         student_normalization: Normalization | None = None,
         calibration: Tensor | None = None,
-        **options: Any,
+        **options: Unpack[DualSettings],
     ) -> None:
         super().__init__()
-        if method is not None:
-            options["method"] = method
-        self.config = read_settings(**options)
+        chosen_method = {} if method is None else {"method": method}
+        self.config = read_settings(**options, **chosen_method)
         given = teacher if isinstance(teacher, Mapping) else {DEFAULT_TEACHER: teacher}
         chosen = choose_teachers(self.config, list(given))
         loaded = {name: opened(name, each) for name, each in given.items()}
