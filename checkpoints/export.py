@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import logging
 import os
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -24,6 +25,7 @@ from ..models.given import Model
 from ..models.hosting import host_attention
 from .architecture import build
 from .atomic import sync, write_file
+from .class_names import KEY as LABEL_NAMES
 from .export_graph import (
     Dynamic,
     Format,
@@ -83,12 +85,15 @@ class ExportReport:
 
 
 def provenance_words(teacher: Pretrained) -> dict[str, str]:
-    """Return the source of a model and the cropping of its images, for its file; without a path of this machine.
+    """Return the source of a model, its classes and the cropping of its images, for its file; without a path of this
+    machine.
 
     The description that reads an ONNX file back is among them.
     """
     images = teacher.preprocessing
-    arguments, described = teacher.model_args, {**images.described(), "license": teacher.license}
+    names = {} if teacher.label_names is None else {LABEL_NAMES: list(teacher.label_names)}
+    arguments = teacher.model_args
+    described = {**images.described(), "license": teacher.license, **names}
     built = Weights({}, "", "", teacher.architecture, arguments, described)
     facts = {
         "crop_pct": f"{images.crop_pct:g}",
@@ -98,6 +103,7 @@ def provenance_words(teacher: Pretrained) -> dict[str, str]:
         "source": public_text(teacher.source, "source"),
         "revision": teacher.revision,
         "license": teacher.license or "unknown",
+        **{key: json.dumps(value, ensure_ascii=False) for key, value in names.items()},
         **as_metadata(built),
     }
     return {key: value for key, value in facts.items() if value is not None}

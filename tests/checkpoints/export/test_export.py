@@ -18,6 +18,7 @@ from graftvit.checkpoints import export_graph as check
 from graftvit.checkpoints import export_graph as files
 from graftvit.checkpoints.export import export, export_model
 from graftvit.checkpoints.export_graph import ExportFailedError, compare, data_file
+from graftvit.checkpoints.pretrained import load_pretrained
 from graftvit.models.calibration import fit_at_random
 from graftvit.models.conversion import convert, converted_layers
 from graftvit.models.errors import CheckpointError, GraftError, RunFailedError, UnsupportedModelError
@@ -204,6 +205,20 @@ def test_the_file_says_how_to_feed_it(suffix: str, tmp_path: Path) -> None:
     assert "classes" not in words
     assert str(tmp_path) not in json.dumps(words)
     assert report.output == "features"
+
+
+def test_an_onnx_file_names_its_classes_and_refuses_other_images(tmp_path: Path) -> None:
+    folder, path, names = tmp_path / "student", tmp_path / "model.onnx", ["quince", "æble", "fig"]
+    sizes = {"embed_dim": 32, "depth": 1, "num_heads": 2, "img_size": 16, "patch_size": 4, "num_classes": 3}
+    model = timm.create_model("vit_tiny_patch16_224", **sizes)
+    save_folder(model, folder, "vit_tiny_patch16_224", sizes, label_names=names)
+    export(folder, path)
+    session = pytest.importorskip("onnxruntime").InferenceSession(path)
+    assert json.loads(session.get_modelmeta().custom_metadata_map["label_names"]) == names
+    assert load_pretrained(path).label_names == tuple(names)
+    for shape in ((2, 3, 20, 16), (2, 1, 16, 16)):
+        with pytest.raises(Exception, match="invalid dimensions for input: images"):
+            session.run(None, {"images": np.zeros(shape, np.float32)})
 
 
 @pytest.mark.slow
