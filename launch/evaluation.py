@@ -10,7 +10,8 @@ from accelerate import Accelerator
 from timm.utils.misc import natural_key
 from torch import Tensor, nn
 
-from ..checkpoints.class_names import comparable, places, same_classes
+from ..checkpoints.class_names import comparable, same_classes
+from ..checkpoints.class_names import places as columns_of
 from ..checkpoints.model_folders import last_stage
 from ..checkpoints.preprocessing import Preprocessing
 from ..checkpoints.pretrained import build_untrained, load_pretrained
@@ -23,7 +24,13 @@ from ..models.families import pooling_of
 from ..transfer.config import DataConfig, RunConfig, TeacherConfig
 from ..transfer.data.augment import with_settings
 from ..transfer.data.labels import check_num_classes, imagenet_names
-from ..transfer.data.loaders import EvalLoader, create_eval_loader, create_reference_loader
+from ..transfer.data.loaders import (
+    EvalLoader,
+    Views,
+    ViewsLoader,
+    create_eval_loader,
+    create_reference_loader,
+)
 from ..transfer.engine.fit_operators import stage_together
 from ..transfer.engine.parallel import create_accelerator, host_group
 from ..transfer.metrics.distance import ComparedLayers, Reader, compared_layers, describe_features
@@ -92,7 +99,7 @@ def describe_candidate(candidate: Candidate) -> list[str]:
 
 
 def check_alike(candidates: list[Candidate]) -> None:
-    """Raise ConfigError if the models cannot take the same images or have different classes."""
+    """Raise ConfigError if the models have different numbers of classes."""
     first = candidates[0]
     for other in candidates[1:]:
         if other.num_classes != first.num_classes:
@@ -100,17 +107,48 @@ def check_alike(candidates: list[Candidate]) -> None:
                 f"{other.name!r} has {other.num_classes} classes and {first.name!r} has {first.num_classes}; "
                 "evaluate them one by one"
             )
-        theirs, ours = (replace(each.spec, mean=(), std=()) for each in (other, first))
-        differ = [
-            field.name for field in fields(ours) if getattr(theirs, field.name) != getattr(ours, field.name)
-        ]
-        if differ:
-            name = differ[0]
-            raise ConfigError(
-                f"{other.name!r} takes images of {name}={getattr(theirs, name)} and {first.name!r} of "
-                f"{name}={getattr(ours, name)}; evaluate them one by one"
-                + ("" if name == "input_size" else f", or give --{name} for all")
-            )
+
+
+def _place(spec: Preprocessing, specs: Sequence[Preprocessing]) -> int | None:
+    """Return the first of `specs` that makes the same images, apart from their normalization, which is computed."""
+    plain = [replace(each, mean=(), std=()) for each in specs]
+    own = replace(spec, mean=(), std=())
+    return plain.index(own) if own in plain else None
+
+
+def _shared(candidates: Sequence[Candidate]) -> list[Preprocessing]:
+    """Return the preprocessings that the candidates need, each once."""
+    specs: list[Preprocessing] = []
+    for each in candidates:
+        if _place(each.spec, specs) is None:
+            specs.append(each.spec)
+    return specs
+
+
+def _side_by_side(make: Callable[[Preprocessing], EvalLoader], specs: Sequence[Preprocessing]) -> EvalLoader:
+    """Return one loader of the images as all of `specs` make them."""
+    loaders = [make(spec) for spec in specs]
+    return loaders[0] if len(loaders) == 1 else ViewsLoader(loaders)
+
+
+def _view(predict: Callable[[Tensor], Tensor], place: int) -> Callable[[Tensor], Tensor]:
+    """Return `predict` for the images of one place of `Views`, or for plain images."""
+
+    def run(images: Tensor | Views) -> Tensor:
+        return predict(images.images[place] if isinstance(images, Views) else images)
+
+    return run
+
+
+def _describe_views(candidates: Sequence[Candidate], specs: Sequence[Preprocessing]) -> list[str]:
+    """Describe in what the images of the models differ, a line each; nothing where all take the same ones."""
+    names = [field.name for field in fields(Preprocessing) if field.name not in ("mean", "std")]
+    differ = [name for name in names if len({str(getattr(spec, name)) for spec in specs}) > 1]
+    return [
+        f"images of {each.name}: {', '.join(f'{name}={getattr(each.spec, name)}' for name in differ)}"
+        for each in candidates
+        if differ
+    ]
 
 
 def common_names(candidates: list[Candidate]) -> tuple[str, ...] | None:
@@ -141,7 +179,7 @@ def reorder(
     predict: Callable[[Tensor], Tensor], own: Sequence[str] | None, names: Sequence[str] | None
 ) -> Callable[[Tensor], Tensor]:
     """Return `predict` with its logits reordered from the classes `own` to the order of `names`."""
-    columns = places(own, names)
+    columns = columns_of(own, names)
     return predict if columns is None else lambda images: predict(images)[:, columns]
 
 
@@ -250,16 +288,26 @@ def evaluate(asked: Evaluation, tell: Callable[[str], object]) -> dict[str, dict
     ranks = {"rank": accelerator.process_index, "world_size": accelerator.num_processes}
     group = host_group(accelerator) if config.data.stage is not None else None
     data = stage_together(config.data, group)
-    spec = candidates[0].spec
+    specs = _shared(candidates)
+    places = {each.name: _place(each.spec, specs) or 0 for each in candidates}
     names, numbered = _choose_numbering(candidates, asked)
-    loader = create_eval_loader(data, spec, real=asked.real, labels=False, names=numbered, **ranks)
+    loader = _side_by_side(
+        lambda spec: create_eval_loader(data, spec, real=asked.real, labels=False, names=numbered, **ranks),
+        specs,
+    )
+    loader.shown = "evaluation"
     families: dict[str, Collection[Family]] = {
         each.name: asked.metrics or _choose_families(each, loader, asked.against) for each in candidates
     }
     _check_labels(candidates, families, loader, config.data, asked)
     reference = None
     if any(family in PROBES for chosen in families.values() for family in chosen):
-        reference = create_reference_loader(data, spec, names=numbered, **ranks)
+        reference = _side_by_side(
+            lambda spec: create_reference_loader(data, spec, names=numbered, **ranks), specs
+        )
+        reference.shown = "features of the training images"
+    for line in _describe_views(candidates, specs):
+        tell(line)
     for candidate in candidates:
         for line in describe_candidate(candidate) if {*PROBES} & {*families[candidate.name]} else ():
             tell(line)
@@ -267,12 +315,17 @@ def evaluate(asked: Evaluation, tell: Callable[[str], object]) -> dict[str, dict
     compared: Against | None = None
     untrained: dict[str, Reader] = {}
     if asked.against is not None:
-        compared, untrained[RANDOM] = _load_against(asked.against, how, candidates, spec, accelerator)
+        compared, untrained[RANDOM] = _load_against(asked.against, how, candidates, specs, accelerator)
         families[RANDOM] = ["distance"]
     readers = {
         each.name: Reader(
             each.module,
-            _autocast(reorder(predictor(each, spec), each.label_names, names), accelerator),
+            _view(
+                _autocast(
+                    reorder(predictor(each, specs[places[each.name]]), each.label_names, names), accelerator
+                ),
+                places[each.name],
+            ),
             () if compared is None else compared.layers[each.name].student,
         )
         for each in candidates
@@ -351,14 +404,18 @@ def _load_against(
     source: str,
     how: TeacherConfig,
     candidates: Sequence[Candidate],
-    spec: Preprocessing,
+    specs: Sequence[Preprocessing],
     accelerator: Accelerator,
 ) -> tuple[Against, Reader]:
     """Load the teacher, and build a model of its architecture with random weights.
 
-    They receive the candidates' images, normalized and resized as the teacher's preprocessing asks.
+    They receive the candidates' images, normalized and resized as the teacher's preprocessing asks: of several sizes
+    those of its own size, else those of the first candidate.
     """
     teacher = load_candidate(source, how)
+    sizes = [each.input_size for each in specs]
+    place = sizes.index(teacher.spec.input_size) if teacher.spec.input_size in sizes else 0
+    spec = specs[place]
     model, random = teacher.module, build_untrained(teacher.loaded).to(accelerator.device)
     norms = Normalization(teacher.spec.mean, teacher.spec.std), Normalization(spec.mean, spec.std)
     channels, *size = teacher.spec.input_size
@@ -376,7 +433,7 @@ def _load_against(
     used = {layer for compared in layers.values() for layer in compared.teacher}
 
     def shown_to(predict: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-        return _autocast(lambda images: predict(shown(images)), accelerator)
+        return _view(_autocast(lambda images: predict(shown(images)), accelerator), place)
 
     reader = Reader(random, shown_to(random), layers[RANDOM].student)
     return Against(Reader(model, shown_to(teacher.predict), sorted(used)), layers), reader

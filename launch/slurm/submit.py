@@ -147,10 +147,11 @@ def describe_plans(batch: Batch) -> list[str]:
     if not batch.configs:
         return []
     say_aside("graftvit: checking the run: its settings, teacher, data and plan ...\n")
+    from ...transfer.data.loading import followed
     from ..plan_text import describe_plan
 
     plans = []
-    for run in batch.configs:
+    for run in followed(batch.configs, len(batch.configs), "checks of the runs"):
         needs_data = not run.data.download and not batch.again
         if needs_data:
             _check_data(run, batch.request)

@@ -9,6 +9,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, cast
 
+import graftvit
 import pytest
 import timm
 import torch
@@ -174,11 +175,32 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     return {name: f"local-dir:{folder / name}" for name in (*changes, "headless")}
 
 
+def test_models_of_two_sizes_are_measured_as_each_alone(
+    models: dict[str, str], tmp_path: Path, typed: Typed
+) -> None:
+    words = ("--dataset", "digits", "--metrics", "top1,knn,distance", "--against", models["large"])
+    both = scores(typed, tmp_path, models["a"], models["large"], *words)
+    for name in ("a", "large"):
+        alone = scores(typed, tmp_path, models[name], *words)[models[name]]
+        for key in ("top1", "loss", "knn_top1", "samples"):
+            assert both[models[name]][key] == pytest.approx(alone[key], abs=1e-4)
+    assert both[models["large"]]["relative_error"] == pytest.approx(0, abs=1e-5)
+    logits, targets = list[Tensor](), torch.empty(0)
+    for size in (16, 32):
+        spec = Preprocessing((3, size, size), (0.5,) * 3, (0.5,) * 3, crop_pct=0.9)
+        images, targets = digits(spec)
+        name = "a" if size == 16 else "large"
+        with torch.no_grad():
+            logits.append(graftvit.load(models[name]).eval()(images))
+    mean = torch.stack([each.softmax(-1) for each in logits]).mean(0)
+    loss = -mean.gather(1, targets[:, None]).log().mean().item()
+    assert both["ensemble"]["loss"] == pytest.approx(loss, rel=1e-4)
+
+
 @pytest.mark.parametrize(
     ("line", "parts"),
     [
         ("{a} {a}", ["named twice"]),
-        ("{a} {large}", ["input_size=(3, 32, 32)", "input_size=(3, 16, 16)"]),
         ("{a} {seven}", ["7 classes", "10"]),
         ("{headless} --metrics top1", ["no classification head", "knn"]),
         ("{a} --metrics top", ["--metrics", "did you mean 'top1'"]),

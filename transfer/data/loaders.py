@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import copy
 import logging
+import math
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 from torch.utils.data import IterableDataset
 
@@ -22,7 +25,7 @@ from .datasets import check_apart, has_split, open_dataset
 from .digits import MODEL, number_by_name
 from .image_folder import ImageSource, SourceView
 from .labels import IMAGENET_CLASSES, check_stream, count_classes, real_labels, stream_classes
-from .loading import BadImages, Batch, Beside, EvalBatches, Fetcher, TrainBatches
+from .loading import BadImages, Batch, Beside, EvalBatches, Fetcher, TrainBatches, followed
 from .sampler import BatchRequest, Indices, balanced_subset, epoch_order, eval_requests, train_requests
 from .streams import StreamFetcher, check_without_index, read_all_on_every_rank
 
@@ -204,6 +207,8 @@ class EvalLoader:
     """
 
     class_names: Sequence[str] | None = None
+    shown = ""
+    """What the first process shows the progress of; empty for no progress."""
 
     def __init__(
         self,
@@ -241,6 +246,16 @@ class EvalLoader:
         return self._fetcher.bad.paths
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        if not self.shown or self._rank:
+            yield from self._read()
+            return
+        yield from followed(self._read(), self._count(), self.shown)
+
+    def _count(self) -> int:
+        """Return the number of batches of this rank."""
+        return math.ceil(self.num_samples / (self._batch_size * self._world_size))
+
+    def _read(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         yield from self._fetcher.fetch(self._requests())
         bad = self._fetcher.bad.found
         if len(bad) >= self.num_samples:
@@ -266,11 +281,12 @@ class StreamEvalLoader(EvalLoader):
         self.class_names = stream_classes(stream)
         self.num_classes = count_classes(config, self.class_names, None, labels)
         self._rank, self._world_size = rank, world_size
+        self._batch_size = config.eval_batch_size or config.batch_size
         self._stream = StreamFetcher(
             stream,
             config,
             eval_transform(spec),
-            batch_size=config.eval_batch_size or config.batch_size,
+            batch_size=self._batch_size,
             seed=0,
             rank=0,
         )
@@ -281,10 +297,52 @@ class StreamEvalLoader(EvalLoader):
         """Places of the images that no transform takes; those that cannot be decoded timm logs and skips by itself."""
         return self._stream.bad.paths
 
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    def _count(self) -> int:
+        return math.ceil(self.num_samples / self._batch_size)
+
+    def _read(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         for number, (images, targets, valid) in enumerate(self._stream.once()):
             mine = number % self._world_size == self._rank
             yield images, targets, valid & mine
+
+
+@dataclass(frozen=True)
+class Views:
+    """The same images as several models take them: a batch (B, C, H, W) of each preprocessing."""
+
+    images: tuple[Tensor, ...]
+
+    def to(self, device: torch.device, *, non_blocking: bool = False) -> Views:
+        return Views(tuple(each.to(device, non_blocking=non_blocking) for each in self.images))
+
+
+class ViewsLoader(EvalLoader):
+    """Loaders of the same images for several preprocessings, side by side: in place of images, `Views` of them.
+
+    An image counts where all can read it.
+    """
+
+    def __init__(self, loaders: Sequence[EvalLoader]) -> None:
+        first = loaders[0]
+        self._loaders, self._rank = loaders, first._rank
+        self.num_samples, self.num_classes, self.class_names = (
+            first.num_samples,
+            first.num_classes,
+            first.class_names,
+        )
+
+    @property
+    def bad_images(self) -> list[str]:
+        """Paths of the unreadable images that this rank met."""
+        return list(dict.fromkeys(path for each in self._loaders for path in each.bad_images))
+
+    def _count(self) -> int:
+        return self._loaders[0]._count()
+
+    def _read(self) -> Iterator[tuple[Any, Tensor, Tensor]]:
+        for parts in zip(*self._loaders, strict=True):
+            images, targets, valid = zip(*parts, strict=True)
+            yield Views(images), targets[0], torch.stack(valid).all(0)
 
 
 def create_train_loader(

@@ -6,12 +6,14 @@ import logging
 import math
 import os
 import signal
+import sys
 import threading
+import time
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 from timm.data.mixup import Mixup
@@ -24,6 +26,9 @@ from .augment import Transform, mix, reason_of, seed_generators
 from .image_folder import UNLABELED, ImageSource
 from .loader_deaths import LOST_PROCESS, loader_deaths, lost
 from .sampler import MIXING, SAMPLE, BatchRequest, Indices, derive_seed, preserved
+
+logger = logging.getLogger(__name__)
+T = TypeVar("T")
 
 
 class BadImage(NamedTuple):
@@ -282,8 +287,6 @@ class Requests:
 
 # Runs a DataLoader: its processes, what is lost when one dies, and the account of unreadable images.
 
-logger = logging.getLogger(__name__)
-
 
 SIGNALS_OF_A_DEATH = 8
 """Bound on how often torch's handler may interrupt the end of a loader: once a process that ends meanwhile."""
@@ -338,6 +341,29 @@ class BadImages:
                 f"{count} of the {counted(size, 'image')} of class {name!r} cannot be read; the first is "
                 f"{first.describe()}: repair them, or leave the class out by data.classes"
             )
+
+
+TOLD_EVERY = 60.0
+"""Seconds between two lines of progress where standard error is no terminal."""
+
+
+def followed(parts: Iterable[T], total: int, name: str) -> Iterator[T]:
+    """Yield the parts, and show on standard error how many are done and the time left: a line that goes away at the end
+    on a terminal, a line a minute in a log."""
+    if sys.stderr.isatty():
+        from rich.console import Console  # here: a job has no terminal
+        from rich.progress import track
+
+        yield from track(parts, name, total, console=Console(stderr=True), transient=True)
+        return
+    start = told = time.monotonic()
+    for done, part in enumerate(parts, 1):
+        yield part
+        now = time.monotonic()
+        if now - told >= TOLD_EVERY and done < total:
+            left = (now - start) / done * (total - done)
+            logger.warning("%s: %.0f %%, about %.0f s left", name, 100 * done / total, left)
+            told = now
 
 
 class Fetcher:

@@ -15,6 +15,7 @@ from ....models.converted import plan_of
 from ....models.errors import ConfigError, GraftError, JsonDict, RunFailedError, one_sentence
 from ....models.families import check_supported
 from ...cells import StoppedError, digest, left_to_run, load_record, refuse_links, run_in_turn, save_record
+from ...data.loading import followed
 from ...engine.build import identify_teachers
 from ...engine.train import train
 from ..benchmark_cases import load_average, machine
@@ -43,7 +44,8 @@ def check_cells(comparison: Comparison, cells: Sequence[Cell]) -> None:
     stage.
     """
     teachers = cache(partial(describe_teachers, comparison))
-    for cell in {(cell.name, cell.size): cell for cell in cells}.values():
+    once = {(cell.name, cell.size): cell for cell in cells}
+    for cell in followed(once.values(), len(once), "checks of the cells"):
         try:
             check_supported(fresh_model(comparison.config, cell.plan, cell.size))
             if cell.name != TEACHER:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import time
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ....models.families import sites
 from ...config import DataConfig
 from ...data.augment import with_settings
+from ...data.loading import followed
 from ..layer_maps import KeyPlaces, LayerMap, layer_maps, preprocessed, spread_images
 from ..report.ink import Array, write_arrays
 from . import map_figures as measures
@@ -101,8 +102,6 @@ def batch_that_fits(weights: int, wanted: int) -> int:
 
 NAME = "average"
 FEWER = "fewer layers by --layers, or a smaller --img_size"
-EVERY = 5.0
-"""Seconds between two lines of progress."""
 
 
 def visualize_average(
@@ -129,7 +128,7 @@ def visualize_average(
         teacher: a source to put beside it, at the same image size.
         queries: as of `visualize`; they choose the pictures, while the arrays have all queries.
         layers: which layers, as of `visualize`. The others are not computed.
-        tell: is called with lines of progress; the first names the size of the result.
+        tell: is called with the size of the result.
         how: `model`, `img_size` and the rest, as of `load_pretrained`, for `source`.
 
     Raises GraftError as `visualize`, and where the data set cannot be read.
@@ -150,7 +149,7 @@ def visualize_average(
     for name, each in loaded.items():
         fits = batch_that_fits(weights[name], data.eval_batch_size or data.batch_size)
         batches = preprocessed(images, data, with_settings(each.preprocessing, data), fits)
-        seen = _progress(batches, len(images), partial(_tell_of, tell, name))
+        seen = followed(batches, math.ceil(len(images) / fits), f"maps of the {name}")
         means[name] = average_maps(each.model, picture.watch(seen) if name == "student" else seen, chosen)
     for name, each in loaded.items():
         _write_arrays(out / _file(name), each.model, means[name], picture.count)
@@ -231,18 +230,3 @@ def _write_arrays(path: Path, model: nn.Module, means: dict[int, MeanMap], count
 
 def _file(name: str) -> str:
     return f"{NAME}.npz" if name == "student" else f"{NAME}_{name}.npz"
-
-
-def _tell_of(tell: Callable[[str], object], name: str, done: int, total: int) -> None:
-    tell(f"{name}: {done:,} of {total:,} images")
-
-
-def _progress(batches: Iterator[Tensor], total: int, tell: Callable[[int, int], object]) -> Iterator[Tensor]:
-    """Yield the batches, and tell how many images are done: after the first batch, then every few seconds."""
-    done, told = 0, -EVERY
-    for images in batches:
-        yield images
-        done += len(images)
-        if time.monotonic() - told >= EVERY or done == total:
-            tell(done, total)
-            told = time.monotonic()
