@@ -179,9 +179,22 @@ def export(
 
     Args:
         model: as of `graftvit.save`.
+        path: of the file, .onnx or .pt2.
+        format: "onnx" or "torch"; by default what the suffix of `path` says.
+        dynamic: sizes left free, of "batch" and "resolution" (in whole patches); the others are fixed, the batch at 1.
+        opset: of ONNX; torch's choice by default.
+        normalize: take images in 0..1, and normalize them in the graph.
+        tolerance: largest relative error of the file against the model, above 0.
+        overwrite: replace a file that is there.
         how: of a source: `img_size`, `model_args` and the rest, as of `load_pretrained`.
 
-    Raises CheckpointError or UnsupportedModelError as `load_pretrained` and `export_model`.
+    Returns:
+        What was exported, and how far it is from the model.
+
+    Raises:
+        CheckpointError: as `load_pretrained`; the path, the format or the opset is not valid, or a package is missing;
+            with exit code 1 where file and model differ by more than `tolerance`, or the disk is full.
+        UnsupportedModelError: the model, or a part of it, cannot be exported so.
     """
     check_export(Path(path), format, dynamic, opset, tolerance, overwrite)
     teacher = describe(model, **how)

@@ -111,8 +111,13 @@ def load_pretrained(
         download: False for a model without weights, on the meta device, where they are published under a timm name.
         keep: also keep what was read from the source, for a student that starts from it.
 
-    Raises CheckpointError: one sentence that names what is missing, damaged, unsafe, or does not fit. ConfigError: an
-    argument is of another type. UnsupportedModelError: the model does not take images of this size.
+    Returns:
+        The model, in eval mode and without gradients, with what is known of it.
+
+    Raises:
+        CheckpointError: one sentence that names what is missing, damaged, unsafe, or does not fit.
+        ConfigError: an argument is of another type.
+        UnsupportedModelError: the model does not take images of this size.
     """
     asked = {key: value for key, value in (model_args or {}).items() if value is not None}
     opened = source if isinstance(source, Opened) else open_source(source_text(source), revision)
@@ -502,7 +507,8 @@ def load(source: str | Path, *, dtype: torch.dtype | None = None, **how: Unpack[
         dtype: of the weights, float32 by default.
         how: `model`, `model_args`, `img_size`, `num_classes`, `bare` and the rest, as of `load_pretrained`.
 
-    Raises CheckpointError: one sentence that names what is missing, damaged, unsafe, or does not fit.
+    Raises:
+        CheckpointError: one sentence that names what is missing, damaged, unsafe, or does not fit.
     """
     opened = open_source(source_text(source), how.pop("revision", None))
     tower = load_tower(opened, how)

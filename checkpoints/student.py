@@ -114,13 +114,15 @@ def save(
     Args:
         model: of timm, converted, or copying its teacher's attention; a `DualViT`; what `load_pretrained` returns; a
             run folder or file (`#ema` behind it for the moving average), or any other source of `load_pretrained`.
-        dtype: of the floating-point weights, float32 by default.
+        folder: is made, and may hold a model folder with `overwrite` alone.
+        dtype: of the floating-point weights, their own by default.
         max_shard_size: bytes, or "5GB"; larger weights are spread over several files with an index.
         overwrite: replace a model folder that is there.
         how: of a source: `model_args`, `img_size`, `bare` and the rest, as of `load_pretrained`.
 
-    Raises CheckpointError as `load_pretrained` and `write_student`, or where `folder` holds something.
-    UnsupportedModelError: `model` is not a model.
+    Raises:
+        CheckpointError: as `load_pretrained` and `write_student`, or where `folder` holds something.
+        UnsupportedModelError: `model` is not a model.
     """
     folder = Path(folder)
     refuse_existing(folder, overwrite=overwrite)

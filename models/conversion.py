@@ -73,6 +73,8 @@ def convert(
     pyramid has lost what its operator does not need: it can be kept or removed, and is refused for another operator.
 
     Args:
+        model: of timm or of transformers, or what holds or names one, as of `graftvit.as_model`.
+        plan: the operator of each layer, as text, `*: linear; 9-11: softmax`, or by number, `{0: "linear"}`.
         weights: "all" keeps every weight; "mlp" initializes the attention of converted layers again, as timm does for
             the family; "none" initializes every weight again.
         calibration: images (B, 3, H, W), normalized for the model. Operators that can be calibrated are fitted to the

@@ -28,11 +28,16 @@ LOADER = f"{__package__.partition('.')[0]}.checkpoints.pretrained:load"
 
 
 def as_model(thing: object, role: str = "model") -> nn.Module:
-    """Return the model that `thing` is, holds or names; `role` begins the sentence of an error.
+    """Return the model that `thing` is, holds or names.
 
-    A source by name is loaded as by `graftvit.load`. A `DualViT` gives a copy of its student, as `release` would.
+    Args:
+        thing: a model, what `load_pretrained` returns, a `DualViT`, which gives a copy of its student as `release`
+            would, the result of a run, or a source by name, which is loaded as by `graftvit.load`.
+        role: begins the sentence of an error.
 
-    Raises UnsupportedModelError: it is something else, or was compiled by torch.compile. CheckpointError: as `load`.
+    Raises:
+        UnsupportedModelError: it is something else, or was compiled by torch.compile.
+        CheckpointError: as `load`.
     """
     if isinstance(thing, HoldsModel) and not isinstance(thing, type):
         return thing.to_model()

@@ -1,9 +1,10 @@
-"""What an editor and a type checker know of the public names."""
+"""What an editor, a type checker and a page of documentation know of the public names."""
 
 from __future__ import annotations
 
 import inspect
 import json
+import logging
 import shutil
 import subprocess
 import sys
@@ -15,9 +16,12 @@ import graftvit
 import pytest
 from graftvit import cfgs, checkpoints, launch, models, transfer
 from graftvit.checkpoints.pretrained import LoadSettings, load_pretrained
+from graftvit.transfer.align import LAYER_LOSSES
+from graftvit.transfer.config import MatchName
 from graftvit.transfer.loss_config import DualSettings, EntrySettings, LossEntry, MethodName, TransferConfig
 from graftvit.transfer.methods.loss_terms import OF_DUAL
 from graftvit.transfer.methods.method_facts import METHODS
+from graftvit.transfer.setting import Section, is_section
 
 SCRIPT = Path(__file__).with_name("typed_user.py")
 WIDER = {"method", "layers", "heads", "losses"}
@@ -32,7 +36,8 @@ def test_the_keywords_of_dual_vit_are_the_settings() -> None:
             assert name in WIDER or kind == section.model_fields[name].annotation, name
 
 
-def test_the_methods_are_named() -> None:
+def test_the_choices_are_named() -> None:
+    assert set(get_args(MatchName)) == LAYER_LOSSES.keys()
     ours = {name for name, facts in METHODS.items() if facts.module}
     assert set(get_args(MethodName)) == ours
 
@@ -93,3 +98,33 @@ def test_pyright_refuses_the_wrong_lines_and_no_other(script: Path) -> None:
     command = shutil.which("pyright") or pytest.skip("pyright is not installed")
     found = refused(script, command, "--outputjson", f"--pythonpath={sys.executable}")
     assert found.keys() == marked(), found
+
+
+def read_by_griffe(thing: Any) -> Any:
+    """Return a public name as its source file shows it to pages of documentation."""
+    griffe = pytest.importorskip("griffe")
+    thing = inspect.unwrap(thing)
+    path = Path(str(inspect.getsourcefile(thing)))
+    return griffe.visit(thing.__module__, path, path.read_text())[thing.__qualname__]
+
+
+@pytest.mark.parametrize("name", graftvit.__all__)
+def test_a_public_name_describes_each_argument(name: str, caplog: pytest.LogCaptureFixture) -> None:
+    thing = getattr(graftvit, name)
+    if isinstance(thing, type) and issubclass(thing, Section):
+        fields = thing.model_fields.values()
+        assert all(
+            each.description or (is_section(each.annotation) and each.annotation.__doc__) for each in fields
+        )
+        return
+    found = read_by_griffe(thing)
+    assert found.docstring is not None
+    with caplog.at_level(logging.INFO):
+        sections = {each.kind.value: each for each in found.docstring.parse("google")}
+    assert not caplog.records
+    described = {each.name.lstrip("*"): each.description for each in sections["parameters"].value}
+    assert [each for each in described if described[each]] == [
+        each.name for each in found.parameters if each.name != "self"
+    ]
+    assert "raises" in sections
+    assert found.is_class or "returns" in sections or "eturn" in sections["text"].value.splitlines()[0]

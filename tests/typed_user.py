@@ -48,6 +48,7 @@ graftvit.DualViT(teacher, student, losses=[{"methd": "feature"}])  # wrong
 graftvit.DualViT(teacher, student, losses=[{"method": "feature", "tokens": "all"}])  # wrong
 graftvit.convert(student, "*: linear", weights="al")  # wrong
 graftvit.Alignment(teacher, converted, match="output")  # wrong
+graftvit.Alignment(teacher, converted, loss="outptu")  # wrong
 graftvit.attention_maps(dual, images, layer=3)  # wrong
 graftvit.evaluate(dual, 3)  # wrong
 graftvit.save(dual, "student", imgsize=384)  # wrong

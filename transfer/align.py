@@ -45,7 +45,7 @@ from ..models.families import (
 from ..models.given import Model, as_model, check_images
 from ..models.host import AttentionHost
 from ..models.merges import describe_unequal
-from .config import RunConfig
+from .config import MatchName, RunConfig
 from .data.loaders import create_train_loader
 from .data.sampler import preserved
 
@@ -304,18 +304,22 @@ class AlignedLayer(nn.Module):
 class Alignment(nn.Module):
     """Losses of all converted layers of `student` on the inputs of `teacher`; `forward(images)` gives them by layer.
 
-    Both are given as to `DualViT`.
-
     Teacher and student have the same depth, heads and tokens, as a model and its conversion do. The teacher is
     frozen, never registered, and stops after the last converted layer; a pyramid runs to its last block.
+
+    Args:
+        teacher: the model that the student was converted from, in any form that `graftvit.as_model` takes.
+        student: the converted model, in the same forms.
+        loss: of each layer, where its operator takes it: "output", the output error; "map", the exact map error;
+            "probes", its estimate by random probes; "rows", the cross-entropy of sampled rows.
 
     Raises:
         TransferError: nothing is converted, the two differ, the loss is not one of an operator, or no layer can learn.
         UnsupportedModelError: no adapter covers the teacher.
     """
 
-    @check_types()
-    def __init__(self, teacher: Model, student: Model, loss: str = "output") -> None:
+    @check_types("loss")
+    def __init__(self, teacher: Model, student: Model, loss: MatchName = "output") -> None:
         super().__init__()
         teacher, student = as_model(teacher, "teacher"), as_model(student, "student")
         layers = converted_layers(student)

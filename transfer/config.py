@@ -248,12 +248,15 @@ def _is_architecture(name: str) -> bool:
     return bool(is_model(name))
 
 
+MatchName = Literal["output", "map", "probes", "rows"]
+
+
 class AlignConfig(Section):
     """How converted layers learn on their teacher's inputs (mode align)."""
 
     needs: ClassVar = (in_mode("align"),)
 
-    match: Literal["output", "map", "probes", "rows"] = setting(
+    match: MatchName = setting(
         "output",
         "loss between a layer and the teacher's: output error, exact map error, its estimate by random probes, or "
         "cross-entropy of sampled rows",

@@ -41,9 +41,10 @@ def push(
     Returns:
         The address of the commit, and what became of the card.
 
-    Raises CheckpointError: the model cannot be saved, the license is refused, or the hub refuses the push.
-    UploadFailedError, with exit code 1: the hub failed or cannot be reached. UnsupportedModelError: `model` is no
-    model.
+    Raises:
+        CheckpointError: the model cannot be saved, the license is refused, or the hub refuses the push.
+        UploadFailedError: with exit code 1, the hub failed or cannot be reached.
+        UnsupportedModelError: `model` is no model.
     """
     with student_folder(model) as folder:
         upload = plan_upload(

@@ -266,12 +266,16 @@ def _key_places(host: AttentionHost, attended: Heads, geometry: Geometry) -> Key
 def attention_maps(
     model: Model, images: Tensor, layers: Sequence[int] | int | str | None = None
 ) -> dict[int, Tensor]:
-    """Return the attention maps of `model` on `images` (B, C, H, W): (B, heads, N, N) by layer, in float32.
+    """Return the attention maps of `model` on `images`: (B, heads, N, N) by layer, in float32.
 
-    `layers` are numbers, negative ones from the end, or words as in a plan (`0,5,9-11`); by default all. The keys of
-    the result are the numbers as given. Maps of pyramids are over the
-    N tokens of the layer's stage, zero outside of a query's window, or (B, heads, N, M) over M reduced keys. Blocks
-    without attention are left out. The model runs in eval mode and is left as it was.
+    The keys of the result are the numbers of layers as given. Maps of pyramids are over the N tokens of the layer's
+    stage, zero outside of a query's window, or (B, heads, N, M) over M reduced keys. Blocks without attention are left
+    out. The model runs in eval mode and is left as it was.
+
+    Args:
+        model: in any form that `graftvit.as_model` takes.
+        images: (B, C, H, W), normalized for the model.
+        layers: numbers, negative ones from the end, or words as in a plan (`0,5,9-11`); by default all.
 
     Raises:
         TransferError: a layer that the model does not have.

@@ -159,7 +159,14 @@ class RunResult:
 def train(config: RunConfig) -> RunResult:
     """Run `config` to its end; resume from the last state in its output_dir, if any.
 
-    Raises GraftError: exit code 2 for a mistake in the settings, 1 if the run could not continue.
+    Args:
+        config: the settings of the run, those of `graftvit train`.
+
+    Returns:
+        How the run ended: its last metrics, its folder, and the verdict of a finished one.
+
+    Raises:
+        GraftError: with exit code 2 for a mistake in the settings, 1 if the run could not continue.
     """
     accelerator = create_accelerator(config)
     group = host_group(accelerator)

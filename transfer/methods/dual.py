@@ -132,21 +132,35 @@ class DualOutput:
 class DualViT(nn.Module):
     """A student that is taught by frozen teachers: by copying or distilling their attention, features or classes.
 
-    With the short form, `method` and the keywords are those of `TransferConfig`. With `losses`, a list of
-    `LossEntry` or of dictionaries with its keys, several losses are summed:
+    In the short form, `method` and the keywords describe one loss. With `losses`, several losses are summed:
 
         DualViT(teacher, student, losses=[{"method": "distill", "weight": 3}, {"method": "feature", "weight": 1}])
 
-    `teacher` is one model (a module, what `load_pretrained` returns, or a source by name), or several by name, which an
-    entry of `losses` names as its `teacher`; an entry without a name learns from the first. The student is given in the
-    same ways. Both are timm models of a supported family (`graftvit.models.families.SUPPORTED`, and
+    Teacher and student are timm models of a supported family (`graftvit.models.families.SUPPORTED`, and
     pyramids); `feature`, `logits` and `block_output` take any models of timm. A teacher is never registered: it is not
     trained, not in the state dict, and stays in eval mode. Both may also be vision towers of transformers
     (docs/transfer.md). The student stays an ordinary model of its library, with its own state dict; while it is taught,
     its attention layers are hosted (`release` puts its own back).
 
-    Without normalizations, each model's `pretrained_cfg` says how its images are normalized; `forward` takes
-    images as the student wants them. A student on the meta device has no heads to match: `heads=match` stays open.
+    `forward` takes images as the student wants them. A student on the meta device has no heads to match: `heads=match`
+    stays open.
+
+    Args:
+        teacher: one model (a module, what `load_pretrained` returns, or a source by name), or several by name, which an
+            entry of `losses` names as its `teacher`; an entry without a name learns from the first.
+        student: one model, in the same forms.
+        method: what is copied, distilled or matched; "distill" by default.
+        teacher_normalization: mean and standard deviation by channel of the images of a teacher that is a module; by
+            default as its `pretrained_cfg` says.
+        student_normalization: the same of the student's images.
+        calibration: images (B, C, H, W), normalized for the student, that `heads="match"` is measured on.
+        options: settings of `transfer`, as `TransferConfig` and docs/configuration.md describe them: those of the loss,
+            or `losses`, a list of `LossEntry` or of dictionaries with its keys; `task_weight` and `share_drop_path`.
+
+    Raises:
+        ConfigError: a setting is unknown, not valid, or changes nothing.
+        TransferError: teacher, student and method cannot be combined.
+        UnsupportedModelError: one of them is not a model, or not of a kind that the method reads.
     """
 
     _in_use = False

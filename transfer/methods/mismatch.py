@@ -80,6 +80,13 @@ def compare_models(teacher: Model, student: Model) -> tuple[Mismatch, ...]:
     components solved this. Which component matters is inferred here from the architectures, not measured.
     Where the layers of one of the models are not all alike, they are compared stage by stage: sizes, and the structure
     of the maps.
+
+    Args:
+        teacher: in any form that `graftvit.as_model` takes.
+        student: in the same forms.
+
+    Raises:
+        UnsupportedModelError: one of them is no model of a supported family.
     """
     teacher, student = as_model(teacher, "teacher"), as_model(student, "student")
     parts_t, parts_s = (family_of(model).native_parts(model) for model in (teacher, student))
