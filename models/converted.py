@@ -249,7 +249,11 @@ def refuse_other(origin: str, path: str, theirs: Choice, layer: ConvertedAttenti
 
 
 def converted_layers(model: nn.Module) -> dict[int, ConvertedAttention]:
-    """Return the converted layers by number. A layer whose attention was removed has no operator and is not one."""
+    """Return the converted layers by number. A layer whose attention was removed has no operator and is not one.
+
+    Args:
+        model: any model.
+    """
     layers = enumerate(attention_of(block) for block in blocks_of(model))
     return {index: layer for index, layer in layers if isinstance(layer, ConvertedAttention)}
 
@@ -273,7 +277,11 @@ def _choice_of(layer: object, kept: Choice) -> Choice:
 
 
 def plan_of(model: nn.Module) -> str | None:
-    """Return the layer plan of a converted model; None for other models."""
+    """Return the layer plan of a converted model; None for other models.
+
+    Args:
+        model: any model.
+    """
     kept = _kept(model)
     changed = merges_deformably(model) or any(choice != kept for choice in choices_of(model))
     return whole_plan(model) if changed else None
@@ -307,7 +315,11 @@ def whole_plan(model: nn.Module, keep: Collection[int] = ()) -> str:
 
 
 def new_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """Return the parameters that the conversion added: those of the operators and of deformable merges."""
+    """Return the parameters that the conversion added: those of the operators and of deformable merges.
+
+    Args:
+        model: a converted model; others have none.
+    """
     added: list[nn.Module] = [layer.operator for layer in converted_layers(model).values()]
     added += merge_layers(model)
     return [parameter for module in added for parameter in module.parameters()]

@@ -181,7 +181,11 @@ def copying_of(model: nn.Module) -> Copying | None:
 
 @check_types()
 def copied_layers(model: nn.Module) -> dict[int, CopiedAttention]:
-    """Return the copied layers by their number."""
+    """Return the copied layers by their number.
+
+    Args:
+        model: any model.
+    """
     layers = enumerate(getattr(block, "attn", None) for block in attention_blocks(model))
     return {index: layer for index, layer in layers if isinstance(layer, CopiedAttention)}
 
@@ -196,7 +200,12 @@ def resize(model: nn.Module, img_size: int | tuple[int, int]) -> None:
 
     As `conversion.resize`; the teacher's part gets the size at which its grid is the student's.
 
-    Raises UnsupportedModelError: a family cannot, or the patches do not fit.
+    Args:
+        model: a supported model, which is changed in place.
+        img_size: height and width in pixels, or one number for both.
+
+    Raises:
+        UnsupportedModelError: a family cannot, or the patches do not fit.
     """
     conversion.resize(model, img_size)
     copying = copying_of(model)

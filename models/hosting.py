@@ -32,7 +32,11 @@ def host_attention(model: nn.Module) -> dict[int, AttentionHost]:
 
     Return the hosts by number of their block: a block may have no attention.
 
-    Raises UnsupportedModelError: the model is not supported.
+    Args:
+        model: a supported model of timm or transformers, or one of a registered family.
+
+    Raises:
+        UnsupportedModelError: the model is not supported.
     """
     check_supported(model)
     return {site.index: host_layer(model, site) for site in sites(model) if site.num_heads}
@@ -102,7 +106,11 @@ def remove_attention(model: nn.Module, site: Site, plan_size: tuple[int, int] | 
 
 @check_types()
 def release_attention(model: nn.Module) -> nn.Module:
-    """Put timm's layers back in place of native hosts, and return the model. Converted layers stay."""
+    """Put timm's layers back in place of native hosts, and return the model. Converted layers stay.
+
+    Args:
+        model: any model, which is changed in place.
+    """
     for path in paths_of(model):
         host = attention_of(submodule(model, path))
         if isinstance(host, AttentionHost) and not host.permanent:

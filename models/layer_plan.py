@@ -66,9 +66,12 @@ MOST = 16_384
 def register_operator(name: str, create: Callable[..., AttentionOperator]) -> None:
     """Register an operator of another package under `name`.
 
-    `create` is a class or function; it takes the `LayerShape` and the operator's options.
+    Args:
+        name: the word of a layer plan.
+        create: a class or function; it takes the `LayerShape` and the operator's options.
 
-    Raises ConfigError: the name is taken.
+    Raises:
+        ConfigError: the name is taken.
     """
     if name in OPERATORS or name == KEEP:
         raise ConfigError(f"there is an operator {name!r} already: choose another name")

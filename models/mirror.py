@@ -38,12 +38,18 @@ from .small import without_memory
 def mirror_arguments(teacher: Model, architecture: str, model_args: Json) -> tuple[str, JsonDict]:
     """Return the timm architecture and arguments of a student with the teacher's parts and its own size.
 
-    `architecture` and `model_args` are the requested student. Depth, width, heads, image and patch size, pooling and
+    Depth, width, heads, image and patch size, pooling and
     number of classes follow them, as does the MLP ratio if both MLPs are of one kind. The returned architecture is the
     teacher's, whose constructor sets the family, the MLP and the rotary embedding. The teacher's native parts override
     `model_args`.
 
-    Raises TransferError: the teacher's family does not take an argument or a size.
+    Args:
+        teacher: in any form that `graftvit.as_model` takes.
+        architecture: timm architecture of the requested student.
+        model_args: arguments of its constructor.
+
+    Raises:
+        TransferError: the teacher's family does not take an argument or a size.
     """
     teacher = as_model(teacher, "teacher")
     student = _build_without_memory(architecture, model_args, "student.model")

@@ -57,9 +57,12 @@ class Choice:
 def parse_plan(plan: str | Mapping[Any, str], depth: int | Sequence[int]) -> tuple[Choice, ...]:
     """Return the choice of each layer, from text or from a mapping of layers to operators.
 
-    `depth` is the number of layers of a plain vision transformer, or those of each stage of a pyramid.
+    Args:
+        plan: text, `*: linear; 9-11: softmax`, or a mapping, `{0: "linear"}`.
+        depth: number of layers of a plain vision transformer, or those of each stage of a pyramid.
 
-    Raises ConfigError that names the entry: the layer does not exist, or the text is invalid.
+    Raises:
+        ConfigError: the layer does not exist, or the text is invalid.
     """
     merge_of_plan(plan, depth)
     entries = [entry for entry in _items(plan) if entry[0].strip() != MERGE]

@@ -108,6 +108,18 @@ def read_by_griffe(thing: Any) -> Any:
     return griffe.visit(thing.__module__, path, path.read_text())[thing.__qualname__]
 
 
+def described(found: Any, caplog: pytest.LogCaptureFixture) -> dict[str, Any]:
+    """Return the sections of a docstring, which describes each argument and gives griffe nothing to say."""
+    with caplog.at_level(logging.INFO):
+        sections = {each.kind.value: each for each in found.docstring.parse("google")}
+    assert not caplog.records
+    words = {each.name.lstrip("*"): each.description for each in sections["parameters"].value}
+    assert [name for name in words if words[name]] == [
+        each.name for each in found.parameters if each.name != "self"
+    ]
+    return sections
+
+
 @pytest.mark.parametrize("name", graftvit.__all__)
 def test_a_public_name_describes_each_argument(name: str, caplog: pytest.LogCaptureFixture) -> None:
     thing = getattr(graftvit, name)
@@ -118,13 +130,16 @@ def test_a_public_name_describes_each_argument(name: str, caplog: pytest.LogCapt
         )
         return
     found = read_by_griffe(thing)
-    assert found.docstring is not None
-    with caplog.at_level(logging.INFO):
-        sections = {each.kind.value: each for each in found.docstring.parse("google")}
-    assert not caplog.records
-    described = {each.name.lstrip("*"): each.description for each in sections["parameters"].value}
-    assert [each for each in described if described[each]] == [
-        each.name for each in found.parameters if each.name != "self"
-    ]
+    sections = described(found, caplog)
     assert "raises" in sections
     assert found.is_class or "returns" in sections or "eturn" in sections["text"].value.splitlines()[0]
+
+
+@pytest.mark.parametrize("package", [models, transfer])
+def test_the_functions_of_a_package_describe_each_argument(
+    package: ModuleType, caplog: pytest.LogCaptureFixture
+) -> None:
+    functions = [getattr(package, name) for name in package.__all__ if name not in graftvit.__all__]
+    for function in filter(inspect.isfunction, functions):
+        described(read_by_griffe(function), caplog)
+        assert "    Raises " not in str(function.__doc__), function

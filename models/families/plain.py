@@ -123,6 +123,9 @@ def token_layout(model: nn.Module) -> TokenLayout:
     """Return the tokens of a model's sequence: ("cls", "dist", "reg0", …) and the patch grid (height, width).
 
     The grid is that of the model's image size; with `dynamic_img_size`, other sizes have other grids.
+
+    Args:
+        model: a plain vision transformer.
     """
     _check_plain(model)
     size = size_of(getattr(model, "patch_embed", None))
@@ -164,7 +167,11 @@ def fills(embedding: Any, images: tuple[int, int]) -> bool:
 def attention_shape(model: nn.Module) -> AttentionShape:
     """Return depth, heads, head width and model width, read from the first block (all blocks are alike).
 
-    Raises UnsupportedModelError: the model is no plain vision transformer.
+    Args:
+        model: a plain vision transformer.
+
+    Raises:
+        UnsupportedModelError: the model is no plain vision transformer.
     """
     _check_plain(model)
     blocks = attention_blocks(model)

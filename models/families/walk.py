@@ -45,7 +45,11 @@ WHOLE = {block: whole for family in FAMILIES for block, whole in family.whole.it
 def register_family(family: Family) -> None:
     """Add a family of another package: its models are then converted, looked at and taught like others.
 
-    Raises ConfigError: a registered family has these models already.
+    Args:
+        family: its description, such as an `Adapter`.
+
+    Raises:
+        ConfigError: a registered family has these models already.
     """
     known = {model: each.name for each in FAMILIES for model in each.models}
     taken = next((model for model in family.models if model in known), None)
@@ -185,10 +189,14 @@ def plan_depth(model: nn.Module) -> int | list[int]:
 def check_supported(model: nn.Module, *, copied: bool = False, to: str = "", attention: bool = True) -> None:
     """Raise `UnsupportedModelError` if the model or one of its blocks is not supported.
 
-    Without `attention` only the outputs of its blocks and its whole results are needed.
-
     A model that copies its teacher's attention is supported only with `copied`: it has no attention of its own to
-    convert or to teach. `to` names what shall be done, of `Family.cannot`.
+    convert or to teach.
+
+    Args:
+        model: a model of timm or transformers, or one of a registered family.
+        copied: also take a model that copies its teacher's attention.
+        to: what shall be done, of `Family.cannot`.
+        attention: its attention is needed, not only the outputs of its blocks and its whole results.
     """
     refuse_copied(model, copied)
     name, family = type(model).__name__, family_of(model)

@@ -305,6 +305,10 @@ def js_divergence(p: Tensor, q: Tensor) -> Tensor:
     """Return the Jensen-Shannon divergence of distributions over the last dimension, in nats (0 to ln 2).
 
     (KL(p ‖ m) + KL(q ‖ m)) / 2 with m = (p + q) / 2; the other dimensions are broadcast and kept.
+
+    Args:
+        p: probabilities (..., N).
+        q: probabilities (..., N).
     """
     if p.shape[-1] != q.shape[-1]:
         raise TransferError(f"p has {p.shape[-1]} entries in its last dimension and q {q.shape[-1]}")
@@ -346,7 +350,13 @@ def divergence_by_layer(
 ) -> list[float]:
     """Return `map_divergence` for each (teacher layer, student layer) pair; all layers by default.
 
-    `teacher_images` are the same images as the teacher wants them, where the two are normalized differently.
+    Args:
+        teacher: in any form that `graftvit.as_model` takes.
+        student: in the same forms.
+        images: (B, C, H, W), normalized for the student.
+        teacher_images: the same images as the teacher wants them, where the two are normalized differently.
+        pairs: numbers of a teacher layer and a student layer each; by default all layers of equal depth.
+        match_heads: compare the heads in the pairing of least distance, not by number.
 
     Raises:
         TransferError: unequal depths without `pairs`, or maps that cannot be compared: of other numbers of tokens, or

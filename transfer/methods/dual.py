@@ -621,7 +621,15 @@ def build_dual(
     student_normalization: Normalization,
     calibration: Tensor | None = None,
 ) -> DualViT:
-    """Return the wrapper of a configuration."""
+    """Return the wrapper of a configuration.
+
+    Args:
+        config: the settings of `transfer`.
+        teachers: the teachers by name.
+        student: the model that learns.
+        student_normalization: mean and standard deviation by channel of the student's images.
+        calibration: images (B, C, H, W), normalized for the student, that `heads=match` is measured on.
+    """
     return DualViT(
         teachers,
         student,

@@ -103,7 +103,11 @@ def compare_models(teacher: Model, student: Model) -> tuple[Mismatch, ...]:
 
 @check_types()
 def report_mismatch(mismatches: Sequence[Mismatch]) -> str:
-    """Return a table of the differences, then the warnings."""
+    """Return a table of the differences, then the warnings.
+
+    Args:
+        mismatches: what `compare_models` returns.
+    """
     if not mismatches:
         return "teacher and student are built alike"
     rows = [("", "teacher", "student"), *((m.name, m.teacher, m.student) for m in mismatches)]

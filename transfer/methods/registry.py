@@ -28,7 +28,11 @@ def find_method(name: str) -> TransferMethod:
 def register_method(method: TransferMethod) -> None:
     """Make a method known under its name, for `transfer.method` and `DualViT`.
 
-    Raises ConfigError: there is one of this name.
+    Args:
+        method: an instance of the method, with its name.
+
+    Raises:
+        ConfigError: there is one of this name.
     """
     if method.name in METHODS:
         raise ConfigError(f"there is a transfer method {method.name!r} already: choose another name")

@@ -194,14 +194,16 @@ def visualize(
     Args:
         source: any source of weights, as of `load_pretrained`.
         images: image files, folders of them, `digits:N`.
+        out: the folder, which is made.
         teacher: a source to put beside it, at the same image size.
         queries: numbers of patches, row by row from 0, names of prefix tokens, and places `ROWxCOLUMN` in pixels;
             the class token by default, the patch in the middle without one. Patches of a pyramid have no numbers.
         layers: which to show, as in a plan (`0,5,9-11`, `-1`); all by default. Numbers are of all layers.
         how: `model`, `img_size` and the rest, as of `load_pretrained`, for `source`.
 
-    Raises GraftError: a source or image that cannot be read, a layer or query that is not there, models that do
-    not go together, or more maps than a page holds.
+    Raises:
+        GraftError: a source or image that cannot be read, a layer or query that is not there, models that do not go
+            together, or more maps than a page holds.
     """
     loaded = load_models(source, teacher, how)
     chosen = chosen_layers(loaded["student"].model, layers)
