@@ -61,6 +61,8 @@ from .transformers_models import load_tower
 from .weight_files import Weights, as_pair
 
 logger = logging.getLogger(__name__)
+MADE_HERE = "a model made in Python"
+"""The source of a model that was not loaded."""
 
 
 class LoadSettings(TypedDict, total=False):
@@ -210,7 +212,7 @@ def describe_model(model: nn.Module, **own: Any) -> Pretrained:
     arguments = {**_written(model, name), **_changed(model)}
     return Pretrained(
         model=model,
-        source="a model made in Python",
+        source=MADE_HERE,
         architecture=split_model_name_tag(name)[0],
         preprocessing=Preprocessing.of(model, **own),
         license=None,

@@ -48,7 +48,8 @@ def run(argv: list[str]) -> int:
         "or over 'all', and write it as average.npz"
     )
     parser.flag("--average", text, metavar="N")
-    parser.flag("--teacher", "a model to compare with, at the same image size", metavar="SOURCE")
+    text = "a model to put beside it: layers as the run paired them, or at the same relative depth"
+    parser.flag("--teacher", text, metavar="SOURCE")
     text = (
         "queries, separated by commas: patches by number, row by row from 0, prefix tokens (cls, reg0), and places"
         " ROWxCOLUMN in pixels, the only ones in a pyramid (default: cls, or the middle)"
@@ -62,12 +63,14 @@ def run(argv: list[str]) -> int:
     how: JsonDict = {"teacher": arguments.teacher, "queries": queries, "layers": arguments.layers}
     how |= keywords_of([each for each in settings if not each.key.startswith("data.")])
     _check_images(arguments.average, arguments.images, settings)
+    page: Path | None
     if arguments.average is not None:
         page = _visualize_average(arguments, settings, how)
     else:
         from ...transfer.analysis.visualize.visualize import visualize
 
-        page = visualize(arguments.checkpoint, arguments.images, arguments.output_dir, **how)
+        seen = visualize(arguments.checkpoint, arguments.images, arguments.output_dir, **how)
+        page = seen.page
     say(f"{page}\n")
     return 0
 

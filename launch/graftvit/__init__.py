@@ -7,6 +7,7 @@ DualViT                  a student that frozen teachers teach, as a torch module
 Alignment                the losses of a converted model's layers against those of the original
 RunConfig, train         a run as of `graftvit train`: its settings, and the run
 attention_maps           what each layer attends to in a batch of images
+visualize                pictures of it, also beside a teacher, in a notebook or a folder
 evaluate                 accuracy of models, on a data set or on batches
 compare_models           how two models differ, with what is known to make transfer fail
 save, export, push       write a model as a folder that `load` reads, as ONNX or torch.export, or to the hub

@@ -6,6 +6,7 @@ from .models.conversion import convert as convert
 from .models.given import as_model as as_model
 from .transfer.align import Alignment as Alignment
 from .transfer.analysis.layer_maps import attention_maps as attention_maps
+from .transfer.analysis.visualize.visualize import visualize as visualize
 from .transfer.config import RunConfig as RunConfig
 from .transfer.engine.train import train as train
 from .transfer.methods.dual import DualViT as DualViT

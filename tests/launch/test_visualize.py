@@ -209,15 +209,13 @@ def test_deformable_merges_have_a_picture_and_numbers(tmp_path: Path) -> None:
         ("--query 5", "--query '5': valid are places in pixels, 0x0 to 39x23"),
         ("--layers stage3", "--layers: there is no stage 3"),
         ("--layers 0", "--layers 0: no layer of these has attention"),
-        ("--teacher {plain}", "the teacher has 2 blocks and the student 2 + 2"),
+        ("--teacher {gray}", "the teacher takes 1 channels and the student 3"),
     ],
 )
 def test_mistakes_with_a_pyramid(
-    pyramids: dict[str, str], teacher: str, tmp_path: Path, words: str, said: str, typed: Typed
+    pyramids: dict[str, str], tmp_path: Path, words: str, said: str, typed: Typed
 ) -> None:
-    line = (
-        f"visualize {pyramids['student']} digits:0 {words.format(plain=teacher)} --output_dir {tmp_path}/out"
-    )
+    line = f"visualize {pyramids['student']} digits:0 {words} --output_dir {tmp_path}/out"
     assert said in typed(line, code=2).err
     assert not (tmp_path / "out").exists()
 

@@ -101,6 +101,8 @@ MODELS: dict[str, Callable[[Any], Any]] = {
     "export": lambda thing: a.export(thing, "out.pt2"),
     "evaluate": lambda thing: t.evaluate(thing, [(X, torch.tensor([0, 1]))]),
     "push": lambda thing: a.push(thing, "me/model"),
+    "visualize": lambda thing: a.visualize(thing, X),
+    "visualize: teacher": lambda thing: a.visualize(one(), X, teacher="" if thing is None else thing),
 }
 OTHERS: dict[str, tuple[Callable[[], Any], type[GraftError]]] = {
     "load: a module": (lambda: a.load(one()), CheckpointError),
@@ -151,6 +153,8 @@ OTHERS: dict[str, tuple[Callable[[], Any], type[GraftError]]] = {
     "evaluate: a number": (lambda: t.evaluate(one(), 3), ConfigError),
     "evaluate: a folder": (lambda: t.evaluate(one(), "nowhere"), DataError),
     "evaluate: no model": (lambda: t.evaluate({}, [(X, X)]), ConfigError),
+    "visualize: one image": (lambda: a.visualize(one(), X[0]), DataError),
+    "visualize: a keyword": (lambda: a.visualize(one(), X, img_size=32), ConfigError),
     "visualize: images": (lambda: t.visualize("nowhere/at/all", 3, "out"), ConfigError),
     "save: nowhere": (lambda: a.save(one(), None), ConfigError),
     "save: a list": (lambda: a.save(one(), ["b"]), ConfigError),

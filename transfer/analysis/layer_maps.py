@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -19,6 +19,7 @@ from ...models.attention.base import Geometry, Heads
 from ...models.conversion import sharing_copy
 from ...models.converted import ConvertedAttention
 from ...models.copied import CopiedAttention
+from ...models.copying.grids import interpolate_tokens
 from ...models.errors import ConfigError, DataError, TransferError, check_types
 from ...models.families import (
     Site,
@@ -174,12 +175,19 @@ class LayerMap:
 
 @torch.no_grad()
 def layer_maps(
-    model: nn.Module, images: Tensor, layers: Sequence[int], *, asking: Mapping[int, int] | None = None
+    model: nn.Module,
+    images: Tensor,
+    layers: Sequence[int],
+    *,
+    asking: Mapping[int, int] | None = None,
+    grid: Size | None = None,
 ) -> dict[int, LayerMap]:
     """Return the maps of layers by number, without those of blocks that have no attention.
 
     `asking` has one token for each layer, whose row alone is returned, (B, H, 1, M): rows of an operator that is not
-    linear in V are expensive. The model runs in eval mode and is left as it was.
+    linear in V are expensive. With `grid` the softmax is over queries and keys that are interpolated to this patch grid
+    (`interpolate_tokens`); layers of which that cannot be said are left out. The model runs in eval mode and is left as
+    it was.
 
     Raises UnsupportedModelError: a model of another kind.
     """
@@ -190,7 +198,7 @@ def layer_maps(
     stages = family_of(twin).geometries(twin, (images.shape[-2], images.shape[-1]))
     for site in sites(twin):
         if site.index in layers and site.num_heads:
-            keep = partial(_keep, maps, site.index, asking.get(site.index), stages[site.stage])
+            keep = partial(_keep, maps, site.index, asking.get(site.index), stages[site.stage], grid)
             watch_layer(twin, site, keep)
     twin(images)
     return maps
@@ -230,11 +238,17 @@ def _keep(
     index: int,
     asking: int | None,
     geometry: Geometry,
+    grid: Size | None,
     host: AttentionHost,
     call: Call,
 ) -> None:
     """Keep the map that a layer applies: of a copied layer the teacher's, where it copies it."""
     heads, places = host.heads_of(*call.inputs, **call.keywords), KeyPlaces(geometry)
+    if grid is not None:
+        resampled = _on_grid(host, heads, geometry, grid)
+        if resampled is not None:
+            maps[index] = LayerMap(softmax_map(resampled), KeyPlaces(replace(geometry, grid=grid)))
+        return
     if isinstance(host, ConvertedAttention):
         weights = _operator_map(host, heads, asking)
     elif isinstance(host, CopiedAttention):
@@ -244,6 +258,16 @@ def _keep(
         places = _key_places(host, attended, geometry)
         weights = _row(places.without_padding(attended.joined(softmax_map(attended))), asking)
     maps[index] = LayerMap(weights, places)
+
+
+def _on_grid(host: AttentionHost, heads: Heads, geometry: Geometry, grid: Size) -> Heads | None:
+    """Return projections on another grid; None where the layer has no whole map of queries and keys alone."""
+    if isinstance(host, ConvertedAttention | CopiedAttention) or not host.structure(geometry.grid).is_whole:
+        return None
+    attended = host.attended(heads)
+    if attended.bias is not None:
+        return None
+    return attended.each(lambda x: interpolate_tokens(x, geometry.num_prefix, geometry.grid, grid), None)
 
 
 def _key_places(host: AttentionHost, attended: Heads, geometry: Geometry) -> KeyPlaces:

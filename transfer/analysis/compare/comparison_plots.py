@@ -17,6 +17,7 @@ from ..report.ink import (
     SIGNED_LABEL,
     Line,
     Panel,
+    Scale,
     Theme,
     clear_axes,
     color_bar,
@@ -262,7 +263,8 @@ def fill_maps(
                 clear_axes(axes)
                 axes.text(0.5, 0.5, missing, ha="center", va="center", color=INK[theme], fontsize=6.5)
             else:
-                draw_panel(axes, shown.pictures[column[0]], found, _beside(cells, column))
+                top = max(each.top for each in _beside(cells, column)) or 1
+                draw_panel(axes, shown.pictures[column[0]], found, Scale(top, found.signed))
         row[0].set_ylabel(name, color=INK[theme], fontsize=8, rotation=0, ha="right", va="center")
 
 
@@ -278,4 +280,4 @@ def _draw_scales(figure: Drawing, found: Sequence[Panel], wide: float) -> None:
     for each, (bottom, tall) in zip((False, True), ((0.52, 0.4), (0.06, 0.4)), strict=True):
         if signed or not each:
             place = figure.add_axes((1 - (SCALES - 0.1) / wide, bottom, 0.1 / wide, tall))
-            color_bar(figure, SIGNED_LABEL if each else label, signed=each, cax=place)
+            color_bar(figure, SIGNED_LABEL if each else label, Scale(1, each), cax=place)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -11,7 +11,7 @@ from typing import Any, Literal
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.cm import ScalarMappable
-from matplotlib.colors import Normalize
+from matplotlib.colors import Normalize, PowerNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator
 from numpy.typing import NDArray
@@ -217,26 +217,47 @@ class Panel:
     rolled: bool = False
     """Whether it is a rollout, whose color scale does not follow the patch that asks: its residual outshines all."""
 
+    def shown(self) -> Array:
+        """Return how large each weight is; of a rollout without the patch that asks."""
+        weights: Array = np.abs(self.heat)
+        if self.rolled and self.asking is not None:
+            weights[self.asking] = 0.0
+        return weights
+
     @property
     def top(self) -> float:
         """The largest weight."""
-        weights = np.abs(self.heat)
-        if self.rolled and self.asking is not None:
-            weights[self.asking] = 0.0
-        return float(weights.max(initial=0.0))
+        return float(self.shown().max(initial=0.0))
 
 
-def draw_panel(axes: Any, picture: Array, panel: Panel, beside: Iterable[Panel]) -> None:
-    """Draw a panel on one scale with those `beside` it, among which it is; its own largest weight is in the corner.
+@dataclass(frozen=True)
+class Scale:
+    """The colors of weights up to the `top` of them; of weights that may be negative, two on each side of zero."""
 
-    Weights that may be negative have two colors, and none at zero.
-    """
+    top: float
+    signed: bool = False
+    clipped: bool = False
+    """Whether some weight is larger."""
+
+    @property
+    def norm(self) -> Normalize:
+        """Return the place of a weight among the colors: by its square root, which shows weak maps beside strong ones;
+        linear where weights may be negative."""
+        return Normalize(-self.top, self.top) if self.signed else PowerNorm(0.5, 0, self.top, clip=True)
+
+    @property
+    def colors(self) -> str:
+        return SIGNED if self.signed else HEAT
+
+
+def draw_panel(axes: Any, picture: Array, panel: Panel, scale: Scale) -> None:
+    """Draw a panel over its image; its own largest weight is in the corner."""
     draw_picture(axes, picture, panel.grid, panel.asking)
     height, width = picture.shape[:2]
     place = (0, width * panel.extent[1], height * panel.extent[0], 0)
-    top = max(each.top for each in beside) or 1
-    colors, low = (SIGNED, -top) if panel.signed else (HEAT, 0)
-    axes.imshow(panel.heat, cmap=colors, alpha=0.8, extent=place, interpolation="nearest", vmin=low, vmax=top)
+    axes.imshow(
+        panel.heat, cmap=scale.colors, alpha=0.75, extent=place, interpolation="nearest", norm=scale.norm
+    )
     write_corner(axes, f"{panel.top:.2g}")
 
 
@@ -250,6 +271,13 @@ def draw_picture(axes: Any, picture: Array, grid: tuple[float, float], query: tu
         right, bottom = x + width / grid[1], y + height / grid[0]
         axes.plot([x, right, right, x, x], [y, y, bottom, bottom, y], color=QUERY, linewidth=1.5)
     axes.set(xlim=(0, width), ylim=(height, 0))
+
+
+def draw_nothing(axes: Any, picture: Array) -> None:
+    """Leave the place of an image empty."""
+    clear_axes(axes)
+    height, width = picture.shape[:2]
+    axes.set(xlim=(0, width), ylim=(height, 0), aspect="equal")
 
 
 def clear_axes(axes: Any) -> None:
@@ -266,11 +294,12 @@ def write_corner(axes: Any, text: str) -> None:
     axes.text(0.985, 0.02, text, fontsize=5.5, color="white", bbox=label, **corner)
 
 
-def color_bar(figure: Figure, label: str, *, signed: bool = False, **place: Any) -> None:
-    """Draw the scale of weights over the largest one; `place` is as of matplotlib's `colorbar`."""
-    low, colors = (-1, SIGNED) if signed else (0, HEAT)
-    bar = figure.colorbar(ScalarMappable(Normalize(low, 1), colors), **place)
+def color_bar(figure: Figure, label: str, scale: Scale, **place: Any) -> None:
+    """Draw the colors of a scale with its numbers; `place` is as of matplotlib's `colorbar`."""
+    beyond = "neither" if not scale.clipped else "both" if scale.signed else "max"
+    bar = figure.colorbar(ScalarMappable(scale.norm, scale.colors), extend=beyond, **place)
     bar.set_label(label, color=INK["light"], fontsize=7)
-    bar.set_ticks([low, 0, 1] if low else [0, 0.5, 1])
+    ticks = [-scale.top, 0, scale.top] if scale.signed else [0, scale.top / 10, scale.top / 2, scale.top]
+    bar.set_ticks(ticks, labels=[f"{tick:.2g}" for tick in ticks])
     bar.ax.tick_params(colors=INK["light"], labelsize=7, length=2)
     bar.outline.set_visible(False)

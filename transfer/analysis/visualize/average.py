@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
+from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from ....models.families import sites
@@ -22,16 +22,21 @@ from ..layer_maps import KeyPlaces, LayerMap, layer_maps, preprocessed, spread_i
 from ..report.ink import Array, write_arrays
 from . import map_figures as measures
 from .map_figures import LayerLook, Look, Numbers
-from .map_page import Shown, View, check_page_size, embed, layer_names, map_page, to_pixels
+from .map_page import Titles, View, check_page_size, embed, layer_names, map_page, to_pixels
 from .visualize import (
+    chart_of,
     chosen_layers,
     count_weights,
     draw_query,
+    in_order,
+    layers_of,
     load_models,
+    model_name,
     page_title,
     read_queries,
+    to_plain,
     token_layouts,
-    write_page,
+    write_folder,
 )
 
 # Attention maps averaged over images, one batch at a time: the memory does not depend on the number of images.
@@ -125,7 +130,7 @@ def visualize_average(
         source: any source of weights, as of `load_pretrained`.
         data: the data set, of which `val_split` is read.
         count: how many images, spread evenly over the split; all by default.
-        teacher: a source to put beside it, at the same image size.
+        teacher: a source to put beside it, as of `visualize`.
         queries: as of `visualize`; they choose the pictures, while the arrays have all queries.
         layers: which layers, as of `visualize`. The others are not computed.
         tell: is called with the size of the result.
@@ -133,38 +138,46 @@ def visualize_average(
 
     Raises GraftError as `visualize`, and where the data set cannot be read.
     """
-    loaded = load_models(source, teacher, how)
-    chosen, *_ = [chosen_layers(each.model, layers) for each in loaded.values()]
+    loaded, partners = load_models(source, teacher, how)
+    chosen = chosen_layers(loaded["student"].model, layers)
     asked = read_queries(queries, loaded["student"])
-    check_page_size([each.model for each in loaded.values()], 1, chosen, rollouts=False)
+    shown = layers_of(loaded, partners, chosen)
+    check_page_size(shown, 1, rollouts=False)
+    own = {name: wanted for name, (_, wanted) in zip(loaded, shown, strict=True)}
     weights = {
-        name: count_weights(each.model, chosen, SUM_BYTES, "sums of the maps", FEWER)
+        name: count_weights(each.model, own[name], SUM_BYTES, "sums of the maps", FEWER)
         for name, each in loaded.items()
     }
     images = spread_images(data, loaded["student"].preprocessing.input_size[0], count)
     for name, found in weights.items():
         size = f"{WEIGHT_BYTES * found / 1e6:.1f} MB in {out / _file(name)}"
         tell(f"{name}: mean of {len(images):,} images, {size}")
-    picture, means = MeanPicture(), {}
+    pictures, means = {name: MeanPicture() for name in loaded}, {}
     for name, each in loaded.items():
         fits = batch_that_fits(weights[name], data.eval_batch_size or data.batch_size)
         batches = preprocessed(images, data, with_settings(each.preprocessing, data), fits)
         seen = followed(batches, math.ceil(len(images) / fits), f"maps of the {name}")
-        means[name] = average_maps(each.model, picture.watch(seen) if name == "student" else seen, chosen)
+        means[name] = average_maps(each.model, pictures[name].watch(seen), own[name])
     for name, each in loaded.items():
-        _write_arrays(out / _file(name), each.model, means[name], picture.count)
+        _write_arrays(out / _file(name), each.model, means[name], pictures[name].count)
     looks = {name: shown_means(each.model, means[name]) for name, each in loaded.items()}
-    pixels = to_pixels(picture.mean()[None], loaded["student"].preprocessing)
-    view = View(Shown(NAME, Image.fromarray(pixels), pixels), looks)
-    of_images, pictures = f"mean of {picture.count:,} images", list[str]()
+    numbers = {name: _numbers(looks[name], found) for name, found in means.items()}
+    if partners is not None:
+        looks["teacher"] = partners.beside(looks["teacher"], looks["student"])
+    pixels = {
+        name: to_pixels(pictures[name].mean()[None], each.preprocessing) for name, each in loaded.items()
+    }
+    view = View(NAME, pixels, looks)
+    of_images, figures = f"mean of {pictures['student'].count:,} images", dict[str, Figure]()
+    names = {name: model_name(each) for name, each in loaded.items()}
     for query in asked:
         words = query.title(looks["student"].layouts)
-        pictures += draw_query(view, query, chosen, out, f"{of_images}: what {words} attends to")
-    numbers = {name: _numbers(looks[name], found) for name, found in means.items()}
-    names, title = layer_names(looks["student"], chosen), f"{page_title(source, teacher)}, {of_images}"
-    return write_page(
-        partial(map_page, [embed(view, chosen)], names, asked[0], title=title), numbers, None, out, pictures
-    )
+        figures |= draw_query(view, query, chosen, f"{of_images}: what {words} attends to", names)
+    notes = [] if partners is None else [partners.words]
+    titles = Titles(f"{page_title(names)}, {of_images}", names, layer_names(looks, chosen), notes)
+    chart = chart_of(in_order(numbers, partners), None)
+    page = map_page([embed(view, chosen)], titles, asked[0], chart)
+    return write_folder(out, figures, chart, to_plain(numbers, None, partners), page)
 
 
 class MeanPicture:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -16,7 +15,17 @@ from ....models.errors import ConfigError
 from ....models.families import TokenLayout
 from ...metrics.distance import LEAST_ROWS, DistanceSums
 from ..layer_maps import KeyPlaces, MergePlaces
-from ..report.ink import INK, SIGNED_LABEL, Array, Panel, color_bar, draw_panel, draw_picture, new_figure
+from ..report.ink import (
+    INK,
+    Array,
+    Panel,
+    Scale,
+    color_bar,
+    draw_nothing,
+    draw_panel,
+    draw_picture,
+    new_figure,
+)
 
 # What attention maps and tokens come to in numbers: shares, rollout, entropy, distance, CKA.
 #
@@ -161,6 +170,10 @@ class LayerLook:
     """The rollout from the first layer of the stage, (N, N); None in a mean."""
     tokens: Tensor | None = None
     """The tokens (N, C) after the block; None in a mean."""
+    number: int | None = None
+    """Of a teacher's layer beside a student's, its number in the teacher."""
+    groups: Sequence[tuple[int, ...] | None] | None = None
+    """Of such a layer, its heads for each head of the student; None where nothing says which."""
 
     @property
     def heads(self) -> int:
@@ -175,6 +188,10 @@ class LayerLook:
     def patches(self) -> Tensor:
         """Return the tokens after the block without prefix tokens; none in a mean."""
         return torch.zeros(0) if self.tokens is None else self.tokens[self.layout.num_prefix :]
+
+    def patches_on(self, grid: tuple[int, int]) -> Tensor:
+        """Return the same where the patches have this grid; none where they have another."""
+        return self.patches if self.layout.grid == grid else self.patches[:0]
 
     def entropy(self) -> Array | None:
         """Return the entropy of each head (H), in nats."""
@@ -227,6 +244,16 @@ class Look:
         )
 
 
+def take_layers(numbers: Numbers, layers: Sequence[int | None], stages: Sequence[int]) -> Numbers:
+    """Return those of some layers, in this order, which have these `stages`; None is a layer that is not there."""
+    entropy, distance = (
+        [None if layer is None else each[layer] for layer in layers]
+        for each in (numbers.entropy, numbers.distance)
+    )
+    keys = [0 if layer is None else numbers.keys[layer] for layer in layers]
+    return Numbers(entropy, distance, keys, stages, numbers.merges)
+
+
 def mean_numbers(images: Sequence[Numbers]) -> Numbers:
     """Return the means over images."""
     entropies, distances = (
@@ -240,23 +267,17 @@ def mean_numbers(images: Sequence[Numbers]) -> Numbers:
 INCHES = 1.35
 """The longer side of a panel; less where there are many."""
 LARGEST = 22.0
+SHOWN = 0.995
+"""The part of the weights of a picture that is within its color scale: one weight that outshines all is beyond it."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """A layer: its name, the patch that asks in its grid, and its panels; None where there is nothing to show."""
+    """A layer: its name, the patches that ask in the grids of its images, and its panels; None for an empty one."""
 
     name: str
-    grid: tuple[int, int]
-    asking: tuple[int, int] | None
+    asking: Sequence[tuple[tuple[int, int], tuple[int, int] | None]]
     panels: Sequence[Panel | None]
-
-    def beside(self, panel: Panel) -> list[Panel]:
-        """Return the panels of its kind, map or rollout, in the row.
-
-        The heads of a layer, and the same layer of two models, are compared: they share a scale.
-        """
-        return [each for each in self.panels if each is not None and each.rolled == panel.rolled]
 
 
 def draw_grid(picture: Array, look: Look, query: Query, layers: Sequence[int], title: str) -> Figure:
@@ -266,42 +287,53 @@ def draw_grid(picture: Array, look: Look, query: Query, layers: Sequence[int], t
     for layer in layers:
         mean, rollout, each = _panels(look.layers[layer], query)
         panels = [mean, *([rollout] * rolled), *each, *[None] * (heads - len(each))]
-        rows.append(_row(look, layer, query, panels))
+        rows.append(_row([look], layer, query, panels))
     columns = ["mean", *(["rollout"] * rolled), *(f"head {head}" for head in range(heads))]
-    return _draw(picture, rows, columns, title)
+    return _draw([picture], rows, columns, [picture] * len(columns), title)
 
 
 def draw_beside(
-    picture: Array, looks: Sequence[Look], query: Query, layers: Sequence[int], title: str
+    pictures: Sequence[Array], looks: Sequence[Look], query: Query, layers: Sequence[int], title: str
 ) -> Figure:
     """Draw a row a layer: the mean of the heads of the teacher and of the student, then the rollout of both.
 
-    `looks` are the teacher's and the student's.
+    `pictures` and `looks` are the teacher's and the student's; both have an image where they see different ones.
     """
     names = ["mean", *(["rollout"] * _have_rollouts(looks, layers))]
-    columns = [f"{model}\n{name}" for name in names for model in ("teacher", "student")]
+    columns = [f"{name}\n{model}" for name in names for model in ("teacher", "student")]
+    own = [1] if np.array_equal(pictures[0], pictures[1]) else [0, 1]
     rows = []
     for layer in layers:
         both = [_panels(look.layers[layer], query)[:2] for look in looks]
         panels = [each[kind] for kind in range(len(names)) for each in both]
-        rows.append(_row(looks[1], layer, query, panels))
-    return _draw(picture, rows, columns, title)
+        rows.append(_row([looks[place] for place in own], layer, query, panels, looks[0]))
+    return _draw([pictures[place] for place in own], rows, columns, [*pictures] * len(names), title)
 
 
-def layer_name(look: Look, layer: int) -> str:
-    """Return the name of a layer, with its stage if the model has several."""
+def layer_name(look: Look, layer: int, teacher: Look | None = None) -> str:
+    """Return the name of a layer, with its stage if the model has several, and the teacher's beside it if another."""
     stages = {each.stage for each in look.layers}
-    return f"layer {layer}" + (f", stage {look.layers[layer].stage + 1}" if len(stages) > 1 else "")
+    name = f"layer {layer}" + (f", stage {look.layers[layer].stage + 1}" if len(stages) > 1 else "")
+    if teacher is None:
+        return name
+    theirs = teacher.layers[layer].number
+    return name + (", alone" if theirs is None else f", teacher's {theirs}" if theirs != layer else "")
 
 
 def _have_rollouts(looks: Sequence[Look], layers: Sequence[int]) -> bool:
     return any(look.layers[layer].rolled is not None for look in looks for layer in layers)
 
 
-def _row(look: Look, layer: int, query: Query, panels: Sequence[Panel | None]) -> Row:
-    layout = look.layers[layer].layout
-    name = layer_name(look, layer).replace(", ", "\n")
-    return Row(name, layout.grid, query.patch(layout), panels)
+def _row(
+    looks: Sequence[Look],
+    layer: int,
+    query: Query,
+    panels: Sequence[Panel | None],
+    teacher: Look | None = None,
+) -> Row:
+    layouts = [look.layers[layer].layout for look in looks]
+    name = layer_name(looks[-1], layer, teacher).replace(", ", "\n")
+    return Row(name, [(layout.grid, query.patch(layout)) for layout in layouts], panels)
 
 
 def _panels(layer: LayerLook, query: Query) -> tuple[Panel | None, Panel | None, list[Panel]]:
@@ -321,30 +353,43 @@ def _panels(layer: LayerLook, query: Query) -> tuple[Panel | None, Panel | None,
     return mean, rollout, heads
 
 
-def _draw(picture: Array, rows: Sequence[Row], columns: Sequence[str], title: str) -> Figure:
-    width, height = _panel_size(picture, len(columns) + 1, len(rows))
-    signed = any(panel is not None and panel.signed for row in rows for panel in row.panels)
-    figure = new_figure(width * (len(columns) + 1) + 0.9 + 0.7 * signed, max(height * len(rows) + 0.8, 2.6))
-    grid = figure.subplots(len(rows), len(columns) + 1, squeeze=False)
-    for axes, heading in zip(grid[0], ["image", *columns], strict=True):
+def shared_scale(panels: Sequence[Panel]) -> Scale:
+    """Return one scale for all panels of a picture."""
+    weights = np.concatenate([each.shown().ravel() for each in panels] or [np.zeros(1)])
+    top, largest = float(np.quantile(weights, SHOWN)), float(weights.max())
+    if largest <= 2 * top:
+        top = largest
+    return Scale(top or largest or 1, any(each.signed for each in panels), largest > top > 0)
+
+
+def _draw(
+    images: Sequence[Array],
+    rows: Sequence[Row],
+    columns: Sequence[str],
+    pictures: Sequence[Array],
+    title: str,
+) -> Figure:
+    """Draw the `images`, then the panels of each row over the `pictures` of their columns."""
+    count = len(images) + len(columns)
+    width, height = _panel_size(images[-1], count, len(rows))
+    lines = title.count("\n") + 1
+    figure = new_figure(max(width * count + 1.0, 4.8), max(height * len(rows) + 0.65 + 0.2 * lines, 2.6))
+    grid = figure.subplots(len(rows), count, squeeze=False)
+    scale = shared_scale([panel for row in rows for panel in row.panels if panel is not None])
+    shown = ["image"] if len(images) == 1 else ["image\nteacher", "image\nstudent"]
+    for axes, heading in zip(grid[0], [*shown, *columns], strict=True):
         axes.set_title(heading, color=INK["light"], fontsize=8)
     for axes, row in zip(grid, rows, strict=True):
-        draw_picture(axes[0], picture, row.grid, row.asking)
+        for each, image, asks in zip(axes, images, row.asking, strict=False):
+            draw_picture(each, image, *asks)
         axes[0].set_ylabel(row.name, color=INK["light"], fontsize=8)
-        for each, panel in zip(axes[1:], row.panels, strict=True):
+        for each, panel, picture in zip(axes[len(images) :], row.panels, pictures, strict=True):
             if panel is None:
-                each.set_axis_off()
+                draw_nothing(each, picture)
             else:
-                draw_panel(each, picture, panel, row.beside(panel))
+                draw_panel(each, picture, panel, scale)
     figure.suptitle(title, color=INK["light"], fontsize=10)
-    kinds = (
-        ",\nof maps and of rollouts apart" if any(p and p.rolled for row in rows for p in row.panels) else ""
-    )
-    label = f"weight / the largest number of the row{kinds}"
-    place: dict[str, Any] = {"ax": grid, "fraction": 0.025, "pad": 0.01, "aspect": 24, "shrink": 0.9}
-    color_bar(figure, label, **place)
-    if signed:
-        color_bar(figure, SIGNED_LABEL, signed=True, **place)
+    color_bar(figure, "attention weight", scale, ax=grid, fraction=0.025, pad=0.01, aspect=24, shrink=0.9)
     return figure
 
 

@@ -39,10 +39,15 @@ function overGrid(layer, row, token) {
   return whole;
 }
 
+// The maps of a head of the student: of a teacher those that it learned from, whose mean is shown.
+function headsOf(layer, head) {
+  return layer.groups ? (layer.groups[head] ?? []).map((each) => layer.heads[each]) : layer.heads.slice(head, head + 1);
+}
+
 // The row of a head, of the mean of the heads, or of the rollout; null where the layer has no such head.
 function headRow(layer, head, token) {
   if (head === "rollout") return layer.rollout && mapRow(layer.rollout, token);
-  const heads = head === "mean" ? layer.heads : layer.heads.slice(Number(head), Number(head) + 1);
+  const heads = head === "mean" ? layer.heads : headsOf(layer, Number(head));
   if (!heads.length) return null;
   const rows = heads.map((map) => mapRow(map, token));
   const mean = rows[0].map((_, key) => rows.reduce((sum, row) => sum + row[key], 0) / rows.length);
@@ -51,7 +56,7 @@ function headRow(layer, head, token) {
 
 // What is shown. `asking` is a place in the image, down and to the right in parts of its sides, or the word of a prefix
 // token: layers differ in their grids, and models in their prefix.
-const state = { image: 0, layer: 0, head: "mean", asking: [0, 0], opacity: 0.8, shared: false, merge: "" };
+const state = { image: 0, layer: 0, head: "mean", asking: [0, 0], opacity: 0.8, shared: true, merge: "" };
 const panels = new Map();
 
 const models = () => data.images[state.image].models;
@@ -91,10 +96,11 @@ function element(tag, attributes, parent) {
 function buildPanels() {
   $("panels").replaceChildren();
   panels.clear();
-  const { models: shown, url, size } = data.images[state.image];
+  const { models: shown, seen } = data.images[state.image];
   for (const name of Object.keys(shown).sort().reverse()) {
+    const { url, size } = seen[name];
     const section = element("section", { id: `panel-${name}` }, $("panels"));
-    element("h3", { textContent: Object.keys(shown).length > 1 ? name : "attention" }, section);
+    element("h3", { textContent: Object.keys(shown).length > 1 ? `${name}: ${data.names[name]}` : "attention" }, section);
     const stage = element("div", { className: "stage", tabIndex: 0 }, section);
     stage.setAttribute("role", "application");
     stage.style.aspectRatio = `${size[1]} / ${size[0]}`;
@@ -184,7 +190,7 @@ function drawPanel(name, panel, row, top) {
   const [rows, columns] = layer.grid;
   panel.stage.setAttribute("aria-label", `${name}: ${rows} by ${columns} patches; arrow keys choose the patch that asks`);
   fillButtons(panel.buttons, layer);
-  panel.told.textContent = row ? told(row, layer, grid[1]) : `This ${layer.heads.length ? "model has no such head or token" : "layer has no attention"}.`;
+  panel.told.textContent = row ? told(row, layer, grid[1]) : `This ${layer.alone ? "layer has no partner" : layer.heads.length ? "model has no such head or token" : "layer has no attention"}.`;
 }
 
 function fillButtons(buttons, layer) {

@@ -9,8 +9,9 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import matplotlib as mpl
 import numpy as np
@@ -22,6 +23,7 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor, nn
 
 from ....checkpoints.preprocessing import Preprocessing
+from ....models.copying.teacher_view import Normalization, Renormalized
 from ....models.errors import ConfigError, DataError, JsonDict
 from ....models.families import sites
 from ...data.augment import eval_transform
@@ -89,7 +91,11 @@ def draw_layers(models: dict[str, Numbers], between: MapDistance | None, theme: 
         _axes(grid[3], "linear CKA (debiased) with the teacher", theme)
         least = min((value for value in (*between.cka, *between.cka_random) if value is not None), default=0)
         grid[3].set_ylim(min(least * 1.1, 0), 1.04)
-        grid[3].legend(frameon=False, fontsize=8, labelcolor=INK[theme], loc="lower left")
+        if all(value is None for value in between.cka):
+            words = "left out: other patch grids, or too few patches"
+            grid[3].text(0.5, 0.5, words, ha="center", color=INK[theme], transform=grid[3].transAxes)
+        else:
+            grid[3].legend(frameon=False, fontsize=8, labelcolor=INK[theme], loc="lower left")
     for axes in grid:
         axes.set_xlim(-0.5, len(models["student"].stages) - 0.5)
         _stages(axes, models["student"].stages, theme)
@@ -108,6 +114,8 @@ def _heads(axes: Any, values: Sequence[Array | None], name: str, right: float) -
         if heads is not None
         for head in heads
     ]
+    if not dots:
+        return
     axes.plot(*zip(*dots, strict=True), "o", color=color, markersize=4, alpha=0.45, markeredgewidth=0)
     means = [np.nan if heads is None else heads.mean() for heads in values]
     axes.plot(places, means, color=color, linewidth=2, label=name)
@@ -217,6 +225,10 @@ def _draw_places(axes: Any, picture: Array, places_P2: Tensor, size: float) -> N
 MAX_IMAGES = 16
 """More make a page that no browser likes, and that nobody reads."""
 DIGIT = re.compile(r"digits:(\d+)")
+Given: TypeAlias = str | PathLike[str] | Image.Image
+"""A file, a folder of files, `digits:N`, or a picture of PIL."""
+Source: TypeAlias = Path | int | Image.Image | Tensor
+"""Where an image is, or itself."""
 
 
 @dataclass(frozen=True)
@@ -224,16 +236,34 @@ class Shown:
     """An image as the model sees it: `pixels` (H, W, 3) in bytes, after resizing and cropping."""
 
     name: str
-    original: Image.Image
+    original: Image.Image | Tensor
+    """The photograph, or a tensor (1, C, H, W) that is normalized for the model."""
     pixels: NDArray[np.uint8]
 
+    def tensor(self, spec: Preprocessing, own: Preprocessing) -> Tensor:
+        """Return the image as a model of `spec` wants it; `own` is of the model that a tensor is normalized for."""
+        if not isinstance(self.original, Tensor):
+            return to_tensor(self.original, spec)
+        if spec == own:
+            return self.original
+        theirs, ours = (Normalization(each.mean, each.std) for each in (spec, own))
+        change = Renormalized(spec.input_size[0], theirs, ours, spec.input_size[1:])
+        shown: Tensor = change(self.original.cpu())
+        return shown
 
-def read_images(words: Sequence[str], spec: Preprocessing) -> list[Shown]:
-    """Read the images of `words`: files, folders of images, and `digits:N`, test image N of the digits data.
+
+def read_images(images: Tensor | Given | Sequence[Given], spec: Preprocessing) -> list[Shown]:
+    """Read images: files, folders of images, `digits:N`, test image N of the digits data, pictures of PIL, or a batch.
 
     Raises DataError: there is no such file, it is no image, or there are more than `MAX_IMAGES`.
     """
-    found = [each for word in words for each in _find(word)]
+    if isinstance(images, Tensor):
+        found: list[tuple[str, Source]] = [
+            (f"image_{place}", each[None]) for place, each in enumerate(images)
+        ]
+    else:
+        several = [images] if isinstance(images, str | PathLike | Image.Image) else images
+        found = [each for one in several for each in _find(one)]
     if not found:
         raise DataError("no image is given; name files, folders of images, or digits:0")
     if len(found) > MAX_IMAGES:
@@ -244,7 +274,8 @@ def read_images(words: Sequence[str], spec: Preprocessing) -> list[Shown]:
     shown = []
     for name, (_, source) in zip(names, found, strict=True):
         original = _read(source)
-        shown.append(Shown(name, original, to_pixels(to_tensor(original, spec), spec)))
+        tensor = original if isinstance(original, Tensor) else to_tensor(original, spec)
+        shown.append(Shown(name, original, to_pixels(tensor, spec)))
     return shown
 
 
@@ -253,9 +284,11 @@ def to_tensor(image: Image.Image, spec: Preprocessing) -> Tensor:
     return eval_transform(spec)(image.convert("L" if spec.input_size[0] == 1 else "RGB"))[None]
 
 
-def _find(word: str) -> list[tuple[str, Path | int]]:
+def _find(word: Given) -> list[tuple[str, Source]]:
     """Return name and place of each image that a word means; a digit's place is its number."""
-    digit = DIGIT.fullmatch(word)
+    if isinstance(word, Image.Image):
+        return [(Path(str(getattr(word, "filename", "") or "image")).stem, word)]
+    digit = DIGIT.fullmatch(str(word))
     if digit is not None:
         return [(f"digit_{digit[1]}", int(digit[1]))]
     path = Path(word).expanduser()
@@ -263,14 +296,16 @@ def _find(word: str) -> list[tuple[str, Path | int]]:
         known = Image.registered_extensions()
         files = sorted(file for file in path.iterdir() if file.suffix.lower() in known)
         if not files:
-            raise DataError(f"{word!r} has no image in it; name a folder of image files")
+            raise DataError(f"{str(word)!r} has no image in it; name a folder of image files")
         return [(file.stem, file) for file in files]
     if not path.is_file():
-        raise DataError(f"{word!r} is no image file and no folder; valid are both, and digits:0")
+        raise DataError(f"{str(word)!r} is no image file and no folder; valid are both, and digits:0")
     return [(path.stem, path)]
 
 
-def _read(source: Path | int) -> Image.Image:
+def _read(source: Source) -> Image.Image | Tensor:
+    if isinstance(source, Tensor | Image.Image):
+        return source
     if isinstance(source, int):
         if source >= VALIDATION_SIZE:
             raise DataError(f"digits:{source} does not exist; the test images are 0 to {VALIDATION_SIZE - 1}")
@@ -299,7 +334,7 @@ def _distinct(names: Sequence[str]) -> list[str]:
 def to_pixels(image_1CHW: Tensor, spec: Preprocessing) -> NDArray[np.uint8]:
     """Return a normalized image as bytes (H, W, 3)."""
     mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (spec.mean, spec.std))
-    picture = (image_1CHW[0] * std + mean).clamp(0, 1).expand(3, -1, -1)
+    picture = (image_1CHW[0].float().cpu() * std + mean).clamp(0, 1).expand(3, -1, -1)
     array: NDArray[np.uint8] = (picture.permute(1, 2, 0) * 255).round().to(torch.uint8).numpy()
     return array
 
@@ -313,18 +348,20 @@ SCALE, KEY = 4, 4
 
 @dataclass(frozen=True)
 class View:
-    """One image, and what each model did with it (by name: `student`, `teacher`)."""
+    """One image as each model sees it, and what it did with it (by name: `student`, `teacher`)."""
 
-    shown: Shown
+    name: str
+    pixels: Mapping[str, Array]
     looks: Mapping[str, Look]
+    """The teacher's layers are in the order of the student's."""
 
 
 def check_page_size(
-    models: Sequence[nn.Module], images: int, layers: Sequence[int], *, rollouts: bool = True
+    models: Sequence[tuple[nn.Module, Sequence[int]]], images: int, *, rollouts: bool = True
 ) -> None:
-    """Raise ConfigError where the maps of `models` would make a page that is too large."""
-    image_bytes = sum(_bytes(model, layer, rollouts) for model in models for layer in layers)
-    megabytes = images * image_bytes / 1e6
+    """Raise ConfigError where the maps of these layers of `models` would make a page that is too large."""
+    image_bytes = sum(_bytes(model, layer, rollouts) for model, shown in models for layer in shown)
+    megabytes, layers = images * image_bytes / 1e6, models[0][1]
     if megabytes > MAX_MEGABYTES:
         raise ConfigError(
             f"the page would hold {megabytes:.0f} MB of maps of {images} images and {len(layers)} layers, and at most "
@@ -341,39 +378,58 @@ def _bytes(model: nn.Module, layer: int, rollouts: bool) -> int:
     return tokens * (site.num_heads * (keys + SCALE) + windows + rolled)
 
 
-def map_page(
-    images: Sequence[JsonDict], layers: Sequence[str], query: Query, chart: Figure, title: str
-) -> str:
-    """Return the page; `images` are those of `embed`, `layers` their names, `chart` the numbers by layer."""
+@dataclass(frozen=True)
+class Titles:
+    """The words of a page: its title, the names of its models and layers, and what is to be said of them."""
+
+    title: str
+    models: Mapping[str, str]
+    layers: Sequence[str]
+    notes: Sequence[str] = ()
+
+
+def map_page(images: Sequence[JsonDict], titles: Titles, query: Query, chart: Figure) -> str:
+    """Return the page; `images` are those of `embed`, `chart` the numbers by layer."""
     data = {
-        "layers": list(layers),
+        "layers": list(titles.layers),
+        "names": dict(titles.models),
         "query": query.word if query.place is None else list(query.place),
         "heat": _colors(HEAT),
         "signed": _colors(SIGNED),
         "images": list(images),
     }
     words = json.dumps(data, separators=(",", ":")).replace("<", "\\u003c")
-    return render_page("visualize/map_page.html", title=title, chart=chart, data=words)
+    return render_page(
+        "visualize/map_page.html", title=titles.title, notes=titles.notes, chart=chart, data=words
+    )
 
 
-def layer_names(look: Look, layers: Sequence[int]) -> list[str]:
+def layer_names(looks: Mapping[str, Look], layers: Sequence[int]) -> list[str]:
     """Return the names of the chosen layers."""
-    return [layer_name(look, layer) for layer in layers]
+    return [layer_name(looks["student"], layer, looks.get("teacher")) for layer in layers]
 
 
 def embed(view: View, layers: Sequence[int]) -> JsonDict:
-    """Return what the page needs of an image: the picture, and each model's maps of the chosen layers."""
-    file = io.BytesIO()
-    Image.fromarray(view.shown.pixels).save(file, format="PNG")
-    height, width = view.shown.pixels.shape[:2]
-    models = {name: [_layer(look.layers[layer]) for layer in layers] for name, look in view.looks.items()}
+    """Return what the page needs of an image: the pictures, and each model's maps of the chosen layers."""
+    models = {
+        name: [
+            _layer(look.layers[layer], name == "teacher" and look.layers[layer].number is None)
+            for layer in layers
+        ]
+        for name, look in view.looks.items()
+    }
     return {
-        "name": view.shown.name,
-        "url": data_url(file.getvalue()),
-        "size": [height, width],
+        "name": view.name,
+        "seen": {name: _picture(pixels) for name, pixels in view.pixels.items()},
         "models": models,
         "merges": {name: [_merge(merge) for merge in look.merges] for name, look in view.looks.items()},
     }
+
+
+def _picture(pixels: Array) -> JsonDict:
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, format="PNG")
+    return {"url": data_url(file.getvalue()), "size": list(pixels.shape[:2])}
 
 
 def _merge(merge: MergePlaces) -> JsonDict:
@@ -387,8 +443,11 @@ def _merge(merge: MergePlaces) -> JsonDict:
     }
 
 
-def _layer(layer: LayerLook) -> JsonDict:
-    """Return the maps of a layer, head by head, and its rollout, as bytes with a scale a row."""
+def _layer(layer: LayerLook, alone: bool) -> JsonDict:
+    """Return the maps of a layer, head by head, and its rollout, as bytes with a scale a row.
+
+    `alone`: it stands for a layer that is not there.
+    """
     maps = [] if layer.maps is None else [_quantized(head) for head in layer.maps]
     layout = layer.layout
     names = [token_name(token, layout) for token in range(layout.num_prefix)]
@@ -398,6 +457,8 @@ def _layer(layer: LayerLook) -> JsonDict:
         "words": layout.prefix,
         "signed": layer.signed,
         "heads": maps,
+        "groups": layer.groups,
+        "alone": alone,
         "rollout": None if layer.rolled is None else _quantized(layer.rolled),
         "keys": _keys(layer.places),
     }

@@ -3,36 +3,41 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
+from os import PathLike
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
+from matplotlib.figure import Figure as Drawing
 from torch import Tensor, nn
 
 from ....checkpoints.atomic import write_bytes, write_text
 from ....checkpoints.files import read_if_there
-from ....checkpoints.pretrained import build_untrained, load_pretrained
+from ....checkpoints.preprocessing import Preprocessing
+from ....checkpoints.pretrained import MADE_HERE, build_untrained, describe, describe_model
 from ....checkpoints.provenance import Pretrained
-from ....models.errors import CheckpointError, ConfigError, JsonDict, TransferError, check_types
+from ....models.errors import CheckpointError, ConfigError, GraftError, JsonDict, TransferError, check_types
 from ....models.families import (
     TokenLayout,
     blocks_of,
     check_supported,
-    depths,
     evaluating,
     layout_of,
     plan_depth,
     sites,
 )
+from ....models.given import Model, check_images
 from ....models.plan_syntax import layer_numbers
-from ..layer_maps import KeyPlaces, collect_merges, key_count, layer_maps, map_divergence
+from ...methods.dual import DualViT
+from ..layer_maps import KeyPlaces, collect_merges, key_count, layer_maps
 from ..report.ink import Array, to_png
-from ..report.rendering import Figure, write_png
-from ..report.tables import to_json
+from ..report.rendering import Figure, data_url, render_page, write_png
+from ..report.tables import Table, to_json
 from . import map_figures as measures
 from .map_figures import (
     LayerLook,
@@ -44,10 +49,13 @@ from .map_figures import (
     draw_grid,
     mean_numbers,
     read_query,
+    take_layers,
 )
 from .map_page import (
+    Given,
     MapDistance,
     Shown,
+    Titles,
     View,
     check_page_size,
     draw_layers,
@@ -56,8 +64,9 @@ from .map_page import (
     layer_names,
     map_page,
     read_images,
-    to_tensor,
+    to_pixels,
 )
+from .partners import Partners, cka, compared, divergence, on_grids, pair_layers, partners_of
 
 # What one model does with one image: the maps of its layers, the tokens after each block, and their numbers.
 
@@ -118,45 +127,6 @@ def token_layouts(model: nn.Module) -> list[TokenLayout]:
     return [layout_of(model, site) for site in sites(model)]
 
 
-def check_comparable(teacher: nn.Module, student: nn.Module) -> None:
-    """Raise TransferError where two models cannot be put side by side layer by layer, patch by patch."""
-    blocks = [depths(model) for model in (teacher, student)]
-    if blocks[0] != blocks[1]:
-        theirs, ours = (" + ".join(map(str, each)) for each in blocks)
-        raise TransferError(f"the teacher has {theirs} blocks and the student {ours}: no layers go together")
-    for stage, (t, s) in enumerate(zip(token_layouts(teacher), token_layouts(student), strict=True)):
-        if t.grid != s.grid:
-            theirs, ours = (f"{height}x{width}" for height, width in (t.grid, s.grid))
-            where = f" in layer {stage}" if len(blocks[0]) > 1 else ""
-            raise TransferError(
-                f"the teacher has {theirs} patches and the student {ours}{where}: give an --img_size of both"
-            )
-
-
-def divergence(teacher: Look, student: Look) -> list[float | None]:
-    """Return the Jensen-Shannon divergence of the shares by layer, in nats; unequal heads are matched.
-
-    Where prefix tokens differ, of what patches take from patches. None where a block has no attention.
-    """
-    return [_divergence(t, s) for t, s in zip(teacher.layers, student.layers, strict=True)]
-
-
-def _divergence(teacher: LayerLook, student: LayerLook) -> float | None:
-    alike = teacher.layout == student.layout
-    theirs, ours = (
-        each.shares_of_tokens(0 if alike else each.layout.num_prefix) for each in (teacher, student)
-    )
-    if theirs is None or ours is None:
-        return None
-    return map_divergence(theirs[None], ours[None], match_heads=teacher.heads != student.heads)
-
-
-def cka(teacher: Sequence[Sequence[Tensor]], student: Sequence[Sequence[Tensor]]) -> list[float | None]:
-    """Return the linear CKA of the patch tokens (P, C) of each image and layer; a sample is a patch."""
-    by_layer = zip(zip(*teacher, strict=True), zip(*student, strict=True), strict=True)
-    return [measures.linear_cka(torch.cat(theirs), torch.cat(ours)) for theirs, ours in by_layer]
-
-
 @contextmanager
 def _tokens(model: nn.Module) -> Iterator[list[Tensor]]:
     """Collect the tokens (N, C) that leave each block while the model runs."""
@@ -178,74 +148,146 @@ RANDOM = "random"
 CHART = "Entropy and mean distance of attention by layer, and distance from the teacher where there is one"
 
 
+@dataclass(frozen=True)
+class Attention:
+    """What was seen of a model. A notebook shows it by itself: the figures, and the numbers by layer."""
+
+    title: str
+    notes: Sequence[str]
+    """How the layers of a teacher stand beside the student's, in sentences."""
+    figures: Mapping[str, Drawing]
+    """Figures of matplotlib, by the names of their files."""
+    numbers: JsonDict
+    """As in `numbers.json`: `entropy` and `distance` by layer and head of each model; with a teacher also `pairs`, its
+    layer for each layer of the student, and `js`, `cka` and `cka_random` by layer."""
+    page: Path | None = None
+    """The page, if a folder was written."""
+
+    def _repr_html_(self) -> str:
+        """Return HTML that holds its pictures."""
+        pictures = {
+            name: data_url(to_png(each, ground="white", dots_per_inch=90))
+            for name, each in self.figures.items()
+        }
+        known = {"title": self.title, "notes": self.notes, "pictures": pictures}
+        return render_page("visualize/notebook.html", **known, numbers=self._table())
+
+    def _table(self) -> Table:
+        """Return the means of the heads, and the distances, by layer."""
+        columns: dict[str, Sequence[float | None]] = {}
+        for name in ("student", "teacher"):
+            if name not in self.numbers:
+                continue
+            layers = self.numbers["pairs"] if name == "teacher" else range(len(self.numbers[name]["entropy"]))
+            if name == "teacher":
+                columns["teacher's layer"] = layers
+            for key in ("entropy", "distance"):
+                heads = self.numbers[name][key]
+                columns[f"{key}, {name}"] = [
+                    None if layer is None or heads[layer] is None else fmean(heads[layer]) for layer in layers
+                ]
+        for key, words in {"js": "JS", "cka": "CKA", "cka_random": "CKA, random"}.items():
+            if key in self.numbers:
+                columns[words] = self.numbers[key]
+        rows = zip(*columns.values(), strict=True)
+        shown = [[layer, *(_digits(cell) for cell in row)] for layer, row in enumerate(rows)]
+        return Table(["layer", *columns], shown)
+
+
+def _digits(cell: float | None) -> str:
+    return "" if cell is None else str(cell) if isinstance(cell, int) else f"{cell:.3g}"
+
+
 @check_types()
 def visualize(
-    source: str,
-    images: Sequence[str],
-    out: Path,
+    model: Model | Pretrained,
+    /,
+    images: Tensor | Given | Sequence[Given],
+    out: str | PathLike[str] | None = None,
     *,
-    teacher: str | None = None,
-    queries: Sequence[str] = (),
-    layers: str = "*",
+    teacher: Model | Pretrained | None = None,
+    queries: Sequence[str | int] | str | int = (),
+    layers: Sequence[int] | int | str = "*",
     **how: Any,
-) -> Path:
-    """Write pictures (PNG), `numbers.json` and `index.html` to the folder `out`; returns the path of the page.
+) -> Attention:
+    """Look at what a model attends to; write pictures (PNG), `numbers.json` and `index.html` to `out` if it is given.
 
     Args:
-        source: any source of weights, as of `load_pretrained`.
-        images: image files, folders of them, `digits:N`.
+        model: a model, what `load_pretrained` returns, a source by name, or a `DualViT`, whose student is looked at
+            beside its teacher, with the pairs of layers and heads of its first loss that reads layers.
+        images: image files, folders of them, `digits:N`, pictures of PIL, or a batch (B, C, H, W) that is normalized
+            for the model; a teacher sees a file or picture by its own preprocessing, and a batch at its own size.
         out: the folder, which is made.
-        teacher: a source to put beside it, at the same image size.
+        teacher: a model to put beside it, in the same ways; of a `DualViT` with several teachers, the name of one.
+            Layers are beside those that they learned from in the run that trained the student, else beside those
+            at the same relative depth.
         queries: numbers of patches, row by row from 0, names of prefix tokens, and places `ROWxCOLUMN` in pixels;
             the class token by default, the patch in the middle without one. Patches of a pyramid have no numbers.
         layers: which to show, as in a plan (`0,5,9-11`, `-1`); all by default. Numbers are of all layers.
-        how: `model`, `img_size` and the rest, as of `load_pretrained`, for `source`.
+        how: `model`, `img_size` and the rest, as of `load_pretrained`, for a source by name.
 
     Raises:
         GraftError: a source or image that cannot be read, a layer or query that is not there, models that do not go
             together, or more maps than a page holds.
     """
-    loaded = load_models(source, teacher, how)
+    loaded, partners = load_models(model, teacher, how)
+    own = loaded["student"].preprocessing
     chosen = chosen_layers(loaded["student"].model, layers)
     asked = read_queries(queries, loaded["student"])
-    shown = read_images(images, loaded["student"].preprocessing)
-    check_page_size([each.model for each in loaded.values()], len(shown), chosen)
-    if teacher is not None:
+    if isinstance(images, Tensor):
+        check_images(images, loaded["student"].model)
+    shown = read_images(images, own)
+    if out is not None:
+        check_page_size(layers_of(loaded, partners, chosen), len(shown))
+    names = {name: model_name(each) for name, each in loaded.items()}
+    if "teacher" in loaded:
         loaded[RANDOM] = replace(loaded["teacher"], model=build_untrained(loaded["teacher"]))
-    seen = Seen()
-    embedded, pictures = [], list[str]()
+    seen = Seen(partners)
+    embedded, figures = [], dict[str, Drawing]()
     for image in shown:
-        looks = _looks(image, loaded)
-        seen.add(looks)
-        looks.pop(RANDOM, None)
-        view = View(image, looks)
-        embedded.append(embed(view, chosen))
+        given = {name: _given(image, each, own) for name, each in loaded.items()}
+        looks = {name: look(each.model, given[name]) for name, each in loaded.items()}
+        looks = seen.add(looks, loaded, given)
+        pixels = {name: to_pixels(given[name], loaded[name].preprocessing) for name in looks}
+        view = View(image.name, pixels, looks)
+        if out is not None:
+            embedded.append(embed(view, chosen))
         for query in asked:
-            title = f"{image.name}: what {query.title(looks['student'].layouts)} attends to"
-            pictures += draw_query(view, query, chosen, out, title)
-    names = layer_names(view.looks["student"], chosen)
-    numbers, comparison = seen.numbers(), seen.comparison()
-    page = partial(map_page, embedded, names, asked[0], title=page_title(source, teacher))
-    return write_page(page, numbers, comparison, out, pictures)
+            what = f"{image.name}: what {query.title(looks['student'].layouts)} attends to"
+            figures |= draw_query(view, query, chosen, what, names)
+    titles = Titles(page_title(names), names, layer_names(looks, chosen), seen.notes())
+    chart, plain = chart_of(seen.charted(), seen.comparison()), seen.plain()
+    page = None
+    if out is not None:
+        html = map_page(embedded, titles, asked[0], chart)
+        page = write_folder(Path(out), figures, chart, plain, html)
+    return Attention(titles.title, titles.notes, {**figures, "layers.png": chart.draw("light")}, plain, page)
 
 
-def write_page(
-    page: Callable[[Figure], str],
-    numbers: dict[str, Numbers],
-    comparison: MapDistance | None,
-    out: Path,
-    pictures: Sequence[str],
+def _given(image: Shown, loaded: Pretrained, own: Preprocessing) -> Tensor:
+    """Return an image as a model takes it, where the model is."""
+    return image.tensor(loaded.preprocessing, own).to(next(loaded.model.parameters()))
+
+
+def chart_of(numbers: dict[str, Numbers], comparison: MapDistance | None) -> Figure:
+    """Return the chart of the numbers, of which those of a teacher are in the order of the student's layers."""
+    return Figure("layers", "By layer", "", CHART, partial(draw_layers, numbers, comparison))
+
+
+def write_folder(
+    out: Path, figures: Mapping[str, Drawing], chart: Figure, numbers: JsonDict, page: str
 ) -> Path:
-    """Write the chart of the numbers, the numbers and the page with the chart; return the path of the page.
+    """Write the figures, the chart, the numbers and the page; return the path of the page.
 
-    The `pictures` are named in numbers.json, and those of an earlier page in `out` that are not among them are removed.
+    The figures are named in numbers.json, and those of an earlier page in `out` that are not among them are removed.
     """
     older = _name_pictures(out / "numbers.json")
-    chart = Figure("layers", "By layer", "", CHART, partial(draw_layers, numbers, comparison))
+    for name, figure in figures.items():
+        write_bytes(out / name, to_png(figure, ground="white"))
     write_png(chart, out / "layers.png")
-    write_text(out / "numbers.json", to_json({**_plain(numbers, comparison), "pictures": list(pictures)}))
-    write_text(out / "index.html", page(chart))
-    for name in older.difference(pictures):
+    write_text(out / "numbers.json", to_json({**numbers, "pictures": list(figures)}))
+    write_text(out / "index.html", page)
+    for name in older.difference(figures):
         (out / name).unlink(missing_ok=True)
     return out / "index.html"
 
@@ -259,8 +301,9 @@ def _name_pictures(path: Path) -> set[str]:
         return set()
 
 
-def chosen_layers(student: nn.Module, words: str) -> list[int]:
+def chosen_layers(student: nn.Module, layers: Sequence[int] | int | str) -> list[int]:
     """Return the layers to show. Raises ConfigError: one does not exist, or none of them has attention."""
+    words = ",".join(map(str, layers)) if isinstance(layers, list | tuple) else str(layers)
     chosen = layer_numbers(words, plan_depth(student), "--layers")
     places = sites(student)
     if not any(places[layer].num_heads for layer in chosen):
@@ -268,34 +311,62 @@ def chosen_layers(student: nn.Module, words: str) -> list[int]:
     return chosen
 
 
-def read_queries(words: Sequence[str], student: Pretrained) -> list[Query]:
+def read_queries(queries: Sequence[str | int] | str | int, student: Pretrained) -> list[Query]:
+    """Return who asks. Raises ConfigError for one that is not there."""
     _, height, width = student.preprocessing.input_size
     layouts = token_layouts(student.model)
+    words = queries if isinstance(queries, list | tuple) else [queries]
     if not words:
         return [default_query(layouts, (height, width))]
-    return [read_query(word, layouts, (height, width)) for word in words]
+    return [read_query(str(word), layouts, (height, width)) for word in words]
 
 
 class Seen:
     """Numbers of every image seen so far, by model; maps are dropped, because they are large."""
 
-    def __init__(self) -> None:
+    def __init__(self, partners: Partners | None) -> None:
+        self._partners = partners
         self._numbers: dict[str, list[Numbers]] = {}
         self._patches: dict[str, list[list[Tensor]]] = {}
         self._js: list[list[float | None]] = []
+        self._notes: list[str] = []
 
-    def add(self, looks: dict[str, Look]) -> None:
-        """Take the numbers of one image; of random weights the patches alone."""
+    def add(
+        self, looks: dict[str, Look], loaded: Mapping[str, Pretrained], images: Mapping[str, Tensor]
+    ) -> dict[str, Look]:
+        """Take the numbers of one image, and return what is shown: the teacher's layers in the student's order."""
+        shown: dict[str, Look] = {name: each for name, each in looks.items() if name != RANDOM}
+        for name, each in shown.items():
+            self._numbers.setdefault(name, []).append(each.numbers())
+        if self._partners is None:
+            return shown
+        own = looks["student"]
         for name, each in looks.items():
-            self._patches.setdefault(name, []).append([layer.patches for layer in each.layers])
-            if name != RANDOM:
-                self._numbers.setdefault(name, []).append(each.numbers())
-        if "teacher" in looks:
-            self._js.append(divergence(looks["teacher"], looks["student"]))
+            beside = each if name == "student" else self._partners.beside(each, own)
+            shown |= {name: beside} if name == "teacher" else {}
+            pairs = zip(beside.layers, own.layers, strict=True)
+            patches = [theirs.patches_on(ours.layout.grid) for theirs, ours in pairs]
+            self._patches.setdefault(name, []).append(patches)
+        on_grid = on_grids(loaded["teacher"].model, images["teacher"], shown["teacher"], own)
+        self._js.append(divergence(on_grid, own))
+        self._notes = [self._partners.words, *compared(shown["teacher"], own, on_grid)]
+        return shown
+
+    def notes(self) -> list[str]:
+        """Return how a teacher's layers stand beside the student's, in sentences."""
+        return self._notes
 
     def numbers(self) -> dict[str, Numbers]:
         """Return means over images, teacher last."""
         return {name: mean_numbers(found) for name, found in self._numbers.items()}
+
+    def charted(self) -> dict[str, Numbers]:
+        """Return the means, those of the teacher in the order of the student's layers."""
+        return in_order(self.numbers(), self._partners)
+
+    def plain(self) -> JsonDict:
+        """Return what is written as numbers.json."""
+        return to_plain(self.numbers(), self.comparison(), self._partners)
 
     def comparison(self) -> MapDistance | None:
         """Return the distance from the teacher; None without one."""
@@ -307,13 +378,25 @@ class Seen:
         return MapDistance(js, cka(theirs, ours), cka(theirs, random))
 
 
-def _plain(numbers: dict[str, Numbers], between: MapDistance | None) -> JsonDict:
+def in_order(numbers: dict[str, Numbers], partners: Partners | None) -> dict[str, Numbers]:
+    """Return the numbers with those of a teacher in the order of the student's layers."""
+    if partners is None:
+        return numbers
+    stages = numbers["student"].stages
+    return numbers | {"teacher": take_layers(numbers["teacher"], partners.numbers(len(stages)), stages)}
+
+
+def to_plain(numbers: dict[str, Numbers], between: MapDistance | None, partners: Partners | None) -> JsonDict:
     """Return `entropy` and `distance` by layer and head of each model, and by layer `js`, `cka` and `cka_random`.
+
+    With a teacher `pairs` has its layer for each layer of the student.
 
     A layer without attention has null. A deformable merge has the mean `shift` of its places in pixels, and the share
     of places `outside` of the image.
     """
     models: JsonDict = {name: _plain_model(each) for name, each in numbers.items()}
+    if partners is not None:
+        models["pairs"] = partners.numbers(len(numbers["student"].stages))
     return models if between is None else models | asdict(between)
 
 
@@ -327,46 +410,98 @@ def _lists(layers: Sequence[Array | None]) -> list[list[float] | None]:
     return [None if heads is None else heads.tolist() for heads in layers]
 
 
-def load_models(source: str, teacher: str | None, how: JsonDict) -> dict[str, Pretrained]:
-    """Load the student and, where there is one, the teacher at the student's image size."""
-    loaded = {"student": load_pretrained(source, **how)}
-    student = loaded["student"].model
-    check_supported(student, copied=True)
-    if teacher is None:
-        return loaded
-    channels, height, width = loaded["student"].preprocessing.input_size
-    loaded["teacher"] = load_pretrained(teacher, img_size=(height, width))
-    check_comparable(loaded["teacher"].model, student)
-    theirs = loaded["teacher"].preprocessing.input_size[0]
-    if theirs != channels:
-        raise TransferError(f"the teacher takes {theirs} channels and the student {channels}")
-    return loaded
+def load_models(
+    model: Model | Pretrained, teacher: Model | Pretrained | None, how: JsonDict
+) -> tuple[dict[str, Pretrained], Partners | None]:
+    """Return the student and, where there is one, the teacher, with the teacher's layer beside each layer.
 
-
-def _looks(image: Shown, loaded: dict[str, Pretrained]) -> dict[str, Look]:
-    """Look at an image with each model, preprocessed for each."""
-    return {
-        name: look(each.model, to_tensor(image.original, each.preprocessing)) for name, each in loaded.items()
-    }
-
-
-def draw_query(view: View, query: Query, layers: Sequence[int], out: Path, title: str) -> list[str]:
-    """Write the pictures of one query: the student's layers and heads, its merges, and the teacher beside it.
-
-    Returns the names of the files.
+    A teacher by name is loaded at the given image size, at that of the run, or at its own.
     """
-    own, name, pixels = view.looks["student"], f"{view.shown.name}_{query.word}", view.shown.pixels
-    drawn = {f"{name}.png": draw_grid(pixels, own, query, layers, title)}
+    loaded = {"student": describe(model, **how)}
+    student = loaded["student"]
+    check_supported(student.model, copied=True)
+    if isinstance(model, DualViT) and (teacher is None or teacher in [*model.teachers]):
+        found, partners = _teacher_of(model, teacher, student)
+    elif teacher is None:
+        return loaded, None
+    else:
+        size = how.get("img_size") or _size_in_run(student)
+        named = isinstance(teacher, str | PathLike) and size is not None
+        found = describe(teacher, "teacher", **({"img_size": size} if named else {}))
+        check_supported(found.model, copied=True)
+        partners = pair_layers(found.model, student)
+    if found is None or partners is None:
+        return loaded, None
+    channels = [each.preprocessing.input_size[0] for each in (found, student)]
+    if channels[0] != channels[1]:
+        raise TransferError(f"the teacher takes {channels[0]} channels and the student {channels[1]}")
+    return loaded | {"teacher": found}, partners
+
+
+def _teacher_of(
+    dual: DualViT, name: object, student: Pretrained
+) -> tuple[Pretrained | None, Partners | None]:
+    """Return a teacher with the pairs of its first loss that reads layers; None where it has no attention to show."""
+    terms = [term for term in dual.terms if name in (None, term.side.name)]
+    term = next((each for each in terms if each.method.uses_layers), terms[0])
+    side = term.side
+    try:
+        check_supported(side.model, copied=True)
+        found = side.loaded or describe_model(side.model, **side.normalization._asdict())
+    except GraftError:
+        if name is None:
+            return None, None
+        raise
+    if term.method.uses_layers:
+        return found, partners_of(term.plan.links, term.settings)
+    return found, pair_layers(side.model, replace(student, provenance={}))
+
+
+def _size_in_run(student: Pretrained) -> Any:
+    """Return the image size at which the run of a student loads its teacher; None where no run is known."""
+    recipe = student.provenance.get("recipe")
+    teacher = recipe.get("teacher") if isinstance(recipe, Mapping) else None
+    if not isinstance(teacher, Mapping) or not teacher.get("source"):
+        return None
+    return teacher.get("img_size") or student.preprocessing.input_size[1:]
+
+
+def layers_of(
+    loaded: Mapping[str, Pretrained], partners: Partners | None, chosen: Sequence[int]
+) -> list[tuple[nn.Module, list[int]]]:
+    """Return the models with the layers that are shown of them, the student first."""
+    found = [(loaded["student"].model, list(chosen))]
+    if partners is not None:
+        beside = [partners.of[layer].layer for layer in chosen if layer in partners.of]
+        found.append((loaded["teacher"].model, beside))
+    return found
+
+
+def draw_query(
+    view: View, query: Query, layers: Sequence[int], title: str, names: Mapping[str, str]
+) -> dict[str, Drawing]:
+    """Return the pictures of one query by file: the student's layers and heads, its merges, the teacher beside it."""
+    own, name, pixels = view.looks["student"], f"{view.name}_{query.word}", view.pixels["student"]
+    drawn = {f"{name}.png": draw_grid(pixels, own, query, layers, f"{title}\n{names['student']}")}
     if own.merges:
-        words = f"{view.shown.name}: what deformable merges read"
+        words = f"{view.name}: what deformable merges read"
         drawn[f"{name}_merges.png"] = draw_merges(pixels, own.merges, query, words)
     theirs = view.looks.get("teacher")
     if theirs is not None and any(query.token(layout) is not None for layout in theirs.layouts):
-        drawn[f"{name}_teacher.png"] = draw_beside(pixels, [theirs, own], query, layers, title)
-    for file, figure in drawn.items():
-        write_bytes(out / file, to_png(figure, ground="white"))
-    return list(drawn)
+        both = f"{title}\nteacher: {names['teacher']}\nstudent: {names['student']}"
+        pictures = [view.pixels["teacher"], pixels]
+        drawn[f"{name}_teacher.png"] = draw_beside(pictures, [theirs, own], query, layers, both)
+    return drawn
 
 
-def page_title(source: str, teacher: str | None) -> str:
-    return f"Attention of {source}" + (f" beside {teacher}" if teacher else "")
+LONGEST_NAME = 48
+
+
+def model_name(loaded: Pretrained) -> str:
+    """Return the name of a model for titles: its source, or the architecture of a model that was made in Python."""
+    name = loaded.architecture if loaded.source == MADE_HERE else loaded.source
+    return name if len(name) <= LONGEST_NAME else f"…{name[1 - LONGEST_NAME :]}"
+
+
+def page_title(names: Mapping[str, str]) -> str:
+    return f"Attention of {names['student']}" + (f" beside {names['teacher']}" if "teacher" in names else "")

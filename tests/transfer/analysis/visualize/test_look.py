@@ -9,23 +9,20 @@ import pytest
 import torch
 from graftvit.models.attention.base import Heads
 from graftvit.models.errors import ConfigError, TransferError
+from graftvit.transfer.analysis.report.ink import Panel, Scale
 from graftvit.transfer.analysis.visualize import visualize as looking
 from graftvit.transfer.analysis.visualize.map_figures import (
     default_query,
     draw_beside,
     draw_grid,
     read_query,
+    shared_scale,
     shares,
     token_name,
 )
 from graftvit.transfer.analysis.visualize.map_page import Shown, View, draw_layers, embed, quantize
-from graftvit.transfer.analysis.visualize.visualize import (
-    check_comparable,
-    cka,
-    divergence,
-    look,
-    token_layouts,
-)
+from graftvit.transfer.analysis.visualize.partners import Partner, Partners, cka, divergence
+from graftvit.transfer.analysis.visualize.visualize import look, token_layouts
 from PIL import Image
 from support.models.operator_cases import CASES, Case
 from support.models.visualize_models import GRID, PREFIX, TOKENS, operator_inputs, tiny
@@ -71,7 +68,7 @@ def test_every_operator_shows_its_effective_map(case: Case) -> None:
     figure = draw_grid(shown.pixels, seen, query, [0, 1], "title")
     heat = figure.axes[5 + 3].images[1].get_array()  # second row: image, mean, rollout, head 0
     np.testing.assert_allclose(heat, shown_map[0, 5, PREFIX:].reshape(GRID))
-    embedded = embed(View(shown, {"student": seen}), [1])
+    embedded = embed(View("x", {"student": shown.pixels}, {"student": seen}), [1])
     assert [layer["signed"] for layer in embedded["models"]["student"]] == [bool((shown_map < 0).any())]
 
 
@@ -94,7 +91,7 @@ def test_the_model_is_left_as_it_was() -> None:
 
 def test_divergence_and_cka_of_a_model_with_itself() -> None:
     one, other = look(tiny(), image()), look(tiny("*: linear"), image())
-    assert divergence(one, one) == [0, 0]
+    assert divergence(one.layers, one) == [0, 0]
     patches = [layer.patches for layer in one.layers]
     torch.testing.assert_close(patches[0], one.layers[0].tokens[PREFIX:])
     assert cka([patches], [patches]) == pytest.approx([1, 1])
@@ -102,21 +99,14 @@ def test_divergence_and_cka_of_a_model_with_itself() -> None:
     p, q = (shares(each).double() for each in maps if each is not None)
     middle = (p + q) / 2
     js = ((p * (p / middle).log()).sum(-1) + (q * (q / middle).log()).sum(-1)).mean() / 2
-    assert divergence(one, other)[0] == pytest.approx(js.item(), rel=1e-4)
+    assert divergence(one.layers, other)[0] == pytest.approx(js.item(), rel=1e-4)
     assert js > 0
 
 
 def test_models_with_other_prefixes_and_heads_are_compared_over_patches() -> None:
     student = look(tiny(), image())
     teacher = look(tiny(reg_tokens=0, num_heads=4), image())
-    assert all(each is not None and 0 < each < math.log(2) for each in divergence(teacher, student))
-
-
-def test_models_that_do_not_go_together() -> None:
-    with pytest.raises(TransferError, match="3 blocks and the student 2"):
-        check_comparable(tiny(depth=3), tiny())
-    with pytest.raises(TransferError, match="4x4 patches and the student 4x6"):
-        check_comparable(tiny(img_size=16), tiny())
+    assert all(each is not None and 0 < each < math.log(2) for each in divergence(teacher.layers, student))
 
 
 def test_maps_that_are_too_large_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -163,22 +153,36 @@ def test_the_dots_of_one_model_are_on_the_ticks_of_their_layers() -> None:
         assert axes.get_ylim()[1] >= max(map(max, heads))
 
 
-def test_panels_that_are_compared_share_a_scale_and_a_color_bar() -> None:
+def test_all_panels_of_a_picture_share_a_scale_and_a_color_bar() -> None:
     teacher, student = look(tiny(), image()), look(tiny(num_heads=4, seed=3), image())
     pixels, query = np.zeros((16, 24, 3), np.uint8), read_query("5", token_layouts(tiny()), (16, 24))
-    for columns, figure in (
-        (5, draw_grid(pixels, student, query, [0, 1], "heads")),
-        (2, draw_beside(pixels, [teacher, student], query, [0, 1], "beside")),
+    beside = Partners({0: Partner(1), 1: Partner(0)}, "").beside(teacher, student)
+    for panels, figure in (
+        (12, draw_grid(pixels, student, query, [0, 1], "heads\nname")),
+        (8, draw_beside([pixels, pixels], [beside, student], query, [0, 1], "beside")),
     ):
         heats = [axes.images[1] for axes in figure.axes if len(axes.images) == 2]
-        rows = [heats[: len(heats) // 2], heats[len(heats) // 2 :]]
-        for row in rows:
-            maps = row[:columns] if columns == 2 else [row[0], *row[2:]]
-            largest = max(float(np.abs(heat.get_array()).max()) for heat in maps)
-            assert all(heat.get_clim() == (0, pytest.approx(largest)) for heat in maps)
-        labels = [axes.get_ylabel() for axes in figure.axes]
-        assert "weight / the largest number of the row,\nof maps and of rollouts apart" in labels
+        assert len(heats) == panels
+        [(low, top)] = {heat.get_clim() for heat in heats}
+        assert low == 0
+        largest = max(float(heat.get_array().max()) for heat in heats)
+        assert 0.1 * largest < top <= largest
+        [bar] = [axes for axes in figure.axes if axes.get_ylabel() == "attention weight"]
+        assert bar.get_ylim() == (0, top)
+        assert float(bar.get_yticklabels()[-1].get_text()) == pytest.approx(top, rel=0.1)
         figure.draw_without_rendering()
         for axes in figure.axes:
             drawn = axes.yaxis.label.get_window_extent()
             assert figure.bbox.y0 <= drawn.y0 <= drawn.y1 <= figure.bbox.y1
+
+
+def test_a_weight_that_outshines_all_is_beyond_the_scale() -> None:
+    heat = np.full((20, 20), 0.001)
+    heat[3, 4] = 0.9
+    scale = shared_scale(
+        [Panel(heat, (1.0, 1.0), (20, 20), None), Panel(0 * heat, (1.0, 1.0), (20, 20), None)]
+    )
+    assert scale == Scale(0.001, signed=False, clipped=True)
+    assert shared_scale([Panel(-heat[5:], (1.0, 1.0), (15, 20), None, signed=True)]) == Scale(
+        0.001, signed=True
+    )

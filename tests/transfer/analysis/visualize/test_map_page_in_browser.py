@@ -64,7 +64,7 @@ def shown(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Shown]:
     folder = tmp_path_factory.mktemp("page")
     student, teacher = save(tiny(PLAN), folder / "student"), save(tiny(), folder / "teacher")
     image = picture(folder / "a<b.png")
-    index = visualize(student, [image], folder / "out", teacher=teacher)
+    index = visualize(student, [image], folder / "out", teacher=teacher).page
     with browser(folder) as page:
         page.open(index)
         yield Shown(page, student, teacher, image)

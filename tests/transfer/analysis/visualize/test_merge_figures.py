@@ -12,9 +12,8 @@ from graftvit.models.conversion import convert
 from graftvit.models.merges import merge_layers
 from graftvit.transfer.analysis.layer_maps import collect_merges, trace
 from graftvit.transfer.analysis.visualize.map_figures import Query, read_query
-from graftvit.transfer.analysis.visualize.map_page import Shown, View, draw_merges, embed
+from graftvit.transfer.analysis.visualize.map_page import View, draw_merges, embed
 from graftvit.transfer.analysis.visualize.visualize import look
-from PIL import Image
 from support.models.pyramids import images, tiny
 from support.models.visualize_models import chain
 from torch import nn
@@ -149,8 +148,8 @@ def test_a_prefix_token_has_no_place() -> None:
 
 def test_the_page_has_the_places() -> None:
     seen = look(shifted(), images(SIZE, 1))
-    shown = Shown("x", Image.new("RGB", (24, 40)), np.zeros((*SIZE, 3), np.uint8))
-    [merge] = embed(View(shown, {"student": seen}), [3])["merges"]["student"]
+    view = View("x", {"student": np.zeros((*SIZE, 3), np.uint8)}, {"student": seen})
+    [merge] = embed(view, [3])["merges"]["student"]
     places = np.frombuffer(base64.b64decode(merge["places"]), "<f4").reshape(5, 3, 4, 2)
     np.testing.assert_array_equal(places, seen.merges[0].in_image().numpy())
     assert (merge["grid"], merge["token"]) == ((5, 3), (1 / 10, 1 / 6))

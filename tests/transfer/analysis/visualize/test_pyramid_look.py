@@ -5,13 +5,16 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from graftvit.checkpoints.pretrained import describe_model
 from graftvit.models.conversion import convert
-from graftvit.models.errors import ConfigError, TransferError
+from graftvit.models.errors import ConfigError
 from graftvit.models.families import depths, sites
 from graftvit.transfer.analysis.layer_maps import layer_maps
 from graftvit.transfer.analysis.visualize.map_figures import default_query, draw_beside, draw_grid, read_query
-from graftvit.transfer.analysis.visualize.visualize import check_comparable, divergence, look, token_layouts
+from graftvit.transfer.analysis.visualize.partners import divergence, pair_layers
+from graftvit.transfer.analysis.visualize.visualize import look, token_layouts
 from support.models.pyramids import TINY, images, tiny
+from support.models.visualize_models import tiny as vit
 
 SIZE = (40, 24)
 PICTURE = np.zeros((*SIZE, 3), np.uint8)
@@ -99,19 +102,18 @@ def test_layers_without_attention_are_empty_and_keep_the_rollout() -> None:
     assert seen.layers[1].maps is None
     assert seen.layers[1].entropy() is None
     assert torch.equal(seen.layers[1].rolled, seen.layers[0].rolled)
-    js = divergence(theirs, seen)
+    js = divergence(theirs.layers, seen)
     assert js[0] == pytest.approx(0, abs=1e-6)
     assert js[1] is None
     assert all(each is not None and each > 0.001 for each in js[2:])
     asked = read_query("0x0", seen.layouts, SIZE)
-    figure = draw_beside(PICTURE, [theirs, seen], asked, [1], "title")
+    figure = draw_beside([PICTURE, PICTURE], [theirs, seen], asked, [1], "title")
     shown = [bool(axes.images) for axes in figure.axes[1:5]]
     assert shown == [True, False, True, True]  # the student has no mean, but a rollout
 
 
-def test_models_that_do_not_go_together() -> None:
-    with pytest.raises(TransferError, match=r"the teacher has 2 \+ 2 blocks and the student 1 \+ 2"):
-        check_comparable(tiny("svt", SIZE), tiny("pvt", SIZE))
-    with pytest.raises(TransferError, match="the teacher has 8x8 patches and the student 10x6 in layer 0"):
-        check_comparable(tiny("svt", (32, 32)), tiny("svt", SIZE))
-    check_comparable(tiny("svt", SIZE), tiny("swin", SIZE))
+def test_stages_of_other_depths_are_paired_within_each() -> None:
+    """Twins of 2 + 2 blocks beside PVT of 1 + 2; and of a model with one stage over the whole depth."""
+    student = describe_model(tiny("pvt", SIZE))
+    assert pair_layers(tiny("svt", SIZE), student).numbers(3) == [1, 2, 3]
+    assert pair_layers(vit(depth=6), student).numbers(3) == [1, 3, 5]

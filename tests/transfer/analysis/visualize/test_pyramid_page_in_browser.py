@@ -52,7 +52,7 @@ def test_a_click_shows_what_the_layer_attends_to(kind: str, tmp_path: Path) -> N
         )
     image = picture(tmp_path / "x.png", size=(24, 40))
     student, teacher = (f"local-dir:{tmp_path / name}" for name in ("student", "teacher"))
-    index = visualize(student, [image], tmp_path / "out", teacher=teacher)
+    index = visualize(student, [image], tmp_path / "out", teacher=teacher).page
     expected: dict[str, Any] = {}
     for name in sources:
         loaded = load_pretrained(f"local-dir:{tmp_path / name}")
@@ -95,7 +95,7 @@ def test_a_click_shows_the_places_that_merges_read(tmp_path: Path) -> None:
     )
     image = picture(tmp_path / "x.png", size=(24, 40))
     source = f"local-dir:{tmp_path / 'lit'}"
-    index = visualize(source, [image], tmp_path / "out")
+    index = visualize(source, [image], tmp_path / "out").page
     loaded = load_pretrained(source)
     tensor = to_tensor(read_images([image], loaded.preprocessing)[0].original, loaded.preprocessing)
     [seen] = look(loaded.model, tensor).merges
