@@ -209,7 +209,6 @@ def test_deformable_merges_have_a_picture_and_numbers(tmp_path: Path) -> None:
         ("--query 5", "--query '5': valid are places in pixels, 0x0 to 39x23"),
         ("--layers stage3", "--layers: there is no stage 3"),
         ("--layers 0", "--layers 0: no layer of these has attention"),
-        ("--teacher {gray}", "the teacher takes 1 channels and the student 3"),
     ],
 )
 def test_mistakes_with_a_pyramid(

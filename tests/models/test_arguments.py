@@ -102,7 +102,7 @@ MODELS: dict[str, Callable[[Any], Any]] = {
     "evaluate": lambda thing: t.evaluate(thing, [(X, torch.tensor([0, 1]))]),
     "push": lambda thing: a.push(thing, "me/model"),
     "visualize": lambda thing: a.visualize(thing, X),
-    "visualize: teacher": lambda thing: a.visualize(one(), X, teacher="" if thing is None else thing),
+    "visualize: teacher": lambda thing: a.visualize(one(), X, teacher=3 if thing is None else thing),
 }
 OTHERS: dict[str, tuple[Callable[[], Any], type[GraftError]]] = {
     "load: a module": (lambda: a.load(one()), CheckpointError),

@@ -67,6 +67,8 @@ def shown(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Shown]:
     index = visualize(student, [image], folder / "out", teacher=teacher).page
     with browser(folder) as page:
         page.open(index)
+        assert page.run("state.shared && document.getElementById('scale').checked")
+        page.run("document.getElementById('scale').click()")  # each panel by itself, for the tests below
         yield Shown(page, student, teacher, image)
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from graftvit.checkpoints.pretrained import describe_model, load_pretrained
-from graftvit.models.errors import DataError
+from graftvit.models.errors import DataError, TransferError
 from graftvit.transfer import attention_maps
 from graftvit.transfer.analysis.layer_maps import layer_maps, map_divergence
 from graftvit.transfer.analysis.visualize.map_page import to_tensor
@@ -140,3 +140,5 @@ def test_a_batch_a_picture_and_a_file_are_the_same_image(tmp_path: Path) -> None
     assert numbers[0] == numbers[1] == numbers[2]
     with pytest.raises(DataError, match="images is of shape"):
         graftvit.visualize(model, given[2][0])
+    with pytest.raises(TransferError, match="the teacher takes 1 channels and the student 3"):
+        graftvit.visualize(model, file, teacher=tiny(in_chans=1))
