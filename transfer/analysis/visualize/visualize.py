@@ -210,7 +210,9 @@ def visualize(
     layers: Sequence[int] | int | str = "*",
     **how: Any,
 ) -> Attention:
-    """Look at what a model attends to; write pictures (PNG), `numbers.json` and `index.html` to `out` if it is given.
+    """Return pictures of what a model attends to, and their numbers; a notebook shows them.
+
+    With `out` the pictures (PNG), `numbers.json` and `index.html` are written to this folder.
 
     Args:
         model: a model, what `load_pretrained` returns, a source by name, or a `DualViT`, whose student is looked at
