@@ -247,7 +247,8 @@ class Evaluation:
 
     def config(self) -> RunConfig:
         """Return the settings of data and engine, with those of the first run among the sources."""
-        others = [*self.section("data"), *self.section("engine")]
+        imported = [each for each in self.settings if each.key == "imports"]
+        others = [*imported, *self.section("data"), *self.section("engine")]
         runs = [config for config in map(run_config, self.sources) if config is not None]
         if not runs:
             return load_config(None, others)
@@ -278,12 +279,12 @@ def evaluate(asked: Evaluation, tell: Callable[[str], object]) -> dict[str, dict
     `tell` gets a line about the features that kNN and the probe measure, and warnings about them. Raises GraftError if
     a source cannot be read, or sources, data and metrics do not match.
     """
+    config = asked.config()  # first, because it imports what the run did
     how = load_config(None, asked.section("teacher")).teacher
     shown = load_config(None, asked.section("data")).data
     candidates = [load_candidate(source, how) for source in asked.sources]
     candidates = [replace(each, spec=with_settings(each.spec, shown)) for each in candidates]
     check_alike(candidates)
-    config = asked.config()
     accelerator = create_accelerator(config)
     ranks = {"rank": accelerator.process_index, "world_size": accelerator.num_processes}
     group = host_group(accelerator) if config.data.stage is not None else None

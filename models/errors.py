@@ -170,13 +170,13 @@ def _is_of(value: object, kind: Any) -> bool:
         return value in inner
     if plain in (Union, UnionType):
         return any(_is_of(value, each) for each in inner)
-    if plain is tuple:
+    if plain is tuple and Ellipsis not in inner:
         return isinstance(value, list | tuple) and len(value) == len(inner) and all(map(_is_of, value, inner))
     if plain is Any or not isinstance(plain, type) or getattr(plain, "_is_protocol", False):
         return True
     if isinstance(value, bool) or (isinstance(value, str) and plain in (Collection, Sequence)):
         return plain is bool
-    if isinstance(value, list | tuple) and plain in (Collection, Sequence, list):
+    if isinstance(value, list | tuple) and plain in (Collection, Sequence, list, tuple):
         return all(_is_of(each, inner[0]) for each in value if inner)
     kind = Integral if plain is int else Real if plain is float else plain
     return isinstance(value, kind)

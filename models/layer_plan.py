@@ -12,6 +12,7 @@ from .attention.base import AttentionOperator, LayerShape
 from .errors import ConfigError, check_types, did_you_mean
 from .plan_syntax import KEEP
 from .plan_syntax import Choice as Choice
+from .plugins import load_plugins
 from .programs.program import FOUND
 
 # Which operators claim to be faster than fused softmax attention, and from how many tokens on.
@@ -78,6 +79,13 @@ def register_operator(name: str, create: Callable[..., AttentionOperator]) -> No
     OPERATORS[name] = create
 
 
+def is_operator(name: str) -> bool:
+    """Return whether an operator has this name, of this package, registered, or of a plugin."""
+    if name not in OPERATORS:
+        load_plugins()
+    return name in OPERATORS
+
+
 def options_of(name: str) -> list[str]:
     """Return the names of an operator's options. The formula of a found program is not one: it is the operator."""
     options = list(inspect.signature(OPERATORS[name]).parameters)[1:]
@@ -89,7 +97,7 @@ def check_choice(choice: Choice) -> None:
 
     A number is at most `MOST`, and is neither true nor false.
     """
-    if choice.operator not in OPERATORS:
+    if not is_operator(choice.operator):
         raise ConfigError(
             f"plan: unknown operator {choice.operator!r}; {did_you_mean(choice.operator, OPERATORS)}"
         )
@@ -115,7 +123,7 @@ def _is_number(operator: str, option: str) -> bool:
 
 def canonical(choice: Choice) -> Choice:
     """Return the choice with its options in order of their names, without those that have their default."""
-    if choice.operator not in OPERATORS:
+    if not is_operator(choice.operator):
         return choice
     known = inspect.signature(OPERATORS[choice.operator]).parameters
     given = sorted(choice.options.items())
@@ -124,7 +132,7 @@ def canonical(choice: Choice) -> Choice:
 
 def resolved(choice: Choice, operator: AttentionOperator) -> Choice:
     """Return the canonical choice with the options that its operator took from the image size of the conversion."""
-    known = options_of(choice.operator) if choice.operator in OPERATORS else ()
+    known = options_of(choice.operator) if is_operator(choice.operator) else ()
     sized = {name: value for name, value in operator.sized_options.items() if name in known}
     return canonical(Choice(choice.operator, {**choice.options, **sized}))
 

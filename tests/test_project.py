@@ -261,6 +261,8 @@ def attributes_read() -> set[str]:
 def test_no_setting_changes_nothing() -> None:
     autoencoder = (ROOT / "models" / "mae.py").read_text()
     for key, leaf in leaves().items():
+        if key == "imports":
+            continue  # read before there is a run: tests/models/test_plugins.py
         if leaf.section == "pretrain":
             # handed to the autoencoder as keywords of the same names
             assert re.search(rf"\b{leaf.name}:", autoencoder), key

@@ -7,6 +7,7 @@ an effect, what may change when a run resumes, and so on. The section `transfer`
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Final, Literal
 
@@ -21,6 +22,7 @@ from pydantic import (
 
 from ..checkpoints.sources import split_part
 from ..models.errors import JsonDict
+from ..models.plugins import import_packages
 from .loss_config import TransferConfig
 from .methods.method_facts import facts_of
 from .mode_facts import MODE_FACTS, TEACHER, Mode, ModeFacts
@@ -623,6 +625,11 @@ class RunConfig(Section):
     mode: Mode = setting("transfer", "what the run trains, and from what")
     output_dir: Annotated[Path, LOCAL] = setting(Path("runs/default"), "the run folder", outside=True)
     seed: int = setting(0, "seed", ge=0)
+    imports: list[str] = setting(
+        [],
+        "packages to import first, which register operators, methods or families of your own",
+        outside=True, also=("import",), see="[packages of your own](extending.md)",
+    )  # fmt: skip
     teacher: TeacherConfig = TeacherConfig()
     teachers: dict[str, TeacherConfig] = setting(
         {},
@@ -640,7 +647,10 @@ class RunConfig(Section):
     @model_validator(mode="wrap")
     @classmethod
     def _explain(cls, values: Any, check: ModelWrapValidatorHandler[RunConfig]) -> RunConfig:
-        """Check the values. Raises ConfigError, with pydantic's ValidationError as its cause."""
+        """Check the values. Raises ConfigError, of wrong values with pydantic's ValidationError as its cause."""
+        import_packages(
+            values.get("imports") if isinstance(values, Mapping) else None
+        )  # first: they add names
         try:
             return check(values)
         except ValidationError as error:

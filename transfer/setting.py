@@ -33,6 +33,7 @@ from pydantic_core import PydanticCustomError
 from ..checkpoints.files import NOT_A_URL, is_url
 from ..models.errors import WEIGHT_ARGUMENTS, ConfigError, JsonDict, did_you_mean
 from ..models.plain_yaml import YamlError, parse_yaml
+from ..models.plugins import load_plugins
 
 T = TypeVar("T")
 
@@ -178,7 +179,10 @@ class Section(BaseModel):
     @classmethod
     def _check_name(cls, value: Any, info: ValidationInfo) -> Any:
         for table in cls.model_fields[str(info.field_name)].metadata:
-            if isinstance(table, OneOf) and value not in table.names():
+            if not isinstance(table, OneOf) or value in table.names():
+                continue
+            load_plugins()
+            if value not in table.names():
                 valid = ", ".join(map(repr, table.names()))
                 raise PydanticCustomError("one_of", "Input should be one of {valid}", {"valid": valid})
         return value

@@ -32,6 +32,7 @@ DATA = (
 SETTINGS = (
     *(f"data.{name}" for name in DATA),
     *SOURCE_SETTINGS,
+    "imports",
     "engine.device",
     "engine.precision",
 )

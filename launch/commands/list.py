@@ -72,7 +72,9 @@ def _list_operators(argv: list[str]) -> int:
     )
     arguments = parser.parse_args(argv)
     from ...models.layer_plan import OPERATORS
+    from ...models.plugins import load_plugins
 
+    load_plugins()
     if arguments.name is not None and arguments.name not in OPERATORS:
         raise ConfigError(f"unknown operator {arguments.name!r}; {did_you_mean(arguments.name, OPERATORS)}")
     names = list(OPERATORS) if arguments.name is None else [arguments.name]

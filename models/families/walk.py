@@ -17,6 +17,7 @@ from ..attention.base import Geometry
 from ..errors import ConfigError, UnsupportedModelError, check_types
 from ..host import AttentionHost
 from ..plan_syntax import KEEP
+from ..plugins import load_plugins
 from .intermediates import REST
 from .plain import (
     SUPPORTED,
@@ -70,6 +71,9 @@ REFUSED = {
 def find_family(model: nn.Module) -> Family | None:
     """Return the family of a model whose attention is read, that of the nearest class, or None."""
     found = [family for family in FAMILIES if family.takes(model)]
+    if not found:
+        load_plugins()
+        found = [family for family in FAMILIES if family.takes(model)]
     if len(found) < 2:
         return found[0] if found else None
     kinds = (kind for kind in type(model).__mro__ if any(kind in family.models for family in found))

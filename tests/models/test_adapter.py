@@ -177,6 +177,13 @@ def test_it_is_aligned_and_taught() -> None:
         assert pupil.conv_proj.weight.grad.abs().sum() > 0
 
 
+def test_it_copies_as_the_page_says() -> None:
+    x = images("torchvision")
+    dual = DualViT(tiny("torchvision"), tiny("torchvision"), "copy")
+    dual(x).logits.sum().backward()
+    assert dual.student.conv_proj.weight.grad.abs().sum() > 0
+
+
 def test_a_model_has_one_family_and_one_size() -> None:
     with pytest.raises(ConfigError, match="VisionTransformer is a model of the family"):
         register_family(FAMILIES[-2])

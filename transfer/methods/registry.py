@@ -8,6 +8,7 @@ from importlib import import_module
 from ...checkpoints.card import Rows, number
 from ...checkpoints.markdown import code
 from ...models.errors import ConfigError, Json, check_types, did_you_mean
+from ...models.plugins import load_plugins
 from .method import TransferMethod
 from .method_facts import METHODS, MethodFacts, method_names
 
@@ -16,6 +17,8 @@ _registered: dict[str, TransferMethod] = {}
 
 def find_method(name: str) -> TransferMethod:
     """Return the method of a name. Raises ConfigError for an unknown name."""
+    if name not in METHODS:
+        load_plugins()
     if name in _registered:
         return _registered[name]
     if name not in METHODS:
