@@ -22,6 +22,7 @@ EXAMPLES = (
     "graftvit jobs /scratch/me/distill     # one run in detail: restarts and reasons, the error of the failed rank",
     "graftvit jobs /scratch/me/sweep       # one line for each cell",
     "graftvit jobs --active --watch        # repeat the table of waiting and running runs until none is left",
+    "graftvit jobs --failed                # the runs that failed",
     "graftvit jobs --last 5                # the five runs that were submitted last",
     "graftvit jobs --json | jq '.[].state'",
     "graftvit jobs /scratch/me/sweep --cost    # GPU hours, hours in the queue, steps lost",
@@ -83,10 +84,11 @@ def _parse_show(argv: list[str]) -> argparse.Namespace:
         "scheduler if it answers.\n\n"
         f"{describe_actions(ACTIONS)}\n\n`graftvit jobs ACTION --help` explains an action.",
         EXAMPLES,
-        usage="[ACTION] [RUN ...] [--active] [--last N] [--watch | --json | --cost]",
+        usage="[ACTION] [RUN ...] [--active | --failed] [--last N] [--watch | --json | --cost]",
     )
     parser.add_argument("runs", type=run_folder, nargs="*", metavar="RUN", help=RUNS_HELP)
     parser.switch("--active", "only runs that wait or run")
+    parser.switch("--failed", "only runs whose state is failed")
     parser.flag("--last", "only the N runs that were submitted last", type=whole(1), metavar="N")
     parser.switch(
         "--watch", "print the table each time that a state has changed, until no run is active, or Ctrl-C"
@@ -94,6 +96,8 @@ def _parse_show(argv: list[str]) -> argparse.Namespace:
     parser.switch("--json", "print all known facts as JSON, for scripts")
     parser.switch("--cost", "hours of GPUs and of the queue, by Slurm's accounting, and steps lost")
     arguments = parser.parse_args(argv)
+    if arguments.failed and (arguments.active or arguments.watch):
+        raise ConfigError("--failed shows runs that have ended: it cannot be combined with --active or --watch")
     if sum((arguments.watch, arguments.json, arguments.cost)) > 1:
         raise ConfigError("--watch, --json and --cost cannot be combined: give one of them")
     return arguments
@@ -107,6 +111,8 @@ def _read_status(arguments: argparse.Namespace, **asking: int) -> tuple[Sequence
     found = list(zip(describe_runs(names, **asking), names.values(), strict=True))
     if arguments.active:
         found = [(run, name) for run, name in found if run.active]
+    if arguments.failed:
+        found = [(run, name) for run, name in found if run.state == "failed"]
     if arguments.last is not None:
         found = sorted(found, key=lambda entry: entry[0].job.submitted)[-arguments.last :]
     return [run for run, _ in found], [name for _, name in found]
@@ -132,6 +138,8 @@ def _name_runs(given: Sequence[Path]) -> dict[Path, str]:
 def _describe_none(arguments: argparse.Namespace) -> str:
     if arguments.active:
         return "no run waits or runs\n"
+    if arguments.failed:
+        return "no run has failed\n"
     return (
         "no run of this user is listed: `graftvit jobs FOLDER` shows a run by its folder, `graftvit submit --help` "
         "explains how to submit\n"

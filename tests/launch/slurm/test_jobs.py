@@ -349,10 +349,14 @@ def test_all_remembered_runs_in_a_table_active_ones_and_the_last(
         return [Path(line.split()[0]).name for line in lines]
 
     assert names("jobs --active") == ["old", "new"]
+    assert names("jobs --failed") == ["mid"]
     assert names("jobs --last 2") == ["mid", "new"]
     assert names("jobs --active --last 1") == ["new"]
     slurm.says(GONE)
     assert typed("jobs --active").out == "no run waits or runs\n"
+    assert typed("jobs --failed").out == "no run has failed\n"
+    typed("jobs --failed --active", code=2)
+    typed("jobs --failed --watch", code=2)
     typed("jobs --last 0", code=2)
     typed("jobs --watch --json", code=2)
 
