@@ -60,14 +60,13 @@ def _show(argv: list[str]) -> int:
         except KeyboardInterrupt:  # the normal way to end it
             say("\n")
         return 0
-    if arguments.cost:
-        say(cost_table(list(_name_runs(arguments.runs))))
-        return 0
     status, names = _read_status(arguments)
     if arguments.json:
         say(to_json(status))
     elif not status:
         say(_describe_none(arguments))
+    elif arguments.cost:
+        say(cost_table([run.run for run in status]))
     elif len(status) == 1 and arguments.runs:
         say(describe(status[0]))
     else:
@@ -97,7 +96,9 @@ def _parse_show(argv: list[str]) -> argparse.Namespace:
     parser.switch("--cost", "hours of GPUs and of the queue, by Slurm's accounting, and steps lost")
     arguments = parser.parse_args(argv)
     if arguments.failed and (arguments.active or arguments.watch):
-        raise ConfigError("--failed shows runs that have ended: it cannot be combined with --active or --watch")
+        raise ConfigError(
+            "--failed shows runs that have ended: it cannot be combined with --active or --watch"
+        )
     if sum((arguments.watch, arguments.json, arguments.cost)) > 1:
         raise ConfigError("--watch, --json and --cost cannot be combined: give one of them")
     return arguments
@@ -290,7 +291,14 @@ def _stop_one(folder: Path, now: bool) -> int:
     try:
         done, failed = stop(folder, now=now)
         if not done + failed:
-            states = sorted({status.state for status in describe_runs(run_folders(folder))})
+            runs = describe_runs(run_folders(folder))
+            failed = [
+                f"{one.words} of {one.run} may continue: {one.why or one.state}"
+                for one in runs
+                if not one.over
+            ]
+        if not done + failed:
+            states = sorted({status.state for status in runs})
             say(f"{folder} has no waiting or running job: it is {', '.join(states)}\n")
     except (GraftError, OSError) as error:
         say_aside(f"graftvit: error: {error}\n")

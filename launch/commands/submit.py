@@ -84,8 +84,8 @@ def _submit_work(argv: list[str]) -> int:
     parser = command_parser(
         f"submit {command}",
         f"Submit `graftvit {command}` to SLURM, with its own flags (`graftvit {command} --help`). They are checked "
-        "before the job is submitted; relative paths start from the current folder. The command saves no state: a "
-        "restarted job starts from the beginning.",
+        "before the job is submitted; relative paths start from the current folder. A restarted job starts from "
+        "the beginning, except for the layers and cells that `convert` and `programs search` keep.",
         EXAMPLES,
         usage=f"ARGUMENTS OF `graftvit {command}` [--flag of the cluster ...]",
     )

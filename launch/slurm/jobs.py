@@ -126,6 +126,7 @@ ENDINGS = {
 }  # fmt: skip
 UNSTARTED = "its nodes could not start it, as where they do not see its folder"
 BY_STOP = "`graftvit jobs stop`"
+NO_JOB = "its submission was interrupted, and no job came of it"
 UNSURE = "unsure"
 """The mark in the folder of a launch: sbatch was called, and its answer was lost."""
 LATE = 300.0
@@ -231,10 +232,15 @@ def home(run: Path) -> Path:
 def describe_runs(folders: Iterable[Path], **asking: Any) -> list[Status]:
     """Describe several runs, with one question to the scheduler. Raises ConfigError: one was never submitted."""
     judged = judge_jobs(folders, **asking)
-    for folder, jobs in judged.items():
-        if not jobs:
-            raise ConfigError(f"{folder} was never submitted: `graftvit submit` does that")
-    return [_described(jobs) for jobs in judged.values()]
+    return [_described(jobs) if jobs else _interrupted(run) for run, jobs in judged.items()]
+
+
+def _interrupted(run: Path) -> Status:
+    """Return the status of a run whose submissions were all interrupted before they became a job."""
+    jobs = JobFolder(run).jobs()
+    if not jobs:
+        raise ConfigError(f"{run} was never submitted: `graftvit submit` does that")
+    return Status(run, jobs[-1], State(), "cancelled", NO_JOB)
 
 
 def judge_jobs(runs: Iterable[Path], *, strict: bool = False, **asking: Any) -> dict[Path, list[Status]]:

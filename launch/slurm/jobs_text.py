@@ -66,7 +66,7 @@ def describe(run: Status) -> str:
     printed = f"{written}`{hint('jobs', 'logs', run.run)}`"
     lines = [
         ("run", str(run.run)),
-        ("job", f"{run.job.job_id} ({run.job.cluster}), submitted {clock(run.job.submitted)}"),
+        ("job", f"{run.job.job_id or 'none'} ({run.job.cluster}), submitted {clock(run.job.submitted)}"),
         ("state", f"{run.state}{f': {run.why}' if run.why else ''}{limit}"),
         ("starts", f"expected at {clock(run.starts)}" if run.starts else ""),
         ("also", others if run.others else ""),
@@ -88,7 +88,7 @@ def describe(run: Status) -> str:
         by_slurm = words.startswith(("srun:", "slurmstepd"))
         text += "what Slurm wrote:\n" if by_slurm else f"last words{rank}:\n"
         text += "".join(f"  {line}\n" for line in words.splitlines())
-    if not run.active and run.state != "finished":
+    if run.over and run.state != "finished":
         text += f"`{hint('jobs', 'resume', run.run)}` resumes it\n"
     return text
 

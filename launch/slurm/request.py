@@ -165,7 +165,7 @@ class Request(BaseModel):
     container_mounts: str | None = None
     """folders of the node in it, as in /scratch:/scratch,/data:/data"""
     pack: Literal["no", "tar", "squashfs"] = "no"
-    """put the environment and the code into one file, which a task on each node unpacks to its local disk: for
+    """put the environment and the code into archives, which a task on each node unpacks to its local disk: for
     environments that nodes do not see, or that many processes read slowly"""
     pack_folder: Folder | None = None
     """where packs are kept for all runs; by default each run keeps its own"""

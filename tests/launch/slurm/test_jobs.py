@@ -115,7 +115,7 @@ def test_local_runs_live_as_long_as_their_process(tmp_path: Path) -> None:
 
 
 def test_a_full_disk_and_a_private_job_of_another_user_are_told(
-    run: JobFolder, slurm: FakeSlurm, monkeypatch: pytest.MonkeyPatch
+    run: JobFolder, slurm: FakeSlurm, monkeypatch: pytest.MonkeyPatch, typed: Typed
 ) -> None:
     attempted(run.output_dir)
     slurm.says("COMPLETED")
@@ -127,6 +127,9 @@ def test_a_full_disk_and_a_private_job_of_another_user_are_told(
     status = described(run.output_dir)
     assert (status.state, status.over) == ("unknown", False)
     assert f"nothing of this job of {run.folder.owner()}" in status.why
+    assert "jobs resume" not in typed("jobs", run.output_dir).out
+    said = typed("jobs", "stop", run.output_dir, code=1)
+    assert (said.out, "may continue" in said.err) == ("", True)
 
 
 def test_an_earlier_job_that_lives_is_the_one_that_is_shown(
@@ -297,6 +300,20 @@ def test_what_never_came_to_a_job_is_left_out(
     assert len(files.jobs()) == 1
 
 
+def test_an_interrupted_submission_hides_no_other_run(tmp_path: Path, slurm: FakeSlurm, typed: Typed) -> None:
+    for name, job in (("cut", ""), ("whole", "7")):
+        submitted(tmp_path / name, job_id=job, launch=str(tmp_path / name / "launch"))
+        remember(tmp_path / name)
+    slurm.says("RUNNING")
+    slurm.numbers()
+    assert [(one["state"], one["job_id"]) for one in json.loads(typed("jobs --json").out)] == [
+        ("cancelled", ""),
+        ("running", "7"),
+    ]
+    assert "no job came of it" in typed("jobs", tmp_path / "cut").out
+    assert "it is cancelled" in typed("jobs", "stop", tmp_path / "cut").out
+
+
 @pytest.mark.parametrize("action", ["", "stop", "logs", "resume", "summary"])
 def test_what_is_no_run_is_refused_by_each_action(action: str, tmp_path: Path, typed: Typed) -> None:
     why = {"summary": "is not a sweep"}.get(action, "was never submitted")
@@ -331,7 +348,7 @@ def test_a_job_whose_number_came_again_is_known_by_its_name_or_script(
 
 
 def test_all_remembered_runs_in_a_table_active_ones_and_the_last(
-    tmp_path: Path, slurm: FakeSlurm, typed: Typed
+    tmp_path: Path, slurm: FakeSlurm, typed: Typed, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert "no run of this user is listed" in typed("jobs").out
     for number, name in enumerate(("old", "mid", "new")):
@@ -350,6 +367,8 @@ def test_all_remembered_runs_in_a_table_active_ones_and_the_last(
 
     assert names("jobs --active") == ["old", "new"]
     assert names("jobs --failed") == ["mid"]
+    monkeypatch.setattr(jobs_text, "usage_of", lambda ids: [])
+    assert names("jobs --cost --failed") == ["mid"]
     assert names("jobs --last 2") == ["mid", "new"]
     assert names("jobs --active --last 1") == ["new"]
     slurm.says(GONE)
