@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import logging
 import re
 from collections.abc import Mapping
@@ -21,10 +22,11 @@ from ..models.conversion import plan_size, resize, with_plan
 from ..models.converted import MARK, converted_layers, drop_other_operators, drop_parts, is_mark, read_mark
 from ..models.copied import ARCHITECTURE as COPIED
 from ..models.copied import copying_of
-from ..models.errors import CheckpointError, ConfigError, Json, JsonDict, check_types
+from ..models.errors import CheckpointError, ConfigError, Json, JsonDict, check_types, did_you_mean
 from ..models.families import (
     any_family,
     check_patches,
+    classifier_of,
     family_of,
     find_family,
     image_size,
@@ -181,10 +183,13 @@ def describe(thing: Model | Pretrained, role: str = "model", **how: Unpack[LoadS
     """
     if isinstance(thing, str | PathLike):
         return load_pretrained(source_text(thing), **how)
-    if how:
-        raise ConfigError(
-            f"{next(iter(how))} is of a source by name, and {role} is a model that is built already"
-        )
+    for name in how:
+        known = inspect.signature(load_pretrained).parameters
+        if name not in known:
+            raise ConfigError(
+                f"there is no argument {name!r}; {did_you_mean(name, [*known, 'overwrite', 'dtype'])}"
+            )
+        raise ConfigError(f"{name} is of a source by name, and {role} is a model that is built already")
     if isinstance(thing, Pretrained):
         return thing
     if isinstance(thing, HoldsPretrained) and not isinstance(thing, type):
@@ -239,7 +244,8 @@ def _written(model: nn.Module, name: str) -> JsonDict:
 
 def _changed(model: nn.Module) -> JsonDict:
     """Return what may have changed since a model was built: its classes, and the size of its images."""
-    classes, size = getattr(model, "num_classes", None), image_size(model)
+    head, size = classifier_of(model), image_size(model)
+    classes = head.out_features if isinstance(head, nn.Linear) else getattr(model, "num_classes", None)
     return ({} if classes is None else {"num_classes": classes}) | (
         {} if size is None else {"img_size": size}
     )
@@ -519,6 +525,8 @@ def load(source: str | Path, *, dtype: torch.dtype | None = None, **how: Unpack[
         vit(model).teacher.requires_grad_(False)
     if dtype is None:
         return model
+    if not dtype.is_floating_point:
+        raise ConfigError(f"dtype={dtype}; give one of floating-point numbers, such as torch.float16")
     tensors = model.state_dict()
     refuse_not_finite(str(source), tensors, dict.fromkeys(tensors, dtype))
     return model.to(dtype)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -125,8 +127,11 @@ def save(
         UnsupportedModelError: `model` is not a model.
     """
     folder = Path(folder)
+    if dtype is not None and not dtype.is_floating_point:
+        raise ConfigError(f"dtype={dtype}; give one of floating-point numbers, such as torch.float16")
     refuse_existing(folder, overwrite=overwrite)
     known = describe(model, **how)
+    _check_whole(known.model)
     write_student(
         known.model,
         folder,
@@ -141,6 +146,30 @@ def save(
         max_shard_size=max_shard_size,
     )
     return folder
+
+
+def _check_whole(model: nn.Module) -> None:
+    """Raise CheckpointError for a model that its state dict does not hold; warn of hooks."""
+    state = model.state_dict().values()
+    if not all(isinstance(each, Tensor) for each in state):
+        raise CheckpointError(
+            "the model holds more than tensors, as a quantized one does: give it before that"
+        )
+    if any(each.is_meta for each in state):
+        raise CheckpointError("the model is on the meta device, without the values of its weights")
+    for name, module in model.named_modules():
+        if "forward" in vars(module):
+            raise CheckpointError(
+                f"forward of {name or 'the model'} was replaced, and only weights are written"
+            )
+        hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
+        if any(not _is_ours(each) for each in hooks):
+            warnings.warn(f"{name or 'the model'} has hooks, which are not written", stacklevel=4)
+
+
+def _is_ours(hook: object) -> bool:
+    module = getattr(hook, "__module__", "") or ""
+    return module.partition(".")[0] in (__package__.partition(".")[0], "timm", "torch")
 
 
 def refuse_existing(folder: Path, *, overwrite: bool) -> None:
@@ -203,6 +232,9 @@ def write_student(
     if dtype is not None:
         refuse_not_finite(f"the student for {folder}", tensors, dict.fromkeys(tensors, dtype))
         tensors = {key: t.to(dtype) if t.is_floating_point() else t for key, t in tensors.items()}
+
+    if not re.fullmatch(r"0*[1-9]\d*( ?[KMGT]B)?", str(max_shard_size), re.IGNORECASE):
+        raise ConfigError(f"max_shard_size={max_shard_size!r}; give bytes, or text such as '5GB'")
 
     def write(temporary: Path) -> None:
         save_torch_state_dict(tensors, temporary, max_shard_size=max_shard_size, metadata={"format": "pt"})

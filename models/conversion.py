@@ -92,7 +92,7 @@ def convert(
     """
     model = as_model(model)
     if calibration is not None:
-        check_images(calibration, model, "calibration")
+        check_images(calibration, model, "calibration", values=True)
     family = find_family(model)
     if without and family is not None and "without" in family.cannot:
         raise ConfigError(f"without={','.join(without)}: a {type(model).__name__} {family.cannot['without']}")

@@ -84,6 +84,12 @@ class RunFailedError(GraftError):
     exit_code = 1
 
 
+def kind_of(value: object) -> str:
+    """Return the type of a value with its article: `a list`, `an ndarray`."""
+    name = type(value).__name__
+    return f"{'an' if name[:1].lower() in 'aeiou' or name == 'ndarray' else 'a'} {name}"
+
+
 def counted(count: int, thing: str) -> str:
     """Return a count with its noun: `1 batch`, `2 batches`."""
     return (
@@ -141,7 +147,7 @@ def check_types(*but: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
             kinds = hints()
             for name, value in _bind(function.__qualname__, signature, *arguments, **keywords).items():
                 if name in kinds and name not in but and not _is_of(value, kinds[name]):
-                    shown = repr(value) if len(repr(value)) < ENDS else f"a {type(value).__name__}"
+                    shown = repr(value) if len(repr(value)) < ENDS else kind_of(value)
                     raise ConfigError(f"{name}={shown}; {_describe_kind(value, kinds[name])}")
             return function(*arguments, **keywords)
 
@@ -191,9 +197,14 @@ def _choices(kind: Any) -> tuple[str, ...]:
 def _describe_kind(value: object, kind: Any) -> str:
     """Return what an argument takes: the nearest of its choices, or its types."""
     choices = _choices(kind)
+    if value in choices:
+        return f"give a list, as in {[value]!r}"
     if choices:
         several = [value] if isinstance(value, str) or not isinstance(value, Collection) else value
         return did_you_mean(str(next((each for each in several if each not in choices), value)), choices)
     kinds = get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
-    words = ["None" if each is NoneType else re.sub(r"<class '|'>|\w+\.", "", str(each)) for each in kinds]
+    words = [
+        "None" if each is NoneType else re.sub(r"<class '|'>|(?!torch\.)\b\w+\.", "", str(each))
+        for each in kinds
+    ]
     return f"give {' or '.join(words)}"

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from os import PathLike
 from pkgutil import resolve_name
 from typing import Protocol, TypeAlias, runtime_checkable
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
-from .errors import DataError, UnsupportedModelError
+from .errors import DataError, UnsupportedModelError, counted, kind_of
 from .families import find_family, image_channels, refuse_compiled
 
 
@@ -25,6 +27,9 @@ Model: TypeAlias = nn.Module | HoldsModel | str | PathLike[str]
 """A model, an object that holds one, or a source of weights by name."""
 LOADER = f"{__package__.partition('.')[0]}.checkpoints.pretrained:load"
 """What opens a source by name; by its own name, because checkpoints stand on models."""
+
+
+WRAPPERS = (nn.DataParallel, DistributedDataParallel)
 
 
 def as_model(thing: object, role: str = "model") -> nn.Module:
@@ -44,6 +49,10 @@ def as_model(thing: object, role: str = "model") -> nn.Module:
     if isinstance(thing, str | PathLike):
         model: nn.Module = resolve_name(LOADER)(thing)
         return model
+    if isinstance(thing, Mapping):
+        raise UnsupportedModelError(
+            f"{role} is a mapping, as a state dict is, and no model: load it into one first"
+        )
     if not isinstance(thing, nn.Module):
         kind = f"the class {thing.__name__}" if isinstance(thing, type) else f"of type {type(thing).__name__}"
         wrapped = ", or a function as an OutsideTeacher" if callable(thing) else ""
@@ -52,31 +61,41 @@ def as_model(thing: object, role: str = "model") -> nn.Module:
             f"source of weights by name{wrapped}"
         )
     refuse_compiled(thing)
+    name = type(thing).__name__
+    if isinstance(thing, WRAPPERS):
+        raise UnsupportedModelError(f"{role} is a {name}, which wraps a model: give its .module")
+    if isinstance(thing, torch.jit.ScriptModule):
+        raise UnsupportedModelError(
+            f"{role} is a {name}, whose parts cannot be read: give the model before it was scripted"
+        )
+    if hasattr(thing, "merge_and_unload"):
+        raise UnsupportedModelError(
+            f"{role} is a {name}, with adapters beside its weights: give its merge_and_unload()"
+        )
     return thing
 
 
-def check_images(images: object, model: nn.Module, role: str = "images") -> None:
-    """Raise DataError where a batch of images cannot be shown to a model; its values are not looked at.
+def check_images(images: object, model: nn.Module, role: str = "images", *, values: bool = False) -> None:
+    """Raise DataError where a batch of images cannot be shown to a model, or, with `values`, holds NaN or infinity.
 
-    Its size is not checked: which sizes a model takes is for the caller to ask (`check_size`).
+    Its size is not checked: which sizes a model takes is for the caller to ask (`check_size`). Looking at `values`
+    waits for the device.
     """
     if not isinstance(images, Tensor) or images.ndim != 4:
-        shape = (
-            f"of shape {tuple(images.shape)}" if isinstance(images, Tensor) else f"a {type(images).__name__}"
-        )
-        one = ": a single image is images[None]" if isinstance(images, Tensor) and images.ndim == 3 else ""
+        shape = f"of shape {tuple(images.shape)}" if isinstance(images, Tensor) else kind_of(images)
+        one = f": a single image is {role}[None]" if isinstance(images, Tensor) and images.ndim == 3 else ""
         raise DataError(f"{role} is {shape}{one}; give a tensor (B, C, H, W), normalized for the model")
     if not len(images):
         raise DataError(f"{role} holds no image: its shape is {tuple(images.shape)}")
     if not images.is_floating_point():
         raise DataError(
-            f"{role} is of {images.dtype}: give images as load_pretrained(...).preprocessing.transform() makes them, "
-            "values of 0..1 less the mean, by the deviation"
+            f"{role} is of {images.dtype}: give pixels of 0..1 less the model's mean, by its deviation, as "
+            "timm.data.create_transform makes them"
         )
-    if find_family(model) is not None and images.shape[1] != image_channels(model):
-        raise DataError(
-            f"{role} has {images.shape[1]} channels, and {type(model).__name__} takes {image_channels(model)}"
-        )
+    channels = images.shape[1] if find_family(model) is None else image_channels(model)
+    if images.shape[1] != channels:
+        shown = counted(images.shape[1], "channel")
+        raise DataError(f"{role} has {shown}, and {type(model).__name__} takes {channels}")
     weight = next((each for each in model.parameters() if each.is_floating_point()), None)
     if weight is None:
         return
@@ -91,3 +110,5 @@ def check_images(images: object, model: nn.Module, role: str = "images") -> None
         raise DataError(
             f"{role} is of {images.dtype} and the weights of {weight.dtype}: give images.to({weight.dtype})"
         )
+    if values and not torch.isfinite(images).all():
+        raise DataError(f"{role} holds values that are not finite")

@@ -31,7 +31,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticCustomError
 
 from ..checkpoints.files import NOT_A_URL, is_url
-from ..models.errors import WEIGHT_ARGUMENTS, ConfigError, JsonDict, did_you_mean
+from ..models.errors import WEIGHT_ARGUMENTS, ConfigError, JsonDict, did_you_mean, kind_of
 from ..models.plain_yaml import YamlError, parse_yaml
 from ..models.plugins import load_plugins
 
@@ -153,12 +153,20 @@ def check_switch(value: Any, annotation: Any) -> None:
 S = TypeVar("S", bound="Section")
 
 
+LONGEST_VALUE = 200
+"""Characters of a value in a refusal; of a longer one its type is shown."""
+
+
 class Section(BaseModel):
     """A group of settings; an unknown key or a value of the wrong kind is refused."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
     needs: ClassVar[tuple[Need, ...]] = ()
     """Conditions of all settings of the section."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Raise ConfigError: settings are frozen."""
+        raise ConfigError(f"settings are frozen: make others by model_copy(update={{{name!r}: ...}})")
 
     @classmethod
     def needs_of(cls, name: str) -> tuple[Need, ...]:
@@ -256,7 +264,8 @@ class Leaf:
         near = self.nearest(value)
         hint = f", did you mean {near!r}? It" if near else ", but"
         meaning = f" ({self.field.description})" if self.field.description else ""
-        return f"{name} is {value!r}{hint} must be {self.valid()}{meaning}"
+        shown = repr(value) if len(repr(value)) < LONGEST_VALUE else kind_of(value)
+        return f"{name} is {shown}{hint} must be {self.valid()}{meaning}"
 
     def parse(self, text: str) -> Any:
         """Parse a user's `text`. Text that cannot be parsed is returned unchanged, and validation refuses it."""

@@ -43,6 +43,12 @@ def resnet() -> nn.Module:
     return timm.create_model("resnet10t", num_classes=5).eval()
 
 
+def replaced() -> nn.Module:
+    model = vit()
+    model.forward = lambda x: x  # type: ignore[method-assign]
+    return model
+
+
 def dual(*models_: Any, **options: Any) -> graftvit.DualViT:
     teacher, student = models_ or (vit(), vit())
     return graftvit.DualViT(teacher, student, **({"method": "distill"} | options))
@@ -86,6 +92,8 @@ THINGS: dict[str, tuple[Any, type[GraftError]]] = {
     "a typo": ("vit_tiny_patch16_22", CheckpointError),
     "a path": (Path("runs/nothing/student"), CheckpointError),
     "compiled": (torch.compile(nn.Identity()), NoModel),
+    "parallel": (nn.DataParallel(nn.Identity()), NoModel),
+    "scripted": (torch.jit.script(nn.Linear(2, 2)), NoModel),
 }
 MODELS: dict[str, Callable[[Any], Any]] = {
     "as_model": lambda thing: a.as_model(thing),
@@ -128,7 +136,7 @@ OTHERS: dict[str, tuple[Callable[[], Any], type[GraftError]]] = {
     "convert: a seed": (lambda: a.convert(one(), "*: linear", seed="a"), ConfigError),
     "convert: no attention": (lambda: a.convert(resnet(), "*: linear"), NoModel),
     "attention_maps: a layer": (lambda: t.attention_maps(one(), X, 9), TransferError),
-    "attention_maps: layers": (lambda: t.attention_maps(one(), X, "0-9"), ConfigError),
+    "attention_maps: layers": (lambda: t.attention_maps(one(), X, "0-9"), TransferError),
     "attention_maps: words": (lambda: t.attention_maps(one(), X, ["a"]), ConfigError),
     "attention_maps: no attention": (lambda: t.attention_maps(resnet(), X), NoModel),
     "divergence_by_layer: no pairs": (
@@ -149,6 +157,25 @@ OTHERS: dict[str, tuple[Callable[[], Any], type[GraftError]]] = {
     "evaluate: no batches": (lambda: t.evaluate(one(), X), DataError),
     "evaluate: no labels": (lambda: t.evaluate(one(), [X]), DataError),
     "evaluate: a label": (lambda: t.evaluate(one(), [(X, torch.tensor([0, 9]))]), DataError),
+    "evaluate: a label below": (lambda: t.evaluate(one(), [(X, torch.tensor([0, -1]))]), DataError),
+    "evaluate: another size": (
+        lambda: t.evaluate(one(), [(torch.zeros(2, 3, 48, 48), torch.tensor([0, 1]))]),
+        GraftError,
+    ),
+    "evaluate: a state dict": (lambda: t.evaluate(one().state_dict(), [(X, X)]), ConfigError),
+    "save: whole numbers": (lambda: a.save(one(), "out", dtype=torch.int8), ConfigError),
+    "save: a shard": (lambda: a.save(one(), "out", max_shard_size="foo"), GraftError),
+    "save: a keyword": (lambda: a.save(one(), "out", overwite=True), ConfigError),
+    "save: no values": (lambda: a.save(vit().to("meta"), "out"), CheckpointError),
+    "save: another forward": (lambda: a.save(replaced(), "out"), CheckpointError),
+    "DualViT: a half student": (lambda: dual(vit(), vit().half())(X.half()), TransferError),
+    "DualViT: a double teacher": (lambda: dual(vit().double(), vit())(X), TransferError),
+    "DualViT: a teacher elsewhere": (lambda: dual(vit().to("meta"), vit())(X), TransferError),
+    "RunConfig: changed": (lambda: setattr(a.RunConfig(), "seed", 3), ConfigError),
+    "attention_maps: a layer without attention": (lambda: t.attention_maps(resnet(), X, [0]), NoModel),
+    "convert: not finite": (lambda: a.convert(one(), "*: linear", calibration=X / 0), DataError),
+    "attention_maps: not finite": (lambda: t.attention_maps(one(), X / 0), DataError),
+    "evaluate: not finite": (lambda: t.evaluate(one(), [(X / 0, torch.tensor([0, 1]))]), DataError),
     "evaluate: labels of floats": (lambda: t.evaluate(one(), [(X, X[:, 0, 0, 0])]), DataError),
     "evaluate: a number": (lambda: t.evaluate(one(), 3), ConfigError),
     "evaluate: a folder": (lambda: t.evaluate(one(), "nowhere"), DataError),

@@ -26,9 +26,9 @@ from ...models.families import (
     blocks_of,
     check_size,
     check_supported,
+    depths,
     family_of,
     native_host,
-    plan_depth,
     sites,
 )
 from ...models.given import Model, as_model, check_images
@@ -36,7 +36,6 @@ from ...models.host import AttentionHost
 from ...models.hosting import Call, watch_layer
 from ...models.map_structure import Size, Windows
 from ...models.merges import merge_layers, merges_deformably
-from ...models.plan_syntax import layer_numbers
 from ...models.token_merging import TokenMerging, tap_places
 from ..config import DataConfig
 from ..data.augment import eval_transform
@@ -44,6 +43,7 @@ from ..data.datasets import open_dataset
 from ..data.image_folder import ImageSource, SourceView
 from ..data.loading import BadImages, EvalBatches, Fetcher
 from ..data.sampler import eval_requests
+from ..methods.layer_choice import choose_layers
 
 # Where the keys of an attention layer lie on the token grid of its stage.
 #
@@ -299,7 +299,7 @@ def attention_maps(
     Args:
         model: in any form that `graftvit.as_model` takes.
         images: (B, C, H, W), normalized for the model.
-        layers: numbers, negative ones from the end, or words as in a plan (`0,5,9-11`); by default all.
+        layers: numbers, negative ones from the end, or words of `transfer.layers` (`0,5,9-11`, `first:2`); by default all.
 
     Raises:
         TransferError: a layer that the model does not have.
@@ -312,10 +312,11 @@ def _chosen_maps(
     model: nn.Module, images: Tensor, layers: Sequence[int] | int | str | None
 ) -> dict[int, LayerMap]:
     """Return the maps under the numbers of `layers` as given, such as -1."""
+    check_supported(model, copied=True)
     depth = len(blocks_of(model))
-    check_images(images, model)
+    check_images(images, model, values=True)
     if isinstance(layers, str):
-        layers = layer_numbers(layers, plan_depth(model), "layers")
+        layers = [layer for _, layer in choose_layers(layers, depths(model), depths(model))]
     wanted = list(range(depth)) if layers is None else [layers] if isinstance(layers, int) else list(layers)
     for layer in wanted:
         if not -depth <= layer < depth:

@@ -305,7 +305,8 @@ class DualViT(nn.Module):
         finally:
             for each, loss in zip(watched, kept, strict=True):
                 each.loss = loss
-        return {each.name: max(0.0, losses[each.name].item()) for each in watched}
+        found = {each.name: losses[each.name].item() for each in watched}
+        return {name: value if value != value else max(0.0, value) for name, value in found.items()}
 
     def teach(self, images: Tensor) -> dict[str, Tensor]:
         """Return the results of the whole teachers by name, such as `teacher.classes`: what `taught` takes."""
@@ -533,6 +534,8 @@ class DualViT(nn.Module):
 
     def _check_step(self, images: Tensor) -> None:
         check_images(images, self.student)
+        for side in () if self._dismissed else self._sides:
+            side.check_step(images)
         runs_again = self.training and getattr(self.student, "is_gradient_checkpointing", False)
         if runs_again and any(term.method.uses_layers for term in self._terms):
             raise TransferError(

@@ -85,6 +85,23 @@ class TeacherSide:
         shown.dtype = next((dtype for dtype in HALF if dtypes == {dtype}), None)
         return cls(name, teacher.eval().requires_grad_(False), shown, own, loaded)
 
+    def check_step(self, images: Tensor) -> None:
+        """Raise TransferError where the teacher is elsewhere than the images, or computes in another type."""
+        weight = next((each for each in self.model.parameters() if each.is_floating_point()), None)
+        if weight is None:
+            return
+        if weight.device != images.device:
+            raise TransferError(
+                f"{self.name} is on {weight.device} and the images on {images.device}: move the DualViT by .to()"
+            )
+        kind = images.device.type
+        casts = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+        if self.input.dtype is None and weight.dtype != images.dtype and not casts:
+            raise TransferError(
+                f"{self.name} is of {weight.dtype} and the images of {images.dtype}: give both models one type; a "
+                "teacher alone may be of half precision"
+            )
+
 
 @dataclass(frozen=True)
 class Term:

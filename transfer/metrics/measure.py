@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from ...checkpoints.pretrained import describe
 from ...checkpoints.provenance import Pretrained
-from ...models.errors import ConfigError, DataError, check_types
-from ...models.families import evaluating
+from ...models.errors import ConfigError, DataError, check_types, kind_of
+from ...models.families import any_family, check_size, evaluating
 from ...models.given import Model, as_model, check_images
 from ..config import DataConfig
 from ..data.labels import IMAGENET_CLASSES, find_subset, subset_classes
@@ -89,6 +89,8 @@ def evaluate(
         data = DataConfig(data_path=str(data))
     if isinstance(data, DataConfig):
         return {name: _on_split(name, each, data) for name, each in models.items()}
+    if len(models) > 1 and all(isinstance(each, Tensor) for each in models.values()):
+        raise ConfigError("models is a state dict: load it into a model, and give that")
     named = {name: _opened(name, each) for name, each in models.items()}
     seen = next((each for each in named.values() if isinstance(each, nn.Module)), None)
     if seen is None:
@@ -134,16 +136,27 @@ class _Batches:
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         for batch in self._batches:
             if not isinstance(batch, list | tuple) or len(batch) != 2:
-                raise DataError("data holds something else than pairs (images, labels)")
+                raise DataError(
+                    f"data holds {kind_of(batch)}, and not pairs: give [(images, labels)], or a DataLoader"
+                )
             images, labels = batch
             for model in self._models:
-                check_images(images, model)
-            whole = isinstance(labels, Tensor) and labels.shape == images.shape[:1]
-            if not whole or labels.dtype != torch.long or (self._classes and labels.max() >= self._classes):
-                raise DataError(
-                    f"labels must be whole numbers (torch.long) below {self._classes}, one an image"
-                )
+                student = getattr(model, "student", model)
+                check_images(images, student, values=True)
+                if any_family(student) is not None:
+                    check_size(student, (images.shape[-2], images.shape[-1]))
+            self._check_labels(labels, len(images))
             yield images, labels, torch.ones_like(labels, dtype=torch.bool)
+
+    def _check_labels(self, labels: object, count: int) -> None:
+        if not isinstance(labels, Tensor) or labels.shape != (count,):
+            shape = f"of shape {tuple(labels.shape)}" if isinstance(labels, Tensor) else kind_of(labels)
+            raise DataError(f"labels is {shape}: give a tensor ({count},), a class for each image")
+        if labels.dtype != torch.long:
+            raise DataError(f"labels is of {labels.dtype}: give labels.long()")
+        if labels.min() < 0 or (self._classes and labels.max() >= self._classes):
+            found = f"from {labels.min().item()} to {labels.max().item()}"
+            raise DataError(f"labels are {found}, and the classes of the model from 0 to {self._classes - 1}")
 
 
 @torch.no_grad()
