@@ -299,7 +299,7 @@ def attention_maps(
     Args:
         model: in any form that `graftvit.as_model` takes.
         images: (B, C, H, W), normalized for the model.
-        layers: numbers, negative ones from the end, or words of `transfer.layers` (`0,5,9-11`, `first:2`); by default all.
+        layers: numbers, or words of `transfer.layers` (`0,5,9-11`, `first:2`), negative ones from the end; all if None.
 
     Raises:
         TransferError: a layer that the model does not have.
