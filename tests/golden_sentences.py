@@ -63,7 +63,7 @@ GOLDEN = {
     "submit digits_scratch --sweep seed":
         "--sweep 'seed' has no values; write key=value,value,..., as in --sweep seed=0..4 or --sweep "
         "'transfer.layers=first:6,[0,3,5],all'",
-    "submit digits_scratch --sweep seed=4..0": "--sweep seed: the range '4..0' is empty; write 0..4",
+    "submit digits_scratch --sweep seed=4..0": "--sweep seed: the range '4..0' has 0 values; give 1 to 1000",
     "push teacher vit": "'vit' is no repository name: write org/name, of letters, digits, '-', '_' and '.'",
     "train s3://bucket/mine.yaml":
         "cannot read the configuration: s3://bucket/mine.yaml: give a path on this machine, such as a mounted "
