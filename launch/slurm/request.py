@@ -116,7 +116,7 @@ class Request(BaseModel):
     cpus_per_task: int | None = Field(None, gt=0)
     """cores of a process; one more than data.workers by default"""
     mem: str | None = None
-    """memory of a node, as in 240G; the site's default if not given"""
+    """memory of a node, as in 240G, a bare number in megabytes; the site's default if not given"""
     mem_per_cpu: str | None = None
     """memory for each core, in place of --mem"""
     mem_per_gpu: str | None = None
