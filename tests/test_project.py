@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import functools
+import inspect
 import os
 import pkgutil
 import re
@@ -16,6 +17,7 @@ from pathlib import Path
 import graftvit
 import pytest
 from graftvit.launch.fields import find_key, find_stage_key, leaves, sections
+from graftvit.transfer.config import RunConfig
 from graftvit.transfer.engine.modes import MODES
 from graftvit.transfer.methods.method_facts import method_names
 from settings_page import DOCS, MARKED, PAGES, SLOW_PAGES, render_settings
@@ -319,3 +321,11 @@ def _is_prefix_test(call: ast.Call) -> bool:
         "endswith",
         "removeprefix",
     )
+
+
+def test_the_help_of_settings_describes_each() -> None:
+    for kind in [RunConfig, *sections().values()]:
+        for name, field in kind.model_fields.items():
+            assert f"\n    {name}: " in (kind.__doc__ or "")
+            assert (field.description or "") in (kind.__doc__ or "")
+        assert len(str(inspect.signature(kind))) < 1500

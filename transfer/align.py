@@ -367,7 +367,7 @@ class Alignment(nn.Module):
         """Return the loss of each converted layer, a float32 scalar with a gradient for that layer alone."""
         (view,) = self._view
         check_images(images, self.student)
-        check_size(view.model, (images.shape[-2], images.shape[-1]))
+        check_size(self.student, (images.shape[-2], images.shape[-1]))
         self._take_grid(view.model, (images.shape[-2], images.shape[-1]))
         with torch.no_grad():
             view(images)

@@ -328,7 +328,7 @@ class DataConfig(Section):
     )
     stage: Annotated[str | None, LOCAL] = setting(
         None,
-        "folder on a node's local disk to which each node copies the data set once; in '$SLURM_TMPDIR' each node uses "
+        "folder on a node's local disk to which each node copies the data set once; in '$TMPDIR' each node uses "
         "its own value",
         outside=True,
         see="[staging](data.md#staging)",
@@ -453,7 +453,7 @@ class DataConfig(Section):
     def _check_stage(cls, folder: str | None) -> str | None:
         if folder is not None and not folder.strip():
             raise ValueError(
-                "a folder has a name; quote a variable, as in '$SLURM_TMPDIR': the shell put nothing in"
+                "a folder has a name; quote a variable, as in '$TMPDIR': the shell put nothing in"
             )
         return folder
 

@@ -8,6 +8,7 @@ No torch here, so that `graftvit --help` stays quick.
 from __future__ import annotations
 
 import difflib
+import inspect
 import json
 import math
 import re
@@ -164,6 +165,20 @@ class Section(BaseModel):
     needs: ClassVar[tuple[Need, ...]] = ()
     """Conditions of all settings of the section."""
 
+    @classmethod
+    def __pydantic_init_subclass__(cls, **more: Any) -> None:
+        """Let `help` describe each setting, which its field does for the command line and the docs."""
+        super().__pydantic_init_subclass__(**more)
+        lines = (f"    {name}: {_help_of(field)}" for name, field in cls.model_fields.items())
+        cls.__doc__ = "\n".join([f"{inspect.getdoc(cls)}\n\nArgs:", *lines])
+        plain = {
+            name: ... if is_section(field.annotation) else field.default
+            for name, field in cls.model_fields.items()
+        }
+        keyword = inspect.Parameter.KEYWORD_ONLY
+        parameters = [inspect.Parameter(name, keyword, default=value) for name, value in plain.items()]
+        cls.__signature__ = inspect.Signature(parameters)
+
     def __setattr__(self, name: str, value: Any) -> None:
         """Raise ConfigError: settings are frozen."""
         raise ConfigError(f"settings are frozen: make others by model_copy(update={{{name!r}: ...}})")
@@ -194,6 +209,13 @@ class Section(BaseModel):
                 valid = ", ".join(map(repr, table.names()))
                 raise PydanticCustomError("one_of", "Input should be one of {valid}", {"valid": valid})
         return value
+
+
+def _help_of(field: FieldInfo) -> str:
+    kind = field.annotation
+    if is_section(kind):
+        return f"a dictionary of {', '.join(kind.model_fields)}"
+    return f"{field.description or 'as its name says'} (default: {field.default!r})"
 
 
 def is_section(kind: Any) -> TypeGuard[type[Section]]:

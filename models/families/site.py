@@ -406,7 +406,9 @@ class Family(ABC):
 
     def channels(self, model: nn.Module) -> int:
         """Return the channels of the images that a model takes."""
-        return int(vit(model).patch_embed.proj.in_channels)
+        embedding = getattr(model, "patch_embed", model)  # a tower of transformers has its own name for it
+        found = (each for each in embedding.modules() if isinstance(each, nn.Conv2d))
+        return next((each.in_channels for each in found), 3)
 
     def image_step(self, model: nn.Module) -> tuple[int, int]:
         """Return the height and width of which images are multiples; one pixel where any size is padded or cut."""

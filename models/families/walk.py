@@ -10,6 +10,7 @@ from pkgutil import iter_modules
 from typing import Any, NoReturn, cast
 
 import timm
+import torch
 from timm.models import is_model, model_entrypoint, split_model_name_tag
 from torch import nn
 
@@ -72,7 +73,8 @@ def find_family(model: nn.Module) -> Family | None:
     """Return the family of a model whose attention is read, that of the nearest class, or None."""
     found = [family for family in FAMILIES if family.takes(model)]
     if not found:
-        load_plugins()
+        if not torch.compiler.is_compiling():
+            load_plugins()
         found = [family for family in FAMILIES if family.takes(model)]
     if len(found) < 2:
         return found[0] if found else None
