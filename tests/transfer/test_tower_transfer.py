@@ -95,7 +95,7 @@ def test_each_layer_is_aligned_on_the_inputs_of_the_teachers(kind: str) -> None:
 
 def test_alignment_needs_the_size_of_a_tower_of_one_size() -> None:
     model = tower("vit")
-    with pytest.raises(TransferError, match="24x48"):
+    with pytest.raises(UnsupportedModelError, match="24x48"):
         Alignment(model, convert(model, "*: linear"))(images(size=(24, 48)))
     anywhere = tower("dinov3_vit")
     assert Alignment(anywhere, convert(anywhere, "*: hedgehog"))(images(size=(24, 48))).keys() == {0, 1}
