@@ -75,6 +75,13 @@ def as_model(thing: object, role: str = "model") -> nn.Module:
     return thing
 
 
+def computes_with(images: Tensor, weight: Tensor) -> bool:
+    """Return whether weights of this type compute with such images: of the same, or of any that autocast converts."""
+    kind = images.device.type
+    casts = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    return images.dtype == weight.dtype or (casts and images.dtype != torch.float64)
+
+
 def check_images(images: object, model: nn.Module, role: str = "images", *, values: bool = False) -> None:
     """Raise DataError where a batch of images cannot be shown to a model, or, with `values`, holds NaN or infinity.
 
@@ -103,10 +110,7 @@ def check_images(images: object, model: nn.Module, role: str = "images", *, valu
         raise DataError(
             f"{role} is on {images.device} and the model on {weight.device}: give images.to({str(weight.device)!r})"
         )
-    kind = images.device.type
-    casts = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
-    casts &= images.dtype != torch.float64
-    if images.dtype != weight.dtype and not casts:
+    if not computes_with(images, weight):
         raise DataError(
             f"{role} is of {images.dtype} and the weights of {weight.dtype}: give images.to({weight.dtype})"
         )

@@ -24,7 +24,7 @@ from ...models.copying.tape import Link
 from ...models.copying.teacher_view import Normalization, ShownImages, TeacherInput, WholeInput
 from ...models.errors import ConfigError, GraftError, TransferError, UnsupportedModelError, did_you_mean
 from ...models.families import check_supported, find_family, image_size, is_supported
-from ...models.given import Model, as_model
+from ...models.given import Model, as_model, computes_with
 from ...models.parts import OutsideTeacher as OutsideTeacher
 from ...models.parts import check_takes, image_channels
 from ..loss_config import LossEntry, TransferConfig
@@ -94,9 +94,7 @@ class TeacherSide:
             raise TransferError(
                 f"{self.name} is on {weight.device} and the images on {images.device}: move the DualViT by .to()"
             )
-        kind = images.device.type
-        casts = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
-        if self.input.dtype is None and weight.dtype != images.dtype and not casts:
+        if self.input.dtype is None and not computes_with(images, weight):
             raise TransferError(
                 f"{self.name} is of {weight.dtype} and the images of {images.dtype}: give both models one type; a "
                 "teacher alone may be of half precision"
