@@ -120,8 +120,8 @@ def _autocast(images: Tensor) -> bool:
 class DualOutput:
     """The logits that learn from labels, the weighted transfer loss (a float32 scalar), its unweighted parts by name.
 
-    The loss of distilled maps is a cross-entropy in nats, summed over layers: it does not fall below the teacher's entropy,
-    and `DualViT.map_divergences` says how far above it is.
+    The loss of distilled maps is a cross-entropy in nats, summed over layers: it does not fall below the teacher's
+    entropy, and `DualViT.map_divergences` says how far above it is.
     `terms` has the unweighted loss of each entry of `transfer.losses`; it is empty for the short form.
     """
 
