@@ -284,8 +284,7 @@ def _revision() -> dict[str, Any]:
 #     base-<digest>.tar    the interpreter that it stands on, unless that is the system's
 #     code-<digest>.tar    the copy of the package
 #
-# A job then reads three files of the shared disk on each node, whatever its processes, and its nodes need not see the
-# environment. A pack is made once, by a digest of the names, sizes and times of its files, or by the code's name.
+# A pack is made once, by a digest of the names, sizes and times of its files, or by the code's name.
 
 NODE_FOLDER = '"${SLURM_TMPDIR:-${TMPDIR:-/tmp}}/graftvit-$(id -u)"'
 """The folder of a node that packs are unpacked to, for the shell."""

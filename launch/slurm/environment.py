@@ -29,10 +29,8 @@ from ...models.errors import RunFailedError
 from ..launcher import PORTS
 
 LOG_START = "GRAFTVIT_LOG_START"
-"""The variable with the bytes that earlier attempts have written into the error log of the script and of rank 0.
-
-The script counts them: srun tells there of a rank that fails at once, while the first rank still starts.
-"""
+"""The variable with the bytes that earlier attempts have written, as the script counts them, into the error log of the
+script and of rank 0: srun tells there of a rank that fails at once, while the first rank still starts."""
 REQUEUE_TRIES, REQUEUE_PAUSE = 4, 5.0
 """Orders to a controller that may be starting again, and seconds between two of them."""
 INSIDE_A_LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")

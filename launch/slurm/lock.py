@@ -88,8 +88,8 @@ def _acquired(folder: Path, wait: float) -> BaseFileLock | None:
     return lock
 
 
-_orders: list[bool] = []
-"""One entry for each job that this process may have given to a scheduler."""
+ordered = threading.Event()
+"""Set once this process may have given a job to a scheduler."""
 HELD = (signal.SIGINT, signal.SIGHUP, signal.SIGTERM)
 
 
@@ -106,18 +106,13 @@ class InterruptedSubmissionError(GraftError):
 @contextmanager
 def stoppable() -> Iterator[None]:
     """Raise InterruptedSubmissionError where Ctrl-C ends the block before the first order: nothing was submitted."""
-    _orders.clear()
+    ordered.clear()
     try:
         yield
     except KeyboardInterrupt as told:
-        if _orders:
+        if ordered.is_set():
             raise
         raise InterruptedSubmissionError(signal.SIGINT) from told
-
-
-def ordering() -> None:
-    """Note that from now on a job may have been submitted."""
-    _orders.append(True)
 
 
 @contextmanager
@@ -127,7 +122,7 @@ def unbroken() -> Iterator[list[int]]:
     Use handlers, not a mask: a child would keep the mask for its whole life. An ignored signal stays ignored.
     """
     came: list[int] = []
-    ordering()
+    ordered.set()
 
     def remember(number: int, frame: FrameType | None) -> None:
         came.append(number)

@@ -34,7 +34,7 @@ from .batch import Batch, copy_package, executor_of, make_packs, on_node, origin
 from .environment import outside_of_a_job, start_script
 from .folder import Job, JobFolder, newest_state, remember, write_number
 from .jobs import UNSURE, active_jobs, current_stage, home, read_progress
-from .lock import InterruptedSubmissionError, ordering, submitting, unbroken
+from .lock import InterruptedSubmissionError, ordered, submitting, unbroken
 from .request import Request, option_name
 from .scheduler import NoAnswerError, ask, flags_beyond, job_states, number_by_name, waiting
 from .site_file import check_commands, check_folder
@@ -456,7 +456,7 @@ def _sbatch(batch: Batch) -> str:
 
 def _run(batch: Batch, code: Path, made: dict[str, Any]) -> list[str]:
     """Run each in this process."""
-    ordering()
+    ordered.set()
     jobs = []
     for task in batch.tasks:
         one = replace(batch, tasks=[task])
