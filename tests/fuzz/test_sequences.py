@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from graftvit.models.errors import TransferError
+from graftvit.models.errors import DataError, TransferError
 from graftvit.transfer.methods.dual import DualViT
 from hypothesis import HealthCheck, Phase, event, given, note, settings
 from hypothesis import strategies as st
@@ -33,6 +33,11 @@ CALLS = [
     "checkpointing", "no checkpointing", "a step of the weights", "load_state_dict", "release", "wrap again",
     "deepcopy", "pickle", "with_student", "an image that fails", "a second wrapper",
 ]  # fmt: skip
+
+
+def fail(*_: object) -> None:
+    """Stand in for a pass that ends in its middle, as without memory."""
+    raise RuntimeError("fails")
 
 
 @dataclass(eq=False)
@@ -119,8 +124,12 @@ class Session:
             world.dual.release(bare=world.dual.needs_teacher)
             world.taught = False
         elif name == "an image that fails":
-            with pytest.raises((RuntimeError, TransferError)):
+            with pytest.raises((DataError, TransferError)):
                 world.dual(x[:, :2])
+            fails = world.dual.student.get_submodule("norm").register_forward_pre_hook(fail)
+            with pytest.raises((RuntimeError, TransferError)):
+                world.dual(x)
+            fails.remove()
         elif name == "a second wrapper":
             self.second(world)
         elif len(self.worlds) < 4:
