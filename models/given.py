@@ -27,8 +27,6 @@ Model: TypeAlias = nn.Module | HoldsModel | str | PathLike[str]
 """A model, an object that holds one, or a source of weights by name."""
 LOADER = f"{__package__.partition('.')[0]}.checkpoints.pretrained:load"
 """What opens a source by name; by its own name, because checkpoints stand on models."""
-
-
 WRAPPERS = (nn.DataParallel, DistributedDataParallel)
 
 
@@ -36,8 +34,8 @@ def as_model(thing: object, role: str = "model") -> nn.Module:
     """Return the model that `thing` is, holds or names.
 
     Args:
-        thing: a model, what `load_pretrained` returns, a `DualViT`, which gives a copy of its student as `release`
-            would, the result of a run, or a source by name, which is loaded as by `graftvit.load`.
+        thing: a model; what `load_pretrained` returns; a `DualViT`, for its student as it would be saved; the result of
+            a run; or a source by name, which is loaded as by `graftvit.load`.
         role: begins the sentence of an error.
 
     Raises:

@@ -268,7 +268,7 @@ def plan_again(folder: Path, jobs: Mapping[Path, Job], request: Request) -> Batc
 def dependency_on(folders: Sequence[Path], other: str | None = None) -> dict[str, Any]:
     """Return the resources of a job that waits for these runs and sweeps, beside what `other` says in sbatch's words.
 
-    There are none if all have finished. A restarted job keeps its number, so `afterok` waits through all its restarts.
+    Empty if all have finished. A restarted job keeps its number, so `afterok` waits for its last restart.
 
     Raises ConfigError: one of them can no longer finish, or was never submitted.
     """

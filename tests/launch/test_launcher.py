@@ -119,7 +119,7 @@ def test_srun_tells_what_torch_asks_for() -> None:
     wanted = {"RANK": "5", "WORLD_SIZE": "7", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "3", "MASTER_ADDR": "n1"}
     assert wanted.items() <= environment.items()
     assert int(environment["MASTER_PORT"]) in PORTS
-    assert launcher(environment) == "variables"  # and a second command in this process goes on with them
+    assert launcher(environment) == "variables"  # so a second command in this process takes the same ranks
     alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "HOME": "/"}
     prepare_process(alone)
     assert alone == {"HOME": "/"}, "one process by hand needs no group"

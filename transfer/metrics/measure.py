@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, TypeAlias, overload
+from typing import TYPE_CHECKING, Literal, TypeAlias, TypeGuard, overload
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +17,7 @@ from ...checkpoints.pretrained import describe
 from ...checkpoints.provenance import Pretrained
 from ...models.errors import ConfigError, DataError, check_types, kind_of
 from ...models.families import any_family, check_size, evaluating
-from ...models.given import Model, as_model, check_images
+from ...models.given import HoldsModel, Model, as_model, check_images
 from ..config import DataConfig
 from ..data.labels import IMAGENET_CLASSES, find_subset, subset_classes
 from ..data.loaders import EvalLoader, create_eval_loader
@@ -80,11 +80,13 @@ def evaluate(
             preprocessing makes it; or batches of images, normalized for all of the models, and labels.
 
     Raises:
-        DataError: classes and logits do not fit, images do not fit a model, or there are none.
+        DataError: the model has other classes than the labels, cannot take the images, or no image is given.
         UnsupportedModelError, CheckpointError: as `graftvit.as_model`.
     """
     if not isinstance(models, Mapping):
         return evaluate({"model": models}, data)["model"]
+    if not models:
+        raise ConfigError("models={} names no model: give one, or several by name")
     if isinstance(data, str | Path):
         data = DataConfig(data_path=str(data))
     if isinstance(data, DataConfig):
@@ -92,34 +94,43 @@ def evaluate(
     if len(models) > 1 and all(isinstance(each, Tensor) for each in models.values()):
         raise ConfigError("models is a state dict: load it into a model, and give that")
     named = {name: _opened(name, each) for name, each in models.items()}
-    seen = next((each for each in named.values() if isinstance(each, nn.Module)), None)
-    if seen is None:
-        raise ConfigError("models={} names no model: give one, or several by name")
-    device = next((each.device for each in seen.parameters()), torch.device("cpu"))
     return score_models(
         {name: _predicting(each) for name, each in named.items()},
         _Batches(data, list(named.values())),
         ensemble=False,
-        device=device,
+        device=_device_of(next(iter(named.values()))),
     )
 
 
+def _is_dual(thing: object) -> TypeGuard[nn.Module]:
+    """Return whether it is a `DualViT`, which predicts by itself: its student may need its teacher."""
+    return isinstance(thing, nn.Module) and isinstance(thing, HoldsModel)
+
+
 def _opened(name: str, thing: Model | Pretrained) -> nn.Module:
-    """Return a model as it predicts: of a `DualViT` itself, whose student may need its teacher."""
-    return thing if isinstance(thing, nn.Module) and hasattr(thing, "predict") else as_model(thing, name)
+    return thing if _is_dual(thing) else as_model(thing, name)
 
 
 def _predicting(model: nn.Module) -> Callable[[Tensor], Tensor]:
-    predict: Callable[[Tensor], Tensor] = getattr(model, "predict", model)
+    predict: Callable[[Tensor], Tensor] = model.predict if _is_dual(model) else model  # type: ignore[assignment]
     return predict
 
 
+def _student_of(model: nn.Module) -> nn.Module:
+    student: nn.Module = model.student if _is_dual(model) else model  # type: ignore[assignment]
+    return student
+
+
+def _device_of(model: nn.Module) -> torch.device:
+    return next((each.device for each in model.parameters()), torch.device("cpu"))
+
+
 def _on_split(name: str, thing: Model | Pretrained, config: DataConfig) -> Metrics:
-    known, model = describe(thing, name), _opened(name, thing)
-    device = next((each.device for each in model.parameters()), torch.device("cpu"))
+    known = describe(thing, name)
+    model = thing if _is_dual(thing) else known.model
     loader = create_eval_loader(config, known.preprocessing)
     with evaluating(model):
-        return score_models({name: _predicting(model)}, loader, device=device)[name]
+        return score_models({name: _predicting(model)}, loader, device=_device_of(model))[name]
 
 
 class _Batches:
@@ -130,7 +141,7 @@ class _Batches:
 
     def __init__(self, batches: Batches, models: Sequence[nn.Module]) -> None:
         self._batches, self._models = batches, models
-        counts = [int(getattr(getattr(model, "student", model), "num_classes", 0)) for model in models]
+        counts = [int(getattr(_student_of(model), "num_classes", 0)) for model in models]
         self._classes = min(counts, default=0)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
@@ -141,7 +152,7 @@ class _Batches:
                 )
             images, labels = batch
             for model in self._models:
-                student = getattr(model, "student", model)
+                student = _student_of(model)
                 check_images(images, student, values=True)
                 if any_family(student) is not None:
                     check_size(student, (images.shape[-2], images.shape[-1]))

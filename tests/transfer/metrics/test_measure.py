@@ -14,7 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from graftvit.checkpoints.preprocessing import Preprocessing
-from graftvit.models.errors import DataError
+from graftvit.models.errors import ConfigError, DataError
 from graftvit.transfer.config import DataConfig
 from graftvit.transfer.data.labels import real_labels, subset_classes
 from graftvit.transfer.data.loaders import EvalLoader, create_eval_loader, create_reference_loader
@@ -25,6 +25,7 @@ from graftvit.transfer.metrics.measure import (
     Metrics,
     check_folders,
     check_same_classes,
+    evaluate,
     measure,
     score_models,
     to_json,
@@ -66,6 +67,29 @@ def reference(probabilities: Tensor, targets: Tensor, top: int = 5) -> tuple[flo
     top1 = (order[:, 0] == targets).double().mean().item() * 100
     top5 = (order[:, :top] == targets[:, None]).any(dim=1).double().mean().item() * 100
     return top1, top5, F.nll_loss(probabilities.log(), targets).item()
+
+
+class Odd(nn.Linear):
+    """A model of somebody else, whose names mean other things than ours."""
+
+    student = "Ada"
+
+    def predict(self, images: Tensor) -> Tensor:
+        return images.argmax(1)
+
+
+def test_a_model_with_names_of_its_own_is_evaluated_by_its_logits() -> None:
+    odd, images = Odd(4, 4), torch.randn(6, 3, 4, 4)
+    model = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 4))
+    odd.forward = model.forward  # type: ignore[method-assign]
+    labels = torch.arange(6) % 4
+    assert evaluate(odd, [(images, labels)]) == evaluate(model, [(images, labels)])
+
+
+def test_no_model_is_refused_whatever_the_data(tmp_path: Path) -> None:
+    for data in (tmp_path, [(torch.zeros(1, 3, 4, 4), torch.zeros(1).long())]):
+        with pytest.raises(ConfigError, match="names no model"):
+            evaluate({}, data)
 
 
 def test_metrics_agree_with_a_plain_computation() -> None:

@@ -446,7 +446,7 @@ def _merge(merge: MergePlaces) -> JsonDict:
 def _layer(layer: LayerLook, alone: bool) -> JsonDict:
     """Return the maps of a layer, head by head, and its rollout, as bytes with a scale a row.
 
-    `alone`: it stands for a layer that is not there.
+    `alone` marks a stand-in: the model has no partner for the layer beside it, and the page shows that one alone.
     """
     maps = [] if layer.maps is None else [_quantized(head) for head in layer.maps]
     layout = layer.layout
