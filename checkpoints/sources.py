@@ -181,4 +181,6 @@ def _suggest(text: str) -> str:
     nearest = difflib.get_close_matches(text if tag else base, names, n=1, cutoff=0.6)
     model = f"did you mean {nearest[0]!r}?" if nearest else ""
     hint = f"{near} Or the model {nearest[0]!r}? " if near and nearest else f"{near or model} ".lstrip()
-    return f"{hint}Valid is {SYNTAX}; `timm.list_pretrained()` names the models"
+    return (
+        f"{hint}{'Valid' if hint.strip() else 'valid'} is {SYNTAX}; `timm.list_pretrained()` names the models"
+    )
