@@ -13,7 +13,7 @@ from graftvit.models.attention.base import FirstRows, Geometry, Heads, LowRank, 
 from graftvit.models.attention.hash import MODES, HashAttention
 from graftvit.models.attention.softmax import softmax_rows
 from graftvit.models.conversion import convert, converted_layers, new_parameters, resize
-from graftvit.models.errors import TransferError
+from graftvit.models.errors import TransferError, UnsupportedModelError
 from graftvit.models.families import blocks_of, sites
 from graftvit.transfer import DualViT
 from graftvit.transfer.align import (
@@ -163,7 +163,9 @@ def test_mistakes_are_named() -> None:
     ):
         with pytest.raises(TransferError, match=message):
             Alignment(theirs, ours, match)
-    with pytest.raises(TransferError, match="images of 24x16 have the patch grid 6x4 in the teacher"):
+    with pytest.raises(
+        UnsupportedModelError, match="images of 24x16 are given, and VisionTransformer takes 16x24"
+    ):
         Alignment(vit(dynamic_img_size=True), linear)(torch.zeros(1, 3, 24, 16))
     with pytest.raises(
         TransferError, match=r"layer 0 .*hash.* in place of softmax attention: use mode=align"
