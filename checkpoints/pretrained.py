@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import inspect
 import logging
 import re
 from collections.abc import Mapping
@@ -22,7 +21,7 @@ from ..models.conversion import plan_size, resize, with_plan
 from ..models.converted import MARK, converted_layers, drop_other_operators, drop_parts, is_mark, read_mark
 from ..models.copied import ARCHITECTURE as COPIED
 from ..models.copied import copying_of
-from ..models.errors import CheckpointError, ConfigError, Json, JsonDict, check_types, did_you_mean
+from ..models.errors import CheckpointError, ConfigError, Json, JsonDict, check_types
 from ..models.families import (
     any_family,
     check_patches,
@@ -176,6 +175,7 @@ class HoldsPretrained(Protocol):
         """Return the model with its description."""
 
 
+@check_types("thing")
 def describe(thing: Model | Pretrained, role: str = "model", **how: Unpack[LoadSettings]) -> Pretrained:
     """Return the model that `thing` is, holds or names, as `as_model` takes it, with what is known of it.
 
@@ -184,11 +184,6 @@ def describe(thing: Model | Pretrained, role: str = "model", **how: Unpack[LoadS
     if isinstance(thing, str | PathLike):
         return load_pretrained(source_text(thing), **how)
     for name in how:
-        known = inspect.signature(load_pretrained).parameters
-        if name not in known:
-            raise ConfigError(
-                f"there is no argument {name!r}; {did_you_mean(name, [*known, 'overwrite', 'dtype'])}"
-            )
         raise ConfigError(f"{name} is of a source by name, and {role} is a model that is built already")
     if isinstance(thing, Pretrained):
         return thing
@@ -513,14 +508,18 @@ def load(source: str | Path, *, dtype: torch.dtype | None = None, **how: Unpack[
     Args:
         source: a folder or file, `hf-hub:org/name`, a timm name; `#ema` behind a run's path takes its average.
         dtype: of the weights, float32 by default.
-        how: `model`, `model_args`, `img_size`, `num_classes`, `bare` and the rest, as of `load_pretrained`.
+        how: `model`, `model_args`, `img_size`, `bare` and the rest, as of `load_pretrained`; but for `num_classes` that
+            the weights do not have, the model gets a fresh head.
 
     Raises:
         CheckpointError: one sentence that names what is missing, damaged, unsafe, or does not fit.
     """
     opened = open_source(source_text(source), how.pop("revision", None))
-    tower = load_tower(opened, how)
-    model = load_pretrained(opened, **how).model.requires_grad_(True) if tower is None else tower
+    model = load_tower(opened, how)
+    if model is None:
+        classes = how.pop("num_classes", None) if how.get("num_classes") else None
+        model = load_pretrained(opened, **how).model.requires_grad_(True)
+        _give_head(model, classes)
     if copying_of(model) is not None:
         vit(model).teacher.requires_grad_(False)
     if dtype is None:
@@ -530,6 +529,13 @@ def load(source: str | Path, *, dtype: torch.dtype | None = None, **how: Unpack[
     tensors = model.state_dict()
     refuse_not_finite(str(source), tensors, dict.fromkeys(tensors, dtype))
     return model.to(dtype)
+
+
+def _give_head(model: nn.Module, classes: int | None) -> None:
+    """Give a model a fresh head where it has none of so many classes."""
+    if classes is not None and vit(model).num_classes != classes:
+        vit(model).reset_classifier(classes)
+        logger.info("the head of %s classes is fresh", classes)
 
 
 def build_untrained(loaded: Pretrained) -> nn.Module:

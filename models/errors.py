@@ -12,6 +12,8 @@ from numbers import Integral, Real
 from types import NoneType, UnionType
 from typing import Any, Literal, ParamSpec, TypeAlias, TypeVar, Union, get_args, get_origin, get_type_hints
 
+from typing_extensions import Unpack
+
 LONGEST = 2_000
 """Maximum length of a sentence in characters."""
 LONGEST_WORD = 300
@@ -128,6 +130,8 @@ WEIGHT_ARGUMENTS = frozenset(
 
 # The arguments of public functions, which a user's Python may give any type.
 
+POSITIONAL_OR_KEYWORD, KEYWORD_ONLY = inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY
+VAR_KEYWORD = inspect.Parameter.VAR_KEYWORD
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -135,7 +139,8 @@ R = TypeVar("R")
 def check_types(*but: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
     """Decorate a function: it raises ConfigError for an argument, except those in `but`, that is not of its type.
 
-    So it does for an argument that it does not take, or that is missing.
+    So it does for an argument that it does not take, or that is missing; the names that `**name: Unpack[...]` takes are
+    those of its TypedDict.
     """
 
     def decorate(function: Callable[P, R]) -> Callable[P, R]:
@@ -145,7 +150,9 @@ def check_types(*but: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
         @functools.wraps(function)
         def checked(*arguments: P.args, **keywords: P.kwargs) -> R:
             kinds = hints()
-            for name, value in _bind(function.__qualname__, signature, *arguments, **keywords).items():
+            rest = [name for name, kind in kinds.items() if get_origin(kind) is Unpack and name not in but]
+            more = {key for name in rest for key in get_args(kinds[name])[0].__annotations__}
+            for name, value in _bind(function.__qualname__, signature, more, *arguments, **keywords).items():
                 if name in kinds and name not in but and not _is_of(value, kinds[name]):
                     shown = repr(value) if len(repr(value)) < ENDS else kind_of(value)
                     raise ConfigError(f"{name}={shown}; {_describe_kind(value, kinds[name])}")
@@ -156,17 +163,23 @@ def check_types(*but: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
     return decorate
 
 
-def _bind(function: str, signature: inspect.Signature, /, *arguments: Any, **keywords: Any) -> dict[str, Any]:
-    """Return the arguments of a call by name. Raises ConfigError: one is unknown or missing."""
+def _bind(
+    function: str, signature: inspect.Signature, more: Collection[str], /, *arguments: Any, **keywords: Any
+) -> dict[str, Any]:
+    """Return the arguments of a call by name. Raises ConfigError: one is unknown or missing.
+
+    `more` are the names that its `**` takes; without any, it takes every name.
+    """
     function = function.removesuffix(".__init__")
+    kinds = {name: each.kind for name, each in signature.parameters.items() if name != "self"}
+    known = {name for name, kind in kinds.items() if kind in (POSITIONAL_OR_KEYWORD, KEYWORD_ONLY)} | {*more}
+    unknown = next((name for name in keywords if name not in known), None)
+    if unknown is not None and (more or VAR_KEYWORD not in kinds.values()):
+        raise ConfigError(f"{function}() takes no {unknown!r}; {did_you_mean(unknown, known)}")
     try:
         return signature.bind(*arguments, **keywords).arguments
     except TypeError as error:
-        known = [name for name in signature.parameters if name != "self"]
-        unknown = next((name for name in keywords if name not in known), None)
-        if unknown is None:
-            raise ConfigError(f"{function}(): {error}") from error
-        raise ConfigError(f"{function}() takes no {unknown!r}; {did_you_mean(unknown, known)}") from error
+        raise ConfigError(f"{function}(): {error}") from error
 
 
 def _is_of(value: object, kind: Any) -> bool:

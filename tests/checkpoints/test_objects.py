@@ -164,6 +164,19 @@ def test_it_is_the_same_model_again(name: str, tmp_path: Path) -> None:
     assert torch.equal(answer(thing), wanted), "the thing itself is as it was"
 
 
+@pytest.mark.parametrize("before", [5, 0])
+def test_a_loaded_model_takes_a_fresh_head_and_keeps_the_rest(tmp_path: Path, before: int) -> None:
+    graftvit.save(vit(num_classes=before), tmp_path / "model")
+    model: Any = graftvit.load(tmp_path / "model", num_classes=3)
+    kept = graftvit.load(tmp_path / "model").state_dict()
+    kept = {name: value for name, value in kept.items() if not name.startswith("head.")}
+    assert all(torch.equal(value, kept[name]) for name, value in model.state_dict().items() if name in kept)
+    graftvit.save(model, tmp_path / "out")
+    assert torch.equal(answer(graftvit.load(tmp_path / "out")), answer(model))
+    assert model.head.weight.requires_grad
+    assert model.head.out_features == 3
+
+
 def test_the_folder_says_how_images_are_made(tmp_path: Path) -> None:
     for name in ("plain", "converted", "distilling", "copied", "loaded"):
         folder = graftvit.save(THINGS[name](tmp_path / name), tmp_path / name / "saved")
