@@ -21,8 +21,8 @@ from ..models.errors import ConfigError, GraftError, counted
 from ..transfer.analysis.report.ink import legend_beside, new_plots, to_png
 from ..transfer.analysis.report.tables import Table
 from ..transfer.metrics.intervals import Interval, accuracy_interval
+from .progress import current_stage, read_progress
 from .slurm.folder import JobFolder
-from .slurm.jobs import current_stage, read_progress
 from .sweep import SWEEP_FILE, load_sweep
 
 ACCURACIES = ("test_top1", "test_ema_top1")

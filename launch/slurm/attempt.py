@@ -27,11 +27,11 @@ from ...models.errors import GraftError, escaped, one_sentence
 from ...transfer.engine import deadline, early_signals
 from ..garbage import collect_seldom
 from ..launcher import limit_threads
+from ..progress import current_stage, read_progress
 from ..submitted import command_name
 from .environment import LOG_START, export_ranks, forget_old_results, keep_results, requeue
 from .failures import classify
 from .folder import Attempt, Failure, JobFolder, newest_state
-from .jobs import current_stage, read_progress
 from .scheduler import fallen_nodes, reason_of_signal
 
 WAIT_FOR_THE_END = 600

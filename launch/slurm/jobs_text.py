@@ -13,9 +13,10 @@ from typing import Any, TextIO
 
 from ...models.errors import counted, escaped
 from ...transfer.analysis.report.tables import aligned
+from ..progress import Progress
 from ..say import hint
 from .folder import JobFolder, read_output
-from .jobs import Progress, Status
+from .jobs import Status
 from .scheduler import clock, usage_of
 
 COLUMNS = ("run", "job", "state", "nodes", "progress", "left", "img/s", "top-1", "restarts")

@@ -19,13 +19,14 @@ from ...models.plain_yaml import write_yaml
 from ...transfer.config import RunConfig
 from ..cli import DISTRIBUTED
 from ..load_config import FOR_THE_TEACHER, Setting, dump_config, load_comparison, load_config, read_recipe
+from ..progress import current_stage
 from ..say import hint, say_aside
 from ..submitted import SUBMITTED, Work, check_words, command_name
 from ..sweep import cell_configs, cell_settings, check_sweep, frozen_text, parse_sweep, run_configs
 from .attempt import Task
 from .batch import Batch
 from .folder import ORDER_FILE, Job, JobFolder
-from .jobs import active_jobs, current_stage, judge_jobs, run_folders
+from .jobs import active_jobs, judge_jobs, run_folders
 from .request import Request
 
 if TYPE_CHECKING:

@@ -28,12 +28,13 @@ from ...transfer.config import RunConfig
 from ...transfer.engine.resume_check import changes, describe_changes, settings
 from ...transfer.first_checks import check_first
 from ..load_config import load_config
+from ..progress import current_stage, read_progress
 from ..say import hint, say_aside
 from ..sweep import check_sweep
 from .batch import Batch, copy_package, executor_of, make_packs, on_node, origin, script, start, unpack_script
 from .environment import outside_of_a_job, start_script
 from .folder import Job, JobFolder, newest_state, remember, write_number
-from .jobs import UNSURE, active_jobs, current_stage, home, read_progress
+from .jobs import UNSURE, active_jobs, home
 from .lock import InterruptedSubmissionError, ordered, submitting, unbroken
 from .request import Request, option_name
 from .scheduler import NoAnswerError, ask, flags_beyond, job_states, number_by_name, waiting

@@ -16,7 +16,7 @@ import pytest
 from filelock import FileLock
 from graftvit.launch.slurm import jobs, jobs_text
 from graftvit.launch.slurm.folder import Failure, Job, JobFolder, remember
-from graftvit.launch.slurm.jobs import Status, describe_runs, home, judge_jobs, read_progress, run_folders
+from graftvit.launch.slurm.jobs import Status, describe_runs, home, judge_jobs, run_folders
 from graftvit.launch.slurm.jobs_text import Seen, describe, duration, watch
 from graftvit.launch.slurm.lock import FILE, submitting
 from graftvit.launch.slurm.plan import unfinished
@@ -154,78 +154,30 @@ def test_an_earlier_job_that_lives_is_the_one_that_is_shown(
     assert described(tmp_path).state == "unknown", "what an earlier job said is not said of this one"
 
 
-def log(folder: Path, records: list[dict[str, Any]], settings: str = "") -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.yaml").write_text(settings)
-    text = "".join(json.dumps(record) + "\n" for record in records)
-    (folder / "log.jsonl").write_text(text + '{"epoch": 9, "st')
-
-
-TIMED = {"seconds": 20.0, "images_per_second": 64.0}
-
-
-def test_progress_and_the_time_left(tmp_path: Path) -> None:
-    epoch = {"n_parameters": 5, "total_steps": 100, **TIMED}
-    records: list[dict[str, Any]] = [
-        {"epoch": 0, "step": 0, "teacher_top1": 90.0},
-        {"epoch": 0, "step": 10, **TIMED},
-        {"epoch": 0, "step": 10, "test_top1": 40.0, "test_ema_top1": 50.0, **epoch},
-        {"epoch": 1, "step": 20, **TIMED},
-        {"epoch": 1, "step": 20, "test_top1": 41.0, "test_ema_top1": 45.0, **epoch},
-        {"epoch": 2, "step": 25, **TIMED, "seconds": 10.0},
-    ]
-    assert read_progress(tmp_path).total_steps is None  # before the first record
-    log(tmp_path, records)
-    found = read_progress(tmp_path)
-    assert (found.step, found.total_steps, found.epoch, found.epochs) == (25, 100, 2, 10)
-    assert (found.last_top1, found.best_top1, found.images_per_second) == (45.0, 50.0, 64.0)
-    assert found.seconds_left == pytest.approx(150, abs=10)
-    # one that was stopped at the end of an epoch has timed no step, and is no fast run
-    epochs = [
-        {**epoch, "epoch": 0, "step": 10},
-        {"epoch": 1, "step": 20, "n_parameters": 5, "seconds": 0.001},
-    ]
-    log(tmp_path, epochs)
-    found = read_progress(tmp_path)
-    assert (found.images_per_second, found.seconds_left) == (64.0, pytest.approx(160))
-
-
-def test_progress_of_a_recipe_with_stages(tmp_path: Path) -> None:
-    for stage, step, total in (("2-tune", 3, 4), ("1-fit", 9, 9)):
-        log(tmp_path / stage, [{"epoch": 0, "step": step, "n_parameters": 5, "total_steps": total}])
-    found = read_progress(tmp_path)
-    assert (found.stage, found.step, found.total_steps) == ("2-tune", 3, 4)
-
-
-AGE, LEFT = 400.0, 900.0
-"""Seconds since the last record, and of the 90 steps that were left then."""
-
-
 @pytest.mark.parametrize(
-    ("job", "ages", "left"),
+    ("job", "left"),
     [
-        (State("RUNNING"), [AGE + 100], pytest.approx(LEFT - AGE, abs=60)),
-        (State("PENDING", restarts=1), [AGE + 100], LEFT),
-        (State("RUNNING", restarts=1), [AGE + 100], LEFT),
-        (State("RUNNING", restarts=1), [AGE + 100, AGE / 2], LEFT),
+        (State("RUNNING"), 500),
+        (State("PENDING", restarts=1, reason="Resources", start=1.8e9), 900),
+        (State("RUNNING", restarts=1), 900),
+        (State("SUSPENDED"), 900),
     ],
-    ids=["trains", "waits", "restarts", "before its first record"],
+    ids=["trains", "waits", "restarts", "is suspended"],
 )
 def test_the_time_left_is_counted_down_by_a_run_that_trains_alone(
-    job: State, ages: list[float], left: Any, run: JobFolder, slurm: FakeSlurm
+    job: State, left: float, run: JobFolder, slurm: FakeSlurm
 ) -> None:
-    timed = {"epoch": 0, "step": 10, "seconds": 100.0, "images_per_second": 3.2}
-    log(run.output_dir, [{**timed, "n_parameters": 5, "total_steps": 100}])
-    os.utime(run.output_dir / "log.jsonl", (time.time() - AGE,) * 2)
-    for restart, age in enumerate(ages):
-        attempted(run.output_dir, restart=restart, started=time.time() - age)
+    """The last record is 400 seconds old, and 90 steps of 10 seconds were left then."""
+    timed = {"epoch": 0, "step": 10, "seconds": 100.0, "images_per_second": 3.2, "total_steps": 100}
+    (run.output_dir / "log.jsonl").write_text(json.dumps(timed) + "\n")
+    os.utime(run.output_dir / "log.jsonl", (time.time() - 400,) * 2)
+    attempted(run.output_dir, started=time.time() - 500)
     slurm.says(job)
-    assert described(run.output_dir).progress.seconds_left == left
-    if job.state == "PENDING":
-        slurm.says(State("PENDING", restarts=1, reason="Resources", start=1.8e9))
-        text = describe(described(run.output_dir))
-        assert "left      0:15:00 once it runs\n" in text
-        assert "starts    expected at " in text
+    status = described(run.output_dir)
+    assert status.progress.seconds_left == pytest.approx(left, abs=60)
+    if status.state == "requeued":
+        assert "left      0:15:00 once it runs\n" in describe(status)
+        assert "starts    expected at " in describe(status)
 
 
 @pytest.mark.parametrize("line", ["jobs run", "jobs stop run", "submit run.yaml --unchecked --cluster local"])
