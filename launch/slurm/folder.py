@@ -1,6 +1,12 @@
 """What a run on a cluster writes down: its submissions, its attempts, and the errors of their ranks.
 
+    OUTPUT_DIR/jobs/config.yaml                 every setting, as submitted; beside that of a comparison, the recipe of
+                                                its teacher, if that is a user's file
     OUTPUT_DIR/jobs/submissions/0001.json       what was submitted, oldest first; written before sbatch is called
+    OUTPUT_DIR/jobs/launch-…/                   what its job needs to start, and the returned job number in `job`
+    OUTPUT_DIR/jobs/code-…/                     the copy of the package that the job runs
+    OUTPUT_DIR/jobs/{env,base,code}-….{tar,squashfs}  with `--pack`, and without `--pack_folder`: what nodes unpack
+    OUTPUT_DIR/jobs/logs/1234_3_log.{out,err}   the output of rank 3 of job 1234, all attempts one after another
     OUTPUT_DIR/jobs/attempts/0001-1234.0.jsonl  the events of attempt 1: job 1234, restart 0; one JSON object a line,
                                                 written by its first rank
     OUTPUT_DIR/jobs/errors/0001-1234.0-3.txt    how rank 3 of that attempt failed, under the kind of failure
