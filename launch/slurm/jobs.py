@@ -274,7 +274,7 @@ def judge(seen: Status) -> tuple[str, str]:
     slurm, last = seen.slurm, seen.last
     if slurm.state in WAITING:
         again = slurm.restarts > 0 or last is not None
-        return ("requeued" if again else "pending"), waiting(slurm.reason, slurm.start)
+        return ("requeued" if again else "pending"), waiting(slurm.reason, seen.job.resources, slurm.start)
     if slurm.state in AT_WORK:
         return _at_work(seen)
     if last is not None and last.outcome == "finished":

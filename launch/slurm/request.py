@@ -74,6 +74,11 @@ PASSED = (
 """Resources that the script has under the same name, with the value as it was given."""
 
 
+def memory_of(resources: Mapping[str, Any]) -> str:
+    """Return the name in `MEMORY` by which memory was asked for; `mem` where it was not."""
+    return next((name for name in MEMORY if resources.get(name) is not None), "mem")
+
+
 def _lines(value: Any) -> Any:
     return value.splitlines() if isinstance(value, str) else value
 

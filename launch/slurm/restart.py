@@ -22,6 +22,7 @@ from ...checkpoints.files import UnreadableError, read_json
 from ...models.errors import GraftError, counted
 from .failures import NO_MEMORY, said_of
 from .folder import Attempt, Failure, Job, JobFolder, newest_state
+from .request import memory_of
 from .scheduler import ask, expand_nodes, job_fields
 
 PATIENCE, PAUSE = 300.0, 10.0
@@ -46,7 +47,8 @@ def judge(files: JobFolder, job: Job, now: Attempt) -> Failure | None:
     if said.why and not said.transient:
         return said
     if said.why.startswith(NO_MEMORY) and now.state == state:
-        return replace(said, why=f"{said.why}, before anything new was saved: give a larger --mem")
+        flag = memory_of(job.resources)
+        return replace(said, why=f"{said.why}, before anything new was saved: give a larger --{flag}")
     why, wait = _again(files, job, now, state)
     node = said.node or _node_of(now, failures)
     return Failure(why=f"{said.why or explain(now, failures)}; {why}", wait=wait, node=node)

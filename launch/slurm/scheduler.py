@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from ...models.errors import GraftError
+from .request import memory_of
 
 # Run Slurm's commands, each with a bounded number of tries.
 
@@ -394,25 +395,27 @@ _FLAGS_OF = {
 }
 
 
-def waiting(reason: str, start: float | None = None) -> str:
-    """Return why a job waits, as in `waits for nodes: Resources`: Slurm's word, with a sentence where there is one."""
+def waiting(reason: str, resources: Mapping[str, Any], start: float | None = None) -> str:
+    """Return why a job with these resources waits, as in `waits for nodes: Resources`: Slurm's word, with a sentence
+    where there is one."""
     word = reason.partition(",")[0].strip().replace(" ", "_")  # some come with blanks
     if not word:
         return ""
     if word == "BeginTime" and start is not None:  # which is certain for it alone
         return f"waits until {clock(start)}: {word}"
-    if flags := flags_beyond(reason):
+    if flags := flags_beyond(reason, resources):
         return f"waits: a limit does not allow it, see {', '.join(f'--{name}' for name in flags)}: {reason}"
     return f"{_WAITS.get(word, 'waits')}: {reason}"
 
 
-def flags_beyond(reason: str) -> tuple[str, ...]:
+def flags_beyond(reason: str, resources: Mapping[str, Any]) -> tuple[str, ...]:
     """Return the resources that are beyond a limit which each job must meet; empty where the job only waits."""
     word = reason.partition(",")[0].strip()
     if re.fullmatch(_NEVER, word) is None:
         return ()
     word = word.replace("PerNode", "")
-    return next((names for part, names in _FLAGS_OF.items() if re.search(part, word)), ("nodes", "time"))
+    names = next((names for part, names in _FLAGS_OF.items() if re.search(part, word)), ("nodes", "time"))
+    return (memory_of(resources),) if names == ("mem",) else names
 
 
 def clock(moment: float) -> str:

@@ -36,7 +36,7 @@ from .environment import outside_of_a_job, start_script
 from .folder import Job, JobFolder, newest_state, remember, write_number
 from .jobs import UNSURE, active_jobs, home
 from .lock import InterruptedSubmissionError, ordered, submitting, unbroken
-from .request import Request, option_name
+from .request import MEMORY, Request, memory_of, option_name
 from .scheduler import NoAnswerError, ask, flags_beyond, job_states, number_by_name, waiting
 from .site_file import check_commands, check_folder
 
@@ -59,7 +59,7 @@ _FLAG_OF = {
     "generic resource": "gres", "dependency": "dependency", "cpu count": "cpus_per_task",
 }  # fmt: skip
 """Words of sbatch's refusals, and the resource that they are about."""
-_SIZES = ("partition", "nodes", "gpus_per_node", "gres", "tasks_per_node", "cpus_per_task", "mem")
+_SIZES = ("partition", "nodes", "gpus_per_node", "gres", "tasks_per_node", "cpus_per_task", *MEMORY)
 _NUMBER = re.compile(r"^(?:Submitted batch job )?([0-9]+)(?:;.*| on .*)?$", re.MULTILINE)
 """The job number in sbatch's output, among a site's own lines; a wrapper of sbatch may not know `--parsable`."""
 
@@ -131,11 +131,12 @@ def _ask_sbatch(path: Path, request: Request) -> str:
 
 def _refusal(words: str, request: Request) -> ConfigError:
     """Return Slurm's words with the resource that they are about, or what was asked for where they name none."""
-    limits = [name for word in words.split() for name in flags_beyond(word)]
+    flag_of = _FLAG_OF | {"memory": memory_of(dict(request))}
+    limits = [name for word in words.split() for name in flags_beyond(word, dict(request))]
     limits += [
-        name for word in re.findall("--([a-z-]+)", words) if (name := option_name(word)) in _FLAG_OF.values()
+        name for word in re.findall("--([a-z-]+)", words) if (name := option_name(word)) in flag_of.values()
     ]
-    parts = [name for part, name in _FLAG_OF.items() if re.search(rf"\b{part}\b", words.lower())]
+    parts = [name for part, name in flag_of.items() if re.search(rf"\b{part}\b", words.lower())]
     named = [name for name in limits or parts if getattr(request, name) is not None]
     if named:
         return ConfigError(f"{request.said(named[0])}: sbatch refuses the job: {words}")
@@ -245,7 +246,7 @@ def first_word(jobs: Sequence[str], request: Request, patience: float = FIRST_WO
             return ""
         if seen.state != "PENDING":
             return ""
-        word = waiting(seen.reason, seen.start)
+        word = waiting(seen.reason, dict(request), seen.start)
         of_one = several and seen.reason.startswith("Partition")  # and another one may take it
         if word and seen.reason not in FIRST_REASONS and not of_one:
             return word

@@ -87,6 +87,7 @@ def test_what_slurm_understands(line: str, known: list[str], submitted: Submit) 
         ("--gres tmpdisc:5", "--gres is tmpdisc:5: sbatch refuses the job: Invalid generic resource"),
         ("--mem 1.5G", "--mem is 1.5G: sbatch refuses the job: Invalid --mem specification"),
         ("--mem '240 GB'", "--mem is 240 GB: sbatch refuses the job: Invalid --mem specification"),
+        ("--mem_per_gpu 1.5G", "--mem_per_gpu is 1.5G: sbatch refuses the job: "),
         ("--mail never", "sbatch refuses the job: "),
         ("--sbatch nosuch=1", "sbatch refuses the job: "),
         ("--data.dataset folder --data_path nowhere", "nowhere"),
@@ -108,6 +109,10 @@ def test_what_never_runs_is_refused(line: str, said: str, refused: Callable[...,
             "configuration is not available (--nodes is 2, --gpus_per_node is h100:1",
         ),
         ("--mem 9G", "--mem is 9G: sbatch refuses the job: Memory specification can not be satisfied"),
+        (
+            "--mem_per_cpu 9G --cpus_per_task 1",
+            "--mem_per_cpu is 9G: sbatch refuses the job: Memory specification",
+        ),
         (
             "--cpus_per_task 3 --tasks_per_node 3",
             "--cpus_per_task is 3: sbatch refuses the job: CPU count per node",

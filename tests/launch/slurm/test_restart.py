@@ -49,15 +49,15 @@ class Run:
         state.parent.mkdir(exist_ok=True)
         state.write_text(f"{self.restart}")
 
-    def verdict(self, max_restarts: int = 3) -> Failure | None:
+    def verdict(self, max_restarts: int = 3, **asked: Any) -> Failure | None:
         job = self.files.job()
         assert job is not None
         now = self.files.attempts()[-1]
-        resources = {"max_restarts": max_restarts, "restart_wait": 30}
+        resources = {"max_restarts": max_restarts, "restart_wait": 30, **asked}
         return judge(self.files, replace(job, job_id=now.job_id, resources=resources), now)
 
-    def failed(self, max_restarts: int = 3) -> Failure:
-        verdict = self.verdict(max_restarts)
+    def failed(self, max_restarts: int = 3, **asked: Any) -> Failure:
+        verdict = self.verdict(max_restarts, **asked)
         assert verdict is not None
         return verdict
 
@@ -93,15 +93,16 @@ def test_a_node_that_cannot_run_the_interpreter_is_not_tried_again(run: Run, cod
 
 
 @pytest.mark.parametrize(("saves", "wait"), [(False, None), (True, 30)])
+@pytest.mark.parametrize("asked", ["mem", "mem_per_gpu"])
 def test_memory_that_was_short_is_short_again_unless_something_was_saved(
-    run: Run, saves: bool, wait: int | None
+    run: Run, saves: bool, wait: int | None, asked: str
 ) -> None:
     run.attempt(LOST, log_start=0)
     run.log("srun: error: n2: task 3: Out Of Memory")
     if saves:
         run.save()
-    verdict = run.failed()
-    assert (verdict.wait, "--mem" in verdict.why, verdict.node) == (wait, not saves, "n2")
+    verdict = run.failed(**{"mem": None, asked: "60G"})
+    assert (verdict.wait, verdict.why.endswith(f" --{asked}"), verdict.node) == (wait, not saves, "n2")
     assert verdict.why.startswith("out of memory: the system killed rank 3 on n2")
 
 

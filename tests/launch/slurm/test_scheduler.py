@@ -131,9 +131,9 @@ def test_a_job_is_found_by_its_name_and_script(monkeypatch: pytest.MonkeyPatch) 
     ],
 )
 def test_why_a_job_waits(reason: str, words: str) -> None:
-    assert waiting(reason) == (f"{words}{reason}" if reason else "")
-    assert flags_beyond(reason) == ()
-    assert re.fullmatch(r"waits until .*\d\d:\d\d:\d\d: BeginTime", waiting("BeginTime", 1.8e9))
+    assert waiting(reason, {}) == (f"{words}{reason}" if reason else "")
+    assert flags_beyond(reason, {}) == ()
+    assert re.fullmatch(r"waits until .*\d\d:\d\d:\d\d: BeginTime", waiting("BeginTime", {}, 1.8e9))
 
 
 @pytest.mark.parametrize(
@@ -150,8 +150,10 @@ def test_why_a_job_waits(reason: str, words: str) -> None:
     ],
 )
 def test_a_limit_of_each_job_names_flags_that_there_are(reason: str, flags: list[str]) -> None:
-    assert list(flags_beyond(reason)) == flags == [name for name in flags if name in Request.model_fields]
-    assert re.findall(r"--(\w+)", waiting(reason)) == flags
+    assert list(flags_beyond(reason, {})) == flags == [name for name in flags if name in Request.model_fields]
+    assert re.findall(r"--(\w+)", waiting(reason, {"mem": None})) == flags
+    by_gpu = [name.replace("mem", "mem_per_gpu") for name in flags]
+    assert re.findall(r"--(\w+)", waiting(reason, {"mem_per_gpu": "60G"})) == by_gpu
 
 
 def test_without_slurm_one_sentence_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
