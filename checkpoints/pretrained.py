@@ -533,8 +533,9 @@ def load(source: str | Path, *, dtype: torch.dtype | None = None, **how: Unpack[
 
 def _give_head(model: nn.Module, classes: int | None) -> None:
     """Give a model a fresh head where it has none of so many classes."""
-    if classes is not None and vit(model).num_classes != classes:
-        vit(model).reset_classifier(classes)
+    classifier: Any = vit(model)
+    if classes is not None and classifier.num_classes != classes:
+        classifier.reset_classifier(classes)
         logger.info("the head of %s classes is fresh", classes)
 
 
