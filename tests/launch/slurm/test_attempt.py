@@ -21,6 +21,7 @@ from graftvit.launch.slurm.folder import Attempt as Record
 from graftvit.launch.slurm.folder import Failure, JobFolder, read_failure
 from graftvit.models.errors import ConfigError, RunFailedError
 from graftvit.transfer.engine import early_signals
+from support.slurm.slurm_folders import failing
 
 
 class Job:
@@ -28,9 +29,9 @@ class Job:
 
     def __init__(self, folder: Path, patch: pytest.MonkeyPatch) -> None:
         self.folder, self._patch = folder, patch
-        self.reason, self.fallen, self.requeued = "preempted", [], 0
+        self.reason, self.requeued = "preempted", 0
         patch.setattr(module, "reason_of_signal", lambda *_: self.reason)
-        patch.setattr(module, "fallen_nodes", lambda _: self.fallen)
+        patch.setattr(module, "fallen_nodes", lambda _: [])
         patch.setattr(module, "requeue", self._requeue)
         patch.setattr(module, "limit_threads", lambda: None)
         patch.setenv("SUBMITIT_EXECUTOR", "slurm")
@@ -214,12 +215,9 @@ def test_a_record_that_cannot_be_written_stops_no_training(
     job: Job, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def work() -> int:
-        monkeypatch.setattr(JobFolder, "note", away)
-        monkeypatch.setattr(JobFolder, "write_failure", away)
+        for name in ("note", "write_failure"):
+            monkeypatch.setattr(JobFolder, name, failing(OSError(116, "Stale file handle")))
         raise ValueError("boom")
-
-    def away(*_: Any, **__: Any) -> None:
-        raise OSError(116, "Stale file handle")
 
     assert job.run(work) == 1
     assert capsys.readouterr().err.count("the record of this attempt is not written") == 1
@@ -262,14 +260,6 @@ def test_steps_that_are_done_again_are_counted(job: Job, monkeypatch: pytest.Mon
         lost.append(job.last.lost)
         monkeypatch.setattr(state, "read_meta", lambda path: {"position": {"step": 10 * job.requeued}})
     assert lost == [0, 20, 10]
-
-
-def test_the_next_attempt_says_which_node_was_lost(job: Job) -> None:
-    folder = JobFolder(job.folder)
-    folder.begin(job_id="77", restart=0, nodes=["a1", "a2"], world_size=4, before="")
-    job.fallen = ["a2"]
-    job.run(lambda: 0, restart=1)
-    assert (job.last.number, job.last.before) == (2, "node failure: a2")
 
 
 def test_a_job_whose_run_folder_is_gone_ends_with_a_sentence(

@@ -13,14 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 from graftvit.launch.slurm import batch as module
 from graftvit.launch.slurm.attempt import Task
 from graftvit.launch.slurm.batch import Batch, copy_package, origin, script
 from graftvit.launch.slurm.request import Request
 from graftvit.models.errors import ConfigError
+from support.runs import commands
 from support.runs.patience import until
-from support.slurm.cluster_runs import cluster_run, user_environment
+from support.slurm.cluster_runs import ALONE, cluster_run, user_environment
 from support.slurm.cluster_users import write_program
 from support.slurm.slurm_cluster import SlurmCluster
 
@@ -47,8 +47,7 @@ def test_a_folder_that_would_end_its_line_is_refused_and_its_name_tells_it_from_
         Batch(tmp_path / "a\nb", [], Request(), 1)
     (tmp_path / "link").symlink_to(tmp_path)
     one, same, other = (
-        Batch(folder, [], Request(), 1)
-        for folder in (tmp_path / "my run", tmp_path / "link" / "my run", tmp_path / "other" / "my run")
+        Batch(tmp_path / name / "my|run", [], Request(), 1) for name in (".", "link", "other")
     )
     assert one.name == same.name != other.name
     assert one.name.startswith("graftvit-my-run-")
@@ -239,14 +238,10 @@ def test_a_requeued_run_takes_no_edit_made_since(tmp_path: Path, cluster: SlurmC
 
     edit("submitted")
     run = cluster_run(cluster, tmp_path, optim={"epochs": 6})
-    recipe = tmp_path / "run.yaml"
-    recipe.write_text(yaml.safe_dump(run.config.model_dump(mode="json")))
     own = {"PYTHONPATH": str(sources), "TOLD": str(told)}
-    words = ["submit", str(recipe), "--nodes", "1", "--tasks_per_node", "1"]
-    done = subprocess.run(
-        [sys.executable, "-m", "graftvit.launch", *words], cwd=tmp_path, capture_output=True, text=True,
-        env={**user_environment(cluster, tmp_path), **own},
-    )  # fmt: skip
+    done = commands.run(
+        ["submit", run.recipe(), *ALONE], {**user_environment(cluster, tmp_path), **own}, tmp_path
+    )
     assert done.returncode == 0, done.stderr
     edit("edited")
     run.wait_for_lines(3)

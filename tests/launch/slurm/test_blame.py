@@ -83,6 +83,8 @@ TIME = PREEMPTED.replace("PREEMPTION", "TIME LIMIT")
         (MEMORY.splitlines()[0], "failed", "out of memory", None, ""),
         (KILLED.replace("Killed", "Bus error"), "failed", "rank 3 on gpu2: Bus error", 3, "gpu2"),
         (UNRUNNABLE, "failed", "rank 2 on gpu2 could not run the interpreter (exit code 127)", 2, "gpu2"),
+        (UNRUNNABLE.replace("127", "126"), "failed", "rank 2 on gpu2 could not run the interpreter (exit code 126)", 2,
+         "gpu2"),
         (PREEMPTED, "preempted", "preemption", None, ""),
         (TIME, "timed out", "time limit", None, ""),
         (PREEMPTED.replace("PREEMPTION", "JOB REQUEUE"), "", "", None, ""),
@@ -93,7 +95,7 @@ TIME = PREEMPTED.replace("PREEMPTION", "TIME LIMIT")
 def test_what_slurm_wrote(log: str, state: str, why: str, rank: int | None, node: str) -> None:
     found = said_by_slurm(f"{LOST}\n{log}")
     assert (found.state, found.why, found.rank, found.node) == (state, why, rank, node)
-    assert found.transient == (log != UNRUNNABLE)
+    assert found.transient == ("interpreter" not in why)
     assert LOST not in found.text
 
 

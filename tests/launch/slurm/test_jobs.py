@@ -23,7 +23,7 @@ from graftvit.launch.slurm.plan import unfinished
 from graftvit.launch.slurm.scheduler import REMOVED, State, parse_queue
 from graftvit.models.errors import ConfigError, GraftError
 from support.runs.typed import Typed
-from support.slurm.slurm_folders import SILENT, FakeSlurm, attempted, submitted
+from support.slurm.slurm_folders import SILENT, FakeSlurm, attempted, failing, submitted
 
 GONE = State()
 PREEMPTED = {"signal": "SIGUSR2 (preempted)", "outcome": "requeued"}
@@ -418,9 +418,5 @@ def test_watching_is_left_by_ctrl_c_without_a_failure(
     run: JobFolder, slurm: FakeSlurm, typed: Typed, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     slurm.says("RUNNING")
-
-    def press(seconds: float) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(jobs_text.time, "sleep", press)
+    monkeypatch.setattr(jobs_text.time, "sleep", failing(KeyboardInterrupt()))
     typed("jobs", run.output_dir, "--watch")

@@ -17,7 +17,7 @@ from graftvit.launch.slurm.batch import Batch, script
 from graftvit.launch.slurm.folder import Failure, JobFolder, Kind
 from graftvit.launch.slurm.request import Request
 from graftvit.launch.slurm.restart import judge, main
-from support.slurm.slurm_folders import SILENT, submitted
+from support.slurm.slurm_folders import SILENT, failing, submitted
 
 LOST: tuple[Kind, bool, str] = ("consequence", True, "RuntimeError: Connection closed by peer")
 STALE: tuple[Kind, bool, str] = ("cause", True, "OSError: [Errno 116] Stale file handle")
@@ -40,9 +40,9 @@ class Run:
             self.files.note(name, **event)
         return name
 
-    def log(self, text: str, rank: int = 0) -> None:
-        """What the log of a rank holds."""
-        (self.folder / "logs" / f"77_{rank}_log.err").write_text(f"{text}\n")
+    def log(self, text: str) -> None:
+        """What the log of the first rank holds."""
+        (self.folder / "logs" / "77_0_log.err").write_text(f"{text}\n")
 
     def save(self) -> None:
         state = self.folder / "checkpoints" / "last.safetensors"
@@ -81,15 +81,6 @@ def test_one_lasting_error_among_others_ends_the_run(run: Run) -> None:
     assert (run.failed().why, run.failed().wait) == ("rank 2: ValueError: boom", None)
     run.attempt(LOST, STALE, outcome="failed")  # a disk that was away is the reason that is told
     assert run.failed().why.startswith("rank 1: OSError: [Errno 116] Stale file handle; starts again")
-
-
-@pytest.mark.parametrize("code", [126, 127])
-def test_a_node_that_cannot_run_the_interpreter_is_not_tried_again(run: Run, code: int) -> None:
-    run.attempt(LOST, log_start=0)
-    run.log(f"srun: error: n2: task 3: Exited with exit code {code}")
-    run.log(said := "env: '/opt/python': No such file or directory", 3)
-    why = f"rank 3 on n2 could not run the interpreter (exit code {code}): {said}"
-    assert (run.failed().why, run.failed().wait) == (why, None)
 
 
 @pytest.mark.parametrize(("saves", "wait"), [(False, None), (True, 30)])
@@ -295,14 +286,10 @@ def test_without_the_record_nothing_is_started_again(
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")  # no such attempt
     assert (main(launch, 137), slurm.told) == (137, [])
     monkeypatch.setenv("SLURM_RESTART_COUNT", "0")
-
-    def away(*_: Any, **__: Any) -> None:
-        raise OSError(116, "Stale file handle")
-
     monkeypatch.setattr(module, "PATIENCE", 0.05)
+    away = failing(OSError(116, "Stale file handle"))
     monkeypatch.setattr(JobFolder, "note", away)  # it would not count, and go round for ever
-    assert main(launch, 137) == 137
-    assert slurm.told == []
+    assert (main(launch, 137), slurm.told) == (137, [])
     assert "Stale file handle" in capsys.readouterr().err
 
 
@@ -310,12 +297,9 @@ def test_without_the_record_nothing_is_started_again(
 def test_a_scheduler_that_does_not_answer(
     slurm: Slurm, launch: Path, when: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def silent(*words: str, **_: Any) -> str:
-        raise SILENT
-
-    slurm.then = silent  # type: ignore[assignment]
+    slurm.then = failing(SILENT)
     if when == "question":
-        monkeypatch.setattr(scheduler, "ask", silent)
+        monkeypatch.setattr(scheduler, "ask", failing(SILENT))
     assert main(launch, 137) == 137
     if when == "question":
         assert "not started again" in capsys.readouterr().err
@@ -340,12 +324,3 @@ def test_a_folder_that_is_gone_beside_others_is_not_waited_for(tmp_path: Path, w
     shutil.rmtree(tmp_path)
     waited = subprocess.run(["bash", "-c", text], capture_output=True, text=True)
     assert (waited.returncode, waited.stderr.count("waits")) == (7, 30)
-
-
-def test_the_name_of_a_folder_is_one_name(tmp_path: Path) -> None:
-    folder = tmp_path / "a|b c"
-    folder.mkdir()
-    (tmp_path / "link").symlink_to(folder)
-    one, other = (Batch(tmp_path / name, [], Request(), 1).name for name in ("link", "a|b c"))
-    assert one == other
-    assert "|" not in one

@@ -32,6 +32,7 @@ from graftvit.launch.slurm.scheduler import (
 from graftvit.models.errors import GraftError
 from support.runs.patience import until
 from support.slurm.slurm_cluster import SlurmCluster
+from support.slurm.slurm_folders import failing
 
 QUEUE = """\
 12632732|FAILED|gpu1|NonZeroExitCode|0|1792|2026-11-21T12:13:56|2026-11-21T12:13:57|graftvit-x-0|/x/jobs/launch-0/submit.sh|
@@ -165,12 +166,8 @@ def test_without_slurm_one_sentence_says_so(monkeypatch: pytest.MonkeyPatch, tmp
 
 
 def test_a_scheduler_that_hangs_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    def hang(words: list[str], timeout: float, **_: Any) -> None:
-        raise subprocess.TimeoutExpired(words, timeout)
-
-    monkeypatch.setattr(subprocess, "run", hang)
-    monkeypatch.setattr(scheduler, "PAUSE", 0.0)
-    monkeypatch.setattr(scheduler, "_silent", {})
+    answers(monkeypatch)
+    monkeypatch.setattr(subprocess, "run", failing(subprocess.TimeoutExpired("squeue", 15)))
     with pytest.raises(NoAnswerError, match=r"asked 3 times in .* no answer within 15 seconds"):
         job_states(["1"])
     assert scheduler.TRIES * scheduler.TIMEOUT + (scheduler.TRIES - 1) * 2 < 60

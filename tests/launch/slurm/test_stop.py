@@ -18,7 +18,7 @@ from graftvit.models.errors import GraftError
 from support.runs.patience import until
 from support.runs.typed import Typed
 from support.slurm.slurm_cluster import SlurmCluster
-from support.slurm.slurm_folders import SILENT, FakeSlurm, submitted
+from support.slurm.slurm_folders import SILENT, FakeSlurm, failing, submitted
 
 
 def cells(root: Path, *ids: str) -> list[Path]:
@@ -60,12 +60,8 @@ def test_a_signal_that_could_not_be_sent(
     files = submitted(tmp_path, job_id="7")
     ends = error is ENDING
     slurm.says("COMPLETING" if ends else "RUNNING")
-
-    def fail(*_: object) -> None:
-        raise error
-
     monkeypatch.setattr(stop, "PAUSE", 0.0)
-    monkeypatch.setattr(stop, "signal_job", fail)
+    monkeypatch.setattr(stop, "signal_job", failing(error))
     said = typed("jobs", "stop", tmp_path, code=0 if ends else 1)
     assert said.out == (f"job 7 of {tmp_path} is ending already\n" if ends else "")
     assert files.asked_to_stop("7") == ends

@@ -29,7 +29,7 @@ from graftvit.transfer.engine.train import train
 from support.runs.engine_runs import config, make_teacher
 from support.runs.typed import Typed
 from support.slurm.cluster_users import user_with_recipe, write_program, write_site
-from support.slurm.slurm_folders import SILENT, attempted, submitted
+from support.slurm.slurm_folders import SILENT, FakeSlurm, attempted, failing, submitted
 from support.slurm.sweep_folders import make_sweep
 
 PARTITION = "allocation failure: Invalid partition name specified"
@@ -110,16 +110,9 @@ def test_a_refusal_of_slurm_names_where_a_value_is_from(
     assert str(raised.value).startswith(sentence.format(site=path))
 
 
-def test_what_may_only_have_to_wait_is_no_refusal(user: Path, typed: Typed) -> None:
-    """Slurm says the same of nodes that do not exist, and of those that are down."""
-    busy = "Requested node configuration is not available"
-    write_program(user / "bin", "sbatch", f"echo 'allocation failure: {busy}' >&2; exit 1\n")
-    said = typed("submit run.yaml --dry_run")
-    assert f"sbatch --test-only says: {busy}, which is also said of nodes that are down" in said.out
-    assert "#SBATCH" in said.out
-
-
-def test_without_an_answer_of_slurm_nothing_is_written(user: Path, typed: Typed) -> None:
+def test_without_slurm_or_its_answer_nothing_is_written(
+    user: Path, typed: Typed, monkeypatch: pytest.MonkeyPatch
+) -> None:
     why = "Unable to contact slurm controller (connect failure)"
     write_program(user / "bin", "sbatch", f"echo 'sbatch: error: {why}' >&2; exit 1\n")
     before = sorted(user.rglob("*"))
@@ -127,6 +120,14 @@ def test_without_an_answer_of_slurm_nothing_is_written(user: Path, typed: Typed)
     assert told.splitlines()[-1].startswith("graftvit: error: Slurm does not answer: ")
     assert why in told
     assert sorted(user.rglob("*")) == before
+    write_program(user / "elsewhere", "scontrol", "")
+    monkeypatch.setenv("PATH", str(user / "elsewhere"))
+    told = typed("submit run.yaml", code=2).err
+    assert told.startswith(
+        "graftvit: error: --cluster slurm: no sbatch, sinfo, srun here; submit from a login node"
+    )
+    assert told.count("\n") == 1
+    assert not (user / "run").exists()
 
 
 BEYOND = "a limit does not allow it, see --time: QOSMaxWallDurationPerJobLimit"
@@ -144,28 +145,12 @@ BEYOND = "a limit does not allow it, see --time: QOSMaxWallDurationPerJobLimit"
     ],
 )  # fmt: skip
 def test_why_a_job_waits_is_said_after_its_submission(
-    answers: list[State | Exception], word: str, monkeypatch: pytest.MonkeyPatch
+    answers: list[State | Exception], word: str, slurm: FakeSlurm, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    left = list(answers)
-
-    def states(jobs: list[str], tries: int) -> dict[str, State]:
-        answer = left.pop(0)
-        if isinstance(answer, Exception):
-            raise answer
-        return dict.fromkeys(jobs, answer)
-
-    monkeypatch.setattr(submit, "job_states", states)
+    slurm.says(*answers)
     monkeypatch.setattr(submit.time, "sleep", lambda seconds: None)
     assert first_word(["7_0", "7_1"], Request(), patience=60.0) == word
-    assert not left
     assert first_word(["7"], Request(), patience=0.0) == ""
-
-
-def test_it_is_printed_below_the_number(user: Path, monkeypatch: pytest.MonkeyPatch, typed: Typed) -> None:
-    monkeypatch.setattr(submit, "job_states", lambda *_, **__: {"77": State("PENDING", reason="Resources")})
-    said = typed("submit run.yaml --unchecked").out
-    assert said.startswith(f"submitted job 77 in {user / 'run'}\n")
-    assert said.endswith("  it waits for nodes: Resources\n")
 
 
 @pytest.mark.slow
@@ -317,19 +302,10 @@ def batch(tmp_path: Path) -> Batch:
     return made
 
 
-def answer(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, said: str, lines: str = "", queued: str | Exception = ""
-) -> None:
-    """An sbatch that says so, and a queue that has the job under a number, does not know it (yet), or is away."""
+def answer(folder: Path, monkeypatch: pytest.MonkeyPatch, said: str, lines: str = "") -> None:
+    """An sbatch that says so."""
     write_program(folder / "bin", "sbatch", f"cat <<'END'\n{said}\nEND\n{lines}\n")
     monkeypatch.setenv("PATH", str(folder / "bin"), prepend=":")
-
-    def by_name(name: str, script: Path) -> str:
-        if isinstance(queued, Exception):
-            raise queued
-        return queued
-
-    monkeypatch.setattr(submit, "number_by_name", by_name)
 
 
 @pytest.mark.parametrize(
@@ -343,10 +319,11 @@ def answer(
     ],
 )
 def test_the_number_of_the_job_is_found(
-    said: str, queued: str, batch: Batch, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    said: str, queued: str, batch: Batch, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, slurm: FakeSlurm
 ) -> None:
     """Also where a site has put a program of its own in front of sbatch."""
-    answer(tmp_path, monkeypatch, said, queued=queued)
+    answer(tmp_path, monkeypatch, said)
+    slurm.numbers(queued)
     assert submit._sbatch(batch) == "123"
 
 
@@ -354,20 +331,21 @@ LOST = "slurm_submit_batch_job: Zero Bytes were transmitted or received"
 
 
 @pytest.mark.parametrize(
-    ("lines", "queued", "said", "unsure"),
+    ("lines", "away", "said", "unsure"),
     [
-        ("", "", "may be queued all the same", True),
-        (f"echo {LOST} >&2; exit 1", "", "may be queued all the same", True),
+        ("", None, "may be queued all the same", True),
+        (f"echo {LOST} >&2; exit 1", None, "may be queued all the same", True),
         (f"echo {LOST} >&2; exit 1", SILENT, "whether the job is queued is not known", False),
-        ("echo no such account >&2; exit 1", "", "sbatch refuses the job: no such account", False),
-        (f"echo {submit.UNCLEAR[0]} >&2; exit 1", "", r"not available \(--nodes is 1 by default\)", False),
+        ("echo no such account >&2; exit 1", None, "sbatch refuses the job: no such account", False),
+        (f"echo {submit.UNCLEAR[0]} >&2; exit 1", None, r"not available \(--nodes is 1 by default\)", False),
     ],
 )
 def test_a_job_that_was_taken_is_not_called_refused(
-    lines: str, queued: str | Exception, said: str, unsure: bool, batch: Batch, tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    lines: str, away: Exception | None, said: str, unsure: bool, batch: Batch, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch, slurm: FakeSlurm,
 ) -> None:  # fmt: skip
-    answer(tmp_path, monkeypatch, "" if "exit" in lines else "it is done", lines, queued)
+    slurm.numbers(error=away)
+    answer(tmp_path, monkeypatch, "" if "exit" in lines else "it is done", lines)
     with pytest.raises(GraftError, match=said) as raised:
         submit._sbatch(batch)
     assert isinstance(raised.value, ConfigError) == (lines.endswith("exit 1") and LOST not in lines)
@@ -421,10 +399,7 @@ def test_a_second_submission_waits_and_then_gives_up(
 @pytest.mark.parametrize("number", [errno.ENOSYS, errno.EOPNOTSUPP])
 @pytest.mark.filterwarnings("ignore:flock not supported")
 def test_a_file_system_without_locks(number: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    def flock(*_: object) -> None:
-        raise OSError(number, os.strerror(number))
-
-    monkeypatch.setattr(fcntl, "flock", flock)
+    monkeypatch.setattr(fcntl, "flock", failing(OSError(number, os.strerror(number))))
     with submitting(tmp_path):
         lock._mine.clear()  # as another process sees it
         assert is_submitting(tmp_path)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
-from graftvit.launch.slurm import jobs
+from graftvit.launch.slurm import jobs, submit
 from graftvit.launch.slurm.folder import Job, JobFolder
 from graftvit.launch.slurm.request import Request
 from graftvit.launch.slurm.scheduler import NoAnswerError, State
@@ -40,6 +40,15 @@ def attempted(folder: Path, outcome: str | None = None, restart: int = 0, **even
     return name
 
 
+def failing(error: BaseException) -> Callable[..., Any]:
+    """A function that always fails so."""
+
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    return fail
+
+
 class FakeSlurm:
     """What the scheduler says; the fixture `slurm`."""
 
@@ -58,17 +67,14 @@ class FakeSlurm:
                 job: _state(answer.get(job, "") if isinstance(answer, Mapping) else answer) for job in ids
             }
 
-        self._patch.setattr(jobs, "job_states", states)
+        for module in (jobs, submit):
+            self._patch.setattr(module, "job_states", states)
 
     def numbers(self, number: str = "", error: Exception | None = None) -> None:
         """Know a job that was submitted by its name under this number, or fail."""
-
-        def by_name(name: str, script: Path) -> str:
-            if error is not None:
-                raise error
-            return number
-
-        self._patch.setattr(jobs, "number_by_name", by_name)
+        by_name = failing(error) if error else lambda name, script: number
+        for module in (jobs, submit):
+            self._patch.setattr(module, "number_by_name", by_name)
 
 
 def _state(said: str | State) -> State:
