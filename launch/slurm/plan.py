@@ -231,7 +231,9 @@ def unfinished(folder: Path) -> dict[Path, Job]:
     active = active_jobs(left)
     busy = {one.run for one in active}
     if busy == set(left) or folder / "teacher" in busy:
-        words = active[0].words.partition("_")[0]
+        words = active[0].words
+        if active[0].job.cluster == "slurm":  # for a cell, the number of its array
+            words = words.partition("_")[0]
         raise ConfigError(f"{folder} is {words} already: `{hint('jobs', folder)}` shows it")
     return {run: job for run, job in left.items() if run not in busy}
 

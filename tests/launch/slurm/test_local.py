@@ -10,7 +10,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 import yaml
 from graftvit.launch.slurm.folder import JobFolder
@@ -75,19 +74,23 @@ def shown(root: Path, folder: Path) -> dict[str, Any]:
     return dict(status)
 
 
-def test_a_second_submission_is_refused_and_the_first_can_be_stopped(tmp_path: Path) -> None:
-    words = ("submit", str(recipe(tmp_path, "run", 500)), "--cluster", "local", "--unchecked", *HERE)
+@pytest.mark.parametrize("cluster", ["local", "debug"])
+def test_a_second_submission_is_refused_while_the_first_runs_which_can_be_stopped(
+    cluster: str, tmp_path: Path
+) -> None:
+    words = ("submit", str(recipe(tmp_path, "run", 500)), "--unchecked", *HERE, "--cluster")
     folder = tmp_path / "run"
-    graftvit(tmp_path, *words)
+    process = commands.Command((*words, cluster), user(tmp_path), tmp_path)
     until(lambda: lines(folder) > 5, "training")
     job = shown(tmp_path, folder)["job_id"]
-    assert f"{folder} is job {job} already" in graftvit(tmp_path, *words, code=2)
-    debug = (*words[:3], "debug", *words[4:])
-    assert f"{folder} is job {job} already" in graftvit(tmp_path, *debug, code=2)
+    for again in ((*words, "local"), (*words, "debug"), ("jobs", "resume", str(folder))):
+        assert f"{folder} is job {job} already" in graftvit(tmp_path, *again, code=2)
     assert shown(tmp_path, folder)["state"] == "running"
-    assert f"{folder} is job {job} already" in graftvit(tmp_path, "jobs", "resume", str(folder), code=2)
-    assert f"job {job} of {folder}" in graftvit(tmp_path, "jobs", "stop", str(folder), "--now")
-    until(lambda: not psutil.pid_exists(int(job)), "the end")
+    now = ("--now",) if cluster == "local" else ()
+    assert f"job {job} of {folder}" in graftvit(tmp_path, "jobs", "stop", str(folder), *now)
+    process.communicate()
+    until(lambda: shown(tmp_path, folder)["state"] != "running", "the end", every=0.5)
+    assert now or (outcomes(folder), shown(tmp_path, folder)["state"]) == (["stopped"], "stopped")
 
 
 def test_a_local_job_whose_submission_was_killed_is_known_and_runs(tmp_path: Path) -> None:
@@ -118,16 +121,3 @@ def test_an_order_is_known_while_its_process_lives(tmp_path: Path) -> None:
     process.kill()
     process.wait()
     assert not is_ordered(script)
-
-
-def test_a_debug_run_is_one_while_its_process_lives(tmp_path: Path) -> None:
-    folder = tmp_path / "run"
-    words = ("submit", str(recipe(tmp_path, "run", 500)), "--cluster", "debug", "--unchecked", *HERE)
-    process = commands.Command(words, user(tmp_path), tmp_path)
-    until(lambda: lines(folder) > 5, "training")
-    assert shown(tmp_path, folder)["state"] == "running"
-    assert "already" in graftvit(tmp_path, "jobs", "resume", str(folder), code=2)
-    graftvit(tmp_path, "jobs", "stop", str(folder))
-    process.communicate()
-    assert outcomes(folder) == ["stopped"]
-    assert shown(tmp_path, folder)["state"] == "stopped"
