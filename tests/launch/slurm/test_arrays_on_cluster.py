@@ -8,13 +8,12 @@ import statistics
 from pathlib import Path
 
 import pytest
-import yaml
 from graftvit.launch.cli import dispatch
 from graftvit.launch.slurm.folder import Attempt, JobFolder
 from graftvit.models.errors import ConfigError
 from support.runs.compare_runs import cell, write_config_with_teacher
-from support.runs.engine_runs import config, make_teacher
-from support.slurm.cluster_runs import ALONE, graftvit, held, user_environment, wait_for_the_end
+from support.runs.engine_runs import make_teacher
+from support.slurm.cluster_runs import ALONE, cluster_run, graftvit, held, wait_for_the_end
 from support.slurm.slurm_cluster import SlurmCluster
 
 pytestmark = [pytest.mark.slurm, pytest.mark.slow]
@@ -23,19 +22,6 @@ SWEEP = ["--sweep", "transfer.layers=all,first:1,last:1", "--sweep", "seed=0..1"
 ARRAY = [*ALONE, "--array_parallelism", "4"]
 BROKEN = {"layers=all,seed=1": "checkpoints/incoming", "layers=last-1,seed=0": "checkpoints/best.safetensors"}
 """The cell that fails at its first save, and the one that fails after some; and what they cannot write."""
-
-
-def write_recipe(root: Path) -> Path:
-    """Two epochs of four steps."""
-    run = config(
-        root / "sweep",
-        make_teacher(root / "teacher"),
-        data={"train_samples": 64},
-        engine={"evaluate_teacher": False, "save_every": 2},
-    )
-    path = root / "recipe.yaml"
-    path.write_text(yaml.safe_dump(run.model_dump(mode="json")))
-    return path
 
 
 def block(cells: Path) -> tuple[Path, Path]:
@@ -71,16 +57,18 @@ def expected(cells: Path, layers: str, name: str) -> tuple[float, float]:
 def test_two_of_six_cells_fail_and_are_resubmitted_alone(
     cluster: SlurmCluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    recipe, folder = write_recipe(tmp_path), tmp_path / "sweep"
-    cells = folder / "cells"
+    """Each cell has two epochs of four steps."""
+    sizes = {"data": {"train_samples": 64, "batch_size": 16}, "optim": {"epochs": 2}}
+    run = cluster_run(cluster, tmp_path, "sweep", **sizes, engine={"save_every": 2, "eval_every": 1})
+    folder, cells = run.folder, run.folder / "cells"
     file_in_the_way, folder_in_the_way = block(cells)
     monkeypatch.chdir(tmp_path)
-    for name, value in user_environment(cluster, tmp_path).items():
+    for name, value in run.environment.items():
         monkeypatch.setenv(name, value)
 
     with held(cluster) as until_resuming_was_refused:
-        words = ("submit", str(recipe), *SWEEP, *ARRAY, *until_resuming_was_refused)
-        assert "6 cells" in graftvit(cluster, tmp_path, *words)
+        words = ("submit", run.recipe(), *SWEEP, *ARRAY, *until_resuming_was_refused)
+        assert "6 cells" in run.graftvit(*words)
         assert f"{folder} is job" in refused("jobs", "resume", str(folder))
     assert len(list(cells.iterdir())) == 6
     jobs = {path.name: JobFolder(path).job().job_id for path in cells.iterdir()}  # type: ignore[union-attr]
@@ -94,8 +82,7 @@ def test_two_of_six_cells_fail_and_are_resubmitted_alone(
     file_in_the_way.unlink()
     folder_in_the_way.rmdir()
     with held(cluster) as until_resuming_was_refused:
-        words = ("jobs", "resume", str(folder), *until_resuming_was_refused)
-        assert "2 cells" in graftvit(cluster, tmp_path, *words)
+        assert "2 cells" in run.graftvit("jobs", "resume", str(folder), *until_resuming_was_refused)
         assert f"{folder} is job" in refused("jobs", "resume", str(folder))
     wait_for_the_end(cluster)
     assert all(attempt.outcome == "finished" for attempt in last_attempts(cells).values())
@@ -130,16 +117,14 @@ def test_the_teacher_comes_first_and_the_cells_wait_for_it(cluster: SlurmCluster
     in_the_way.touch()
 
     said = graftvit(cluster, tmp_path, "submit", str(recipe), *ALONE)
-    assert "3 cells" in said
-    assert "for the teacher" in said
+    assert "(3 cells), after job" in said
     wait_for_the_end(cluster)
     assert outcomes(out / "teacher") == ["failed"]
     assert all(outcomes(out / "cells" / name) == [] for name in CELLS)  # cancelled with their teacher
 
     in_the_way.unlink()
     said = graftvit(cluster, tmp_path, "jobs", "resume", str(out))
-    assert "3 cells" in said
-    assert "for the teacher" in said
+    assert "(3 cells), after job" in said
     wait_for_the_end(cluster)
     assert outcomes(out / "teacher") == ["failed", "finished"]
     assert all(outcomes(out / "cells" / name) == ["finished"] for name in CELLS)
@@ -155,27 +140,17 @@ def test_the_teacher_comes_first_and_the_cells_wait_for_it(cluster: SlurmCluster
     assert all(row["error"] is None for row in table)
 
 
-SHARES = 3
-WORDS = ("programs", "search", "teacher", "--dataset", "digits", "--images", "4", "--population", "6")
-WORDS += ("--generations", "3", "--workers", "1")
-
-
 def test_an_array_ends_in_the_archive_of_one_process(cluster: SlurmCluster, tmp_path: Path) -> None:
     make_teacher(tmp_path / "teacher")
-    graftvit(cluster, tmp_path, *WORDS, "--output_dir", "alone")
-    said = graftvit(
-        cluster, tmp_path, "submit", *WORDS, "--output_dir", "shared", "--shares", str(SHARES),
-        "--nodes", "1", "--tasks_per_node", "1",
-    )  # fmt: skip
-    assert "3 cells" in said
+    search = "programs search teacher --dataset digits --images 4 --population 6 --generations 3 --workers 1"
+    graftvit(cluster, tmp_path, *search.split(), "--output_dir", "alone")
+    words = (*search.split(), "--output_dir", "shared", "--shares", "3")
+    assert "3 cells" in graftvit(cluster, tmp_path, "submit", *words, *ALONE)
     wait_for_the_end(cluster)
     folder = tmp_path / "runs" / "search-teacher"
-    for share in range(1, SHARES + 1):
-        (attempt,) = JobFolder(folder / "cells" / f"share-{share}").attempts()
-        assert attempt.outcome == "finished"
-    assert (tmp_path / "shared" / "archive.json").read_bytes() == (
-        tmp_path / "alone" / "archive.json"
-    ).read_bytes()
+    assert [outcomes(folder / "cells" / f"share-{share}") for share in (1, 2, 3)] == [["finished"]] * 3
+    shared, alone = (tmp_path / name / "archive.json" for name in ("shared", "alone"))
+    assert shared.read_bytes() == alone.read_bytes()
     shown = json.loads(graftvit(cluster, tmp_path, "jobs", str(folder), "--json"))
-    assert [run["state"] for run in shown] == ["finished"] * SHARES
+    assert [run["state"] for run in shown] == ["finished"] * 3
     assert {run["output"] for run in shown} == {str(tmp_path / "shared")}

@@ -104,19 +104,10 @@ def test_what_never_runs_is_refused(line: str, said: str, refused: Callable[...,
 @pytest.mark.parametrize(
     ("line", "said"),
     [
-        (
-            "--gpus_per_node h100:1 --nodes 2",
-            "configuration is not available (--nodes is 2, --gpus_per_node is h100:1",
-        ),
+        ("--gpus_per_node h100:1 --nodes 2", "is not available (--nodes is 2, --gpus_per_node is h100:1"),
         ("--mem 9G", "--mem is 9G: sbatch refuses the job: Memory specification can not be satisfied"),
-        (
-            "--mem_per_cpu 9G --cpus_per_task 1",
-            "--mem_per_cpu is 9G: sbatch refuses the job: Memory specification",
-        ),
-        (
-            "--cpus_per_task 3 --tasks_per_node 3",
-            "--cpus_per_task is 3: sbatch refuses the job: CPU count per node",
-        ),
+        ("--mem_per_cpu 9G --cpus_per_task 1", "--mem_per_cpu is 9G: sbatch refuses the job: Memory"),
+        ("--cpus_per_task 3 --tasks_per_node 3", "--cpus_per_task is 3: sbatch refuses the job: CPU count"),
     ],
 )
 def test_what_sbatch_alone_can_refuse_leaves_no_job(
@@ -252,11 +243,10 @@ def test_the_script_of_the_published_recipe_is_accepted(
     user_with_recipe(tmp_path, monkeypatch, big.environment)
     images = write_images(tmp_path / "imagenet", 2048)
     before = sorted(tmp_path.rglob("*"))
-    line = (
-        "submit attention_distill_vit_large --nodes 8 --gpus_per_node 8 --cpus_per_task 11 --time 3-00:00:00 "
-    )
-    line += "--partition main --mem 200G --account lab --setup 'module load cuda' --num_classes none "  # it has two
-    printed = typed(f"{line} --output_dir {tmp_path}/distill --data_path {images} --dry_run").out
+    asked = "--nodes 8 --gpus_per_node 8 --cpus_per_task 11 --time 3-00:00:00 --partition main --mem 200G"
+    asked += " --account lab --setup 'module load cuda' --num_classes none"  # of the images there are two
+    words = f"--output_dir {tmp_path}/distill --data_path {images} --dry_run"
+    printed = typed(f"submit attention_distill_vit_large {asked} {words}").out
     assert sorted(tmp_path.rglob("*")) == before
     plan, mark, script = printed.partition("#!/bin/bash")
     assert "2048" in plan  # 8 x 8 x 32, the published batch

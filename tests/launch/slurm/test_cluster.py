@@ -58,7 +58,6 @@ def test_where_slurm_is_missing_the_reason_is_given(
         start_cluster()
 
 
-@pytest.mark.slurm
 @pytest.mark.slow
 def test_plain_srun(tmp_path: Path, cluster: SlurmCluster) -> None:
     path = recipe(tmp_path)

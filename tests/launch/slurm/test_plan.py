@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
-from graftvit.launch.flags import command_parser, parse_command, split_words
+from graftvit.launch.flags import command_parser, split_words
 from graftvit.launch.load_config import dump_config, load_comparison, load_config, load_stages, parse_override
 from graftvit.launch.slurm import jobs, submit
 from graftvit.launch.slurm.attempt import Task
@@ -28,7 +29,7 @@ from graftvit.launch.slurm.plan import (
 )
 from graftvit.launch.slurm.request import Request
 from graftvit.launch.slurm.scheduler import State
-from graftvit.launch.slurm.site_file import add_cluster_flags, asked_by
+from graftvit.launch.slurm.site_file import add_cluster_flags
 from graftvit.launch.slurm.site_file import describe as describe_asked
 from graftvit.launch.slurm.submit import check, preview, send
 from graftvit.launch.sweep import load_sweep
@@ -39,10 +40,10 @@ from support.files.data_sets import write_classes
 from support.runs.compare_runs import write_config, write_config_with_teacher
 from support.runs.engine_runs import config, make_teacher
 from support.runs.typed import Typed
+from support.slurm.cluster_users import LOCAL, asked, planned
 from support.slurm.slurm_folders import HERE, FakeSlurm, attempted, submitted
 from support.slurm.sweep_folders import make_sweep
 
-LOCAL = Request(cluster="local", gpus_per_node=0)
 GONE = State()
 STAGES = {
     "output_dir": "out",
@@ -63,14 +64,15 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def planned(recipe: str | None, *words: str, sweep: list[str] | None = None) -> Batch:
-    plan = plan_run(recipe, [parse_override(word) for word in words], sweep or [], LOCAL)
+def frozen_plan(recipe: str | None, *words: str, sweep: Sequence[str] = ()) -> Batch:
+    """What would be submitted, with its files."""
+    plan = planned(recipe, *words, sweep=sweep)
     plan.write()
     return plan
 
 
 def test_a_run_is_frozen_with_all_its_settings(folder: Path) -> None:
-    plan = planned("cifar10_distill", "output_dir=out", "seed=7")
+    plan = frozen_plan("cifar10_distill", "output_dir=out", "seed=7")
     frozen = folder / "out" / "jobs" / "config.yaml"
     (task,) = plan.tasks
     assert (task.words, task.output_dir) == (["train", str(frozen)], folder / "out")
@@ -81,23 +83,23 @@ def test_a_run_is_frozen_with_all_its_settings(folder: Path) -> None:
 @pytest.mark.parametrize("sweep", [[], ["seed=0..1"]])
 def test_a_restart_goes_on_with_a_run_that_was_told_to_begin_anew(folder: Path, sweep: list[str]) -> None:
     words = ("digits_scratch", "output_dir=out", "engine.resume=never")
-    (*_, last) = planned(*words, sweep=sweep).tasks
+    (*_, last) = frozen_plan(*words, sweep=sweep).tasks
     assert load_config(last.words[1]).engine.resume == "auto"
     (last.output_dir / "log.jsonl").touch()
     with pytest.raises(ConfigError, match="already holds a run"):
-        planned(*words, sweep=sweep)
+        frozen_plan(*words, sweep=sweep)
 
 
 def test_stages_stay_stages(folder: Path) -> None:
     (folder / "mine.yaml").write_text(yaml.safe_dump(STAGES))
-    (task,) = planned("mine.yaml", "optim.blr=0.5").tasks
+    (task,) = frozen_plan("mine.yaml", "optim.blr=0.5").tasks
     expected = load_stages("mine.yaml", ["optim.blr=0.5", f"output_dir={folder / 'out'}"])
     assert load_stages(task.words[1]) == expected
     assert [stage.config.optim.epochs for stage in expected] == [1, 2]
 
 
 def test_what_is_checked_of_a_sweep_is_its_first_cell(folder: Path) -> None:
-    plan = planned(
+    plan = frozen_plan(
         None, "output_dir=out", "dataset=folder", sweep=["data.data_path=/data/a,/data/b", "seed=3..4"]
     )
     assert [task.output_dir.name for task in plan.tasks] == [
@@ -111,7 +113,7 @@ def test_what_is_checked_of_a_sweep_is_its_first_cell(folder: Path) -> None:
 
 def test_cells_that_have_finished_are_left_out(folder: Path) -> None:
     def plan(*words: str) -> Batch:
-        return planned("digits_scratch", "output_dir=out", *words, sweep=["seed=0..2"])
+        return frozen_plan("digits_scratch", "output_dir=out", *words, sweep=["seed=0..2"])
 
     cells = [task.output_dir for task in plan().tasks]
     attempted(cells[0], "finished")
@@ -129,7 +131,7 @@ def test_cells_that_have_finished_are_left_out(folder: Path) -> None:
 
 def test_a_cell_of_a_comparison_is_a_job(folder: Path) -> None:
     path = write_config(folder, {"linear": "*: linear"})
-    plan = planned(str(path), "engine.device=cpu", "data.workers=1", "seed=5")
+    plan = frozen_plan(str(path), "engine.device=cpu", "data.workers=1", "seed=5")
     frozen, cells = folder / "out" / "jobs" / "config.yaml", ["teacher-8", "uniform-8", "linear-8"]
     assert plan.first is None
     for task, name in zip(plan.tasks, cells, strict=True):
@@ -150,7 +152,7 @@ def test_the_teacher_is_frozen_beside_the_comparison(
     folder: Path, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = write_config_with_teacher(folder, name)
-    plan = planned(str(path))
+    plan = frozen_plan(str(path))
     frozen = folder / "out" / "jobs" / "config.yaml"
     assert plan.first is not None
     assert plan.first.output_dir == folder / "out" / "teacher"
@@ -167,9 +169,9 @@ def test_the_teacher_is_frozen_beside_the_comparison(
 def test_an_impossible_comparison_writes_nothing(folder: Path) -> None:
     path = write_config(folder, {"linear": "0-9: linear"})
     with pytest.raises(ConfigError, match=r"compare.plans: linear at 8 px: .*9"):
-        planned(str(path))
+        frozen_plan(str(path))
     with pytest.raises(ConfigError, match="--sweep does not go with"):
-        planned(str(path), sweep=["seed=0..3"])
+        frozen_plan(str(path), sweep=["seed=0..3"])
     assert not (folder / "out").exists()
 
 
@@ -494,15 +496,6 @@ def test_processes_that_cannot_share_the_step_of_the_run_are_refused(
     assert [batch.request.tasks for batch in sent] == [2]
 
 
-def test_flags_of_resume_arrive(tmp_path: Path, slurm: FakeSlurm, typed: Typed) -> None:
-    submitted(tmp_path)
-    slurm.says(GONE)
-    line = f"jobs resume {tmp_path} --cluster local --nodes=1 --gpus-per-node 0 --tasks_per_node=3 --dry-run"
-    printed = typed(line).out
-    assert printed.endswith(f"\n\nagain: {tmp_path}\n\n--cluster local: 3 processes on this machine\n")
-    assert "  tasks_per_node     3                      --tasks_per_node\n" in printed
-
-
 def test_a_folder_of_submission_that_is_gone_is_not_replaced_by_the_present_one(
     tmp_path: Path, slurm: FakeSlurm, sent: list[Batch], typed: Typed
 ) -> None:
@@ -513,6 +506,10 @@ def test_a_folder_of_submission_that_is_gone_is_not_replaced_by_the_present_one(
     assert f"was submitted from {away}, which is not there any more" in typed(line, code=2).err
     assert not sent
     away.mkdir()
+    printed = typed(line, "--tasks_per_node=3", "--dry-run").out
+    assert printed.endswith(f"\n\nagain: {tmp_path}/run\n\n--cluster local: 3 processes on this machine\n")
+    assert "  tasks_per_node     3                      --tasks_per_node\n" in printed
+    assert not sent
     typed(line, "--unchecked")
     assert Path.cwd() == away
     assert sent
@@ -525,8 +522,10 @@ def test_jobs_of_runs_and_of_all_cells_of_a_sweep_are_waited_for(tmp_path: Path,
         if place == 1:
             attempted(cell, "finished")
     slurm.says(dict.fromkeys(("7", "9_0", "9_2"), "RUNNING"))
-    found = dependency_on([tmp_path / "run", tmp_path / "sweep"], "afterany:3")
-    assert found == {"dependency": "afterany:3,afterok:7:9_0:9_2", "sbatch": {"kill_on_invalid_dep": "yes"}}
+    found = asked("--after", f"{tmp_path}/run", "--dependency=singleton", f"--after={tmp_path}/sweep")
+    wanted = "singleton,afterok:7:9_0:9_2"
+    assert (found.dependency, found.sbatch) == (wanted, {"kill_on_invalid_dep": "yes"})
+    assert f"  dependency         {wanted} --after\n" in describe_asked(found)
 
 
 @pytest.mark.parametrize("state", ["PENDING", "REQUEUED", "FAILED"])
@@ -551,23 +550,6 @@ def test_only_what_may_still_finish_is_waited_for(
 def test_what_slurm_has_no_job_of_is_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     submitted(tmp_path / "local", cluster="local", job_id="4321")
     monkeypatch.setattr(jobs, "is_alive", lambda job: True)
-    sentences = (
-        (tmp_path / "local", "Slurm cannot wait for"),
-        (tmp_path, "never submitted"),
-        (tmp_path / "x", "no folder"),
-    )
-    for folder, why in sentences:
+    for name, why in {"local": "Slurm cannot wait for", "": "never submitted", "x": "no folder"}.items():
         with pytest.raises(ConfigError, match=why):
-            dependency_on([folder])
-
-
-def test_the_flag_after(tmp_path: Path, slurm: FakeSlurm) -> None:
-    for name, job in (("a", "7"), ("b", "8")):
-        submitted(tmp_path / name, job_id=job)
-    slurm.says("RUNNING")
-    parser = command_parser("submit", "", [])
-    add_cluster_flags(parser)
-    words = ["--after", str(tmp_path / "a"), "--dependency=singleton", f"--after={tmp_path / 'b'}"]
-    asked = asked_by(parse_command(parser, words)[0])
-    assert asked.options()["dependency"] == "singleton,afterok:7:8"
-    assert "  dependency         singleton,afterok:7:8  --after\n" in describe_asked(asked)
+            dependency_on([tmp_path / name])

@@ -11,14 +11,13 @@ import sys
 from pathlib import Path
 
 import pytest
-from graftvit.launch.load_config import dump_config, parse_override
+from graftvit.launch.load_config import dump_config
 from graftvit.launch.plan_text import describe_plan
 from graftvit.launch.slurm import lock, scheduler, submit
 from graftvit.launch.slurm.attempt import Task
 from graftvit.launch.slurm.batch import Batch
 from graftvit.launch.slurm.jobs import UNSURE
 from graftvit.launch.slurm.lock import is_submitting, submitting
-from graftvit.launch.slurm.plan import plan_run
 from graftvit.launch.slurm.request import Request
 from graftvit.launch.slurm.scheduler import State
 from graftvit.launch.slurm.site_file import ask
@@ -28,7 +27,7 @@ from graftvit.transfer.config import RunConfig
 from graftvit.transfer.engine.train import train
 from support.runs.engine_runs import config, make_teacher
 from support.runs.typed import Typed
-from support.slurm.cluster_users import user_with_recipe, write_program, write_site
+from support.slurm.cluster_users import planned, user_with_recipe, write_program, write_site
 from support.slurm.slurm_folders import SILENT, FakeSlurm, attempted, failing, submitted
 from support.slurm.sweep_folders import make_sweep
 
@@ -45,7 +44,6 @@ esac
     "sacct": "exit 1\n",
     "srun": "",
 }
-LOCAL = Request(cluster="local", gpus_per_node=0)
 
 
 @pytest.fixture
@@ -168,7 +166,7 @@ def test_what_is_slow_is_announced_and_what_the_plan_warns_of_is_said(
 ) -> None:
     plans = "length  9 steps\n        warning: it ends in its warm-up\n"
     monkeypatch.setattr("graftvit.launch.plan_text.describe_plan", lambda *_, **__: plans)
-    describe_plans(plan_run("run.yaml", [], [], Request()))
+    describe_plans(planned("run.yaml"))
     assert capsys.readouterr().err.splitlines() == [
         "graftvit: checking the run: its settings, teacher, data and plan ...",
         "graftvit: warning: it ends in its warm-up",
@@ -176,9 +174,8 @@ def test_what_is_slow_is_announced_and_what_the_plan_warns_of_is_said(
 
 
 def test_settings_that_no_run_can_have_are_refused_before_what_is_slow(user: Path) -> None:
-    words = ["optim.max_steps=none", "epochs=3", "warmup_epochs=5"]
     with pytest.raises(ConfigError, match=r"optim.warmup_epochs=5.0 is not below optim.epochs=3"):
-        check_quickly(plan_run("run.yaml", list(map(parse_override, words)), [], LOCAL))
+        check_quickly(planned("run.yaml", "optim.max_steps=none", "epochs=3", "warmup_epochs=5"))
 
 
 def test_data_that_the_run_downloads_are_not_looked_for(user: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -188,8 +185,8 @@ def test_data_that_the_run_downloads_are_not_looked_for(user: Path, monkeypatch:
         "graftvit.transfer.data.datasets.check_dataset", lambda data: looked.append(data.download)
     )
     for download in ("true", "false"):
-        words = ["data.dataset=torch/cifar10", "data.data_path=none", f"data.download={download}"]
-        describe_plans(plan_run("run.yaml", list(map(parse_override, words)), [], Request()))
+        words = ("data.dataset=torch/cifar10", "data.data_path=none", f"data.download={download}")
+        describe_plans(planned("run.yaml", *words))
     assert looked == [False]
 
 
@@ -231,10 +228,6 @@ def finished(folder: Path) -> RunConfig:
     train(run)
     submitted(folder)
     return run
-
-
-def planned(recipe: Path | str, *words: str, sweep: tuple[str, ...] = ()) -> Batch:
-    return plan_run(str(recipe), [parse_override(word) for word in words], sweep, LOCAL)
 
 
 def again(run: RunConfig, *words: str) -> str:

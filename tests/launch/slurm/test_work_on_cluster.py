@@ -36,23 +36,12 @@ def test_an_evaluation_of_two_nodes_and_a_conversion_come_to_their_end(
 ) -> None:
     """Relative paths are meant from the user's folder."""
     make_teacher(tmp_path / "teacher")
-    evaluation = ("evaluate", "teacher", "--dataset", "digits", "--device", "cpu", "--workers", "0")
-    words = ("submit", *evaluation, "--json", "scores.json", "--tasks_per_node", "1")
-    said = graftvit(cluster, tmp_path, *words)
+    evaluation = "submit evaluate teacher --dataset digits --device cpu --workers 0 --json scores.json"
+    said = graftvit(cluster, tmp_path, *evaluation.split(), "--tasks_per_node", "1")
     folder = tmp_path / "runs" / "evaluate-teacher"
     assert f"jobs and log in {folder}" in said
-    conversion = (
-        "convert",
-        "teacher",
-        "--plan",
-        "*: linear",
-        "--output_dir",
-        "linear",
-        "--dataset",
-        "digits",
-    )
-    words = ("submit", *conversion, "--calibrate", "4", *ALONE, "--job_dir", "fitting")
-    graftvit(cluster, tmp_path, *words)
+    conversion = "submit convert teacher --plan *:linear --output_dir linear --dataset digits --calibrate 4"
+    graftvit(cluster, tmp_path, *conversion.split(), *ALONE, "--job_dir", "fitting")
     wait_for(folder, "finished")
     assert set(json.loads((tmp_path / "scores.json").read_text())) == {"teacher"}
     assert "teacher" in logs(folder)
@@ -69,13 +58,9 @@ def test_an_evaluation_of_two_nodes_and_a_conversion_come_to_their_end(
 def test_a_benchmark_is_stopped_and_resumed(cluster: SlurmCluster, tmp_path: Path) -> None:
     """It saves nothing after a signal, ends at once, and begins anew in the next job."""
     folder = tmp_path / "runs" / "benchmark-operators"
-    words = ("benchmark", "operators", "--operators", "linear", "--tokens", "64", "--repeats", "10000000")
-    graftvit(cluster, tmp_path, "submit", *words, *ALONE)
-    until(
-        lambda: "[1/2] linear, 64 tokens" in logs(folder),
-        lambda: f"the first case\n{logs(folder)}",
-        every=0.3,
-    )
+    words = "submit benchmark operators --operators linear --tokens 64 --repeats 10000000"
+    graftvit(cluster, tmp_path, *words.split(), *ALONE)
+    until(lambda: "[1/2] linear, 64 tokens" in logs(folder), lambda: logs(folder), every=0.3)
     graftvit(cluster, tmp_path, "jobs", "stop", str(folder))
     wait_for(folder, "stopped")
     wait_for_the_end(cluster)

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 from graftvit.launch.flags import command_parser, parse_command
+from graftvit.launch.load_config import parse_override
+from graftvit.launch.slurm.batch import Batch
+from graftvit.launch.slurm.plan import plan_run
 from graftvit.launch.slurm.request import Request
 from graftvit.launch.slurm.site_file import add_cluster_flags, asked_by, site_file
 from graftvit.models.errors import ConfigError
 from support.runs.engine_runs import config, make_teacher
+
+LOCAL = Request(cluster="local", gpus_per_node=0)
 
 
 def write_site(**values: Any) -> Path:
@@ -45,6 +50,11 @@ def user_with_recipe(
     run = config(root / "run", make_teacher(root / "teacher"))
     (root / "run.yaml").write_text(yaml.safe_dump(run.model_dump(mode="json")))
     return root
+
+
+def planned(recipe: Path | str | None, *words: str, sweep: Sequence[str] = ()) -> Batch:
+    """What these settings would submit on this machine; nothing is written."""
+    return plan_run(None if recipe is None else str(recipe), list(map(parse_override, words)), sweep, LOCAL)
 
 
 def asked(*words: str, before: dict[str, Any] | None = None) -> Request:
