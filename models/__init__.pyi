@@ -11,6 +11,8 @@ from .conversion import plan_of as plan_of
 from .copied import copied_layers as copied_layers
 from .copied import resize as resize
 from .copying.teacher_view import Normalization as Normalization
+from .dense.dense_model import DenseModel as DenseModel
+from .dense.dense_model import create_dense as create_dense
 from .errors import CheckpointError as CheckpointError
 from .errors import ConfigError as ConfigError
 from .errors import DataError as DataError

@@ -1,0 +1,1 @@
+"""Detectors and segmenters on the maps of any timm model."""

@@ -1,0 +1,218 @@
+"""A detector or segmenter on a timm model: images of several sizes in, losses or predictions out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from torch import Tensor, nn
+from torchvision.transforms.v2.functional import to_dtype
+
+from ..errors import ConfigError, DataError, JsonDict, check_types, did_you_mean
+from .backbone import FINEST, Backbone, Levels, Maps, Prepared, create_neck
+from .detectors import MaskRCNNBoxes, RetinaNetBoxes, Sizes
+from .segmenters import IGNORED, SemanticFPNHead, UPerNetHead
+
+Kind = Literal["retinanet", "mask_rcnn", "semantic_fpn", "upernet"]
+DETECTION, SEGMENTATION = "detection", "segmentation"
+
+
+@dataclass(frozen=True)
+class Design:
+    """What a kind of model is made of."""
+
+    task: str
+    head: Callable[..., nn.Module]
+    settings: tuple[str, ...]
+    """The settings of the head, besides its levels, width and classes."""
+    finest: int = FINEST
+    """The smallest stride of the levels."""
+    extra: str = ""
+    """The levels beyond those of the backbone, as of `backbone.Pyramid`."""
+    width: int = 256
+    has_neck: bool = True
+    """Whether a pyramid gets a neck; the one map of a plain vision transformer always does."""
+
+
+OF_BOXES = ("anchor_scale", "score_threshold", "detections")
+DESIGNS: dict[str, Design] = {
+    "retinanet": Design(DETECTION, RetinaNetBoxes, OF_BOXES, finest=8, extra="conv"),
+    "mask_rcnn": Design(DETECTION, MaskRCNNBoxes, OF_BOXES, extra="pool"),
+    "semantic_fpn": Design(SEGMENTATION, SemanticFPNHead, ("dropout",)),
+    "upernet": Design(SEGMENTATION, UPerNetHead, ("dropout",), width=512, has_neck=False),
+}
+
+
+class DenseModel(nn.Module):
+    """A backbone, a neck and a head that detects objects or classifies pixels; made by `create_dense`.
+
+    In training mode it returns losses, in evaluation mode predictions. Images are tensors (3, H, W) of values 0..1 (or
+    uint8) of any size. A target of detection has `boxes` (N, 4) as (x1, y1, x2, y2), `labels` (N,) from 0, and `masks`
+    (N, H, W) for Mask R-CNN; one of segmentation has `labels` (H, W), where 255 is not counted.
+    """
+
+    def __init__(
+        self, kind: str, backbone: Backbone, neck: nn.Module, head: nn.Module, settings: JsonDict
+    ) -> None:
+        super().__init__()
+        self.kind, self.task = kind, DESIGNS[kind].task
+        self.backbone, self.neck, self.head = backbone, neck, head
+        self.settings = settings
+        """The arguments of `create_dense` except the body; JSON."""
+        self.num_classes: int = settings["num_classes"]
+        self.class_names: tuple[str, ...] = tuple(settings["class_names"])
+        self.mean, self.std = tuple(settings["mean"]), tuple(settings["std"])
+        self.size_divisor: int = settings["size_divisor"]
+
+    def prepare(
+        self, images: Sequence[Tensor], targets: Sequence[Mapping[str, Any]] | None = None
+    ) -> Prepared:
+        """Return one batch: (image - mean) / std, padded below and on the right with zeros, labels with 255.
+
+        The sides are the smallest multiples of `size_divisor` that all images fit into.
+
+        Raises DataError: there is no image, or not one target for each.
+        """
+        if not images:
+            raise DataError("images holds no image")
+        if targets is not None and len(targets) != len(images):
+            raise DataError(f"{len(images)} images are given, and {len(targets)} targets")
+        sizes = [(int(each.shape[-2]), int(each.shape[-1])) for each in images]
+        height, width = (
+            -(-max(sides) // self.size_divisor) * self.size_divisor for sides in zip(*sizes, strict=True)
+        )
+        like = next(self.parameters())
+        mean, std = (
+            torch.tensor(each, dtype=like.dtype, device=images[0].device) for each in (self.mean, self.std)
+        )
+        batch = [
+            _padded(
+                (to_dtype(each, like.dtype, scale=True) - mean[:, None, None]) / std[:, None, None],
+                height,
+                width,
+            )
+            for each in images
+        ]
+        known = None if targets is None else [self._padded_target(each, height, width) for each in targets]
+        return Prepared(torch.stack(batch), sizes, known)
+
+    def _padded_target(self, target: Mapping[str, Any], height: int, width: int) -> JsonDict:
+        if self.task == DETECTION:
+            return dict(target)
+        return {**target, "labels": _padded(target["labels"], height, width, IGNORED)}
+
+    def losses(self, prepared: Prepared, maps: Maps) -> dict[str, Tensor]:
+        """Return the losses by name, scalars, of a batch with targets and its maps of the backbone."""
+        head: Any = self.head
+        found: dict[str, Tensor] = head.losses(prepared, self.neck(maps))
+        return found
+
+    def predict(
+        self, prepared: Prepared, maps: Maps, original_sizes: Sizes, *, logits: bool = False
+    ) -> list[JsonDict]:
+        """Return what is found in each image, at its original size (height, width).
+
+        Detection: `boxes` (N, 4), `scores` (N,), `labels` (N,), and `masks` (N, H, W) of Mask R-CNN. Segmentation:
+        `labels` (H, W), and with `logits` also those, (K, H, W).
+        """
+        head: Any = self.head
+        how = {"logits": logits} if self.task == SEGMENTATION else {}
+        found: list[JsonDict] = head.predict(prepared, self.neck(maps), original_sizes, **how)
+        return found
+
+    def forward(self, images: Sequence[Tensor], targets: Sequence[Mapping[str, Any]] | None = None) -> Any:
+        """Return the losses of images with targets in training mode, else the predictions at the images' sizes.
+
+        Raises DataError: as `prepare`, or there are no targets in training mode.
+        """
+        if self.training and targets is None:
+            raise DataError("a model in training mode needs targets: give them, or call eval() first")
+        prepared = self.prepare(images, targets if self.training else None)
+        maps = self.backbone(prepared.tensors)
+        return self.losses(prepared, maps) if self.training else self.predict(prepared, maps, prepared.sizes)
+
+
+def _padded(tensor: Tensor, height: int, width: int, value: float = 0) -> Tensor:
+    return F.pad(tensor, (0, width - tensor.shape[-1], 0, height - tensor.shape[-2]), value=value)
+
+
+@check_types()
+def create_dense(
+    kind: Kind,
+    body: nn.Module,
+    num_classes: int,
+    *,
+    width: int | None = None,
+    norms: Collection[int] = (),
+    class_names: Sequence[str] = (),
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    size_divisor: int | None = None,
+    anchor_scale: float | None = None,
+    score_threshold: float | None = None,
+    detections: int | None = None,
+    dropout: float | None = None,
+) -> DenseModel:
+    """Return a detector or segmenter with a fresh neck and head on a timm model, whose weights are kept.
+
+    Args:
+        kind: "retinanet", "mask_rcnn", "semantic_fpn" or "upernet".
+        body: a pyramid or a plain vision transformer, of timm or converted, for images of any size
+            (`any_size_arguments`); its classifier and last norm are removed.
+        num_classes: without background.
+        width: of the levels; 256, and 512 of UPerNet.
+        norms: the outputs of the backbone, from 0, that go through a new LayerNorm.
+        class_names: in the order of the labels, where they are known.
+        mean: of each channel of images 0..1; that of the weights of `body`, or ImageNet's.
+        std: as `mean`.
+        size_divisor: images are padded to multiples of it; the largest stride.
+        anchor_scale: of detection, the smallest anchor in strides; 4, and 8 of Mask R-CNN.
+        score_threshold: of detection, the least score of a box; .05.
+        detections: of detection, the most boxes of an image; 100.
+        dropout: of segmentation, the part of the channels that is dropped before the classifier; .1.
+
+    Raises:
+        UnsupportedModelError: `body` gives no maps, or takes images of one size alone.
+        ConfigError: an unknown kind or setting, or one that does not fit.
+    """
+    if kind not in DESIGNS:
+        raise ConfigError(f"kind={kind!r}; {did_you_mean(kind, DESIGNS)}")
+    if num_classes < 1 or (class_names and len(class_names) != num_classes):
+        raise ConfigError(
+            f"num_classes={num_classes} and {len(class_names)} class names; give one name for each class"
+        )
+    design = DESIGNS[kind]
+    given = {
+        "anchor_scale": anchor_scale,
+        "score_threshold": score_threshold,
+        "detections": detections,
+        "dropout": dropout,
+    }
+    head = {name: value for name, value in given.items() if value is not None}
+    for name in head:
+        if name not in design.settings:
+            raise ConfigError(f"{kind} has no setting {name!r}; {did_you_mean(name, design.settings)}")
+    described: Mapping[str, Any] = getattr(body, "pretrained_cfg", None) or {}
+    width = width or design.width
+    backbone = Backbone(body, norms)
+    levels, neck = Levels(backbone.channels, backbone.strides), None
+    is_plain = len(backbone.channels) == 1
+    if design.has_neck or is_plain:
+        neck = create_neck(backbone, width, design.finest, design.extra)
+        levels = neck.levels
+    settings = {
+        "num_classes": num_classes,
+        "width": width,
+        "norms": sorted(set(norms)),
+        "class_names": list(class_names),
+        "mean": list(mean or described.get("mean") or IMAGENET_DEFAULT_MEAN),
+        "std": list(std or described.get("std") or IMAGENET_DEFAULT_STD),
+        "size_divisor": size_divisor or backbone.strides[-1] * (2 if is_plain else 1),
+        **head,
+    }
+    made = design.head(levels, width, num_classes, **head)
+    return DenseModel(kind, backbone, neck or nn.Identity(), made, settings)
