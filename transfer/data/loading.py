@@ -54,12 +54,13 @@ class Ready(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """What a loader process sends. `images` is None where too many images in a row were unreadable.
+    """What a loader process sends. `images` is a tensor, or a `DenseBatch` with its own targets; None where too many
+    images in a row were unreadable.
 
     An error travels as `failure`, its sentence: torch would send a traceback in its place.
     """
 
-    images: Tensor | None
+    images: Any
     targets: Tensor
     valid: Tensor
     bad: list[BadImage]
@@ -88,14 +89,31 @@ def failed(failure: str) -> Batch:
     return Batch(None, torch.empty(0), torch.empty(0), [], failure)
 
 
+class Named(Protocol):
+    """What has images with names, and labels where these are known without reading."""
+
+    @property
+    def targets(self) -> Sequence[int] | None: ...
+    def path(self, index: int) -> str: ...
+
+
 def prepared(source: ImageSource, index: int, transform: Transform) -> Ready | BadImage:
-    """Return an image that is ready for a batch, or why it cannot be.
+    """Return an image that is ready for a batch, or why it cannot be. Raises as `attempted`."""
+
+    def make() -> Ready:
+        image, target = source.read(index)
+        return Ready(transform(image), target)
+
+    return attempted(source, index, make)
+
+
+def attempted(source: Named, index: int, make: Callable[[], T]) -> T | BadImage:
+    """Return what `make` makes of an image, or why it cannot be made.
 
     Raises DataError where the memory does not suffice, which is no fault of the image.
     """
     try:
-        image, target = source.read(index)
-        return Ready(transform(image), target)
+        return make()
     except MemoryError as error:
         raise out_of_memory(name_of(source, index)) from error
     except (
@@ -106,7 +124,7 @@ def prepared(source: ImageSource, index: int, transform: Transform) -> Ready | B
         return BadImage(name, cause(error).removeprefix(f"{name} "), target=label)
 
 
-def name_of(source: ImageSource, index: int) -> str:
+def name_of(source: Named, index: int) -> str:
     """Return the path of an image, or its number where the source cannot say that either."""
     try:
         return source.path(index)
@@ -177,13 +195,17 @@ class TrainBatches(Dataset[Batch]):
 
     def _make(self, request: BatchRequest) -> Batch:
         bad: list[BadImage] = []
-        ready: list[Ready] = []
+        ready: list[Any] = []
         view = request.epoch if self._views is None else request.epoch % max(1, self._views)
         for position, index in enumerate(request.indices, request.position):
             found = self._first_ready(index, view, position % self._repeats, bad)
             if found is None:
                 return Batch(None, torch.empty(0), torch.empty(0), bad)
             ready.append(found)
+        return self._joined(ready, request, view, bad)
+
+    def _joined(self, ready: Sequence[Any], request: BatchRequest, view: int, bad: list[BadImage]) -> Batch:
+        """Return the batch of what `_prepared` gave for each sample."""
         images_BCHW = torch.stack([each.pixels for each in ready])
         targets_B = torch.tensor([each.target for each in ready])
         beside = None
@@ -194,15 +216,19 @@ class TrainBatches(Dataset[Batch]):
             images_BCHW, targets_B = mix(self._mixing, images_BCHW, targets_B, seed)
         return Batch(images_BCHW, targets_B, torch.ones(len(ready), dtype=torch.bool), bad, beside=beside)
 
-    def _first_ready(self, index: int, view: int, copy: int, bad: list[BadImage]) -> Ready | None:
+    def _first_ready(self, index: int, view: int, copy: int, bad: list[BadImage]) -> Any:
         seed = derive_seed(SAMPLE, self._seed, view, index, *([copy] if copy else []))
         for place in range(index, index + self._tries):
             seed_generators(seed)
-            result = prepared(self._source, self._place(place), self._transform)
+            result = self._prepared(self._place(place))
             if not isinstance(result, BadImage):
                 return result
             bad.append(result)
         return None
+
+    def _prepared(self, place: int) -> Any:
+        """Return image `place` of the source, ready for a batch, or a BadImage."""
+        return prepared(self._source, place, self._transform)
 
     def _place(self, index: int) -> int:
         return int(self._subset[index % len(self._subset)])

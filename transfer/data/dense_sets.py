@@ -1,0 +1,221 @@
+"""Data sets of detection and segmentation by the names that `data.dataset` has: coco, ade20k, cityscapes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from PIL import Image
+
+from ...checkpoints.files import read_if_there
+from ...models.errors import DataError, counted, did_you_mean
+from ..config import DataConfig
+from ..first_checks import check_folder
+from .coco import CocoImages, find_split, require_coder
+from .digits import split_folder, synonyms
+from .image_folder import find_images, open_image
+
+DenseTask = Literal["detection", "segmentation"]
+DENSE_SETS: dict[str, DenseTask] = {
+    "coco": "detection",
+    "ade20k": "segmentation",
+    "cityscapes": "segmentation",
+}
+"""What the labels of a data set are."""
+IGNORED = 255
+"""The label of a pixel that no class claims."""
+ADE20K_CLASSES = 150
+CITYSCAPES = {
+    7: "road", 8: "sidewalk", 11: "building", 12: "wall", 13: "fence", 17: "pole", 19: "traffic light",
+    20: "traffic sign", 21: "vegetation", 22: "terrain", 23: "sky", 24: "person", 25: "rider", 26: "car", 27: "truck",
+    28: "bus", 31: "train", 32: "motorcycle", 33: "bicycle",
+}  # fmt: skip
+"""The 19 evaluated classes of Cityscapes (arXiv:1604.01685) by their numbers in `*_labelIds.png`."""
+
+
+class DenseSource(Protocol):
+    """Items of detection or segmentation that are read by index; nothing is decoded before `read`."""
+
+    task: str
+    targets: Sequence[int] | None
+    class_names: Sequence[str]
+
+    @property
+    def wide(self) -> npt.NDArray[np.bool_] | None:
+        """Return which images are at least as wide as tall; None where that is not known without reading."""
+        ...
+
+    def __len__(self) -> int: ...
+    def path(self, index: int) -> str: ...
+    def read(self, index: int) -> tuple[Image.Image, dict[str, Any]]: ...
+
+
+class LabelMaps:
+    """Images with a label for each pixel, in PNG files of numbers.
+
+    An item is an RGB image and its target: `labels` (H, W) uint8 with 255 where a pixel is ignored, `image_id` and
+    `original_size` (height, width).
+
+    Args:
+        pairs: The files of each image and of its labels.
+        names: The names of the classes.
+        table: The class of each number in a file of labels (256,), 255 for those that are ignored.
+    """
+
+    task = "segmentation"
+    targets: Sequence[int] | None = None
+    wide: npt.NDArray[np.bool_] | None = None
+
+    def __init__(
+        self, pairs: Sequence[tuple[str, str]], names: Sequence[str], table: npt.NDArray[np.uint8]
+    ) -> None:
+        self.class_names: Sequence[str] = tuple(names)
+        self._pairs, self._table = pairs, table
+
+    def __len__(self) -> int:
+        return len(self._pairs)
+
+    def path(self, index: int) -> str:
+        return self._pairs[index][0]
+
+    def read(self, index: int) -> tuple[Image.Image, dict[str, Any]]:
+        """Return an item. Raises DataError for labels that do not fit, and whatever Pillow raises."""
+        place, labels = self._pairs[index]
+        with open_image(place) as file:
+            image = file.convert("RGB")
+        with open_image(labels) as file:
+            if file.mode not in ("L", "P", "I;16", "I"):
+                raise DataError(f"{labels} has pixels of mode {file.mode}, and no number of a class each")
+            numbers = np.asarray(file)
+        if numbers.shape != (image.height, image.width):
+            height, width = numbers.shape
+            raise DataError(
+                f"{place} has {image.width} x {image.height} pixels, and {labels} {width} x {height}"
+            )
+        if numbers.max(initial=0) >= len(self._table):
+            raise DataError(f"{labels} has the number {numbers.max()}; a class is below {len(self._table)}")
+        classes = self._table[numbers]
+        largest = classes.max(where=classes != IGNORED, initial=0)
+        if largest >= len(self.class_names):
+            raise DataError(
+                f"{labels} has a pixel of class {largest}, and there are {counted(len(self.class_names), 'class')}"
+            )
+        target = {
+            "labels": torch.from_numpy(classes),
+            "image_id": index,
+            "original_size": (image.height, image.width),
+        }
+        return image, target
+
+
+def check_dense(config: DataConfig, splits: Sequence[str | None]) -> DenseTask:
+    """Return the task of `data.dataset`.
+
+    Raises DataError: it is no data set of detection or segmentation, a package is missing, or a split is not there.
+    """
+    if config.dataset not in DENSE_SETS:
+        raise DataError(
+            f"data.dataset={config.dataset!r} has no objects or labeled pixels; "
+            f"{did_you_mean(config.dataset, DENSE_SETS)}"
+        )
+    check_folder(config)
+    if DENSE_SETS[config.dataset] == "detection":
+        require_coder()
+    for split in splits:
+        if split is not None:
+            FIND[config.dataset](Path(str(config.data_path)), split)
+    return DENSE_SETS[config.dataset]
+
+
+def open_dense(config: DataConfig, split: str, *, training: bool, masks: bool = False) -> DenseSource:
+    """Return the items of a split of `data.dataset`.
+
+    Args:
+        config: The data set and its folder.
+        split: Its split, or a word for it.
+        training: Whether to train on it: images of COCO without objects are then left out.
+        masks: Whether objects have masks.
+
+    Raises:
+        DataError: as `check_dense`, or files are missing or damaged.
+    """
+    check_dense(config, [split])
+    root = Path(str(config.data_path))
+    if config.dataset == "coco":
+        return CocoImages(root, split, training=training, masks=masks)
+    if config.dataset == "ade20k":
+        return _open_ade20k(root, split, config.num_classes)
+    return _open_cityscapes(root, split)
+
+
+def _open_ade20k(root: Path, split: str, classes: int | None) -> LabelMaps:
+    """Return ADE20K: a pixel of `annotations/` is 1 + its class, 0 is ignored."""
+    names = _ade20k_names(root) or [str(number) for number in range(classes or ADE20K_CLASSES)]
+    if classes not in (None, len(names)):
+        raise DataError(
+            f"data.num_classes={classes}, and {root / 'objectInfo150.txt'} names {len(names)} classes"
+        )
+    table = np.append(IGNORED, np.arange(255)).astype(np.uint8)
+    return LabelMaps(_pairs(*_find_ade20k(root, split), lambda name: Path(name).stem + ".png"), names, table)
+
+
+def _ade20k_names(root: Path) -> list[str]:
+    """Return the names in the table that comes with the images: its last column, one class a line."""
+    lines = (read_if_there(root / "objectInfo150.txt", refusal=DataError) or "").splitlines()
+    return [line.split("\t")[-1].strip() for line in lines[1:] if line.strip()]
+
+
+def _open_cityscapes(root: Path, split: str) -> LabelMaps:
+    table = np.full(256, IGNORED, np.uint8)
+    table[list(CITYSCAPES)] = np.arange(len(CITYSCAPES))
+    pairs = _pairs(
+        *_find_cityscapes(root, split),
+        lambda name: name.replace("_leftImg8bit.png", "_gtFine_labelIds.png"),
+    )
+    return LabelMaps(pairs, list(CITYSCAPES.values()), table)
+
+
+def _pairs(images: Path, labels: Path, name_of: Callable[[str], str]) -> list[tuple[str, str]]:
+    """Return each image below a folder with its labels, which lie at the same place of another folder."""
+    files = [Path(path) for path in find_images(images).files]
+    pairs = [(str(path), labels / path.relative_to(images).parent / name_of(path.name)) for path in files]
+    if not pairs:
+        raise DataError(f"there is no image in {images}")
+    missing = [label for _, label in pairs if not label.is_file()]
+    if missing:
+        raise DataError(
+            f"{counted(len(missing), 'image')} of the {len(pairs)} in {images} have no labels: {missing[0]} is not "
+            "there"
+        )
+    return [(image, str(label)) for image, label in pairs]
+
+
+def _find_ade20k(root: Path, split: str) -> tuple[Path, Path]:
+    return _find_folders(root, split, "images", "annotations")
+
+
+def _find_cityscapes(root: Path, split: str) -> tuple[Path, Path]:
+    return _find_folders(root, split, "leftImg8bit", "gtFine")
+
+
+def _find_folders(root: Path, split: str, images: str, labels: str) -> tuple[Path, Path]:
+    """Return the folders of a split. Raises DataError: one is not there."""
+    found = [split_folder(root / folder, split) for folder in (images, labels)]
+    if None in found:
+        folder = root / (images if found[0] is None else labels)
+        raise DataError(
+            f"{folder} has no folder for split {split!r}, called one of {', '.join(synonyms(split))}"
+        )
+    return found[0] or root, found[1] or root
+
+
+FIND: dict[str, Callable[[Path, str], tuple[Path, Path]]] = {
+    "coco": find_split,
+    "ade20k": _find_ade20k,
+    "cityscapes": _find_cityscapes,
+}
+"""How the two places of a split are found."""

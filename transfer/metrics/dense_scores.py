@@ -1,0 +1,164 @@
+"""Average precision of boxes and masks as COCO defines it, and mean intersection over union of labeled pixels."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import redirect_stdout
+from io import StringIO
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ...models.errors import DataError
+from ..data.coco import require_coder
+from ..data.dense_sets import IGNORED
+
+Gather = Callable[[Any], list[Any]]
+"""Returns the objects of all ranks, in their order."""
+AREAS = ("", "_small", "_medium", "_large")
+"""Sizes of objects that are scored: all, below 32 x 32 pixels, below 96 x 96, and above."""
+
+
+class BoxScores:
+    """Average precision of COCO (arXiv:1405.0312) over the images of all ranks, each of which counts once.
+
+    The mean over classes and over thresholds 0.5, 0.55, ..., 0.95 of the intersection over union; 100 boxes an image.
+    A prediction on a crowd counts neither for nor against.
+
+    Args:
+        categories: Number of classes.
+        masks: Whether masks are scored, too.
+
+    Raises:
+        DataError: faster-coco-eval is missing.
+    """
+
+    def __init__(self, categories: int, masks: bool) -> None:
+        require_coder()
+        self._categories = categories
+        self._kinds = {"box": "bbox", "mask": "segm"} if masks else {"box": "bbox"}
+        self._images: dict[int, tuple[list[dict[str, Any]], list[dict[str, Any]], tuple[int, int]]] = {}
+
+    def add(self, predictions: Sequence[Mapping[str, Tensor]], targets: Sequence[Mapping[str, Any]]) -> None:
+        """Add images by their predictions and targets, in pixels of the file.
+
+        Args:
+            predictions: `boxes` (N, 4) x, y, x, y, `scores` (N,), `labels` (N,), `masks` (N, H, W).
+            targets: The same without scores, with `image_id` and `original_size`; `area` and `iscrowd` (N,) where they
+                are known.
+        """
+        for predicted, target in zip(predictions, targets, strict=True):
+            objects, found = self._rows(target), self._rows(predicted)
+            crowds = _listed(target.get("iscrowd"), [0] * len(objects))
+            areas = _listed(target.get("area"), [row["area"] for row in objects])
+            for row, crowd, area in zip(objects, crowds, areas, strict=True):
+                row.update(iscrowd=int(crowd), area=area)
+            for row, score in zip(found, predicted["scores"].tolist(), strict=True):
+                row.update(score=score, iscrowd=0)
+            self._images[int(target["image_id"])] = objects, found, tuple(target["original_size"])
+
+    def _rows(self, objects: Mapping[str, Any]) -> list[dict[str, Any]]:
+        """Return the objects as COCO's files have them."""
+        corners = objects["boxes"].detach().double().cpu()
+        boxes = torch.cat((corners[:, :2], corners[:, 2:] - corners[:, :2]), dim=1).tolist()
+        rows = [
+            {"category_id": label, "bbox": box, "area": box[2] * box[3]}
+            for label, box in zip(objects["labels"].tolist(), boxes, strict=True)
+        ]
+        if "mask" in self._kinds and rows:
+            from faster_coco_eval import mask as coder
+
+            pixels_HWN = objects["masks"].permute(1, 2, 0).to(torch.uint8).cpu().numpy()
+            for row, runs in zip(rows, coder.encode(np.asfortranarray(pixels_HWN)), strict=True):
+                row.update(segmentation=runs)
+        return rows
+
+    def result(self, gather: Gather) -> dict[str, float]:
+        """Return `box_ap`, `box_ap50`, `box_ap75`, `box_ap_small`, `box_ap_medium`, `box_ap_large`, and the same of
+        `mask_`. A size that no object has is left out.
+
+        Raises DataError: no image has an object that is no crowd.
+        """
+        images = {number: image for part in gather(self._images) for number, image in part.items()}
+        ordered = [images[number] for number in sorted(images)]  # ties of scores go by this order
+        if all(row["iscrowd"] for objects, _, _ in ordered for row in objects):
+            raise DataError(
+                "no image that was evaluated has an object, so that there is no average precision"
+            )
+        scores: dict[str, float] = {}
+        for name, kind in self._kinds.items():
+            scores |= {f"{name}_{key}": value for key, value in self._score(ordered, kind).items()}
+        return scores
+
+    def _score(self, images: Sequence[Any], kind: str) -> dict[str, float]:
+        from faster_coco_eval import COCO, COCOeval_faster
+
+        with redirect_stdout(StringIO()):
+            truth, found = (COCO(self._as_file(images, place, kind)) for place in (0, 1))
+            evaluation = COCOeval_faster(truth, found, iouType=kind)
+            evaluation.evaluate()
+            evaluation.accumulate()
+        precision = evaluation.eval["precision"][..., -1]  # thresholds, recalls, classes, sizes; 100 boxes
+        parts = {f"ap{area}": precision[..., place] for place, area in enumerate(AREAS)}
+        parts |= {"ap50": precision[0, ..., 0], "ap75": precision[5, ..., 0]}
+        known = {key: part[part > -1] for key, part in parts.items()}
+        return {key: float(part.mean()) for key, part in known.items() if part.size}
+
+    def _as_file(self, images: Sequence[Any], place: int, kind: str) -> dict[str, Any]:
+        rows = [{**row, "image_id": number} for number, image in enumerate(images) for row in image[place]]
+        if place and kind == "segm":
+            from faster_coco_eval import mask as coder
+
+            for row in rows:
+                row["area"] = float(coder.area(row["segmentation"]))
+        return {
+            "images": [
+                {"id": number, "height": size[0], "width": size[1]}
+                for number, (_, _, size) in enumerate(images)
+            ],
+            "annotations": [{**row, "id": number} for number, row in enumerate(rows, 1)],
+            "categories": [{"id": label, "name": str(label)} for label in range(self._categories)],
+        }
+
+
+class MeanIoU:
+    """Mean intersection over union and pixel accuracy, from pixels counted over the images of all ranks.
+
+    IoU_c = hits_c / (true_c + predicted_c - hits_c) for the pixels of class c that have a label; the mean is over the
+    classes that are there or are predicted. Each image counts once.
+
+    Args:
+        num_classes: Number of classes K.
+    """
+
+    def __init__(self, num_classes: int) -> None:
+        self._classes = num_classes
+        self._counts: dict[int, Tensor] = {}  # (3, K) of each image: hits, true, predicted
+
+    def add(self, predictions: Sequence[Mapping[str, Tensor]], targets: Sequence[Mapping[str, Any]]) -> None:
+        """Add images by the `labels` (H, W) of predictions and targets, where 255 does not count; targets also have
+        `image_id`."""
+        for predicted, target in zip(predictions, targets, strict=True):
+            true = target["labels"]
+            labeled = true != IGNORED
+            true, found = true[labeled], predicted["labels"].to(true.device)[labeled]
+            counted = (true[true == found], true, found)
+            counts = torch.stack([torch.bincount(each, minlength=self._classes) for each in counted])
+            self._counts[int(target["image_id"])] = counts.cpu()
+
+    def result(self, gather: Gather) -> dict[str, float]:
+        """Return `miou` and `pixel_accuracy`. Raises DataError: no pixel has a label."""
+        counts = {number: count for part in gather(self._counts) for number, count in part.items()}
+        hits, true, found = sum(counts.values(), torch.zeros(3, self._classes, dtype=torch.long))
+        if not true.sum():
+            raise DataError("no image that was evaluated has a labeled pixel, so that there is no mean IoU")
+        union = true + found - hits
+        seen = union > 0
+        miou = (hits[seen].double() / union[seen]).mean()
+        return {"miou": float(miou), "pixel_accuracy": float(hits.sum() / true.sum())}
+
+
+def _listed(values: Tensor | None, default: list[Any]) -> list[Any]:
+    return default if values is None else list(values.tolist())
