@@ -1,3 +1,5 @@
+from .dense_models import load_dense as load_dense
+from .dense_models import save_dense as save_dense
 from .describe import describe_file as describe_file
 from .describe import describe_source as describe_source
 from .describe import describe_teacher as describe_teacher

@@ -205,6 +205,7 @@ def write_student(
     dtype: torch.dtype | None = None,
     max_shard_size: int | str = SHARD_SIZE,
     check: Callable[[], object] | None = None,
+    beside: Callable[[Path], None] | None = None,
 ) -> None:
     """Write weights and `config.json` of `model` to `folder`, whole or not at all; an older folder is replaced.
 
@@ -215,6 +216,7 @@ def write_student(
         provenance: what the model learned from and how (`provenance.py`); JSON.
         label_names: the classes of its head in their order, where they are known.
         check: as of `write_folder`.
+        beside: writes more files into the folder.
 
     Raises CheckpointError: these arguments do not build a model with these weights, or one is not JSON;
     with exit code 1 if the disk is full, and the old folder is then intact.
@@ -239,6 +241,8 @@ def write_student(
     def write(temporary: Path) -> None:
         save_torch_state_dict(tensors, temporary, max_shard_size=max_shard_size, metadata={"format": "pt"})
         (temporary / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        if beside is not None:
+            beside(temporary)
 
     size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
     write_folder(folder, write, size=size, check=check)

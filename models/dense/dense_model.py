@@ -140,6 +140,30 @@ def _padded(tensor: Tensor, height: int, width: int, value: float = 0) -> Tensor
     return F.pad(tensor, (0, width - tensor.shape[-1], 0, height - tensor.shape[-2]), value=value)
 
 
+RANGES: dict[str, tuple[float, float]] = {
+    "num_classes": (1, 1_000_000),
+    "width": (2, 1_000_000),
+    "size_divisor": (1, 10_000),
+    "anchor_scale": (1e-3, 1e3),
+    "score_threshold": (0, 1),
+    "detections": (1, 1_000_000),
+    "dropout": (0, 0.999),
+}
+
+
+def _check_ranges(given: Mapping[str, float | None]) -> None:
+    for name, (low, high) in RANGES.items():
+        value = given[name]
+        if value is not None and not low <= value <= high:
+            raise ConfigError(f"{name}={value}; give a number from {low:,} to {high:,}")
+
+
+def _by_channel(name: str, values: Sequence[float], low: float) -> list[float]:
+    if len(values) != 3 or not all(low <= each <= 1e6 for each in values):
+        raise ConfigError(f"{name}={list(values)}; give three numbers from {low:g} to 1e6")
+    return list(values)
+
+
 @check_types()
 def create_dense(
     kind: Kind,
@@ -181,10 +205,6 @@ def create_dense(
     """
     if kind not in DESIGNS:
         raise ConfigError(f"kind={kind!r}; {did_you_mean(kind, DESIGNS)}")
-    if num_classes < 1 or (class_names and len(class_names) != num_classes):
-        raise ConfigError(
-            f"num_classes={num_classes} and {len(class_names)} class names; give one name for each class"
-        )
     design = DESIGNS[kind]
     given = {
         "anchor_scale": anchor_scale,
@@ -193,6 +213,9 @@ def create_dense(
         "dropout": dropout,
     }
     head = {name: value for name, value in given.items() if value is not None}
+    _check_ranges({"num_classes": num_classes, "width": width, "size_divisor": size_divisor, **given})
+    if class_names and len(class_names) != num_classes:
+        raise ConfigError(f"{len(class_names)} class names are given for num_classes={num_classes}")
     for name in head:
         if name not in design.settings:
             raise ConfigError(f"{kind} has no setting {name!r}; {did_you_mean(name, design.settings)}")
@@ -209,8 +232,8 @@ def create_dense(
         "width": width,
         "norms": sorted(set(norms)),
         "class_names": list(class_names),
-        "mean": list(mean or described.get("mean") or IMAGENET_DEFAULT_MEAN),
-        "std": list(std or described.get("std") or IMAGENET_DEFAULT_STD),
+        "mean": _by_channel("mean", mean or described.get("mean") or IMAGENET_DEFAULT_MEAN, -1e6),
+        "std": _by_channel("std", std or described.get("std") or IMAGENET_DEFAULT_STD, 1e-6),
         "size_divisor": size_divisor or backbone.strides[-1] * (2 if is_plain else 1),
         **head,
     }

@@ -1,0 +1,129 @@
+"""Write a detector or segmenter as a folder: its backbone as a plain timm folder, and beside it neck and head."""
+
+from __future__ import annotations
+
+import json
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from ..models.conversion import sharing_copy, with_own_plan
+from ..models.dense.dense_model import DETECTION, SEGMENTATION, DenseModel, create_dense
+from ..models.errors import CheckpointError, GraftError, JsonDict, check_types
+from ..models.small import without_memory
+from .architecture import build
+from .files import read_json
+from .pretrained import describe_model, load
+from .report import some
+from .student import refuse_existing, write_student
+from .weight_files import read_file
+
+NAMES = {DETECTION: "detector", SEGMENTATION: "segmenter"}
+"""The names of the two files beside the backbone, .json and .safetensors."""
+BODY = "backbone.body."
+
+
+@check_types()
+def save_dense(model: DenseModel, folder: Path | str, *, overwrite: bool = False) -> Path:
+    """Write a detector or segmenter whole or not at all, and return its folder; `load_dense` reads it.
+
+    The backbone is a timm folder: `timm.create_model('local-dir:FOLDER', pretrained=True, features_only=True)` gives
+    its maps wherever the architecture is timm's own, and `graftvit.load(FOLDER)` always loads it. The last norm, which
+    a backbone does not have, is written as a fresh one. Neck, head and norms of the outputs are in
+    `detector.safetensors`, how they are built in `detector.json`; `segmenter.*` for segmentation.
+
+    Args:
+        model: of `create_dense`.
+        folder: is made, and may hold a model folder with `overwrite` alone.
+        overwrite: replace a model folder that is there.
+
+    Raises:
+        CheckpointError: `folder` holds something, or timm did not make the backbone.
+    """
+    folder = Path(folder)
+    refuse_existing(folder, overwrite=overwrite)
+    known = describe_model(_with_last_norm(model.backbone.body), mean=model.mean, std=model.std)
+
+    def beside(temporary: Path) -> None:
+        tensors = {name: each.detach().cpu().clone() for name, each in _own(model).items()}
+        described = json.dumps({"kind": model.kind, **model.settings}, indent=2) + "\n"
+        save_file(tensors, temporary / f"{NAMES[model.task]}.safetensors", metadata={"format": "pt"})
+        (temporary / f"{NAMES[model.task]}.json").write_text(described, encoding="utf-8")
+
+    write_student(
+        known.model,
+        folder,
+        check=partial(refuse_existing, folder, overwrite=overwrite),
+        architecture=known.architecture,
+        model_args=known.model_args,
+        preprocessing=known.preprocessing,
+        beside=beside,
+    )
+    return folder
+
+
+def _with_last_norm(body: nn.Module) -> nn.Module:
+    """Return a copy of a backbone's body that shares its weights, with fresh parts in place of those removed."""
+    known = describe_model(body)
+    plain = {name: value for name, value in known.model_args.items() if not callable(value)}
+    fresh = build(*with_own_plan(body, known.architecture, plain))
+    whole = sharing_copy(body)
+    parts = dict(whole.named_modules())
+    for path, part in fresh.named_modules():
+        if type(parts.get(path)) is nn.Identity and part.state_dict():
+            parent, _, name = path.rpartition(".")
+            whole.get_submodule(parent)._modules[name] = part
+    return whole
+
+
+@check_types()
+def load_dense(folder: Path | str) -> DenseModel:
+    """Return the detector or segmenter that `save_dense` wrote, in eval mode, with the same numbers.
+
+    Args:
+        folder: of `save_dense`.
+
+    Raises:
+        CheckpointError: one sentence that names what is missing or damaged, or does not fit.
+    """
+    folder = Path(folder)
+    name = next((each for each in NAMES.values() if (folder / f"{each}.json").is_file()), None)
+    if name is None:
+        raise CheckpointError(f"{folder} holds no detector.json or segmenter.json, as save_dense writes them")
+    described = folder / f"{name}.json"
+    settings = read_json(described)
+    if not isinstance(settings, dict) or "body" in settings:
+        raise CheckpointError(f"{described} is damaged: it holds other than the settings of a head")
+    file = folder / f"{name}.safetensors"
+    tensors = read_file(file, inside=folder).tree
+    body = load(folder)
+    try:
+        with without_memory():
+            _check(create_dense(body=body, **settings), tensors, file)
+        model = create_dense(body=body, **settings)
+    except GraftError as error:
+        raise CheckpointError(f"{described} and {file.name} do not fit the backbone: {error}") from error
+    model.load_state_dict(tensors, strict=False)
+    return model.eval()
+
+
+def _own(model: nn.Module) -> dict[str, Tensor]:
+    """Return the weights of a dense model without those of its body."""
+    return {name: each for name, each in model.state_dict().items() if not name.startswith(BODY)}
+
+
+def _check(model: nn.Module, tensors: JsonDict, file: Path) -> None:
+    """Raise CheckpointError for weights that are not those of neck and head."""
+    wanted = {name: _kind(each) for name, each in _own(model).items()}
+    found = {name: _kind(each) for name, each in tensors.items()}
+    wrong = [name for name in sorted(wanted.keys() | found.keys()) if wanted.get(name) != found.get(name)]
+    if wrong:
+        raise CheckpointError(f"{file} has other weights than its settings say: {some(wrong)}")
+
+
+def _kind(tensor: Any) -> tuple[torch.Size, bool]:
+    return tensor.shape, tensor.is_floating_point()
