@@ -16,12 +16,11 @@ from graftvit.checkpoints import state
 from graftvit.launch import cli
 from graftvit.launch.slurm import attempt as module
 from graftvit.launch.slurm.attempt import Task
-from graftvit.launch.slurm.environment import INSIDE_A_LAUNCHER
 from graftvit.launch.slurm.folder import Attempt as Record
 from graftvit.launch.slurm.folder import Failure, JobFolder, read_failure
 from graftvit.models.errors import ConfigError, RunFailedError
 from graftvit.transfer.engine import early_signals
-from support.slurm.slurm_folders import failing
+from support.slurm.slurm_folders import be_a_task, failing
 
 
 class Job:
@@ -34,23 +33,14 @@ class Job:
         patch.setattr(module, "fallen_nodes", lambda _: [])
         patch.setattr(module, "requeue", self._requeue)
         patch.setattr(module, "limit_threads", lambda: None)
-        patch.setenv("SUBMITIT_EXECUTOR", "slurm")
-        patch.setenv("SUBMITIT_FOLDER", str(folder / "jobs" / "launch-0"))
-        task = {"JOB_ID": 77, "NTASKS": 4, "JOB_NUM_NODES": 2, "NODEID": 0, "JOB_NODELIST": "a[1-2]"}
-        for name, value in task.items():
-            patch.setenv(f"SLURM_{name}", str(value))
 
     def _requeue(self) -> None:
         self.requeued += 1
 
     def run(self, work: Callable[[], int], rank: int = 0, restart: int = 0) -> Any:
         """The result, or the code that the process leaves with."""
-        for name in INSIDE_A_LAUNCHER:
-            self._patch.setenv(name, "")  # so that what an attempt exports is taken back, too
-            self._patch.delenv(name)
-        self._patch.setenv("SLURM_PROCID", str(rank))
-        self._patch.setenv("SLURM_LOCALID", str(rank % 2))
-        self._patch.setenv("SLURM_RESTART_COUNT", str(restart))
+        launch = self.folder / "jobs" / "launch-0"
+        be_a_task(self._patch, launch, PROCID=rank, LOCALID=rank % 2, RESTART_COUNT=restart)
         self._patch.setattr(cli, "dispatch", lambda words: work())
         try:
             return Task(["train", "x.yaml"], self.folder, self.folder)()
@@ -94,7 +84,7 @@ def stopped_by(*numbers: int, meanwhile: Callable[[], object] = lambda: None) ->
 
 def test_a_finished_run_is_a_result_although_a_signal_came(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
     assert job.run(lambda: 0) == {"output_dir": str(job.folder), "outcome": "finished"}
-    assert (job.last.outcome, job.last.nodes, job.last.world_size) == ("finished", ["a1", "a2"], 4)
+    assert (job.last.outcome, job.last.nodes, job.last.world_size) == ("finished", ["node1", "node2"], 4)
     assert job.last.ended is not None
     assert job.last.log_start is None
     monkeypatch.setenv("GRAFTVIT_LOG_START", "21")  # where its part of the log begins
@@ -196,7 +186,7 @@ def test_attempts_that_are_all_too_short_end_the_run(job: Job, reasons: str, lef
 
 def test_a_record_that_is_removed_meanwhile_is_made_anew_and_is_not_that_of_the_next_job(job: Job) -> None:
     assert job.run(lambda: shutil.rmtree(job.folder / "jobs") or 0)["outcome"] == "finished"
-    assert (job.last.outcome, job.last.nodes, job.last.restart) == ("finished", ["a1", "a2"], 0)
+    assert (job.last.outcome, job.last.nodes, job.last.restart) == ("finished", ["node1", "node2"], 0)
     folder = JobFolder(job.folder)
 
     def work() -> int:

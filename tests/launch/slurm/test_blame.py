@@ -158,9 +158,8 @@ def test_the_log_of_an_earlier_attempt_is_not_that_of_this_one(tmp_path: Path) -
     second = failed(files, log_start=len(NODE))
     assert found(files, first, len(NODE)) == ("node failure: gpu2", None)
     assert found(files, second)[1] == said_of(second, job_of(files)).rank == 3
-    assert said_of(failed(files, log_start=None), job_of(files)).why == "", (
-        "where its part begins is not known"
-    )
+    unknown = failed(files, log_start=None)  # where its part begins
+    assert said_of(unknown, job_of(files)).why == ""
 
 
 def test_a_start_without_an_attempt_is_told_by_its_log(tmp_path: Path) -> None:

@@ -17,7 +17,6 @@ import pytest
 import submitit
 from graftvit.launch.slurm import environment as module
 from graftvit.launch.slurm.environment import (
-    INSIDE_A_LAUNCHER,
     PORTS,
     export_ranks,
     forget_old_results,
@@ -27,20 +26,14 @@ from graftvit.launch.slurm.environment import (
 )
 from graftvit.models.errors import RunFailedError
 from support.slurm.cluster_users import write_program
+from support.slurm.slurm_folders import be_a_task
 
 
 @pytest.fixture
 def in_slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """As in rank 1 of 4 of job 77, with a folder in front of PATH."""
-    for name, value in {
-        "SUBMITIT_EXECUTOR": "slurm", "SUBMITIT_FOLDER": str(tmp_path), "SLURM_JOB_ID": "77", "SLURM_NTASKS": "4",
-        "SLURM_JOB_NUM_NODES": "2", "SLURM_NODEID": "0", "SLURM_PROCID": "1", "SLURM_LOCALID": "1",
-        "SLURM_JOB_NODELIST": "node[1-2]", "PATH": f"{tmp_path}:{os.environ['PATH']}",
-    }.items():  # fmt: skip
-        monkeypatch.setenv(name, value)
-    for name in (*INSIDE_A_LAUNCHER, "SLURM_ARRAY_JOB_ID"):
-        monkeypatch.setenv(name, "")  # so that what a test exports is taken back, too
-        monkeypatch.delenv(name)
+    be_a_task(monkeypatch, tmp_path)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
     return tmp_path
 
 
@@ -173,7 +166,7 @@ def test_each_attempt_meets_at_a_port_of_its_own(in_slurm: Path, monkeypatch: py
     wanted = {"RANK": "1", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "node1"}
     assert wanted.items() <= os.environ.items()
     assert os.environ.get("CUDA_VISIBLE_DEVICES") != "1"
-    monkeypatch.setenv("SLURM_NTASKS", "1")  # one process alone is no group
-    monkeypatch.setenv("SLURM_PROCID", "0")
+    be_a_task(monkeypatch, in_slurm, NTASKS=1, PROCID=0)
+    os.environ["WORLD_SIZE"] = "4"  # one process alone is no group
     assert export_ranks(0) == {}
     assert "WORLD_SIZE" not in os.environ

@@ -31,17 +31,12 @@ def recipe(root: Path, name: str, epochs: int = 2) -> Path:
     return path
 
 
-def user(root: Path) -> dict[str, str]:
-    own = {
-        "XDG_CONFIG_HOME": str(root / "config"),
-        "XDG_STATE_HOME": str(root / "state"),
-        "OMP_NUM_THREADS": "1",
-    }
-    return {**os.environ, **own}
+def user() -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
 def graftvit(root: Path, *words: str, code: int = 0) -> str:
-    done = commands.run(words, user(root), root)
+    done = commands.run(words, user(), root)
     assert done.returncode == code, done.stderr
     return done.stdout + done.stderr
 
@@ -80,7 +75,7 @@ def test_a_second_submission_is_refused_while_the_first_runs_which_can_be_stoppe
 ) -> None:
     words = ("submit", str(recipe(tmp_path, "run", 500)), "--unchecked", *HERE, "--cluster")
     folder = tmp_path / "run"
-    process = commands.Command((*words, cluster), user(tmp_path), tmp_path)
+    process = commands.Command((*words, cluster), user(), tmp_path)
     until(lambda: lines(folder) > 5, "training")
     job = shown(tmp_path, folder)["job_id"]
     for again in ((*words, "local"), (*words, "debug"), ("jobs", "resume", str(folder))):
@@ -104,7 +99,7 @@ def test_a_local_job_whose_submission_was_killed_is_known_and_runs(tmp_path: Pat
         "from graftvit.launch.cli import main\n"
         f"main({words!r})"
     )
-    done = subprocess.run([sys.executable, "-c", program], env=user(tmp_path), capture_output=True)
+    done = subprocess.run([sys.executable, "-c", program], env=user(), capture_output=True)
     assert done.returncode == -signal.SIGKILL, done.stderr
     until(lambda: lines(folder) > 5, "training")
     assert shown(tmp_path, folder)["state"] == "running"

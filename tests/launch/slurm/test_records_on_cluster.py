@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -69,12 +69,6 @@ def begin(run: ClusterRun, *words: str) -> Command:
     return Command(words, user_environment(run.cluster, run.root), run.root)
 
 
-def end_together(processes: Sequence[Command]) -> list[str]:
-    """What those say on standard error that fail."""
-    ended = [(process.communicate(), process.returncode) for process in processes]
-    return [said[1] for said, code in ended if code]
-
-
 def assert_known(run: ClusterRun, job: str) -> None:
     """All commands know the job, and `stop` ends it."""
     assert run.shown()["job_id"] == job
@@ -90,7 +84,9 @@ def test_of_two_submissions_and_resumptions_at_once_one_is_queued(run: ClusterRu
     with held(run.cluster) as waiting:
         for command in (words, ("jobs", "resume", str(run.folder), "--unchecked")):
             with slow_sbatch(run, before=1.0):
-                (refused,) = end_together([begin(run, *command, *waiting) for _ in range(2)])
+                processes = [begin(run, *command, *waiting) for _ in range(2)]
+                said = [process.communicate()[1] for process in processes]
+            (refused,) = [err for err, process in zip(said, processes, strict=True) if process.returncode]
             (job,) = queue(run.cluster)
             # the one that comes later may look while the other one waits for its number
             assert f"is job {job} already" in refused or "that is being submitted already" in refused
@@ -150,9 +146,8 @@ def test_a_silent_controller_is_no_job_that_has_ended(
     finally:
         run.cluster.start_controller()
     assert queue(run.cluster) == [job]
-    run.graftvit(
-        "jobs", "stop", str(run.folder), "--now"
-    )  # another process: this one leaves a silent one alone
+    # another process: this one leaves a silent controller alone
+    run.graftvit("jobs", "stop", str(run.folder), "--now")
 
 
 def remove(folder: Path) -> None:

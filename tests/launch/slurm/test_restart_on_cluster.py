@@ -210,10 +210,8 @@ def test_four_other_events_in_one_run(
     interrupt(run, job, monkeypatch)
     attempts = run.finish()
     requeued, preempted, lost, interrupted, last = attempts
-    assert [(attempt.job_id, attempt.restart) for attempt in attempts] == [
-        (job, number) for number in range(5)
-    ]
-    assert [(attempt.world_size, len(attempt.nodes)) for attempt in attempts] == [(2, 2)] * 5
+    starts = [(one.job_id, one.restart, one.world_size, len(one.nodes)) for one in attempts]
+    assert starts == [(job, number, 2, 2) for number in range(5)]
     assert requeued.signal == "SIGTERM (requeued)"
     assert preempted.signal.startswith("SIGTERM")
     assert "preempted" in preempted.signal
@@ -249,10 +247,8 @@ def test_the_orphaned_attempt_is_fenced_off(
     for task in tasks:
         os.kill(task, signal.SIGCONT)
     successor = run.finish()[1]
-    assert (successor.job_id, successor.nodes) == (
-        orphan.job_id,
-        [n for n in cluster.nodes if n not in orphan.nodes],
-    )
+    others = [node for node in cluster.nodes if node not in orphan.nodes]
+    assert (successor.job_id, successor.nodes) == (orphan.job_id, others)
     until(
         lambda: "has taken over the run" in "".join(one.text for one in run.jobs.failures(orphan.name)),
         lambda: f"the orphan's end: {run.jobs.failures(orphan.name)}",

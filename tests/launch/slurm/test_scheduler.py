@@ -32,8 +32,10 @@ from graftvit.launch.slurm.scheduler import (
 from graftvit.models.errors import GraftError
 from support.runs.patience import until
 from support.slurm.slurm_cluster import SlurmCluster
+from support.slurm.slurm_config import ClusterOptions
 from support.slurm.slurm_folders import failing
 
+CLUSTER = ClusterOptions(accounting=True)
 QUEUE = """\
 12632732|FAILED|gpu1|NonZeroExitCode|0|1792|2026-11-21T12:13:56|2026-11-21T12:13:57|graftvit-x-0|/x/jobs/launch-0/submit.sh|
 12632731_2|PENDING||JobArrayTaskLimit|0|0|N/A|N/A|graftvit-x-0|/x|y/jobs/launch-0/submit.sh|
@@ -260,12 +262,8 @@ def state_when(job: str, ready: Callable[[State], bool]) -> State:
 
 
 @pytest.mark.slurm
-def test_real_jobs(
-    start_cluster: Callable[..., SlurmCluster], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    cluster = start_cluster(accounting=True)
-    for name in ("SLURM_CONF", "PATH"):
-        monkeypatch.setenv(name, cluster.environment[name])
+def test_real_jobs(on_cluster: SlurmCluster, tmp_path: Path) -> None:
+    cluster = on_cluster
     array = cluster.sbatch("sleep 100", "--array=0-5%1")
     failed = cluster.sbatch("exit 7")
     mark, script = tmp_path / "usr2", tmp_path / "task.sh"

@@ -120,9 +120,7 @@ def test_a_profile_goes_before_the_surroundings_and_the_file_and_after_flags(
     big = config("--profile=big")
     assert (big.partition, big.nodes, big.mem, big.mem_per_cpu) == ("of_the_surroundings", 8, "100G", None)
     assert big.sbatch == {"nice": 5, "exclusive": True}
-    assert f"  nodes              8                      {path}: profiles.big.nodes\n" in describe(
-        config("--profile=big")
-    )
+    assert f"  nodes              8                      {path}: profiles.big.nodes\n" in describe(big)
 
 
 def test_the_default_profile_goes_after_the_surroundings(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from graftvit.launch.slurm import jobs, submit
+from graftvit.launch.slurm.environment import INSIDE_A_LAUNCHER
 from graftvit.launch.slurm.folder import Job, JobFolder
 from graftvit.launch.slurm.request import Request
 from graftvit.launch.slurm.scheduler import NoAnswerError, State
@@ -38,6 +39,22 @@ def attempted(folder: Path, outcome: str | None = None, restart: int = 0, **even
     if outcome is not None or event:
         files.note(name, **({} if outcome is None else {"outcome": outcome}), **event)
     return name
+
+
+def be_a_task(patch: pytest.MonkeyPatch, folder: Path, **changes: int) -> None:
+    """Let this process be a task of job 77, by default rank 1 of 4 on two nodes."""
+    task = {"JOB_ID": 77, "NTASKS": 4, "JOB_NUM_NODES": 2, "NODEID": 0, "PROCID": 1, "LOCALID": 1, **changes}
+    values = {f"SLURM_{name}": str(value) for name, value in task.items()}
+    values |= {
+        "SLURM_JOB_NODELIST": "node[1-2]",
+        "SUBMITIT_EXECUTOR": "slurm",
+        "SUBMITIT_FOLDER": str(folder),
+    }
+    for name, value in values.items():
+        patch.setenv(name, value)
+    for name in (*INSIDE_A_LAUNCHER, "SLURM_ARRAY_JOB_ID"):
+        patch.setenv(name, "")  # so that what a test exports is taken back, too
+        patch.delenv(name)
 
 
 def failing(error: BaseException) -> Callable[..., Any]:
