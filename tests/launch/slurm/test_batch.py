@@ -18,7 +18,6 @@ from graftvit.launch.slurm.attempt import Task
 from graftvit.launch.slurm.batch import Batch, copy_package, origin, script
 from graftvit.launch.slurm.request import Request
 from graftvit.models.errors import ConfigError
-from support.runs import commands
 from support.runs.patience import until
 from support.slurm.cluster_runs import ALONE, cluster_run, user_environment
 from support.slurm.cluster_users import write_program
@@ -238,10 +237,10 @@ def test_a_requeued_run_takes_no_edit_made_since(tmp_path: Path, cluster: SlurmC
 
     edit("submitted")
     run = cluster_run(cluster, tmp_path, optim={"epochs": 6})
+    words = [sys.executable, "-m", "graftvit.launch", "submit", run.recipe(), *ALONE]
     own = {"PYTHONPATH": str(sources), "TOLD": str(told)}
-    done = commands.run(
-        ["submit", run.recipe(), *ALONE], {**user_environment(cluster, tmp_path), **own}, tmp_path
-    )
+    environment = {**user_environment(cluster, tmp_path), **own}
+    done = subprocess.run(words, env=environment, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     edit("edited")
     run.wait_for_lines(3)
