@@ -35,6 +35,7 @@ from graftvit.transfer.bench_rows import best_first, merge_rows, read_rows, row_
 from graftvit.transfer.cells import load_record, save_record
 from graftvit.transfer.config import DataConfig
 from graftvit.transfer.data.archives import count_images, unpack
+from graftvit.transfer.data.coco import CocoImages
 from graftvit.transfer.data.datasets import open_dataset
 from graftvit.transfer.data.image_folder import INDEX, find_images, pack_lists, read_index
 from graftvit.transfer.data.loading import EvalBatches
@@ -44,6 +45,7 @@ from graftvit.transfer.target_shards import PIXELS, Shard, TargetRows, TargetSha
 from onnx import helper, numpy_helper
 from PIL import Image
 from safetensors.torch import save_file
+from support.files.dense_scenes import composed, write_coco
 from support.files.hostile import ARCHITECTURE, ARGUMENTS, weights
 from support.files.hostile_configs import write_model
 from support.files.hostile_tensors import valid
@@ -602,6 +604,32 @@ def _check_results(folder: Path) -> None:
     results.save(folder)
 
 
+# Annotations of COCO.
+
+
+def _make_coco(folder: Path) -> None:
+    write_coco(folder, {"val": composed("validation", 3)[:2]}, form="counts")
+    write_coco(folder, {"train": composed("train", 1)})
+
+
+def _damage_coco(rng: Random, folder: Path) -> str:
+    return damage_json(
+        rng, folder / "annotations" / rng.choice(["instances_val.json", "instances_train.json"])
+    )
+
+
+def _check_coco(folder: Path) -> None:
+    for split in ("val", "train"):
+        source = CocoImages(folder, split, training=False, masks=True)
+        rows = json.loads((folder / "annotations" / f"instances_{split}.json").read_text())["annotations"]
+        for number in range(len(source)):
+            _, target = source.read(number)
+            own = [row for row in rows if row["image_id"] == target["image_id"]]
+            corners = [(x, y, x + width, y + height) for x, y, width, height in (row["bbox"] for row in own)]
+            if not np.allclose(target["boxes"], np.reshape(corners, (-1, 4))):
+                raise WrongError("an image has other boxes than are there")
+
+
 # The log of a run.
 
 
@@ -654,6 +682,7 @@ FORMATS: dict[str, Format] = {
     "results of a benchmark": Format(
         _make_results, lambda rng, folder: damage_json(rng, folder / "results.json"), _check_results
     ),
+    "annotations of COCO": Format(_make_coco, _damage_coco, _check_coco),
     "log": Format(_make_log, lambda rng, folder: damage_bytes(rng, folder / "log.jsonl"), _check_log),
 }
 if find_spec("pyarrow"):

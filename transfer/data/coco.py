@@ -14,7 +14,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from PIL import Image
-from pydantic import Field, TypeAdapter, ValidationError
+from pydantic import BeforeValidator, Field, TypeAdapter, ValidationError
+from pydantic_core import to_json
 from torch import Tensor
 from typing_extensions import NotRequired, TypedDict
 
@@ -35,7 +36,7 @@ WRONG_SHARE = 0.01
 """Share of the boxes that may be empty or outside their images; COCO's own files have a few."""
 Count = Annotated[int, Field(ge=0)]
 Side = Annotated[int, Field(gt=0, lt=1 << 20)]
-Finite = Annotated[float, Field(allow_inf_nan=False)]
+Pixels = Annotated[float, Field(ge=-1e6, le=1e12)]
 
 
 class _Image(TypedDict):
@@ -48,13 +49,13 @@ class _Image(TypedDict):
 class _Object(TypedDict):
     image_id: int
     category_id: int
-    bbox: tuple[Finite, Finite, Finite, Finite]
-    area: NotRequired[Finite]
+    bbox: tuple[Pixels, Pixels, Pixels, Pixels]
+    area: NotRequired[Pixels]
     iscrowd: NotRequired[Annotated[int, Field(ge=0, le=1)]]
 
 
 class _Outlined(_Object):
-    segmentation: Any
+    segmentation: Annotated[bytes, BeforeValidator(to_json)]
 
 
 class _Category(TypedDict):
@@ -144,7 +145,7 @@ class CocoImages:
             [each.get("area", box[2] * box[3]) for each, box in zip(objects, given, strict=True)]
         )
         self._crowd = np.array([each.get("iscrowd", 0) for each in objects], bool)
-        texts = [json.dumps(each["segmentation"]).encode() for each in objects] if masks else []
+        texts = [each["segmentation"] for each in objects] if masks else []
         self._outlines = np.frombuffer(b"".join(texts), np.uint8) if masks else None
         self._ends = np.cumsum([len(text) for text in texts], dtype=np.int64)
         self._kept = np.ones(len(objects), bool)
@@ -159,7 +160,7 @@ class CocoImages:
         row = self._rows[wrong[0]]
         height, width = self.sizes[row]
         problem = (
-            f"{self._file}: {len(wrong)} of {counted(len(self._boxes), 'box')} are empty or outside their images, such "
+            f"{self._file}: {len(wrong)} of {len(self._boxes)} boxes are empty or outside their images, such "
             f"as one of image {self.ids[row]} ({width} x {height}); a box is x, y, width, height in pixels"
         )
         if len(wrong) > max(1, WRONG_SHARE * len(self._boxes)) or self._empty.all():
@@ -249,14 +250,16 @@ def decode_mask(segmentation: Any, height: int, width: int) -> npt.NDArray[np.bo
                 return np.zeros((height, width), bool)
             runs = coder.merge(coder.frPyObjects(outlines, height, width))
         elif list(segmentation["size"]) != [height, width]:
-            raise ValueError(f"a mask of size {segmentation['size']}")
+            raise ValueError(segmentation["size"])
         elif isinstance(segmentation["counts"], list):
             runs = coder.frPyObjects(segmentation, height, width)
         else:
             runs = segmentation
         return np.asarray(coder.decode(runs), bool)
     except (ArithmeticError, KeyError, RuntimeError, TypeError, ValueError) as error:
-        raise DataError(f"a mask of an image of {width} x {height} pixels is damaged: {error}") from error
+        raise DataError(
+            f"a mask is damaged: it is neither polygons nor run lengths that fill {width} x {height} pixels"
+        ) from error
 
 
 def _read(file: Path, masks: bool) -> Any:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -26,6 +26,8 @@ DENSE_SETS: dict[str, DenseTask] = {
     "cityscapes": "segmentation",
 }
 """What the labels of a data set are."""
+FOLDERS = {"ade20k": ("images", "annotations"), "cityscapes": ("leftImg8bit", "gtFine")}
+"""Where images and their labels lie, in a folder for each split."""
 IGNORED = 255
 """The label of a pixel that no class claims."""
 ADE20K_CLASSES = 150
@@ -127,7 +129,7 @@ def check_dense(config: DataConfig, splits: Sequence[str | None]) -> DenseTask:
         require_coder()
     for split in splits:
         if split is not None:
-            FIND[config.dataset](Path(str(config.data_path)), split)
+            _find_split(config.dataset, Path(str(config.data_path)), split)
     return DENSE_SETS[config.dataset]
 
 
@@ -147,75 +149,48 @@ def open_dense(config: DataConfig, split: str, *, training: bool, masks: bool = 
     root = Path(str(config.data_path))
     if config.dataset == "coco":
         return CocoImages(root, split, training=training, masks=masks)
-    if config.dataset == "ade20k":
-        return _open_ade20k(root, split, config.num_classes)
-    return _open_cityscapes(root, split)
+    images, labels = _find_split(config.dataset, root, split)
+    if config.dataset == "cityscapes":
+        table = np.full(256, IGNORED, np.uint8)
+        table[list(CITYSCAPES)] = np.arange(len(CITYSCAPES))
+        return LabelMaps(_pairs(images, labels), list(CITYSCAPES.values()), table)
+    table = np.append(IGNORED, np.arange(IGNORED)).astype(np.uint8)  # a number is 1 + its class
+    return LabelMaps(_pairs(images, labels), _ade20k_names(root, config.num_classes), table)
 
 
-def _open_ade20k(root: Path, split: str, classes: int | None) -> LabelMaps:
-    """Return ADE20K: a pixel of `annotations/` is 1 + its class, 0 is ignored."""
-    names = _ade20k_names(root) or [str(number) for number in range(classes or ADE20K_CLASSES)]
-    if classes not in (None, len(names)):
-        raise DataError(
-            f"data.num_classes={classes}, and {root / 'objectInfo150.txt'} names {len(names)} classes"
-        )
-    table = np.append(IGNORED, np.arange(255)).astype(np.uint8)
-    return LabelMaps(_pairs(*_find_ade20k(root, split), lambda name: Path(name).stem + ".png"), names, table)
+def _ade20k_names(root: Path, classes: int | None) -> list[str]:
+    """Return the last column of the table that comes with the images, or numbers. Raises DataError: they are not as
+    many as `data.num_classes`."""
+    table = root / "objectInfo150.txt"
+    lines = (read_if_there(table, refusal=DataError) or "").splitlines()[1:]
+    names = [line.split("\t")[-1].strip() for line in lines if line.strip()]
+    if names and classes not in (None, len(names)):
+        raise DataError(f"data.num_classes={classes}, and {table} names {len(names)} classes")
+    return names or [str(number) for number in range(classes or ADE20K_CLASSES)]
 
 
-def _ade20k_names(root: Path) -> list[str]:
-    """Return the names in the table that comes with the images: its last column, one class a line."""
-    lines = (read_if_there(root / "objectInfo150.txt", refusal=DataError) or "").splitlines()
-    return [line.split("\t")[-1].strip() for line in lines[1:] if line.strip()]
-
-
-def _open_cityscapes(root: Path, split: str) -> LabelMaps:
-    table = np.full(256, IGNORED, np.uint8)
-    table[list(CITYSCAPES)] = np.arange(len(CITYSCAPES))
-    pairs = _pairs(
-        *_find_cityscapes(root, split),
-        lambda name: name.replace("_leftImg8bit.png", "_gtFine_labelIds.png"),
-    )
-    return LabelMaps(pairs, list(CITYSCAPES.values()), table)
-
-
-def _pairs(images: Path, labels: Path, name_of: Callable[[str], str]) -> list[tuple[str, str]]:
+def _pairs(images: Path, labels: Path) -> list[tuple[str, str]]:
     """Return each image below a folder with its labels, which lie at the same place of another folder."""
-    files = [Path(path) for path in find_images(images).files]
-    pairs = [(str(path), labels / path.relative_to(images).parent / name_of(path.name)) for path in files]
+    pairs = []
+    for path in map(Path, find_images(images).files):
+        stem = path.stem.replace("_leftImg8bit", "_gtFine_labelIds")
+        pairs.append((str(path), labels / path.relative_to(images).with_name(f"{stem}.png")))
     if not pairs:
         raise DataError(f"there is no image in {images}")
     missing = [label for _, label in pairs if not label.is_file()]
     if missing:
-        raise DataError(
-            f"{counted(len(missing), 'image')} of the {len(pairs)} in {images} have no labels: {missing[0]} is not "
-            "there"
-        )
+        count = f"{counted(len(missing), 'image')} of the {len(pairs)} in {images}"
+        raise DataError(f"{count} have no labels: {missing[0]} is not there")
     return [(image, str(label)) for image, label in pairs]
 
 
-def _find_ade20k(root: Path, split: str) -> tuple[Path, Path]:
-    return _find_folders(root, split, "images", "annotations")
-
-
-def _find_cityscapes(root: Path, split: str) -> tuple[Path, Path]:
-    return _find_folders(root, split, "leftImg8bit", "gtFine")
-
-
-def _find_folders(root: Path, split: str, images: str, labels: str) -> tuple[Path, Path]:
-    """Return the folders of a split. Raises DataError: one is not there."""
-    found = [split_folder(root / folder, split) for folder in (images, labels)]
-    if None in found:
-        folder = root / (images if found[0] is None else labels)
-        raise DataError(
-            f"{folder} has no folder for split {split!r}, called one of {', '.join(synonyms(split))}"
-        )
+def _find_split(name: str, root: Path, split: str) -> tuple[Path, Path]:
+    """Return the two places of a split of a data set. Raises DataError: one is not there."""
+    if name == "coco":
+        return find_split(root, split)
+    found = [split_folder(root / folder, split) for folder in FOLDERS[name]]
+    for folder, place in zip(FOLDERS[name], found, strict=True):
+        if place is None:
+            names = ", ".join(synonyms(split))
+            raise DataError(f"{root / folder} has no folder for split {split!r}, called one of {names}")
     return found[0] or root, found[1] or root
-
-
-FIND: dict[str, Callable[[Path, str], tuple[Path, Path]]] = {
-    "coco": find_split,
-    "ade20k": _find_ade20k,
-    "cityscapes": _find_cityscapes,
-}
-"""How the two places of a split are found."""
