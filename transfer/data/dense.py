@@ -26,6 +26,8 @@ from .loading import BadImage, BadImages, Batch, Fetcher, TrainBatches, attempte
 from .sampler import BatchRequest, Indices, derive_seed, epoch_order, train_requests
 
 Target = dict[str, Any]
+SCORED = ("area", "iscrowd")
+"""What only scores ask for."""
 
 
 @dataclass
@@ -53,12 +55,44 @@ class DenseBatch:
         """Return the batch in memory that a device copies from at once."""
         return self._mapped(Tensor.pin_memory)
 
-    def _mapped(self, function: Callable[[Tensor], Tensor]) -> DenseBatch:
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pass between processes as one tensor: each takes a file descriptor, of which a process has few."""
+        parts: list[Tensor] = []
+
+        def pack(tensor: Tensor) -> _Packed:
+            data = torch.tensor([], dtype=torch.uint8)
+            if tensor.numel():
+                data = tensor.contiguous().flatten().view(torch.uint8)
+            place = _Packed(sum(map(len, parts)), tensor.dtype, tensor.shape)
+            parts.append(torch.nn.functional.pad(data, (0, -len(data) % 8)))
+            return place
+
+        packed = self._mapped(pack)
+        return _unpacked, (torch.cat(parts), packed.images, packed.targets, packed.valid)
+
+    def _mapped(self, function: Callable[[Any], Any], kind: type = Tensor) -> DenseBatch:
         targets = [
-            {key: function(value) if isinstance(value, Tensor) else value for key, value in target.items()}
+            {key: function(value) if isinstance(value, kind) else value for key, value in target.items()}
             for target in self.targets
         ]
         return DenseBatch([function(image) for image in self.images], targets, function(self.valid))
+
+
+@dataclass(frozen=True)
+class _Packed:
+    """A place in a tensor of bytes."""
+
+    start: int
+    dtype: torch.dtype
+    shape: torch.Size
+
+    def of(self, data: Tensor) -> Tensor:
+        end = self.start + self.shape.numel() * self.dtype.itemsize
+        return data[self.start : end].view(self.dtype).view(self.shape)
+
+
+def _unpacked(data: Tensor, *fields: Any) -> DenseBatch:
+    return DenseBatch(*fields)._mapped(lambda place: place.of(data), _Packed)
 
 
 # From an item of a data set to tensors.
@@ -95,7 +129,7 @@ class DenseAugment:
 
     def train(self, image: Image.Image, target: Target) -> tuple[Tensor, Target]:
         """Return an image (3, H, W) of 0 to 1 and its target, augmented by draws from torch's generator."""
-        item = _as_tensors(image, target)
+        item = _as_tensors(image, {key: target[key] for key in target if key not in SCORED})
         if self.cropped and _drawn(0, 1) < 0.5:
             item = _resized(item, _one_of(self.cropped), self.long)
             item = _cropped(item, *(_between(*self.crop_sides) for _ in range(2)))
@@ -177,8 +211,8 @@ def _sanitized(item: Target) -> Target:
         return item
     boxes = F.clamp_bounding_boxes(item["boxes"])
     kept = (boxes[:, 2:] - boxes[:, :2] >= 1).all(1).as_subclass(Tensor)
-    own = ("labels", "area", "iscrowd", "masks")
-    return {**item, "boxes": boxes[kept], **{key: item[key][kept] for key in own if key in item}}
+    cut = {**item, "boxes": boxes}
+    return cut | {key: cut[key][kept] for key in ("boxes", "labels", "masks") if key in cut}
 
 
 def _finished(item: Target) -> tuple[Tensor, Target]:

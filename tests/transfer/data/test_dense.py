@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import io
+import pickle
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -199,6 +201,25 @@ def test_a_batch_moves_as_a_whole(root: Path) -> None:
     moved = send_to_device(batch, torch.device("meta"))
     assert {tensor.device.type for tensor in tensors(moved)} == {"meta"}
     assert moved.targets[0]["image_id"] == batch.targets[0]["image_id"]
+
+
+def test_a_batch_passes_between_processes_as_one_tensor(root: Path) -> None:
+    """Each tensor takes a file descriptor, and a system allows some hundreds."""
+    batch = next(iter(create_dense_eval_loader(config(root, eval_batch_size=5), SMALL, masks=True)))
+    counts: list[torch.Tensor] = []
+
+    class Counting(pickle.Pickler):
+        def reducer_override(self, value: Any) -> Any:
+            counts.extend([value] if isinstance(value, torch.Tensor) else [])
+            return NotImplemented
+
+    stream = io.BytesIO()
+    Counting(stream).dump(batch)
+    assert len(counts) == 1
+    back = pickle.loads(stream.getvalue())
+    assert same([back], [batch])
+    assert [target.keys() for target in back.targets] == [target.keys() for target in batch.targets]
+    assert ids([back]) == ids([batch])
 
 
 # Augmentation.
