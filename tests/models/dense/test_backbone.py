@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from graftvit.models.converted import converted_layers
 from graftvit.models.dense.backbone import Backbone, any_size_arguments
 from graftvit.models.errors import ConfigError, UnsupportedModelError
 from graftvit.models.families import create_timm_model
 from graftvit.models.small import without_memory
 from support.models.dense_bodies import BODIES, body
-from torch import nn
+from torch import Tensor, nn
 
 SIZE = (96, 160)
 
@@ -77,3 +79,51 @@ def test_what_gives_no_maps_or_has_no_such_output_is_refused() -> None:
 
 def test_pyramids_need_no_argument_for_any_size() -> None:
     assert any_size_arguments("pvt_v2_b0") == {}
+
+
+def lit_layer() -> Any:
+    """Return the layer of stage 3 of a tiny LIT-S in float64, whose bias is of a grid of 14 x 14."""
+    layer: Any = next(iter(converted_layers(body("lit_s").double()).values()))
+    torch.nn.init.normal_(layer.relative_position_bias_table)
+    return layer
+
+
+def attention(layer: Any, x_BHWC: Tensor) -> Tensor:
+    """Restate softmax attention with the bias of the whole grid, its table resampled by plain bicubic."""
+    rows, columns = x_BHWC.shape[1:3]
+    side = math.isqrt(len(layer.relative_position_bias_table))
+    table = layer.relative_position_bias_table.T.unflatten(1, (side, side))[None]
+    table = F.interpolate(table, size=(2 * rows - 1, 2 * columns - 1), mode="bicubic", align_corners=False)[0]
+    places = torch.cartesian_prod(torch.arange(rows), torch.arange(columns))
+    apart = places[:, None] - places + torch.tensor([rows - 1, columns - 1])
+    bias = table[:, apart[..., 0], apart[..., 1]]
+    q, k, v = layer.qkv(x_BHWC.flatten(1, 2)).unflatten(2, (3, layer.num_heads, -1)).permute(2, 0, 3, 1, 4)
+    weights = (q @ k.mT / math.sqrt(q.shape[-1]) + bias).softmax(-1)
+    out: Tensor = layer.proj((weights @ v).transpose(1, 2).flatten(2))
+    return out.unflatten(1, (rows, columns))
+
+
+@pytest.mark.parametrize("grid", [(14, 14), (6, 10), (17, 5)])
+def test_the_bias_of_lit_is_resampled_for_images_of_another_size(grid: tuple[int, int]) -> None:
+    layer = lit_layer()
+    tokens = torch.randn(2, *grid, layer.qkv.in_features).double()
+    wanted = attention(layer, tokens)
+    with torch.no_grad():
+        torch.testing.assert_close(layer(tokens), wanted, rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(layer(tokens), wanted, rtol=1e-9, atol=1e-9)
+    found = layer(tokens)
+    torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-9)
+    gradients = [
+        torch.autograd.grad(each.square().sum(), layer.relative_position_bias_table)[0]
+        for each in (found, wanted)
+    ]
+    torch.testing.assert_close(*gradients, rtol=1e-9, atol=1e-9)
+
+
+def test_the_resampled_bias_of_lit_follows_its_table() -> None:
+    layer = lit_layer()
+    tokens = torch.randn(1, 6, 10, layer.qkv.in_features).double()
+    with torch.no_grad():
+        layer(tokens)
+        layer.relative_position_bias_table.mul_(2)
+        torch.testing.assert_close(layer(tokens), attention(layer, tokens), rtol=1e-9, atol=1e-9)
