@@ -10,8 +10,10 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, NamedTuple, TypeAlias
 
+import torch
 import torch.nn.functional as F
 from timm.layers import LayerNorm2d
+from timm.models import is_model
 from torch import Tensor, nn
 from torchvision.ops.feature_pyramid_network import (
     ExtraFPNBlock,
@@ -28,6 +30,8 @@ FINEST = 4
 """The smallest stride of a map that is used: convolutional networks have larger maps, which no head reads."""
 ANY_SIZE: tuple[JsonDict, ...] = ({}, {"strict_img_size": False}, {"dynamic_img_size": True})
 """Arguments of timm's constructors with which a model takes images of any size; the first that do are used."""
+PROBE = (448, 672)
+"""A size of images that no model is built for."""
 
 
 class Backbone(nn.Module):
@@ -77,13 +81,17 @@ class Backbone(nn.Module):
 def any_size_arguments(name: str) -> JsonDict:
     """Return the arguments with which timm's constructor of `name` makes a model for images of any size.
 
-    Raises UnsupportedModelError: there are none.
+    Raises UnsupportedModelError: there are none, or timm has no such architecture.
     """
+    if not is_model(name):
+        raise UnsupportedModelError(f"{name!r} is not an architecture of timm")
     for arguments in ANY_SIZE:
         try:
-            with without_memory():
-                _check_any_size(create_timm_model(name, **arguments))
-        except (TypeError, GraftError):
+            with without_memory(), torch.no_grad():
+                model: Any = create_timm_model(name, **arguments)
+                _check_any_size(model)
+                model.forward_intermediates(torch.empty(1, 3, *PROBE))
+        except (GraftError, TypeError, ValueError, AssertionError, RuntimeError):
             continue
         return dict(arguments)
     raise UnsupportedModelError(f"{name} takes images of one size alone, and is no backbone")

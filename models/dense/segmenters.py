@@ -113,7 +113,7 @@ class UPerNetHead(Segmenter):
     through conv3. From there down, as in a feature pyramid network with bilinear resizing: M_i = conv1(C_i) + M_(i+1),
     P_i = conv3(M_i). All levels at the size of the first, joined, go through conv3 and, with dropout, conv1. Every
     convolution but the last has BatchNorm and ReLU. The auxiliary head is conv3 to 256 and conv1 on the last map but
-    one; where there is one map, it has none.
+    one. In training a batch has two images or more, because the grid of 1 has one token an image.
     """
 
     def __init__(self, levels: Levels, width: int, num_classes: int, dropout: float = 0.1) -> None:

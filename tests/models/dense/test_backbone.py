@@ -60,7 +60,7 @@ def test_a_convolutional_network_has_the_maps_from_stride_4_up() -> None:
     assert [each.shape[2:] for each in backbone(torch.randn(1, 3, 64, 96))][-1] == (2, 3)
 
 
-@pytest.mark.parametrize("name", ["swin_tiny_patch4_window7_224", "vit_tiny_patch16_224", "lit_s"])
+@pytest.mark.parametrize("name", ["swin_tiny_patch4_window7_224", "eva02_tiny_patch14_224"])
 def test_a_model_for_one_size_is_refused_and_its_open_arguments_are_found(name: str) -> None:
     with without_memory():
         with pytest.raises(UnsupportedModelError):
@@ -71,8 +71,9 @@ def test_a_model_for_one_size_is_refused_and_its_open_arguments_are_found(name: 
 def test_what_gives_no_maps_or_has_no_such_output_is_refused() -> None:
     with pytest.raises(UnsupportedModelError):
         Backbone(nn.Linear(2, 2))
-    with pytest.raises(UnsupportedModelError):
-        any_size_arguments("maxvit_tiny_tf_224")
+    for name in ("beit_base_patch16_224", "maxvit_tiny_tf_224", "no_such_model"):
+        with pytest.raises(UnsupportedModelError):
+            any_size_arguments(name)
     with pytest.raises(ConfigError):
         Backbone(body("pvt"), norms=(4,))
 
