@@ -89,6 +89,15 @@ def test_predictions_have_the_size_of_the_images(kind: str) -> None:
             assert one["masks"].dtype == torch.bool
 
 
+@pytest.mark.parametrize("kind", ["retinanet", "mask_rcnn"])
+def test_an_image_where_nothing_is_found_has_empty_predictions(kind: str) -> None:
+    with torch.no_grad():
+        found = made(kind, score_threshold=1.0).eval()(images())[0]
+    assert found["boxes"].shape == (0, 4)
+    assert found["labels"].shape == found["scores"].shape == (0,)
+    assert "masks" not in found or found["masks"].shape == (0, *SIZES[0])
+
+
 def of_class(model: Any, label: int) -> None:
     """Make the box head of Mask R-CNN say one class for everything."""
     predictor = model.head.roi_heads.box_predictor.cls_score
