@@ -23,7 +23,7 @@ from ..config import DataConfig
 from .dense_sets import IGNORED, DenseSource, open_dense
 from .loaders import EvalLoader, TrainLoader
 from .loading import BadImage, BadImages, Batch, Fetcher, TrainBatches, attempted, made, name_of
-from .sampler import BatchRequest, Indices, derive_seed, epoch_order, train_requests
+from .sampler import BatchRequest, Indices, derive_seed
 
 Target = dict[str, Any]
 SCORED = ("area", "iscrowd")
@@ -323,14 +323,7 @@ class DenseTrainLoader(TrainLoader):
     ) -> None:
         subset = _subset(config, len(source))
         self.class_names, self.num_classes = source.class_names, len(source.class_names)
-        self.num_samples = len(subset)
-        if self.num_samples < world_size:
-            raise DataError(
-                f"split {config.train_split!r} has {self.num_samples} images, fewer than {world_size} ranks"
-            )
-        self.batch_size = min(config.batch_size, self.num_samples // world_size)
-        self.batches_per_epoch = self.num_samples // (self.batch_size * world_size)
-        self._seed, self._rank, self._world_size, self._config = seed, rank, world_size, config
+        self._divide(config, len(subset), seed, rank, world_size)
         self._wide = None if source.wide is None else source.wide[subset]
         bad = BadImages(config.max_bad_images, self.num_samples)
         self.batches = DenseTrainBatches(source, subset, augment, seed=seed, tries=bad.limit + 1)
@@ -342,18 +335,12 @@ class DenseTrainLoader(TrainLoader):
 
     def epoch_from(self, epoch: int, position: int) -> Iterator[DenseBatch]:  # type: ignore[override]
         """Do the same as `epoch`, from a global number of samples: how a run resumes on another number of ranks."""
-        order = grouped_order(epoch_order(self.num_samples, self._seed, epoch), self._wide, self.batch_size)
-        requests = train_requests(
-            order,
-            epoch,
-            batch_size=self.batch_size,
-            rank=self._rank,
-            world_size=self._world_size,
-            start=position,
-        )
-        for batch in self._fetcher.fetch_batches(requests):
+        for batch in self._batches_from(epoch, position):
             if batch.images is not None:
                 yield batch.images
+
+    def _order(self, epoch: int) -> Indices:
+        return grouped_order(super()._order(epoch), self._wide, self.batch_size)
 
 
 class DenseEvalLoader(EvalLoader):

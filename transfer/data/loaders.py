@@ -68,14 +68,7 @@ class TrainLoader:
         self.class_names = source.class_names
         self.num_classes = count_classes(config, source.class_names, source.targets, labels)
         subset = _subset(config, source, labels)
-        self.num_samples = len(subset)
-        if self.num_samples < world_size:
-            raise DataError(
-                f"split {config.train_split!r} has {self.num_samples} images, fewer than {world_size} ranks"
-            )
-        self.batch_size = min(config.batch_size, self.num_samples // world_size)
-        self.batches_per_epoch = self.num_samples // (self.batch_size * world_size)
-        self._seed, self._rank, self._world_size, self._config = seed, rank, world_size, config
+        self._divide(config, len(subset), seed, rank, world_size)
         self.repeats = epoch_repeats(config)
         labels_of = () if source.targets is None else [source.targets[index] for index in subset]
         self._new_account = partial(
@@ -93,6 +86,16 @@ class TrainLoader:
             repeats=self.repeats,
         )
         self._fetcher = Fetcher(self.batches, config, bad)
+
+    def _divide(self, config: DataConfig, samples: int, seed: int, rank: int, world_size: int) -> None:
+        """Set what follows from the number of samples. Raises DataError: they are fewer than the ranks."""
+        if samples < world_size:
+            raise DataError(
+                f"split {config.train_split!r} has {samples} images, fewer than {world_size} ranks"
+            )
+        self.num_samples, self.batch_size = samples, min(config.batch_size, samples // world_size)
+        self.batches_per_epoch = samples // (self.batch_size * world_size)
+        self._seed, self._rank, self._world_size, self._config = seed, rank, world_size, config
 
     def head(self) -> Head:
         """Return a head for the classes of these images."""
@@ -123,17 +126,23 @@ class TrainLoader:
         yield from Fetcher(batches, self._config, self._new_account()).fetch_batches(requests)
 
     def _full_epoch_from(self, epoch: int, position: int) -> Iterator[FullBatch]:
+        for batch in self._batches_from(epoch, position):
+            if batch.images is not None:
+                yield batch.images, batch.targets, batch.beside or {}
+
+    def _batches_from(self, epoch: int, position: int) -> Iterator[Batch]:
         requests = train_requests(
-            epoch_order(self.num_samples, self._seed, epoch, self.repeats),
+            self._order(epoch),
             epoch,
             batch_size=self.batch_size,
             rank=self._rank,
             world_size=self._world_size,
             start=position,
         )
-        for batch in self._fetcher.fetch_batches(requests):
-            if batch.images is not None:
-                yield batch.images, batch.targets, batch.beside or {}
+        return self._fetcher.fetch_batches(requests)
+
+    def _order(self, epoch: int) -> Indices:
+        return epoch_order(self.num_samples, self._seed, epoch, self.repeats)
 
 
 class AbsentTrainLoader(TrainLoader):
