@@ -151,10 +151,15 @@ RANGES: dict[str, tuple[float, float]] = {
 }
 
 
-def _check_ranges(given: Mapping[str, float | None]) -> None:
-    for name, (low, high) in RANGES.items():
-        value = given[name]
-        if value is not None and not low <= value <= high:
+def _check_ranges(kind: str, given: Mapping[str, float | None]) -> None:
+    valid = ("num_classes", "width", "size_divisor", *DESIGNS[kind].settings)
+    for name, value in given.items():
+        if value is None:
+            continue
+        if name not in valid:
+            raise ConfigError(f"{kind} has no setting {name!r}; {did_you_mean(name, valid)}")
+        low, high = RANGES[name]
+        if not low <= value <= high:
             raise ConfigError(f"{name}={value}; give a number from {low:,} to {high:,}")
 
 
@@ -203,30 +208,25 @@ def create_dense(
         UnsupportedModelError: `body` gives no maps, or takes images of one size alone.
         ConfigError: an unknown kind or setting, or one that does not fit.
     """
-    if kind not in DESIGNS:
-        raise ConfigError(f"kind={kind!r}; {did_you_mean(kind, DESIGNS)}")
-    design = DESIGNS[kind]
-    given = {
+    given: dict[str, float | None] = {
+        "num_classes": num_classes,
+        "width": width,
+        "size_divisor": size_divisor,
         "anchor_scale": anchor_scale,
         "score_threshold": score_threshold,
         "detections": detections,
         "dropout": dropout,
     }
-    head = {name: value for name, value in given.items() if value is not None}
-    _check_ranges({"num_classes": num_classes, "width": width, "size_divisor": size_divisor, **given})
+    _check_ranges(kind, given)
     if class_names and len(class_names) != num_classes:
         raise ConfigError(f"{len(class_names)} class names are given for num_classes={num_classes}")
-    for name in head:
-        if name not in design.settings:
-            raise ConfigError(f"{kind} has no setting {name!r}; {did_you_mean(name, design.settings)}")
-    described: Mapping[str, Any] = getattr(body, "pretrained_cfg", None) or {}
+    design, described = DESIGNS[kind], getattr(body, "pretrained_cfg", None) or {}
+    head = {name: given[name] for name in design.settings if given[name] is not None}
     width = width or design.width
     backbone = Backbone(body, norms)
-    levels, neck = Levels(backbone.channels, backbone.strides), None
-    is_plain = len(backbone.channels) == 1
-    if design.has_neck or is_plain:
-        neck = create_neck(backbone, width, design.finest, design.extra)
-        levels = neck.levels
+    levels, neck, divisor = _neck(design, backbone, width)
+    if size_divisor is not None and size_divisor % divisor:
+        raise ConfigError(f"size_divisor={size_divisor}; give a multiple of {divisor}, the largest stride")
     settings = {
         "num_classes": num_classes,
         "width": width,
@@ -234,8 +234,18 @@ def create_dense(
         "class_names": list(class_names),
         "mean": _by_channel("mean", mean or described.get("mean") or IMAGENET_DEFAULT_MEAN, -1e6),
         "std": _by_channel("std", std or described.get("std") or IMAGENET_DEFAULT_STD, 1e-6),
-        "size_divisor": size_divisor or backbone.strides[-1] * (2 if is_plain else 1),
+        "size_divisor": size_divisor or divisor,
         **head,
     }
     made = design.head(levels, width, num_classes, **head)
-    return DenseModel(kind, backbone, neck or nn.Identity(), made, settings)
+    return DenseModel(kind, backbone, neck, made, settings)
+
+
+def _neck(design: Design, backbone: Backbone, width: int) -> tuple[Levels, nn.Module, int]:
+    """Return what the head gets, what makes it from the maps, and the largest stride of both."""
+    is_plain = len(backbone.channels) == 1
+    divisor = backbone.strides[-1] * (2 if is_plain else 1)
+    if not design.has_neck and not is_plain:
+        return Levels(backbone.channels, backbone.strides), nn.Identity(), divisor
+    neck = create_neck(backbone, width, design.finest, design.extra)
+    return neck.levels, neck, divisor

@@ -179,6 +179,10 @@ def test_what_does_not_fit_is_refused() -> None:
         {"class_names": ["a"]},
         {"norms": (7,)},
         {"width": "wide"},
+        {"size_divisor": 48},
+        {"detections": 0},
+        {"score_threshold": float("nan")},
+        {"std": (0.1, 0.1)},
     ):
         with pytest.raises(ConfigError):
             create_dense("retinanet", body("pvt"), 3, **wrong)  # type: ignore[arg-type]
