@@ -17,6 +17,7 @@ from ..models.errors import CheckpointError, GraftError, JsonDict, check_types
 from ..models.small import without_memory
 from .architecture import build
 from .files import read_json
+from .fit import refuse_not_finite
 from .pretrained import describe_model, load
 from .report import some
 from .student import refuse_existing, write_student
@@ -100,6 +101,7 @@ def load_dense(folder: Path | str) -> DenseModel:
         raise CheckpointError(f"{described} is damaged: it holds other than the settings of a head")
     file = folder / f"{name}.safetensors"
     tensors = read_file(file, inside=folder).tree
+    refuse_not_finite(str(file), tensors, dict.fromkeys(tensors, torch.float32))
     body = load(folder)
     try:
         with without_memory():
@@ -107,6 +109,8 @@ def load_dense(folder: Path | str) -> DenseModel:
         model = create_dense(body=body, **settings)
     except GraftError as error:
         raise CheckpointError(f"{described} and {file.name} do not fit the backbone: {error}") from error
+    if {"kind": model.kind, **model.settings} != settings:
+        raise CheckpointError(f"{described} is damaged: it lacks settings that save_dense writes")
     model.load_state_dict(tensors, strict=False)
     return model.eval()
 
