@@ -5,7 +5,7 @@ Shape suffixes: B batch, C channels, H and W rows and columns.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, NamedTuple, TypeAlias
@@ -50,7 +50,7 @@ class Backbone(nn.Module):
         ConfigError: `norms` names an output that there is not.
     """
 
-    def __init__(self, body: nn.Module, norms: Collection[int] = ()) -> None:
+    def __init__(self, body: nn.Module, norms: Sequence[int] = ()) -> None:
         super().__init__()
         timm_model: Any = body
         if not all(hasattr(body, name) for name in ("forward_intermediates", "prune_intermediate_layers")):

@@ -137,6 +137,7 @@ DAMAGE: dict[str, Callable[[Path], Any]] = {
     "not a number": lambda folder: change(folder, mean=[float("nan")] * 3),
     "two means": lambda folder: change(folder, mean=[0.5, 0.5]),
     "an output that there is not": lambda folder: change(folder, norms=[9]),
+    "outputs by name": lambda folder: change(folder, norms={"a": 1}),
     "another norm": lambda folder: change(folder, norms=[1]),
     "no divisor": lambda folder: change(folder, size_divisor=-32),
     "a pipe": lambda folder: (folder / "segmenter.safetensors").write_bytes(b"\x80\x04cos\nsystem\n."),
