@@ -264,9 +264,14 @@ def decode_mask(segmentation: Any, height: int, width: int) -> npt.NDArray[np.bo
 
 def _read(file: Path, masks: bool) -> Any:
     """Return what a file of annotations says, checked."""
-    text = read_regular(file, limit=LARGEST, refusal=DataError)
+    size = file.stat().st_size
+    if size > LARGEST:
+        raise DataError(f"{file} has {size:,} bytes; at most {LARGEST:,} are read")
     try:
+        text = read_regular(file, limit=size, refusal=DataError)
         return TypeAdapter[Any](_Masks if masks else _Boxes).validate_json(text)
+    except MemoryError as error:
+        raise DataError(f"the memory does not suffice for {file} with its {size:,} bytes") from error
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
         place = ".".join(map(str, first["loc"]))
