@@ -20,7 +20,7 @@ from graftvit.transfer.data.dense import (
     create_dense_train_loader,
     grouped_order,
 )
-from graftvit.transfer.data.sampler import epoch_order
+from graftvit.transfer.data.sampler import epoch_order, train_requests
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
@@ -119,6 +119,26 @@ def test_groups_are_a_permutation_with_at_most_one_mixed_group(
     whole = sum(kind // size for kind in (sum(wide), len(wide) - sum(wide)))
     assert all(len(group) == 1 for group in groups[:whole])
     assert np.array_equal(grouped_order(order, None, size), order)
+
+
+@given(st.lists(st.booleans(), min_size=1, max_size=80), st.integers(1, 5), st.data())
+def test_a_restart_on_other_ranks_continues_the_epoch(
+    wide: list[bool], size: int, data: st.DataObject
+) -> None:
+    order = grouped_order(epoch_order(len(wide), 1, 2), np.array(wide), size)
+
+    def batches(ranks: int, start: int) -> list[tuple[int, ...]]:
+        parts = [
+            train_requests(order, 2, batch_size=size, rank=rank, world_size=ranks, start=start)
+            for rank in range(ranks)
+        ]
+        return [request.indices for step in zip(*parts, strict=True) for request in step]
+
+    before, after = data.draw(st.integers(1, 4)), data.draw(st.integers(1, 4))
+    steps = data.draw(st.integers(0, len(wide) // (size * before)))
+    seen = batches(before, 0)[: steps * before] + batches(after, steps * size * before)
+    assert sum(seen, ()) == tuple(order[: len(seen) * size])
+    assert len(wide) - len(seen) * size < size * after
 
 
 def test_groups_come_in_a_random_order() -> None:
