@@ -71,6 +71,12 @@ def test_every_parameter_has_a_gradient_also_without_objects(kind: str, name: st
     assert [key for key, each in model.named_parameters() if each.grad is None] == []
 
 
+@pytest.mark.parametrize("kind", ["semantic_fpn", "upernet"])
+def test_a_batch_without_labels_has_a_loss_of_zero(kind: str) -> None:
+    losses = made(kind)(images(), [{"labels": torch.full(size, 255)} for size in SIZES])
+    assert all(float(each.detach()) == 0 for each in losses.values())
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_predictions_have_the_size_of_the_images(kind: str) -> None:
     model = made(kind, **({"score_threshold": 0.0} if "net" in kind and kind != "upernet" else {})).eval()

@@ -215,6 +215,8 @@ def test_the_losses_of_retinanet() -> None:
     levels = model.neck(maps)
     logits, boxes = (torch.cat(each, 1) for each in retinanet_outputs(levels, part(model, "head.head.")))
     anchors = torch.cat(all_anchors(levels, model.neck.levels.strides, 4, 3))  # type: ignore[union-attr]
+    generator: Any = model.head.anchor_generator
+    close(generator(ImageList(prepared.tensors, prepared.sizes), levels), [anchors, anchors])
     of_classes, of_boxes = [], []
     for i, target in enumerate(targets("detection")):
         known = target["boxes"].double()
