@@ -16,16 +16,13 @@ from typing import Any
 import numpy as np
 import onnx
 import safetensors.torch
-import timm
 import torch
 import yaml
-from graftvit.checkpoints.dense_models import load_dense, save_dense
 from graftvit.checkpoints.files import read_records
 from graftvit.checkpoints.pretrained import load_pretrained
 from graftvit.checkpoints.provenance import Pretrained
 from graftvit.checkpoints.state import TrainingState, read_state, write_state
 from graftvit.launch.load_config import dump_config, load_config, load_rows
-from graftvit.models.dense.dense_model import create_dense
 from graftvit.models.errors import GraftError
 from graftvit.transfer.analysis.benchmark_cases import Results, read_results
 from graftvit.transfer.analysis.compare.comparison_cells import Record, Score, Speed, mean_over_seeds
@@ -57,6 +54,7 @@ from support.runs.search_runs import search, silent
 from torch import Tensor
 
 from .mutations import damage_bytes, damage_json, damage_tensors, damage_yaml
+from .segmenter_files import damage_segmenter, make_segmenter, read_segmenter
 
 TOKENS = ("pos_embed", "cls_token")
 """What legitimately changes where the number of tokens does."""
@@ -253,41 +251,6 @@ def _check_shards(folder: Path) -> None:
     names = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
     read = {file: safetensors.torch.load_file(folder / file) for file in set(names.values())}
     _hold(teacher, {name: read[file][name] for name, file in names.items()})
-
-
-# A segmenter: its settings and the weights of neck and head beside the folder of its backbone.
-
-
-def _make_segmenter(folder: Path) -> None:
-    torch.manual_seed(0)
-    body = timm.create_model(ARCHITECTURE, **{**ARGUMENTS, "img_size": 32, "dynamic_img_size": True})
-    save_dense(create_dense("semantic_fpn", body, 3, width=8, norms=(0,)), folder)
-
-
-def _damage_segmenter(rng: Random, folder: Path) -> str:
-    path = folder / "segmenter.safetensors"
-    if rng.random() < 0.5:
-        return damage_json(rng, folder / "segmenter.json")
-    if rng.random() < 0.5:
-        return damage_bytes(rng, path)
-    there = safetensors.torch.load_file(path)
-    tensors, how = damage_tensors(rng, {name: each for name, each in there.items() if each.ndim})
-    counts = {name: each for name, each in there.items() if not each.ndim}
-    _rewrite("safetensors", path, {**counts, **tensors})
-    return how
-
-
-def _check_segmenter(folder: Path) -> None:
-    model, settings = load_dense(folder), json.loads((folder / "segmenter.json").read_text())
-    there = safetensors.torch.load_file(folder / "segmenter.safetensors")
-    body = safetensors.torch.load_file(folder / "model.safetensors")
-    there |= {f"backbone.body.{name}": tensor for name, tensor in body.items()}
-    _same(model.state_dict(), there)
-    if {**model.settings, "kind": model.kind} != settings:
-        raise WrongError("the model has other settings than are there")
-    if model.size_divisor < 1000:
-        with torch.no_grad():
-            model([torch.zeros(3, 20, 40)])
 
 
 # A training state.
@@ -651,9 +614,8 @@ def _make_coco(folder: Path) -> None:
 
 
 def _damage_coco(rng: Random, folder: Path) -> str:
-    return damage_json(
-        rng, folder / "annotations" / rng.choice(["instances_val.json", "instances_train.json"])
-    )
+    name = rng.choice(["instances_val.json", "instances_train.json"])
+    return damage_json(rng, folder / "annotations" / name)
 
 
 def _check_coco(folder: Path) -> None:
@@ -696,7 +658,7 @@ FORMATS: dict[str, Format] = {
     **{container: _weights_format(container) for container in READERS},
     **{f"config of a {kind} model": _config_format(kind) for kind in ("plain", "converted", "copied")},
     "onnx": Format(_make_onnx, lambda rng, folder: damage_bytes(rng, folder / "m.onnx"), _check_onnx),
-    "segmenter": Format(_make_segmenter, _damage_segmenter, _check_segmenter),
+    "segmenter": Format(make_segmenter, damage_segmenter, lambda folder: _same(*read_segmenter(folder))),
     "shards": Format(_make_shards, _damage_shards, _check_shards),
     "training state": Format(_make_state, _damage_state, _check_state),
     "recipe": Format(
