@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from .files import read_json
 from .fit import refuse_not_finite
 from .pretrained import describe_model, load
 from .report import some
+from .sources import FolderSource, parse_source, source_text
 from .student import refuse_existing, write_student
 from .weight_files import read_file
 
@@ -48,13 +50,6 @@ def save_dense(model: DenseModel, folder: Path | str, *, overwrite: bool = False
     folder = Path(folder)
     refuse_existing(folder, overwrite=overwrite)
     known = describe_model(_with_last_norm(model.backbone.body), mean=model.mean, std=model.std)
-
-    def beside(temporary: Path) -> None:
-        tensors = {name: each.detach().cpu().clone() for name, each in _own(model).items()}
-        described = json.dumps({"kind": model.kind, **model.settings}, indent=2) + "\n"
-        save_file(tensors, temporary / f"{NAMES[model.task]}.safetensors", metadata={"format": "pt"})
-        (temporary / f"{NAMES[model.task]}.json").write_text(described, encoding="utf-8")
-
     write_student(
         known.model,
         folder,
@@ -62,9 +57,28 @@ def save_dense(model: DenseModel, folder: Path | str, *, overwrite: bool = False
         architecture=known.architecture,
         model_args=known.model_args,
         preprocessing=known.preprocessing,
-        beside=beside,
+        beside=partial(write_beside, model, model.state_dict()),
     )
     return folder
+
+
+def write_beside(model: DenseModel, tensors: Mapping[str, Tensor], folder: Path) -> None:
+    """Write what a dense model has besides its body, with the values of `tensors`, into the folder of the body."""
+    own = {name: each.detach().cpu().clone() for name, each in tensors.items() if not name.startswith(BODY)}
+    described = json.dumps({"kind": model.kind, **model.settings}, indent=2) + "\n"
+    save_file(own, folder / f"{NAMES[model.task]}.safetensors", metadata={"format": "pt"})
+    (folder / f"{NAMES[model.task]}.json").write_text(described, encoding="utf-8")
+
+
+def find_dense(source: str) -> Path | None:
+    """Return the folder of a dense model that a source names, also by its run; None where it names none."""
+    parsed = parse_source(source)
+    if not isinstance(parsed, FolderSource):
+        return None
+    part = {None: "student", "student": "student", "ema": "student_ema"}.get(parsed.part, "")
+    folders = [parsed.path / part, *([] if parsed.part else [parsed.path])]
+    names = [f"{name}.json" for name in NAMES.values()]
+    return next((each for each in folders if any((each / name).is_file() for name in names)), None)
 
 
 def _with_last_norm(body: nn.Module) -> nn.Module:
@@ -86,15 +100,18 @@ def load_dense(folder: Path | str) -> DenseModel:
     """Return the detector or segmenter that `save_dense` wrote, in eval mode, with the same numbers.
 
     Args:
-        folder: of `save_dense`.
+        folder: of `save_dense`, or of a finished run, whose moving average is meant by `#ema` behind it.
 
     Raises:
         CheckpointError: one sentence that names what is missing or damaged, or does not fit.
     """
-    folder = Path(folder)
-    name = next((each for each in NAMES.values() if (folder / f"{each}.json").is_file()), None)
-    if name is None:
-        raise CheckpointError(f"{folder} holds no detector.json or segmenter.json, as save_dense writes them")
+    found = find_dense(source_text(folder))
+    if found is None:
+        raise CheckpointError(
+            f"{folder} holds no detector.json or segmenter.json, as save_dense and finished runs write them"
+        )
+    folder = found
+    name = next(each for each in NAMES.values() if (folder / f"{each}.json").is_file())
     described = folder / f"{name}.json"
     settings = read_json(described)
     if not isinstance(settings, dict) or "body" in settings:

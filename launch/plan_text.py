@@ -15,15 +15,16 @@ from ..transfer.config import OptimConfig, RunConfig
 from ..transfer.data.archives import is_packed
 from ..transfer.engine.dry_run import DryRun, dry_run
 from ..transfer.engine.elastic import describe
-from ..transfer.engine.modes import AlignTask, TransferTask
 from ..transfer.engine.optim import WARMUP, Schedule, describe_batch, peak_learning_rate
 from ..transfer.engine.resume_check import changes, describe_changes
 from ..transfer.engine.shard_teachers import shard_units
 from ..transfer.engine.students import sharded_teachers
+from ..transfer.engine.tasks import AlignTask
 from ..transfer.methods.loss_terms import Term
 
 # The memory of a training step on one device, measured by the rehearsal of a dry run.
 
+SHAPES = {"cosine": "down to", "steps": "in tenths, at least", "poly": "by a power, down to"}
 NOT_COUNTED = "the framework, workspaces, images, fragmentation"
 
 
@@ -129,6 +130,7 @@ def describe_plan(config: RunConfig, processes: int | None = None, *, needs_data
         ("mode", config.mode),
         ("teacher", _describe_teacher(run)),
         ("student", _describe_student(run)),
+        ("head", _describe_head(run)),
         ("images", run.parts.spec.describe()),
         ("transfer", _describe_transfer(run)),
         ("alignment", _describe_alignment(run)),
@@ -189,12 +191,24 @@ def _describe_student(run: DryRun) -> str:
     return "\n".join([words, *(f"warning: {warning}" for warning in run.parts.warnings)])
 
 
-def _describe_transfer(run: DryRun) -> str:
-    task = run.parts.task
-    if not isinstance(task, TransferTask):
+def _describe_head(run: DryRun) -> str:
+    dense, count = run.config.dense, parameter_count(run.parts.task)
+    if dense.head is None or run.config.facts.aligns:
         return ""
-    lines = [task.dual.describe()]
-    for term in task.dual.terms:
+    start = "from fresh weights" if dense.source is None else f"from {dense.source}"
+    sides = ", ".join(map(str, dense.short))
+    return (
+        f"{dense.head} {start}: {count / 1e6:.1f} M parameters with its backbone; images with a shorter side of "
+        f"{sides}, at most {dense.long}; the memory below is without the head"
+    )
+
+
+def _describe_transfer(run: DryRun) -> str:
+    dual = run.parts.task.taught_by
+    if dual is None:
+        return ""
+    lines = [dual.describe()]
+    for term in dual.terms:
         settings, name = term.settings, f"loss {term.label}: " if term.label else "loss: "
         if term.method.copies:
             continue
@@ -208,11 +222,11 @@ def _describe_transfer(run: DryRun) -> str:
         if settings.rows < 1:
             loss += f", {settings.rows:.0%} of the query rows"
         lines.append(loss)
-    losses = [term.settings for term in task.dual.terms if not term.method.copies]
+    losses = [term.settings for term in dual.terms if not term.method.copies]
     if losses and not any(settings.weight for settings in losses):
         lines.append("note: no teacher teaches, because the weight of each transfer loss is 0")
-    if task.dual.needs_teacher:
-        count = parameter_count(task.dual.teacher_part)
+    if dual.needs_teacher:
+        count = parameter_count(dual.teacher_part)
         lines.append(
             f"the student is saved with the part of its teacher that it needs, {count / 1e6:.1f} M parameters"
         )
@@ -281,7 +295,7 @@ def _describe_rate(run: DryRun) -> str:
     if schedule is not None:
         peak, effective = schedule.peak, schedule.effective_batch
     why = f"blr {optim.blr:g} x {effective} / 256" if optim.lr is None else "as given"
-    words = f"{peak:g} ({why}), down to {min(optim.min_lr, peak):g}; layer decay {optim.layer_decay:g}"
+    words = f"{peak:g} ({why}), {SHAPES[optim.schedule]} {min(optim.min_lr, peak):g}; layer decay {optim.layer_decay:g}"
     return "; ".join([words, *(f"x {scale:g} for {name!r}" for name, scale in optim.scales.items())])
 
 

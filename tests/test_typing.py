@@ -17,10 +17,10 @@ import pytest
 from graftvit import cfgs, checkpoints, launch, models, transfer
 from graftvit.checkpoints.pretrained import LoadSettings, load_pretrained
 from graftvit.transfer.align import LAYER_LOSSES
-from graftvit.transfer.config import MatchName
 from graftvit.transfer.loss_config import DualSettings, EntrySettings, LossEntry, MethodName, TransferConfig
 from graftvit.transfer.methods.loss_terms import OF_DUAL
 from graftvit.transfer.methods.method_facts import METHODS
+from graftvit.transfer.mode_config import MatchName
 from graftvit.transfer.setting import Section, is_section
 
 SCRIPT = Path(__file__).with_name("typed_user.py")

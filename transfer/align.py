@@ -45,9 +45,10 @@ from ..models.families import (
 from ..models.given import Model, as_model, check_images
 from ..models.host import AttentionHost
 from ..models.merges import describe_unequal
-from .config import MatchName, RunConfig
+from .config import RunConfig
 from .data.loaders import create_train_loader
 from .data.sampler import preserved
+from .mode_config import MatchName
 
 # Whether a student is a conversion of its teacher, layer by layer.
 

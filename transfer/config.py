@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Final, Literal
+from typing import Annotated, Any, Final, Literal
 
 from pydantic import (
     ModelWrapValidatorHandler,
@@ -25,6 +25,7 @@ from ..models.errors import JsonDict
 from ..models.plugins import import_packages
 from .loss_config import TransferConfig
 from .methods.method_facts import facts_of
+from .mode_config import AlignConfig, DenseConfig, PretrainConfig
 from .mode_facts import MODE_FACTS, TEACHER, Mode, ModeFacts
 from .setting import (
     LOCAL,
@@ -250,21 +251,6 @@ def _is_architecture(name: str) -> bool:
     return bool(is_model(name))
 
 
-MatchName = Literal["output", "map", "probes", "rows"]
-
-
-class AlignConfig(Section):
-    """How converted layers learn on their teacher's inputs (mode align)."""
-
-    needs: ClassVar = (in_mode("align"),)
-
-    match: MatchName = setting(
-        "output",
-        "loss between a layer and the teacher's: output error, exact map error, its estimate by random probes, or "
-        "cross-entropy of sampled rows",
-    )
-
-
 def of_family(*families: str) -> Need:
     """Return the condition of settings that only some kinds of data sets read."""
     *others, last = [f"{family}/..." for family in families]
@@ -297,6 +283,10 @@ AUGMENTED = Need(lambda run: run.data.views != 0, NO_VIEWS)
 CROPPED = Need(
     lambda run: run.data.aa != "affine",
     "with data.aa=affine, which neither crops nor flips: leave it out, or choose another data.aa",
+)
+CLASSIFIES = Need(
+    lambda run: run.dense.head is None,
+    "with dense.head={run.dense.head}, whose images are resized and cropped as dense.* says: leave it out",
 )
 FRESH_VIEWS = Need(
     lambda run: run.data.views is None,
@@ -353,6 +343,7 @@ class DataConfig(Section):
     classes: str | list[str] | None = setting(
         None,
         "classes of a larger set to keep: names joined by commas, imagenet-100, or a text file with one name per line",
+        CLASSIFIES,
     )
     num_classes: int | None = setting(
         None, "number of classes; read from the data set by default", also=("nb_classes",)
@@ -375,18 +366,20 @@ class DataConfig(Section):
         None,
         "number of augmented views of each image: epoch e shows view e modulo this number; 0 shows images without "
         "augmentation, as evaluation does; a new view each epoch by default",
+        CLASSIFIES,
         ge=0,
     )
     aug_repeats: int = setting(
         1,
         "repeated augmentation: an epoch shows one image in this many, each this many times with other augmentation; 3 "
         "in DeiT, PVT and LIT-Ti",
+        CLASSIFIES,
         FRESH_VIEWS,
         gt=0,
         see="[below](#repeated-augmentation)",
     )
     crop_scale: tuple[float, float] = setting(
-        (0.08, 1.0), "area range of the random resized crop", AUGMENTED, CROPPED, drawn=True
+        (0.08, 1.0), "area range of the random resized crop", CLASSIFIES, AUGMENTED, CROPPED, drawn=True
     )
     hflip: float = setting(
         0.5, "probability of a horizontal flip", AUGMENTED, CROPPED, ge=0, le=1, drawn=True, off=(0.0,)
@@ -394,28 +387,32 @@ class DataConfig(Section):
     aa: str | None = setting(
         "rand-m9-mstd0.5-inc1",
         "timm auto-augment policy, 'affine' for digits, or none",
+        CLASSIFIES,
         Need(lambda run: run.data.views != 0 or run.data.aa == "affine", NO_VIEWS),
         drawn=True,
     )
     color_jitter: float = setting(
-        0.0, "strength of color jitter with aa=none", AUGMENTED, JITTERED, ge=0, drawn=True
+        0.0, "strength of color jitter with aa=none", CLASSIFIES, AUGMENTED, JITTERED, ge=0, drawn=True
     )
     interpolation: Literal["bicubic", "bilinear", "random"] | None = setting(
         None,
         "interpolation of resizing; the weights' own by default, and in evaluation also with random",
+        CLASSIFIES,
         *RESIZED_AT_RANDOM,
         drawn=True,
     )
     crop_pct: float | None = setting(
-        None, "share of a side that evaluation keeps; the weights' own by default", gt=0, le=1
+        None, "share of a side that evaluation keeps; the weights' own by default", CLASSIFIES, gt=0, le=1
     )
     crop_mode: Literal["center", "squash", "border"] | None = setting(
-        None, "timm's crop mode in evaluation; the weights' own by default"
+        None, "timm's crop mode in evaluation; the weights' own by default", CLASSIFIES
     )
-    reprob: float = setting(0.0, "probability of random erasing", AUGMENTED, ge=0, le=1, drawn=True)
-    mixup: float = setting(0.0, "mixup alpha", ge=0)
-    cutmix: float = setting(0.0, "cutmix alpha", ge=0)
-    smoothing: float = setting(0.1, "label smoothing", LABELED, ge=0, lt=1, off=(0.0,))
+    reprob: float = setting(
+        0.0, "probability of random erasing", CLASSIFIES, AUGMENTED, ge=0, le=1, drawn=True
+    )
+    mixup: float = setting(0.0, "mixup alpha", CLASSIFIES, ge=0)
+    cutmix: float = setting(0.0, "cutmix alpha", CLASSIFIES, ge=0)
+    smoothing: float = setting(0.1, "label smoothing", CLASSIFIES, LABELED, ge=0, lt=1, off=(0.0,))
     max_bad_images: float = setting(
         0.01,
         "share of a split's images (below 1), or their number (from 1 on), that may be unreadable; a run with more, or "
@@ -473,6 +470,12 @@ def beside(setting: str, what: str) -> Need:
     return Need(lambda run: value_of(run, setting) is None, why, instead=setting)
 
 
+def scheduled(kind: str) -> Need:
+    """Return the condition of settings that one schedule reads."""
+    why = f"with optim.schedule={{run.optim.schedule}}: leave it out, or set optim.schedule={kind}"
+    return Need(lambda run: run.optim.schedule == kind, why)
+
+
 BELOW_LENGTH = Need(
     lambda optim: optim.max_steps is not None or not 0 < optim.warmup_epochs >= optim.epochs,
     "optim.epochs={run.epochs}, so the learning rate would never reach its peak: leave it out, or lower it (0 for no "
@@ -498,9 +501,21 @@ class OptimConfig(Section):
     blr: float = setting(
         1e-3, "base learning rate for 256 images", beside("optim.lr", "the learning rate itself"), gt=0
     )
-    min_lr: float = setting(1e-6, "learning rate at the end of the cosine", ge=0)
+    min_lr: float = setting(1e-6, "least learning rate, that of the end", ge=0)
+    schedule: Literal["cosine", "steps", "poly"] = setting(
+        "cosine",
+        "fall of the learning rate: half a cosine, a tenth after each of optim.milestones, or optim.power of the part "
+        "of the run that is left",
+    )
+    milestones: list[PositiveFloat] = setting(
+        [], "epochs after which the learning rate is a tenth", scheduled("steps")
+    )
+    power: float = setting(0.9, "power of the part of the run that is left", scheduled("poly"), gt=0)
     warmup_epochs: float | None = setting(
         None, "linear warm-up from zero; by default 5, and at most a tenth of the run", BELOW_LENGTH, ge=0
+    )
+    warmup_steps: int | None = setting(
+        None, "linear warm-up in steps", beside("optim.warmup_epochs", "the same in epochs"), ge=0
     )
     weight_decay: float = setting(0.05, "weight decay", ge=0)
     betas: tuple[float, float] = setting((0.9, 0.999), "betas of Adam")
@@ -595,30 +610,6 @@ class EngineConfig(Section):
     )
 
 
-class PretrainConfig(Section):
-    """Masked autoencoding (MAE, arXiv:2111.06377), which pretrains a teacher for a new domain."""
-
-    needs: ClassVar = (in_mode("pretrain"),)
-
-    mask_ratio: float = setting(0.75, "fraction of patches hidden", gt=0, lt=1)
-    decoder_dim: int | None = setting(
-        None, "width of the decoder; by default two thirds of the encoder's, and at most MAE's 512", gt=0
-    )
-    decoder_depth: int | None = setting(
-        None,
-        "number of the decoder's blocks; by default two thirds of the encoder's, and at most MAE's 8",
-        gt=0,
-    )
-    decoder_heads: int | None = setting(
-        None, "number of the decoder's heads; by default heads of 32 channels, as MAE's", gt=0
-    )
-    norm_pixels: bool = setting(True, "normalization of each target patch")
-    decay_tokens: bool = setting(
-        True,
-        "weight decay of tokens and position embeddings, as in MAE's code; off exempts them as in the other modes",
-    )
-
-
 class RunConfig(Section):
     """Everything a run needs; written to the run folder as config.yaml."""
 
@@ -643,6 +634,7 @@ class RunConfig(Section):
     optim: OptimConfig = OptimConfig()
     engine: EngineConfig = EngineConfig()
     pretrain: PretrainConfig = PretrainConfig()
+    dense: DenseConfig = DenseConfig()
 
     @model_validator(mode="wrap")
     @classmethod

@@ -29,8 +29,8 @@ from .analysis.report.tables import Table
 from .config import DataConfig
 from .data.sampler import preserved, seed_batch
 from .engine.loop import Loop
-from .engine.modes import Losses, Task, TransferTask
 from .engine.students import sharded_teachers
+from .engine.tasks import Losses, Task, TransferTask
 from .methods.dual import DualViT
 from .methods.loss_terms import Term
 
@@ -390,10 +390,12 @@ def _curves(records: Sequence[Json]) -> list[Figure]:
     }
     accuracies = {"": ("teacher_top1", "test_top1", "test_ema_top1", "test_knn_top1", "test_ema_knn_top1",
                        "test_probe_top1", "test_ema_probe_top1")}  # fmt: skip
+    scores = {name: (f"test_{name}", f"test_ema_{name}") for name in ("box_ap", "mask_ap", "miou")}
     found = []
     for name, heading, panels, axis in (
         ("losses", "Losses", losses, "loss"),
         ("accuracies", "Accuracies", accuracies, "top-1, %"),
+        ("scores", "Detection and segmentation", scores, "score, of 1"),
     ):
         drawn = {title: lines for title, keys in panels.items() if (lines := _lines(records, keys))}
         if drawn:

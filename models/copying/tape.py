@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..attention.base import Heads
@@ -31,6 +32,8 @@ class Step:
     whole: dict[str, Tensor] = field(default_factory=dict)
     """Results of the whole teacher, by the names of `teacher_view.WHOLE`."""
     masks: dict[int, Tensor] = field(default_factory=dict)
+    filled: Tensor | None = None
+    """The shares (B, 2) of the rows and columns that the images fill, of a batch that is padded."""
 
     def convert(self, dtype: torch.dtype) -> None:
         """Give the teacher's side another type."""
@@ -113,9 +116,29 @@ class Tape(threading.local):
         """Begin a step; what the step before gave is forgotten here, and kept where its backward pass needs it."""
         self.step, self.losses, self.features = Step(grids), {}, {}
 
+    def fill(self, shares: Tensor) -> None:
+        """Say how much of the rows and columns of the batch its images fill (B, 2)."""
+        self._step.filled = shares
+
     def end(self) -> None:
         """Leave the step: the student is an ordinary model again."""
         self.step, self.losses, self.features = None, {}, {}
+
+    def inside(self, link: Link) -> Tensor | None:
+        """Return which of the student's tokens that `link` matches begin in their image (B, N); None without padding.
+
+        Prefix tokens are of the whole image.
+        """
+        filled = self._step.filled
+        if filled is None or self.grids is None:
+            return None
+        sides = [
+            torch.arange(side, device=filled.device) / side for side in self.grids.student[link.student.stage]
+        ]
+        rows, columns = (side < share[:, None] for side, share in zip(sides, filled.unbind(1), strict=True))
+        patches = (rows[:, :, None] & columns[:, None]).flatten(1)
+        tokens = F.pad(patches, (link.tokens.student.num_prefix, 0), value=True)
+        return link.tokens.student.pick(tokens, 1)
 
     def record(self, name: str, loss: Tensor) -> None:
         """Keep a loss under its name; the loss of a layer that is run again is known."""

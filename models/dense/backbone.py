@@ -78,6 +78,13 @@ class Backbone(nn.Module):
         return [self.norms[str(i)](each) if str(i) in self.norms else each for i, each in enumerate(maps)]
 
 
+def divisor_of(body: nn.Module) -> int:
+    """Return what the sides of a batch are multiples of: the largest stride, and twice that of a single map."""
+    described: Any = body
+    strides = {int(each["reduction"]) for each in described.feature_info}
+    return max(strides) * (2 if len(strides) == 1 else 1)
+
+
 def any_size_arguments(name: str) -> JsonDict:
     """Return the arguments with which timm's constructor of `name` makes a model for images of any size.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torchvision.transforms.v2.functional import to_dtype
 
 from ..errors import ConfigError, DataError, JsonDict, check_types, did_you_mean
-from .backbone import FINEST, Backbone, Levels, Maps, Prepared, create_neck
+from .backbone import FINEST, Backbone, Levels, Maps, Prepared, create_neck, divisor_of
 from .detectors import MaskRCNNBoxes, RetinaNetBoxes, Sizes
 from .segmenters import IGNORED, SemanticFPNHead, UPerNetHead
 
@@ -71,34 +71,16 @@ class DenseModel(nn.Module):
     def prepare(
         self, images: Sequence[Tensor], targets: Sequence[Mapping[str, Any]] | None = None
     ) -> Prepared:
-        """Return one batch: (image - mean) / std, padded below and on the right with zeros, labels with 255.
-
-        The sides are the smallest multiples of `size_divisor` that all images fit into.
+        """Return one batch of images and targets, as `prepare`, with labels padded by 255.
 
         Raises DataError: there is no image, or not one target for each.
         """
-        if not images:
-            raise DataError("images holds no image")
         if targets is not None and len(targets) != len(images):
             raise DataError(f"{len(images)} images are given, and {len(targets)} targets")
-        sizes = [(int(each.shape[-2]), int(each.shape[-1])) for each in images]
-        height, width = (
-            -(-max(sides) // self.size_divisor) * self.size_divisor for sides in zip(*sizes, strict=True)
-        )
-        like = next(self.parameters())
-        mean, std = (
-            torch.tensor(each, dtype=like.dtype, device=images[0].device) for each in (self.mean, self.std)
-        )
-        batch = [
-            _padded(
-                (to_dtype(each, like.dtype, scale=True) - mean[:, None, None]) / std[:, None, None],
-                height,
-                width,
-            )
-            for each in images
-        ]
-        known = None if targets is None else [self._padded_target(each, height, width) for each in targets]
-        return Prepared(torch.stack(batch), sizes, known)
+        made = prepare(images, self.mean, self.std, self.size_divisor, next(self.parameters()).dtype)
+        if targets is None:
+            return made
+        return replace(made, targets=[self._padded_target(each, *made.tensors.shape[2:]) for each in targets])
 
     def _padded_target(self, target: Mapping[str, Any], height: int, width: int) -> JsonDict:
         if self.task == DETECTION:
@@ -134,6 +116,30 @@ class DenseModel(nn.Module):
         prepared = self.prepare(images, targets if self.training else None)
         maps = self.backbone(prepared.tensors)
         return self.losses(prepared, maps) if self.training else self.predict(prepared, maps, prepared.sizes)
+
+
+def prepare(
+    images: Sequence[Tensor],
+    mean: Sequence[float],
+    std: Sequence[float],
+    divisor: int,
+    dtype: torch.dtype = torch.float32,
+) -> Prepared:
+    """Return one batch of images (3, H, W): (image - mean) / std, padded below and on the right with zeros.
+
+    The sides are the smallest multiples of `divisor` that all images fit into.
+
+    Raises DataError: there is no image.
+    """
+    if not images:
+        raise DataError("images holds no image")
+    sizes = [(int(each.shape[-2]), int(each.shape[-1])) for each in images]
+    height, width = (-(-max(sides) // divisor) * divisor for sides in zip(*sizes, strict=True))
+    center, scale = (
+        torch.tensor(each, dtype=dtype, device=images[0].device)[:, None, None] for each in (mean, std)
+    )
+    normalized = [(to_dtype(each, dtype, scale=True) - center) / scale for each in images]
+    return Prepared(torch.stack([_padded(each, height, width) for each in normalized]), sizes)
 
 
 def _padded(tensor: Tensor, height: int, width: int, value: float = 0) -> Tensor:
@@ -244,7 +250,7 @@ def create_dense(
 def _neck(design: Design, backbone: Backbone, width: int) -> tuple[Levels, nn.Module, int]:
     """Return what the head gets, what makes it from the maps, and the largest stride of both."""
     is_plain = len(backbone.channels) == 1
-    divisor = backbone.strides[-1] * (2 if is_plain else 1)
+    divisor = divisor_of(backbone.body)
     if not design.has_neck and not is_plain:
         return Levels(backbone.channels, backbone.strides), nn.Identity(), divisor
     neck = create_neck(backbone, width, design.finest, design.extra)

@@ -19,7 +19,7 @@ from graftvit.launch.plan_text import describe_plan, memory_items
 from graftvit.models.errors import GraftError
 from graftvit.transfer.config import RunConfig
 from graftvit.transfer.engine.dry_run import dry_run
-from graftvit.transfer.engine.loop import Loop
+from graftvit.transfer.engine.loop import Batch, Loop
 from graftvit.transfer.engine.modes import MODES
 from graftvit.transfer.engine.train import train
 from graftvit.transfer.methods.method_facts import facts_of, method_names
@@ -187,7 +187,7 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, int]]:
     tasks: list[nn.Module] = []
     backward = Loop._backward
 
-    def watched(loop: Loop, images: Tensor, targets: Tensor, index: int, *taught: Any) -> None:
+    def watched(loop: Loop, batch: Batch, index: int) -> None:
         task = loop.parts.task
         teacher = [each.model for each in loop.parts.teachers.values()]
         known = {
@@ -201,11 +201,11 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, int]]:
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            backward(loop, images, targets, index, *taught)
+            backward(loop, batch, index)
         found.setdefault("activations", size(kept))
         tasks[:] = [task]
         found["student"] = size([*task.parameters(), *task.buffers()])
-        if not taught:
+        if len(batch) == 2:  # not taught before
             found["teacher"] = size(t for m in teacher for t in [*m.parameters(), *m.buffers()])
 
     def before(optimizer: torch.optim.Optimizer, *_: Any) -> None:

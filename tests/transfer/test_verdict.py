@@ -15,7 +15,7 @@ from graftvit.launch.summary import summarize
 from graftvit.transfer import verdict as under_test
 from graftvit.transfer.config import RunConfig
 from graftvit.transfer.data import loading
-from graftvit.transfer.engine.modes import TransferTask, classification_loss
+from graftvit.transfer.engine.tasks import TransferTask, classification_loss
 from graftvit.transfer.engine.train import train
 from graftvit.transfer.methods.dual import DualViT
 from graftvit.transfer.verdict import PAGE, RECORD, advise, gradient_norms, read_verdict

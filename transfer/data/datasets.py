@@ -15,6 +15,7 @@ from ...models.errors import ConfigError, DataError, did_you_mean
 from ..config import DataConfig
 from ..first_checks import check_folder
 from .archives import create, is_packed, must_be_unpacked
+from .dense_sets import DENSE_SETS
 from .digits import (
     EVAL_NAMES,
     MODEL,
@@ -138,6 +139,8 @@ def is_name(word: str) -> bool:
 def _check_family(name: str) -> str:
     """Return the part of a data set's name before the slash. timm would read any other name as a folder."""
     family = name.partition("/")[0].lower()
+    if name in DENSE_SETS:
+        raise ConfigError(f"data.dataset={name} is of {DENSE_SETS[name]}: set dense.head to a head for it")
     if name and not is_name(name):
         raise ConfigError(f"data.dataset={name!r} is not known; {did_you_mean(name, FAMILIES)}")
     if family in PACKAGES and importlib.util.find_spec(PACKAGES[family]) is None:

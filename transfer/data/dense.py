@@ -55,6 +55,11 @@ class DenseBatch:
         """Return the batch in memory that a device copies from at once."""
         return self._mapped(Tensor.pin_memory)
 
+    def only(self, rows: Sequence[int]) -> DenseBatch:
+        """Return some of its images."""
+        images, targets = [self.images[row] for row in rows], [self.targets[row] for row in rows]
+        return DenseBatch(images, targets, self.valid[list(rows)])
+
     def __reduce__(self) -> tuple[Any, ...]:
         """Pass between processes as one tensor: each takes a file descriptor, of which a process has few."""
         parts: list[Tensor] = []
@@ -308,7 +313,7 @@ class DenseEvalBatches(Dataset[Batch]):
 class DenseTrainLoader(TrainLoader):
     """Augmented training batches of this rank, each of images of one orientation where that is known.
 
-    As `TrainLoader`, but what an epoch yields is a `DenseBatch`.
+    As `TrainLoader`, but an epoch yields `(DenseBatch,)`, which is what a task takes.
     """
 
     def __init__(
@@ -329,15 +334,15 @@ class DenseTrainLoader(TrainLoader):
         self.batches = DenseTrainBatches(source, subset, augment, seed=seed, tries=bad.limit + 1)
         self._fetcher = Fetcher(self.batches, config, bad)
 
-    def epoch(self, epoch: int, start: int = 0) -> Iterator[DenseBatch]:  # type: ignore[override]
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[DenseBatch]]:  # type: ignore[override]
         """Return the batches of this rank from batch `start` on."""
         return self.epoch_from(epoch, start * self.batch_size * self._world_size)
 
-    def epoch_from(self, epoch: int, position: int) -> Iterator[DenseBatch]:  # type: ignore[override]
+    def epoch_from(self, epoch: int, position: int) -> Iterator[tuple[DenseBatch]]:  # type: ignore[override]
         """Do the same as `epoch`, from a global number of samples: how a run resumes on another number of ranks."""
         for batch in self._batches_from(epoch, position):
             if batch.images is not None:
-                yield batch.images
+                yield (batch.images,)
 
     def _order(self, epoch: int) -> Indices:
         return grouped_order(super()._order(epoch), self._wide, self.batch_size)

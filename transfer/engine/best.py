@@ -15,7 +15,7 @@ from ..data.loaders import EvalLoader
 from ..metrics.measure import PROBES, Family
 from .modes import Mode
 
-Kind = Family | Literal["objective"]
+Kind = Family | Literal["objective", "goal"]
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Criterion:
 
     key: str
     kind: Kind
-    """The measurement; `objective` is the run's own loss on the test images."""
+    """The measurement; `objective` is the run's own loss on the test images, `goal` what its goal measures."""
 
     @property
     def smaller(self) -> bool:
@@ -71,6 +71,12 @@ def choose(
     classified = classifies(head, loader)
     config = mode.config
     metric = config.engine.metric
+    if mode.goal.measures:
+        if metric != "auto":
+            raise ConfigError(
+                f"engine.metric={metric} is of classifiers, and dense.head has its own: leave it out"
+            )
+        return None if loader is None or mode.goal.best is None else Criterion(mode.goal.best, "goal")
     if metric == "auto":
         metric = mode.default_metric(classified)
         if loader is None or metric == "auto":

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from timm.layers.weight_init import trunc_normal_
+from timm.models import is_model, split_model_name_tag
 from torch import Tensor, nn
 
 from ...checkpoints import provenance
@@ -33,16 +34,12 @@ from ...models.lora import add_lora
 from ...models.small import without_memory
 from ..config import SAME, DataConfig, RunConfig, TeacherConfig
 from ..data.archives import is_packed
-from ..data.datasets import check_dataset
 from ..data.labels import check_num_classes
 from ..data.loaders import (
     AbsentTrainLoader,
     EvalLoader,
     TrainLoader,
-    create_eval_loader,
     create_reference_loader,
-    create_train_loader,
-    find_eval_loader,
 )
 from ..data.sampler import preserved
 from ..first_checks import check_first
@@ -51,7 +48,8 @@ from ..metrics.measure import PROBES
 from ..mode_facts import TEACHER
 from ..target_shards import TargetShards, check_metric, find_shards
 from .best import Criterion, choose, classifies
-from .modes import Mode, Models, Task, TransferTask, mode_of
+from .goals import Models
+from .modes import Mode, goal_of, mode_of
 from .optim import check_adapters, check_optimizer
 from .parallel import check_layers_apart, outline_of, read_once, receive, take_first
 from .runlog import check_trackers
@@ -64,6 +62,7 @@ from .students import (
     settings_of,
     settle_student,
 )
+from .tasks import Task
 
 logger = logging.getLogger(__name__)
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -152,13 +151,13 @@ def build(
     origin = start
     if whole is not None:
         origin = read_once(lambda: _open_start(mode, whole, commits, weights=weights), group, _outline)
-    head = mode.head(train_loader.head(), teachers, origin)
+    head = mode.goal.head(mode.head(train_loader.head(), teachers, origin))
     mode.check_classes(teachers, head)
     plan = mode.plan(head.num_classes, teacher, spec, whole)
     plan = replace(plan, label_names=head.label_names)
     student, init, warnings = _student(mode, plan, origin, group, weights=weights)
-    images = _calibration(config, spec, teachers, group, weights=weights)
-    task = mode.task(Models(student, teachers, spec, images))
+    images = _calibration(mode, spec, teachers, group, weights=weights)
+    task = mode.task(Models(student, teachers, spec, images, train_loader.head()))
     mode.freeze(task.trainable)
     check_adapters(task.trainable, config.optim)
     if config.engine.fsdp:
@@ -180,15 +179,15 @@ def build(
     further = {name: provenance.of_teacher(each) for name, each in teachers.items() if each is not teacher}
     if further:
         origins["teachers"] = further
-    if isinstance(task, TransferTask):
+    dual, targets = task.taught_by, None
+    if dual is not None:
         if weights:
-            logger.info("%s", task.dual.describe())
-        if task.dual.needs_teacher and teacher is not None:
-            plan = replace(plan, copying=task.dual.copying(copied_teacher(teacher)))
-    targets = None
-    if config.transfer.cache is not None and known and isinstance(task, TransferTask):
-        check_metric("" if choice is None else choice.kind)
-        targets = find_shards(config, task.dual, teachers, spec, train_loader)
+            logger.info("%s", dual.describe())
+        if dual.needs_teacher and teacher is not None:
+            plan = replace(plan, copying=dual.copying(copied_teacher(teacher)))
+        if config.transfer.cache is not None and known:
+            check_metric("" if choice is None else choice.kind)
+            targets = find_shards(config, dual, teachers, spec, train_loader)
     return Parts(
         task=task,
         plan=plan,
@@ -255,6 +254,7 @@ def _load_own(mode: Mode, commits: Mapping[str, str | None], *, weights: bool, s
         setting = f"model={SAME}" if student.model == SAME else f"init={TEACHER}"
         raise ConfigError(f"student.{setting} needs a teacher: set teacher.source")
     size = student.img_size or student.model_args.get("img_size")
+    how = mode.goal.fitted(how)
     return load_teacher(how, size, commits.get(DEFAULT_TEACHER), weights=weights, starts=starts)
 
 
@@ -278,6 +278,9 @@ def settle(config: RunConfig, like: Pretrained | None) -> RunConfig:
     """Return the settings with the architecture, size and pooling of the model `like` where the user gave none."""
     same = config.student.model == SAME
     student = settle_student(config.student, FRESH if like is None else settings_of(like, same=same))
+    if is_model(split_model_name_tag(student.model)[0]):
+        arguments = {**goal_of(config).arguments(student.model), **student.model_args}
+        student = student.model_copy(update={"model_args": arguments})
     return config.model_copy(update={"student": student})
 
 
@@ -285,6 +288,7 @@ def check_settings(mode: Mode) -> None:
     """Raise ConfigError for settings that no run can have, before anything is read."""
     check_first(mode.config)
     mode.check()
+    mode.goal.check()
     check_optimizer(mode.config.optim)
     check_trackers(mode.config.engine.trackers)
 
@@ -301,9 +305,7 @@ def _train_loader(
     config = mode.config
     data, labels = _data(config, weights=not absent), config.needs_labels
     try:
-        loader = create_train_loader(
-            data, spec, seed=config.seed, rank=rank, world_size=world_size, labels=labels
-        )
+        loader = mode.goal.train_loader(data, spec, rank=rank, world_size=world_size, labels=labels)
     except DataError as error:
         if not absent or not _may_be_absent(mode):
             raise
@@ -314,7 +316,7 @@ def _train_loader(
 
 def _check_data(mode: Mode, *, weights: bool) -> None:
     try:
-        check_dataset(mode.config.data)
+        mode.goal.check_data(mode.config.data)
     except DataError:
         if weights or not _may_be_absent(mode):
             raise
@@ -333,13 +335,10 @@ def _may_be_absent(mode: Mode) -> bool:
 def _eval_loader(
     mode: Mode, spec: Preprocessing, train: TrainLoader, rank: int, world_size: int
 ) -> EvalLoader | None:
-    """Return the test images, labeled as the training images are; a run without labels may have none."""
     if not mode.config.evaluates or isinstance(train, AbsentTrainLoader):
         return None
     data = mode.config.data.model_copy(update={"num_classes": train.num_classes or None})
-    if not mode.config.needs_labels:
-        return find_eval_loader(data, spec, rank=rank, world_size=world_size)
-    return create_eval_loader(data, spec, rank=rank, world_size=world_size)
+    return mode.goal.eval_loader(data, spec, rank=rank, world_size=world_size)
 
 
 def load_teachers(
@@ -359,7 +358,7 @@ def load_teachers(
     return {
         name: loaded
         if loaded is not None and how is config.teacher
-        else load_teacher(how, size, commits.get(name), weights=weights)
+        else load_teacher(mode.goal.fitted(how), size, commits.get(name), weights=weights)
         for name, how in found.items()
     }
 
@@ -490,7 +489,7 @@ def _check_fitted(mode: Mode, student: nn.Module, fresh: Collection[str]) -> Non
 
 
 def _calibration(
-    config: RunConfig,
+    mode: Mode,
     spec: Preprocessing,
     teachers: Mapping[str, Pretrained],
     group: dist.ProcessGroup | None,
@@ -508,6 +507,6 @@ def _calibration(
         for teacher in teachers.values():
             receive(teacher.model, group)
         with preserved():
-            return next(create_train_loader(config.data, spec, seed=config.seed, labels=False).epoch(0))[0]
+            return mode.goal.first_images(mode.config.data, spec)
 
     return first_images

@@ -37,13 +37,14 @@ from ..target_shards import (
 )
 from . import deadline
 from .build import Parts
-from .modes import Task, TransferTask, check_learns
+from .modes import goal_of
 from .optim import Schedule, WeightAverage, create_optimizer
 from .parallel import gather, raise_together, receive
 from .resume_check import Position
 from .runlog import ProgressBar
 from .scoring import teacher_top1
 from .signals import StopSignals
+from .tasks import Task, TransferTask, check_learns
 
 # The first step of a run on tensors that have shapes and no memory: what it would keep, and what it would refuse.
 #
@@ -87,7 +88,7 @@ def rehearse(config: RunConfig, parts: Parts, *, here: bool = True) -> Footprint
         images, targets = _batch(config, parts)
         with _kept([*own, *(tensor for tensor in memo.values() if id(tensor) in taught)]) as kept:
             with torch.autocast("cpu", MIXED.get(config.engine.precision), config.engine.precision in MIXED):
-                loss = task(images, targets)["loss"]
+                loss = task.rehearsed(images, targets)["loss"]
             activations = _bytes(kept)
         check_learns(loss)
         loss.backward()
@@ -119,7 +120,7 @@ def target_bytes(config: RunConfig, parts: Parts) -> int:
 def _optimizer_bytes(config: RunConfig, task: Task, here: bool) -> int:
     """Return the bytes that the optimizer holds after a step, which drops the gradients."""
     try:
-        optimizer = create_optimizer(task, task.trainable, config.optim, 1e-3)
+        optimizer = create_optimizer(task, task.layered, config.optim, 1e-3)
     except ConfigError:
         if here:
             raise
@@ -173,7 +174,8 @@ def _batch(config: RunConfig, parts: Parts) -> tuple[Tensor, Tensor]:
         targets = torch.empty(count, classes)
     else:
         targets = torch.zeros(count, dtype=torch.long)
-    return torch.empty(count, *parts.spec.input_size), targets
+    channels, size = parts.spec.input_size[0], goal_of(config).image_size(parts.spec)
+    return torch.empty(count, channels, *size), targets
 
 
 @contextmanager

@@ -27,12 +27,12 @@ from ...models.families import family_of, sites
 from ..config import DataConfig, RunConfig
 from ..data.loaders import create_train_loader
 from ..data.sampler import preserved
-from ..data.survey import sample_images
 from ..methods.standardize import Batch, Standardizer
 from ..staging import StagingStoppedError, stage
 from ..target_shards import TargetRows
 from . import deadline
 from .build import Parts
+from .modes import goal_of
 from .parallel import gather, patient, raise_together, receive
 from .signals import StopSignals
 from .students import sharded_teachers
@@ -106,14 +106,14 @@ def fit_student(
     `finished` keeps each layer. Else each layer that was never fitted sees what the student itself gives it. The random
     generators stay as they were.
     """
-    student = parts.task.trainable
+    student = parts.task.backbone
     layers = converted_layers(student) if config.student.calibrate else {}
     if not layers:
         return {}
     starts = config.starting_source is not None
     teacher = parts.loaded.model if parts.loaded is not None and starts else None
     student.to(device)
-    images = sample_images(config.data, parts.spec, config.student.calibrate, seed=config.seed).to(device)
+    images = goal_of(config).sample(config.data, parts.spec, config.student.calibrate).to(device)
     if starts:
         for layer in layers.values():
             if not layer.operator.fitted:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Generator, Iterator
 from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -16,18 +16,18 @@ from ...models.errors import DataError, JsonDict, RunFailedError, counted
 from ..config import RunConfig
 from ..data.sampler import seed_batch
 from .build import Parts
-from .modes import check_learns
 from .optim import Schedule, set_learning_rate
 from .resume_check import Position
 from .run_state import RunState, SaveClock
 from .runlog import CommunicationTimer, LossHealth, Recorder, describe, peak_memory, stacked, weights_finite
 from .scoring import best_value, score
 from .signals import StopSignals
+from .tasks import check_learns
 
 logger = logging.getLogger(__name__)
 
 Batch = tuple[Any, ...]
-"""Images, their labels and, where they are kept, the teachers' targets by name: what a task takes."""
+"""What a task takes: images, labels and, where they are kept, the teachers' targets by name; or one `DenseBatch`."""
 
 
 @dataclass(frozen=True)
@@ -153,8 +153,8 @@ class Loop:
         for index in range(self.schedule.accum):
             last = index == self.schedule.accum - 1
             with nullcontext() if last else self.accelerator.no_sync(self.run_state.model):
-                images, targets, *taught = next(batches)
-                self._backward(images, targets, index, *taught)
+                batch = next(batches)
+                self._backward(batch, index)
         place = self._place(self.schedule.accum - 1)
         if self.config.optim.clip_grad is not None:
             self.accelerator.clip_grad_norm_(self.parts.task.parameters(), self.config.optim.clip_grad)
@@ -165,21 +165,21 @@ class Loop:
         self.position.step += 1
         self.position.epoch_step += 1
         if not self._steps_left:  # of an epoch, which may be the last one
-            self._last = LastBatch((images, targets, *taught), self.position.epoch, place)
+            self._last = LastBatch(batch, self.position.epoch, place)
         self.recorder.step(self.position.step, self.position.epoch)
 
-    def _backward(self, images: Tensor, targets: Tensor, index: int, *taught: Mapping[str, Tensor]) -> None:
-        """Add the gradients of batch `index` of this step. `taught` has the teachers' results if they are kept."""
+    def _backward(self, batch: Batch, index: int) -> None:
+        """Add the gradients of batch `index` of this step."""
         seed_batch(self.config.seed, self.position.epoch, self._place(index), self.accelerator.device)
         with self.accelerator.autocast():
-            losses: dict[str, Tensor] = self.run_state.model(images, targets, *taught)
+            losses: dict[str, Tensor] = self.run_state.model(*batch)
         check_learns(losses["loss"])
         self.accelerator.backward(losses["loss"] / self.schedule.accum)
         names, values = tuple(losses), stacked(losses)
         self.health.record(self.position.step + 1, names, values)
         for meter in self.run_state.meters.values():
             meter.add(names, values)
-        self.recorder.images(len(images) * self.accelerator.num_processes)
+        self.recorder.images(len(batch[0]) * self.accelerator.num_processes)
 
     def _place(self, index: int) -> int:
         """Return the position in the epoch's order of the first sample of this process's batch `index`."""

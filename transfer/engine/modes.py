@@ -6,30 +6,27 @@ A mode is one class, and a row of `MODE_FACTS`. Nothing else compares names of m
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 
-import torch
-import torch.nn.functional as F
 from timm.layers.weight_init import trunc_normal_
-from torch import Tensor, nn
+from torch import nn
 
 from ...checkpoints.class_names import Head, comparable, difference
 from ...checkpoints.preprocessing import Preprocessing
 from ...checkpoints.provenance import Pretrained
 from ...models.conversion import converted_layers
-from ...models.copying.teacher_view import Normalization, ShownImages, TeacherInput
+from ...models.copying.teacher_view import Normalization, TeacherInput
 from ...models.errors import ConfigError, TransferError
-from ...models.families import SUPPORTED, blocks_of, classifier_of, family_named, find_family, vit
+from ...models.families import SUPPORTED, classifier_of, family_named, find_family, vit
 from ...models.mae import MaskedAutoencoder
 from ..align import Alignment
 from ..config import Metric, RunConfig
 from ..first_checks import check_teacher_given
-from ..methods.dual import DualViT, build_dual
-from ..methods.loss_terms import DEFAULT_TEACHER, term_methods
+from ..methods.dual import build_dual
+from ..methods.loss_terms import term_methods
 from ..methods.method import TransferMethod
-from ..methods.standardize import Batch, mark_ready
 from ..target_shards import check_cache
+from .goals import Goal, Models
 from .optim import freeze, freeze_head
 from .students import (
     StudentPlan,
@@ -40,229 +37,18 @@ from .students import (
     teacher_settings,
     teachers_of_terms,
 )
-
-# What a step computes in each train mode: `task(images, targets)` gives named losses, `loss` the total.
-
-Losses = dict[str, Tensor]
-
-
-def classification_loss(logits: Tensor, targets: Tensor, smoothing: float) -> Tensor:
-    """Return cross-entropy in float32, mean over the batch; logits (B, C).
-
-    Class indices (B,) get label `smoothing`. Probabilities (B, C), from mixup, are smoothed already.
-    """
-    soft = targets.is_floating_point()
-    return F.cross_entropy(logits.float(), targets, label_smoothing=0.0 if soft else smoothing)
-
-
-def check_learns(loss: Tensor) -> None:
-    """Raise ConfigError for a loss that no trained parameter changes."""
-    if not loss.requires_grad:
-        raise ConfigError(
-            "no trained parameter changes the loss: let optim.trainable name parameters before the layers that learn "
-            "(transfer.layers), or set transfer.task_weight above 0"
-        )
-
-
-class Task(nn.Module, ABC):
-    """A train mode. Its children hold all that learns; a teacher is never one of them."""
-
-    @property
-    @abstractmethod
-    def trainable(self) -> nn.Module:
-        """The model that is trained, averaged and saved as the result."""
-
-    @property
-    def saved(self) -> nn.Module:
-        """The module whose state dict is the weights of the run, under names that start with `student.`."""
-        return self
-
-    @property
-    def backbone(self) -> nn.Module:
-        """The model whose features count: the one that leaves the run."""
-        return self.trainable
-
-    teacher_input: ShownImages | None
-    """Images as the teacher sees them; None without a teacher."""
-
-    @property
-    def shard_units(self) -> Sequence[nn.Module]:
-        """The modules that FSDP shards one by one."""
-        return blocks_of(self.trainable)
-
-    def measure(self, batches: Iterable[Batch]) -> None:
-        """Measure on training images what a new run needs before its first step."""
-        return
-
-    def measured(self) -> None:
-        """Note that what `measure` gives is there: from a state, or for a rehearsal without values."""
-        return
-
-    @abstractmethod
-    def forward(self, images: Tensor, targets: Tensor) -> Losses:
-        """Return losses of images (B, C, H, W) with class indices (B,) or probabilities (B, classes)."""
-
-    def weighted(self, losses: Losses) -> Losses:
-        """Return by name the terms, with their weights, that add up to the `loss` of a step; none of a single loss."""
-        return {}
-
-    def predict(self, images: Tensor) -> Tensor:
-        """Return logits (B, classes), or features (B, D) of a student without a head."""
-        logits: Tensor = self.trainable(images)
-        return logits
-
-
-class ClassificationTask(Task):
-    """Supervised training of the student alone: fine-tuning, or from scratch."""
-
-    def __init__(self, student: nn.Module, smoothing: float) -> None:
-        super().__init__()
-        self.student = student
-        self.smoothing = smoothing
-        self.teacher_input = None
-
-    @property
-    def trainable(self) -> nn.Module:
-        return self.student
-
-    def forward(self, images: Tensor, targets: Tensor) -> Losses:
-        return {"loss": classification_loss(self.student(images), targets, self.smoothing)}
-
-
-class TransferTask(Task):
-    """Classification plus the transfer loss of a teacher; a copying method runs through the teacher."""
-
-    def __init__(self, dual: DualViT, smoothing: float, task_weight: float = 1.0) -> None:
-        super().__init__()
-        self.dual = dual
-        self.smoothing = smoothing
-        self.task_weight = task_weight
-
-    @property
-    def teacher_input(self) -> ShownImages:  # type: ignore[override]
-        return self.dual.teacher_input
-
-    @property
-    def trainable(self) -> nn.Module:
-        return self.dual.student
-
-    @property
-    def saved(self) -> nn.Module:
-        return self.dual
-
-    def forward(self, images: Tensor, targets: Tensor, *taught: Mapping[str, Tensor]) -> Losses:
-        """Return losses of images; with `taught`, which the teachers gave for them before, no teacher runs."""
-        output = self.dual(images, *taught)
-        if self.task_weight == 0:
-            return {"loss": output.transfer_loss, **output.parts}
-        task = self.task_weight * classification_loss(output.logits, targets, self.smoothing)
-        losses = {"loss": task + output.transfer_loss, "task": task}
-        if output.parts:  # a copying method has no transfer loss
-            losses = {**losses, "transfer": output.transfer_loss, **output.parts}
-        return losses
-
-    def weighted(self, losses: Losses) -> Losses:
-        """Return `task`, the classification loss, and each entry of `transfer.losses` by its label.
-
-        A single transfer loss is called by its method.
-        """
-        terms = {name: loss for name, loss in losses.items() if name == "task"}
-        for term in self.dual.terms:
-            if term.label in losses:
-                terms[term.label] = term.settings.weight * losses[term.label]
-            elif not term.label and not term.method.copies:
-                terms[term.settings.method] = losses["transfer" if "task" in losses else "loss"]
-        return terms
-
-    def measure(self, batches: Iterable[Batch]) -> None:
-        self.dual.standardize(batches)
-
-    def measured(self) -> None:
-        mark_ready(self.dual)
-
-    def predict(self, images: Tensor) -> Tensor:
-        return self.dual.predict(images)
-
-
-class AlignTask(Task):
-    """Each converted layer learns on its teacher's inputs; labels are not looked at."""
-
-    teacher_input: ShownImages
-
-    def __init__(self, alignment: Alignment, teacher_input: ShownImages) -> None:
-        super().__init__()
-        self.alignment = alignment
-        self.teacher_input = teacher_input
-        alignment.freeze_others()
-
-    @property
-    def trainable(self) -> nn.Module:
-        return self.alignment.student
-
-    @property
-    def saved(self) -> nn.Module:
-        return self.alignment
-
-    def forward(self, images: Tensor, targets: Tensor) -> Losses:
-        losses = self.alignment(self.teacher_input(images))
-        parts = {f"layer{layer:02d}": loss for layer, loss in losses.items()}
-        return {"loss": torch.stack(list(parts.values())).sum(), **parts}
-
-
-class PretrainTask(Task):
-    """Masked autoencoding without labels (MAE, arXiv:2111.06377)."""
-
-    def __init__(self, autoencoder: MaskedAutoencoder) -> None:
-        super().__init__()
-        self.student = autoencoder
-        self.teacher_input = None
-
-    @property
-    def trainable(self) -> nn.Module:
-        return self.student
-
-    @property
-    def backbone(self) -> nn.Module:
-        return self.student.encoder
-
-    @property
-    def shard_units(self) -> Sequence[nn.Module]:
-        return blocks_of(self.backbone)
-
-    def forward(self, images: Tensor, targets: Tensor) -> Losses:
-        return {"loss": self.student(images)}
-
-    def predict(self, images: Tensor) -> Tensor:
-        """Return the encoder's features of whole images."""
-        features: Tensor = self.backbone(images)
-        return features
-
+from .tasks import PretrainTask, Task
 
 # What a train mode is: what it needs of teacher and data, and what a step computes.
 
 
-@dataclass(frozen=True)
-class Models:
-    """The models of a run, of which its mode makes a task."""
+def goal_of(config: RunConfig) -> Goal:
+    """Return the goal of a run, with its settings."""
+    if config.dense.head is None:
+        return Goal(config)
+    from .dense_tasks import Dense  # here: a classifier needs no detector of torchvision
 
-    student: nn.Module
-    teachers: Mapping[str, Pretrained]
-    """Teachers by name: that of the section `teacher` under `DEFAULT_TEACHER`, and those of `teachers`."""
-    spec: Preprocessing
-    """Preprocessing of the student's images."""
-    calibration: Callable[[], Tensor | None]
-    """Function for the first images, which returns None without weights."""
-
-    @property
-    def normalization(self) -> Normalization:
-        """Of the student's images."""
-        return Normalization(self.spec.mean, self.spec.std)
-
-    def taught_by(self) -> Pretrained:
-        """Return the teacher of a mode that is taught, for which `Mode.check` asked."""
-        if DEFAULT_TEACHER not in self.teachers:
-            raise ConfigError("this mode needs a teacher: set teacher.source")
-        return self.teachers[DEFAULT_TEACHER]
+    return Dense(config)
 
 
 class Mode(ABC):
@@ -270,13 +56,14 @@ class Mode(ABC):
 
     def __init__(self, config: RunConfig) -> None:
         self.config = config
+        self.goal = goal_of(config)
 
     def check(self) -> None:
         """Raise ConfigError for settings that do not go together, before anything is read."""
         return
 
     def head(self, data: Head, teachers: Mapping[str, Pretrained], start: Pretrained | None) -> Head:
-        """Return the student's head: that of the data set where it learns from labels.
+        """Return the student's classifier: that of the data set where it learns from labels.
 
         Without labels a head that comes with the weights stays as it is. A fresh one would stay random, so the student
         has no head. `start` is the model whose weights the student starts from.
@@ -331,7 +118,7 @@ class Scratch(Mode):
     """Supervised training of fresh weights."""
 
     def task(self, models: Models) -> Task:
-        return ClassificationTask(models.student, self.config.data.smoothing)
+        return self.goal.supervised(models)
 
 
 class Finetune(Scratch):
@@ -415,7 +202,7 @@ class Transfer(Mode):
         check_compiles(self.config, models.teachers)
         dual = build_dual(config, models.teachers, models.student, models.normalization, images)
         dual.compile_teachers([name for name, each in teacher_settings(self.config).items() if each.compile])
-        return TransferTask(dual, self.config.data.smoothing, config.task_weight)
+        return self.goal.taught(models, dual)
 
     def freeze(self, trainable: nn.Module) -> None:
         super().freeze(trainable)
@@ -442,7 +229,7 @@ class Align(Mode):
         teacher, student = models.taught_by(), models.student
         norms = Normalization(teacher.mean, teacher.std), models.normalization
         alignment = Alignment(teacher.model, student, self.config.align.match)
-        return AlignTask(alignment, TeacherInput(teacher.model, student, *norms))
+        return self.goal.aligned(models, alignment, TeacherInput(teacher.model, student, *norms))
 
     def default_metric(self, classified: bool) -> Metric:
         return "top1" if classified else "distance"

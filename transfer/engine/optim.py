@@ -8,6 +8,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from timm.optim._optim_factory import create_optimizer_v2, get_optimizer_info, list_optimizers
@@ -113,16 +114,33 @@ def describe_batch(config: OptimConfig, batch_size: int, world_size: int, images
     return f"a step has {effective:,} images, and the recipe's {recipe:,}, for its learning rate; {keep} keeps it"
 
 
-def learning_rate(step: int, *, peak: float, minimum: float, warmup_steps: float, total_steps: int) -> float:
-    """Return the rate of `step`, counted from 0: linear from zero to `peak` in the warm-up, then half a cosine.
+@dataclass(frozen=True)
+class Fall:
+    """How the learning rate falls from `peak` to `minimum`: a pure function of the step, from 0, of `total` steps.
 
-    minimum + (peak - minimum) (1 + cos(pi (step - warmup) / (total - warmup))) / 2, as in MAE. It is a pure function
-    of the step, so a restart has nothing to restore.
+    A restart has nothing to restore.
     """
-    if step < warmup_steps:
-        return peak * step / warmup_steps
-    progress = (step - warmup_steps) / max(1.0, total_steps - warmup_steps)
-    return minimum + (peak - minimum) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+
+    kind: Literal["cosine", "steps", "poly"] = "cosine"
+    milestones: tuple[float, ...] = ()
+    """In steps."""
+    power: float = 0.9
+
+    def rate(self, step: int, *, peak: float, minimum: float, warmup: float, total: int) -> float:
+        """Return the rate of `step`: linear from zero to `peak` in the warm-up, then
+
+        - cosine: minimum + (peak - minimum) (1 + cos(pi (step - warmup) / (total - warmup))) / 2, as in MAE;
+        - steps: peak / 10^n after n milestones, at least `minimum`, as in Faster R-CNN;
+        - poly: minimum + (peak - minimum) (1 - step / total)^power, as in DeepLab (arXiv:1606.00915).
+        """
+        if step < warmup:
+            return peak * step / warmup
+        if self.kind == "steps":
+            return max(minimum, peak * 0.1 ** sum(step >= each for each in self.milestones))
+        if self.kind == "poly":
+            return minimum + (peak - minimum) * math.pow(max(0.0, 1 - step / total), self.power)
+        progress = (step - warmup) / max(1.0, total - warmup)
+        return minimum + (peak - minimum) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
@@ -280,15 +298,12 @@ class Schedule:
     minimum: float
     warmup_steps: float
     effective_batch: int
+    fall: Fall = Fall()
 
     def rate(self, step: int) -> float:
         """Return the learning rate of `step`, counted from 0."""
-        return learning_rate(
-            step,
-            peak=self.peak,
-            minimum=self.minimum,
-            warmup_steps=self.warmup_steps,
-            total_steps=self.total_steps,
+        return self.fall.rate(
+            step, peak=self.peak, minimum=self.minimum, warmup=self.warmup_steps, total=self.total_steps
         )
 
 
@@ -304,6 +319,8 @@ def warmup_steps(config: OptimConfig, steps_per_epoch: int, total_steps: int) ->
     leave it at rate zero.
     """
     given, tenth = config.warmup_epochs, total_steps / 10
+    if config.warmup_steps is not None:
+        return config.warmup_steps if config.warmup_steps < total_steps else tenth
     if total_steps == 1:
         return 0.0
     if given is None:
@@ -331,4 +348,5 @@ def plan_schedule(config: OptimConfig, batches_per_epoch: int, batch_size: int, 
         minimum=min(config.min_lr, peak),
         warmup_steps=warmup_steps(config, steps_per_epoch, total_steps),
         effective_batch=effective,
+        fall=Fall(config.schedule, tuple(each * steps_per_epoch for each in config.milestones), config.power),
     )

@@ -19,12 +19,12 @@ from ...models.converted import is_mark
 from ...models.errors import CheckpointError, GraftError, Json, JsonDict
 from ..config import RunConfig
 from .elastic import GlobalBatch
-from .modes import Task
 from .optim import WeightAverage
 from .parallel import from_first, gather, gathered, placed_like, raise_together
 from .resume_check import Position, settings
 from .runlog import Meters, RunLog
 from .students import StudentPlan
+from .tasks import Task
 
 FORMAT = 1
 

@@ -17,8 +17,8 @@ from ..metrics.measure import PROBES, Against, Family, measure, score_models
 from . import deadline
 from .best import Criterion, classifies
 from .build import Parts
-from .modes import Task, TransferTask
 from .optim import WeightAverage
+from .tasks import Task, TransferTask
 
 Predictor = Callable[[Tensor], Tensor]
 
@@ -35,11 +35,23 @@ def score(parts: Parts, average: WeightAverage | None, accelerator: Accelerator)
     training = task.training
     task.eval()
     with preserved(), torch.no_grad():
-        numbers = _measured(parts, loader, average, accelerator)
+        numbers = _own(task, loader, average, accelerator) or _measured(parts, loader, average, accelerator)
         if parts.choice is not None and parts.choice.kind == "objective":
             numbers |= _objectives(task, loader, average, accelerator)
     task.train(training)
     return numbers
+
+
+def _own(
+    task: Task, loader: EvalLoader, average: WeightAverage | None, accelerator: Accelerator
+) -> dict[str, float]:
+    """Return the numbers of a task that evaluates itself; none of a classifier."""
+    found = {f"test_{name}": value for name, value in (task.evaluate(loader, accelerator) or {}).items()}
+    if found and average is not None:
+        with average.applied():
+            averaged = task.evaluate(loader, accelerator) or {}
+        found |= {f"test_ema_{name}": value for name, value in averaged.items()}
+    return found
 
 
 def best_value(choice: Criterion, metrics: dict[str, float]) -> float:

@@ -20,7 +20,6 @@ from ...models.copying.teacher_view import TokensOnly, WholeModel
 from ...models.families import blocks_of, find_family
 from ..config import RunConfig
 from .build import Parts
-from .modes import TransferTask
 from .parallel import receive
 from .students import sharded_teachers
 
@@ -29,12 +28,12 @@ def shard_teachers(
     config: RunConfig, parts: Parts, accelerator: Accelerator, group: dist.ProcessGroup | None
 ) -> None:
     """Shard the teachers that `shard` names, each block on its own; each device gets one whole block at a time."""
-    sharded, task = sharded_teachers(config), parts.task
-    if not sharded or not isinstance(task, TransferTask):
+    sharded, dual = sharded_teachers(config), parts.task.taught_by
+    if not sharded or dual is None:
         return
     mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
     for name in sharded:
-        gather_to_run(task.dual.teachers[name], task.dual.teacher_views[name], mesh, group)
+        gather_to_run(dual.teachers[name], dual.teacher_views[name], mesh, group)
 
 
 def gather_to_run(

@@ -7,6 +7,7 @@ import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -33,7 +34,7 @@ from .elastic import GlobalBatch, describe, settle
 from .fence import Fence
 from .fit_operators import fit_operators, leave_to_us, measure_features, stage_together
 from .loop import Loop
-from .modes import PretrainTask, mode_of
+from .modes import mode_of
 from .optim import Schedule, WeightAverage, create_optimizer, describe_batch
 from .parallel import (
     create_accelerator,
@@ -104,15 +105,11 @@ def export_students(
 
 
 def _export(parts: Parts, tensors: dict[str, Tensor], folder: Path, made: Json) -> None:
-    if isinstance(parts.task, PretrainTask):
-        prefix = "encoder."
-        tensors = {
-            name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)
-        }
+    plan, task = parts.plan, parts.task
+    body = {n.removeprefix(task.prefix): value for n, value in tensors.items() if n.startswith(task.prefix)}
     with preserved():
-        model = parts.plan.create()
-    model.load_state_dict(merged(tensors))
-    plan = parts.plan
+        model = plan.create()
+    model.load_state_dict(merged(body), strict=not task.pruned)
     if plan.copying is not None and parts.teacher is not None:
         copy_attention(model, parts.teacher.model, plan.copying)
     write_student(
@@ -124,6 +121,7 @@ def _export(parts: Parts, tensors: dict[str, Tensor], folder: Path, made: Json) 
         license=provenance.carried_license(made),
         provenance=made,
         label_names=plan.label_names,
+        beside=partial(task.write_beside, tensors),
     )
 
 
@@ -317,7 +315,7 @@ def _prepare(
     parts.train_loader.batches_per_epoch = schedule.accum * schedule.steps_per_epoch
     n_parameters = sum(p.numel() for p in parts.task.parameters() if p.requires_grad)
     model = _wrap(config, accelerator, parts, group)
-    optimizer = create_optimizer(parts.task, parts.task.trainable, config.optim, schedule.peak)
+    optimizer = create_optimizer(parts.task, parts.task.layered, config.optim, schedule.peak)
     average = None if config.optim.ema is None else WeightAverage(parts.task.trainable, config.optim.ema)
     run_state = RunState(
         config=config,

@@ -49,6 +49,7 @@ class MatchOutput(Observer):
                 link.tokens.student.pick(student, 2),
                 link.tokens.teacher.pick(teacher, 2),
                 self.projector,
+                self.tape.inside(link),
             )
         )
 

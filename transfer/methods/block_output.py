@@ -49,7 +49,7 @@ class _MatchBlock:
         teacher = tokens.teacher.pick(self.tape.blocks[pair.teacher], 1)
         if self.projector is not None:
             student = self.projector(student)
-        self.tape.record(self.name, squared_error(student, teacher, None))
+        self.tape.record(self.name, squared_error(student, teacher, None, self.tape.inside(self.link)))
 
 
 METHODS = (BlockOutput(),)

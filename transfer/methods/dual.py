@@ -37,6 +37,7 @@ from .drop_path import SharedDropPath, check_shares, share_drop_paths
 from .loss_terms import (
     DEFAULT_TEACHER,
     OF_DUAL,
+    Lesson,
     Teacher,
     TeacherSide,
     Term,
@@ -268,21 +269,69 @@ class DualViT(nn.Module):
             self._run_teachers(images, taught)
             logits = self._run_student(images)
             labelled = [term.labelled() for term in self._terms if term.labelled is not None]
-            losses = [(term, term.losses(logits, self._tapes[term.side.name].losses)) for term in self._terms]
+            lesson = self._lesson(images, logits)
         finally:
             self._end_step()
-        total = torch.zeros((), device=images.device)
-        parts: dict[str, Tensor] = {}
-        terms: dict[str, Tensor] = {}
+        return DualOutput(labelled[0] if labelled else logits, lesson.loss, lesson.parts, lesson.terms)
+
+    def _lesson(self, images: Tensor, logits: Tensor) -> Lesson:
+        """Return the losses of the student's forward pass in this step."""
+        losses = [(term, term.losses(logits, self._tapes[term.side.name].losses)) for term in self._terms]
+        lesson = Lesson(torch.zeros((), device=images.device))
         for term, found in losses:
             if not found:
                 continue
             loss = term.reduce(found.values())
-            total = total + term.settings.weight * loss
-            parts |= found
+            lesson.loss = lesson.loss + term.settings.weight * loss
+            lesson.parts |= found
             if term.label:
-                terms[term.label] = loss
-        return DualOutput(labelled[0] if labelled else logits, total, {**terms, **parts}, terms)
+                lesson.terms[term.label] = loss
+        lesson.parts = {**lesson.terms, **lesson.parts}
+        return lesson
+
+    @contextmanager
+    def teaching(self, images: Tensor, sizes: Sequence[tuple[int, int]] | None = None) -> Iterator[Lesson]:
+        """Teach a student that runs as a part of another model, once, on the same images: the backbone of a detector.
+
+            with dual.teaching(images) as lesson:
+                maps = dual.student.forward_intermediates(images, intermediates_only=True)
+            loss = detection_loss(maps) + lesson.loss
+
+        Args:
+            images: (B, C, H, W), normalized for the student.
+            sizes: rows and columns of each image where smaller ones are padded at the right and the bottom: tokens
+                that begin in the padding do not count in the losses of attention and block outputs.
+
+        Raises:
+            TransferError: a method copies, or compares features or predictions of whole models, or the student did not
+                run.
+            DataError: the images do not fit the student.
+        """
+        for term in self._terms:
+            if not term.method.loss_within_blocks:
+                raise TransferError(
+                    f"transfer.method={term.method.name} teaches a whole classifier, and a part of another model "
+                    "learns from layers: use attention_output, block_output or distill"
+                )
+        self._check_step(images)
+        lesson = Lesson(torch.zeros((), device=images.device))
+        try:
+            self._run_teachers(images)
+            if sizes is not None:
+                filled = torch.tensor(sizes, device=images.device) / torch.tensor(
+                    images.shape[-2:], device=images.device
+                )
+                for tape in self._tapes.values():
+                    tape.fill(filled)
+            self._replay()
+            try:
+                yield lesson
+            finally:
+                restore_blocks(self.student)
+            found = self._lesson(images, images)
+            lesson.loss, lesson.parts, lesson.terms = found.loss, found.parts, found.terms
+        finally:
+            self._end_step()
 
     @torch.no_grad()
     def map_divergences(self, images: Tensor) -> dict[str, float]:
@@ -588,9 +637,12 @@ class DualViT(nn.Module):
         for side in self._sides:
             fill_tape(side, self._views[side.name], self._tapes[side.name], images, taught, convert=convert)
 
-    def _run_student(self, images: Tensor) -> Tensor:
+    def _replay(self) -> None:
         for tape in self._tapes.values():
             replay_blocks(self.student, tape.moment)
+
+    def _run_student(self, images: Tensor) -> Tensor:
+        self._replay()
         try:
             logits = family_of(self.student).predict(self.student, images)
         finally:

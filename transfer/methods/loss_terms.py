@@ -7,7 +7,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from os import PathLike
 from typing import Any
 
@@ -153,6 +153,18 @@ class Term:
         for loss in losses:
             total = total + loss
         return total / len(losses) if self.settings.reduction == "mean" else total
+
+
+@dataclass
+class Lesson:
+    """A step of a student that is taught within another model, such as a detector: its losses, once the block is left.
+
+    `loss` is weighted; `parts` and `terms` are as of `DualOutput`.
+    """
+
+    loss: Tensor
+    parts: dict[str, Tensor] = field(default_factory=dict)
+    terms: dict[str, Tensor] = field(default_factory=dict)
 
 
 @contextmanager

@@ -207,13 +207,22 @@ def projector(
 # The error of two tensors, for methods that compare outputs.
 
 
-def squared_error(student: Tensor, teacher: Tensor, projector: nn.Module | None) -> Tensor:
-    """Mean squared error over all elements, in float32; heads (B, H, N, D) are joined where a projector changes
-    the width."""
+def squared_error(
+    student: Tensor, teacher: Tensor, projector: nn.Module | None, inside_BN: Tensor | None = None
+) -> Tensor:
+    """Mean squared error over all elements, or those of the tokens that are `inside` their images, in float32.
+
+    Tensors are (B, N, C), or heads (B, H, N, D), which are joined where a projector changes the width.
+    """
     if projector is not None:
         student, teacher = projector(student.transpose(1, 2).flatten(2)), teacher.transpose(1, 2).flatten(2)
     student = precise(student)
-    return F.mse_loss(student, teacher.to(student.dtype))
+    teacher = teacher.to(student.dtype)
+    if inside_BN is None:
+        return F.mse_loss(student, teacher)
+    error = F.mse_loss(student, teacher, reduction="none").mean(-1)
+    weight = (inside_BN if error.dim() == 2 else inside_BN[:, None]).to(error.dtype).expand_as(error)
+    return (error * weight).sum() / weight.sum()
 
 
 # The resolved pairs of a method: what it runs on, and how a plan says so.

@@ -21,7 +21,6 @@ from graftvit.transfer.engine.loop import Loop
 from PIL import Image
 from support.runs.engine_killer import Spoil, start, wait
 from support.runs.engine_runs import config, make_teacher, records, state
-from torch import Tensor
 from torch.utils.data import IterableDataset
 
 Batches = dict[int, list[list[Any]]]
@@ -39,8 +38,9 @@ def spoiled(folder: Path, end: int | None, number: int) -> Spoil:
             asked.append(request)
             return make(self, request)
 
-        def recorded_backward(self: Loop, images: Tensor, targets: Tensor, index: int) -> None:
-            backward(self, images, targets, index)
+        def recorded_backward(self: Loop, batch: Any, index: int) -> None:
+            backward(self, batch, index)
+            images, targets = batch
             request = asked.pop(0)
             place = [request.position, self._place(index), list(request.indices)]
             sums = [float(images.double().sum()), float(targets.double().square().sum())]

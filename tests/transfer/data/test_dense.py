@@ -72,7 +72,7 @@ def ids(batches: Sequence[DenseBatch]) -> list[list[int]]:
 def test_an_epoch_is_a_function_of_seed_epoch_and_position(root: Path) -> None:
     def batches(epoch: int, start: int = 0, seed: int = 0, **settings: Any) -> list[DenseBatch]:
         loader = create_dense_train_loader(config(root, **settings), SMALL, seed=seed, masks=True)
-        return list(loader.epoch(epoch, start))
+        return [batch for (batch,) in loader.epoch(epoch, start)]
 
     whole = batches(3)
     assert len(whole) == 6
@@ -91,7 +91,7 @@ def test_batches_have_one_orientation_and_any_number_of_ranks_sees_the_same(root
             create_dense_train_loader(config(root), SMALL, seed=0, rank=rank, world_size=ranks)
             for rank in range(ranks)
         ]
-        found = [ids(list(loader.epoch_from(1, position))) for loader in loaders]
+        found = [ids([batch for (batch,) in loader.epoch_from(1, position)]) for loader in loaders]
         return [batch for step in zip(*found, strict=True) for batch in step]
 
     one = epoch(1)
@@ -99,7 +99,7 @@ def test_batches_have_one_orientation_and_any_number_of_ranks_sees_the_same(root
     assert epoch(3) == one[: len(one) // 3 * 3]
     assert epoch(2, position=4) == one[2:6]
     loader = create_dense_train_loader(config(root), SMALL, seed=0)
-    for batch in list(loader.epoch(0))[:-1]:
+    for (batch,) in list(loader.epoch(0))[:-1]:
         wide = [image.shape[2] >= image.shape[1] for image in batch.images]
         assert len(set(wide)) == 1
 
@@ -150,7 +150,7 @@ def test_groups_come_in_a_random_order() -> None:
 def test_few_images_make_small_batches(root: Path) -> None:
     loader = create_dense_train_loader(config(root, batch_size=64, train_samples=5), SMALL, seed=0)
     assert (loader.num_samples, loader.batch_size, loader.batches_per_epoch) == (5, 5, 1)
-    assert len(next(iter(loader.epoch(0)))) == 5
+    assert len(next(loader.epoch(0))[0]) == 5
     assert loader.head().num_classes == 3
     with pytest.raises(ConfigError, match="train_samples=99"):
         create_dense_train_loader(config(root, train_samples=99), SMALL, seed=0)
@@ -162,7 +162,7 @@ def test_a_bad_image_is_replaced_and_told(tmp_path: Path) -> None:
     write_coco(tmp_path, {"train": composed("train", 6)})
     (tmp_path / "train" / "000000000012.png").write_bytes(b"no image")
     loader = create_dense_train_loader(config(tmp_path, max_bad_images=1), SMALL, seed=0)
-    seen = [number for batch in ids(list(loader.epoch(0))) for number in batch]
+    seen = [number for batch in ids([batch for (batch,) in loader.epoch(0)]) for number in batch]
     assert len(seen) == 6
     assert 12 not in seen
     assert [Path(path).name for path in loader.bad_images] == ["000000000012.png"]
@@ -217,7 +217,7 @@ def test_other_classes_than_the_models_are_refused(root: Path) -> None:
 
 
 def test_a_batch_moves_as_a_whole(root: Path) -> None:
-    batch = next(iter(create_dense_train_loader(config(root), SMALL, seed=0, masks=True).epoch(0)))
+    (batch,) = next(create_dense_train_loader(config(root), SMALL, seed=0, masks=True).epoch(0))
     moved = send_to_device(batch, torch.device("meta"))
     assert {tensor.device.type for tensor in tensors(moved)} == {"meta"}
     assert moved.targets[0]["image_id"] == batch.targets[0]["image_id"]
@@ -329,7 +329,7 @@ SEGMENT = DenseAugment(short=(48,), long=192, scale=(0.5, 2.0), crop=48, distort
 def test_labels_follow_the_image_and_keep_their_numbers(root: Path) -> None:
     data = config(root, dataset="ade20k", num_classes=3)
     loader = create_dense_train_loader(data, SEGMENT, seed=0)
-    for batch in loader.epoch(0):
+    for (batch,) in loader.epoch(0):
         for image, target in zip(batch.images, batch.targets, strict=True):
             assert max(image.shape[1:]) <= 48
             assert target["labels"].shape == image.shape[1:]

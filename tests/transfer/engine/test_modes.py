@@ -20,7 +20,7 @@ from graftvit.transfer.config import DataConfig
 from graftvit.transfer.data import loaders
 from graftvit.transfer.data.loaders import create_eval_loader
 from graftvit.transfer.engine.build import build
-from graftvit.transfer.engine.modes import ClassificationTask, PretrainTask, TransferTask, classification_loss
+from graftvit.transfer.engine.tasks import ClassificationTask, PretrainTask, TransferTask, classification_loss
 from graftvit.transfer.methods.dual import DualViT
 from PIL import Image
 from support.files.image_folders import flat_folder

@@ -20,12 +20,12 @@ from graftvit.models.mae import MaskedAutoencoder
 from graftvit.transfer.config import OptimConfig, RunConfig
 from graftvit.transfer.engine.dry_run import dry_run
 from graftvit.transfer.engine.optim import (
+    Fall,
     WeightAverage,
     check_adapters,
     create_optimizer,
     describe_batch,
     freeze,
-    learning_rate,
     plan_schedule,
     set_learning_rate,
 )
@@ -109,7 +109,7 @@ def test_an_optimizer_that_cannot_run_is_refused(settings: dict[str, Any], sente
 
 def test_warm_up_starts_at_zero_and_the_cosine_ends_at_the_minimum() -> None:
     def rate(step: int) -> float:
-        return learning_rate(step, peak=1.0, minimum=0.1, warmup_steps=10, total_steps=110)
+        return Fall().rate(step, peak=1.0, minimum=0.1, warmup=10, total=110)
 
     assert rate(0) == 0
     assert rate(5) == pytest.approx(0.5)
@@ -117,6 +117,21 @@ def test_warm_up_starts_at_zero_and_the_cosine_ends_at_the_minimum() -> None:
     assert rate(60) == pytest.approx(0.55)
     assert rate(110) == pytest.approx(0.1)
     assert rate(35) == pytest.approx(0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi / 4)))
+
+
+def test_a_rate_falls_by_steps_or_by_a_power() -> None:
+    config = OptimConfig(
+        lr=1.0, min_lr=0.005, epochs=4, schedule="steps", milestones=[1, 2.5, 3], warmup_steps=2
+    )
+    plan = plan_schedule(config, 4, batch_size=8, world_size=1)
+    rates = [plan.rate(step) for step in range(16)]
+    assert rates[:2] == [0.0, 0.5]
+    assert rates[2:] == pytest.approx([1.0] * 2 + [0.1] * 6 + [0.01] * 2 + [0.005] * 4)
+    config = OptimConfig(lr=1.0, min_lr=0.1, epochs=4, schedule="poly", power=2.0, warmup_steps=0)
+    plan = plan_schedule(config, 4, batch_size=8, world_size=1)
+    assert [plan.rate(step) for step in (0, 4, 8, 16)] == pytest.approx(
+        [1.0, 0.1 + 0.9 * 0.5625, 0.1 + 0.9 * 0.25, 0.1]
+    )
 
 
 def test_lr_follows_the_effective_batch_unless_it_is_given() -> None:

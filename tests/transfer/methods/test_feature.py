@@ -17,7 +17,7 @@ from graftvit.models.errors import ConfigError, TransferError, UnsupportedModelE
 from graftvit.transfer import DualViT, OutsideTeacher
 from graftvit.transfer.engine import early_signals
 from graftvit.transfer.engine.dry_run import dry_run
-from graftvit.transfer.engine.modes import classification_loss
+from graftvit.transfer.engine.tasks import classification_loss
 from graftvit.transfer.engine.train import train
 from graftvit.transfer.methods.feature import average_to
 from graftvit.transfer.methods.registry import describe_transfer

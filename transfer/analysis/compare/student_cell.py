@@ -36,7 +36,8 @@ from ...config import DataConfig, RunConfig
 from ...data.loaders import create_eval_loader
 from ...engine.build import build, load_teachers, settled
 from ...engine.fit_operators import fit_student
-from ...engine.modes import Models, mode_of
+from ...engine.goals import Models
+from ...engine.modes import mode_of
 from ...engine.stages import Stage, chain, check_stages, train_stages
 from ...engine.students import input_size, plan_student
 from ...metrics.measure import score_models

@@ -1,0 +1,134 @@
+"""Runs of detectors and segmenters: what a step learns, what is measured, how they resume, and what they leave."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+from graftvit.checkpoints.dense_models import load_dense
+from graftvit.checkpoints.state import read_state
+from graftvit.models.errors import ConfigError, DataError
+from graftvit.transfer.config import RunConfig
+from graftvit.transfer.engine.dry_run import dry_run
+from graftvit.transfer.engine.train import train
+from support.files.dense_scenes import composed, write_ade20k, write_coco
+from support.runs.engine_runs import config, records, resume_cut
+
+PVT: dict[str, Any] = {
+    "depths": [1, 1, 1, 1], "embed_dims": [8, 16, 24, 32], "num_heads": [1, 2, 3, 4], "img_size": 64,
+}  # fmt: skip
+VIT: dict[str, Any] = {"depth": 2, "embed_dim": 24, "num_heads": 3, "patch_size": 8, "img_size": 64}
+SHAPES = ((64, 96), (96, 64), (72, 72))
+
+
+@pytest.fixture(scope="session")
+def coco(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    splits = {split: composed(split, count, SHAPES) for split, count in (("train", 12), ("validation", 5))}
+    return write_coco(tmp_path_factory.mktemp("coco"), splits)
+
+
+@pytest.fixture(scope="session")
+def ade20k(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    splits = {split: composed(split, count, SHAPES) for split, count in (("train", 12), ("validation", 5))}
+    splits["training"] = splits.pop("train")
+    return write_ade20k(tmp_path_factory.mktemp("ade20k"), splits)
+
+
+def run(folder: Path, images: Path, head: str = "retinanet", **sections: Any) -> RunConfig:
+    """Two epochs of three steps on images of several sizes."""
+    segments = head in ("semantic_fpn", "upernet")
+    student = {"model": "pvt_v2_b0", "model_args": PVT, "drop_path": 0.1}
+    base: dict[str, Any] = {
+        "student": student,
+        "dense": {"head": head, "width": 16, "short": [48, 64], "long": 96},
+        "data": {"dataset": "ade20k" if segments else "coco", "data_path": str(images), "batch_size": 4,
+                 "eval_batch_size": 4, "train_samples": None, "hflip": 0.5},
+    }  # fmt: skip
+    for name, values in sections.items():
+        base[name] = {**base.get(name, {}), **values} if isinstance(values, dict) else values
+    return config(folder, **base)
+
+
+@pytest.mark.parametrize("head", ["retinanet", "mask_rcnn", "semantic_fpn", "upernet"])
+def test_a_run_learns_measures_resumes_and_leaves_its_model(
+    tmp_path: Path, coco: Path, ade20k: Path, head: str
+) -> None:
+    segments = head in ("semantic_fpn", "upernet")
+    folder = resume_cut(lambda folder: run(folder, ade20k if segments else coco, head), tmp_path)
+    last = records(folder)[-1]
+    best = {"retinanet": "box_ap", "mask_rcnn": "mask_ap"}.get(head, "miou")
+    assert 0 <= last[f"test_{best}"] <= 1
+    assert 0 <= last[f"test_ema_{best}"] <= 1
+    assert math.isfinite(last["train_loss"])
+    model = load_dense(folder)
+    state = read_state(folder / "checkpoints" / "last.safetensors").tensors
+    own = {f"student.{name}": value for name, value in model.state_dict().items()}
+    assert own.keys() == {name for name in state if name.startswith("student.")}
+    assert all(torch.equal(value, state[name]) for name, value in own.items())
+    body = timm.create_model(f"local-dir:{folder / 'student'}", pretrained=True, features_only=True)
+    image = torch.randn(1, 3, 64, 96)
+    for ours, theirs in zip(model.eval().backbone(image), body.eval()(image), strict=True):
+        assert torch.allclose(ours, theirs, atol=1e-6)
+    assert len(model([torch.rand(3, 50, 70)])) == 1
+
+
+def detector(folder: Path, coco: Path, model: str, arguments: dict[str, Any]) -> Path:
+    student = {"model": model, "model_args": arguments, "drop_path": 0.0}
+    return train(run(folder, coco, student=student, optim={"ema": None})).output_dir
+
+
+def teacher_of(folder: Path) -> dict[str, Any]:
+    return {"source": str(folder)}
+
+
+def test_a_detector_is_converted_aligned_and_trained_on(tmp_path: Path, coco: Path) -> None:
+    """Neck and head are the old ones; teacher and student see one batch; the steps of alignment need no labels."""
+    old = detector(tmp_path / "old", coco, "vit_tiny_patch16_224", VIT)
+    student = {"model": "auto", "model_args": {}, "drop_path": 0.0, "init": "teacher", "plan": "*: linear"}
+    more = {"teacher": teacher_of(old), "student": student, "optim": {"ema": None}}
+    dense = {"source": str(old)}
+    align = run(tmp_path / "align", coco, mode="align", dense=dense, **more)
+    result = train(align)
+    assert result.finished
+    assert records(tmp_path / "align")[-1]["train_loss"] > 0
+    student["init"] = str(tmp_path / "align")
+    transfer = {"method": "attention_output", "weight": 2.0}
+    tuned = run(
+        tmp_path / "tuned", coco, mode="transfer", dense={**dense, "frozen": True}, transfer=transfer, **more
+    )
+    train(tuned)
+    before, after = load_dense(old).state_dict(), load_dense(tmp_path / "tuned").state_dict()
+    same = {name for name in before if not name.startswith("backbone.")}
+    assert same
+    assert all(torch.equal(before[name], after[name]) for name in same)
+    assert records(tmp_path / "tuned")[-1]["train_transfer"] > 0
+
+
+def test_a_dry_run_builds_it_without_weights(tmp_path: Path, coco: Path) -> None:
+    found = dry_run(run(tmp_path, coco), 1, here=True)
+    assert found.footprint.activations > 0
+    assert found.parts.choice is not None
+    assert found.parts.choice.key == "box_ap"
+
+
+@pytest.mark.parametrize(
+    ("sections", "error"),
+    [
+        ({"engine": {"metric": "top1"}}, ConfigError),
+        ({"mode": "pretrain"}, ConfigError),
+        ({"data": {"dataset": "digits", "data_path": None}}, DataError),
+        ({"data": {"data_path": "/nowhere"}}, DataError),
+        ({"dense": {"norms": [7]}}, ConfigError),
+        ({"dense": {"head": None}}, ConfigError),
+    ],
+)
+def test_what_does_not_go_together_is_refused(
+    tmp_path: Path, coco: Path, sections: dict[str, Any], error: type[Exception]
+) -> None:
+    with pytest.raises(error):
+        train(run(tmp_path / "out", coco, **sections))
+    assert not (tmp_path / "out" / "checkpoints").exists()

@@ -1,0 +1,320 @@
+"""Detection and segmentation: the step of a detector or a segmenter, how it is measured, and what is written of it."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from torch import Tensor, nn
+
+from ...checkpoints.class_names import Head
+from ...checkpoints.dense_models import BODY, load_dense, write_beside
+from ...checkpoints.preprocessing import Preprocessing
+from ...checkpoints.pretrained import read_outline
+from ...models.conversion import ARCHITECTURE as CONVERTED
+from ...models.conversion import converted_layers
+from ...models.copying.teacher_view import ShownImages
+from ...models.dense.backbone import Maps, Prepared, any_size_arguments, divisor_of
+from ...models.dense.dense_model import DenseModel, create_dense, prepare
+from ...models.errors import ConfigError, JsonDict
+from ..align import Alignment
+from ..config import DataConfig, TeacherConfig
+from ..data.dense import (
+    DenseAugment,
+    DenseBatch,
+    DenseEvalLoader,
+    DenseTrainLoader,
+    create_dense_eval_loader,
+    create_dense_train_loader,
+)
+from ..data.dense_sets import check_dense
+from ..data.sampler import preserved
+from ..methods.dual import DualViT
+from ..metrics.dense_scores import BoxScores, MeanIoU
+from . import deadline
+from .goals import Goal, Models
+from .tasks import AlignTask, Losses, Task
+
+logger = logging.getLogger(__name__)
+DIVISOR = 32
+"""The sides of a rehearsed batch are multiples of it."""
+BEST = {"retinanet": "box_ap", "mask_rcnn": "mask_ap", "semantic_fpn": "miou", "upernet": "miou"}
+"""What picks the best state, by head."""
+
+
+class DenseTask(Task):
+    """A detector or segmenter that learns from its labels, and from the teachers of its backbone where it has any.
+
+    Teachers and backbone see the same resized, normalized and padded batch; tokens of the padding do not count in the
+    losses of the teachers.
+    """
+
+    prefix, pruned = BODY, True
+
+    def __init__(self, model: DenseModel, dual: DualViT | None = None, task_weight: float = 1.0) -> None:
+        super().__init__()
+        self.student = model
+        self.projectors = nn.ModuleDict() if dual is None else dual.projectors
+        self.task_weight = task_weight
+        self._dual = (dual,)  # in a tuple, so that the backbone is registered once
+        self.teacher_input = None if dual is None else dual.teacher_input
+
+    @property
+    def trainable(self) -> nn.Module:
+        return self.student
+
+    @property
+    def backbone(self) -> nn.Module:
+        return self.student.backbone.body
+
+    @property
+    def layered(self) -> nn.Module:
+        return self.backbone
+
+    @property
+    def taught_by(self) -> DualViT | None:
+        return self._dual[0]
+
+    def train(self, mode: bool = True) -> DenseTask:
+        super().train(mode)
+        if self.taught_by is not None:
+            self.taught_by.training = mode
+        return self
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> DenseTask:
+        super()._apply(fn, recurse)
+        if self.taught_by is not None:
+            self.taught_by._apply(fn)  # the teachers follow the student to a device
+        return self
+
+    def forward(self, batch: DenseBatch) -> Losses:
+        """Return the losses of a batch: those of the head, their sum as `task`, and the teachers' as `transfer`."""
+        prepared = self.student.prepare(batch.images, batch.targets)
+        with self._taught(prepared) as lesson:
+            maps = self.student.backbone(prepared.tensors)
+        parts = self.student.losses(prepared, maps)
+        task = self.task_weight * torch.stack(list(parts.values())).sum()
+        if lesson is None:
+            return {"loss": task, **parts}
+        return {"loss": task + lesson.loss, "task": task, "transfer": lesson.loss, **parts, **lesson.parts}
+
+    @contextmanager
+    def _taught(self, prepared: Prepared) -> Iterator[Any]:
+        if self.taught_by is None:
+            yield None
+            return
+        with self.taught_by.teaching(prepared.tensors, prepared.sizes) as lesson:
+            yield lesson
+
+    def weighted(self, losses: Losses) -> Losses:
+        return {name: losses[name] for name in ("task", "transfer") if name in losses}
+
+    @torch.no_grad()
+    def evaluate(self, loader: Any, accelerator: Accelerator) -> dict[str, float]:
+        """Return average precision, or the mean intersection over union, of all processes' images."""
+        model, scores = self.student, scores_of(self.student)
+        for batch in loader:
+            deadline.moved()
+            rows = batch.valid.nonzero()[:, 0].tolist()
+            seen = batch.only(rows or [0]).to(accelerator.device)  # a sharded model runs on every process
+            sizes = [target["original_size"] for target in seen.targets]
+            with accelerator.autocast():
+                prepared = model.prepare(seen.images)
+                found = model.predict(prepared, model.backbone(prepared.tensors), sizes)
+            scores.add(found[: len(rows)], seen.targets[: len(rows)])
+        return scores.result(lambda part: gather_object([part]))
+
+    def write_beside(self, tensors: Mapping[str, Tensor], folder: Path) -> None:
+        write_beside(self.student, tensors, folder)
+
+    def rehearsed(self, images: Tensor, targets: Tensor) -> Losses:
+        """Return a stand-in for the losses of images (B, 3, H, W): the mean of the levels, without the head.
+
+        What a head does depends on the values of boxes, which a rehearsal does not have.
+        """
+        prepared = Prepared(images, [(images.shape[-2], images.shape[-1])] * len(images))
+        with self._taught(prepared) as lesson:
+            maps: Maps = self.student.neck(self.student.backbone(images))
+        loss = torch.stack([each.float().mean() for each in maps]).sum()
+        return {"loss": loss if lesson is None else loss + lesson.loss}
+
+
+class DenseAlignTask(AlignTask):
+    """Converted layers learn on images of any size, padded to one batch."""
+
+    def __init__(self, alignment: Alignment, shown: ShownImages, prepare: Callable[..., Prepared]) -> None:
+        super().__init__(alignment, shown)
+        self._prepare = (prepare,)
+
+    def forward(self, batch: DenseBatch) -> Losses:  # type: ignore[override]
+        """Return the losses of the layers, which see the padding as their teacher does."""
+        return super().forward(self._prepare[0](batch.images).tensors, torch.empty(0))
+
+    def rehearsed(self, images: Tensor, targets: Tensor) -> Losses:
+        """Return the losses of images (B, 3, H, W)."""
+        return super().forward(images, torch.empty(0))
+
+
+def scores_of(model: DenseModel) -> BoxScores | MeanIoU:
+    """Return what a model is measured by."""
+    if model.task == "segmentation":
+        return MeanIoU(model.num_classes)
+    return BoxScores(model.num_classes, masks=model.kind == "mask_rcnn")
+
+
+class Dense(Goal):
+    """Detection and segmentation."""
+
+    measures = True
+
+    @property
+    def best(self) -> str | None:
+        return None if self.config.facts.aligns else BEST[str(self.config.dense.head)]
+
+    def image_size(self, spec: Preprocessing) -> tuple[int, int]:
+        dense = self.config.dense
+        sides = (dense.crop, dense.crop) if dense.crop else (max(dense.short), dense.long)
+        height, width = (-(-side // DIVISOR) * DIVISOR for side in sides)
+        return height, width
+
+    def check(self) -> None:
+        if not self.config.facts.classifies:
+            raise ConfigError(
+                f"dense.head changes nothing with mode={self.config.mode}, which learns without labels: leave it out"
+            )
+
+    def fitted(self, how: TeacherConfig) -> TeacherConfig:
+        """Return the settings of a teacher with which it takes images of any size."""
+        found = read_outline(str(how.source))
+        if converted_layers(found.model):
+            return how
+        more = any_size_arguments(found.architecture)
+        return how.model_copy(update={"model_args": {**more, **found.model_args, **how.model_args, **more}})
+
+    def arguments(self, name: str) -> JsonDict:
+        return {} if name == CONVERTED else any_size_arguments(name)  # it has those of the model it was
+
+    def _augment(self) -> DenseAugment:
+        dense, data = self.config.dense, self.config.data
+        return DenseAugment(
+            short=tuple(dense.short), long=dense.long, hflip=data.hflip, cropped=tuple(dense.cropped),
+            scale=dense.scale, crop=dense.crop, distort=dense.distort,
+        )  # fmt: skip
+
+    @property
+    def _masks(self) -> bool:
+        return self.config.dense.head == "mask_rcnn"
+
+    def check_data(self, data: DataConfig) -> None:
+        task, dense = check_dense(data, (data.train_split, data.val_split)), self.config.dense
+        if task != dense.task:
+            raise ConfigError(
+                f"dense.head={dense.head} is of {dense.task}, and data.dataset={data.dataset} of {task}: change one"
+            )
+
+    def train_loader(
+        self,
+        data: DataConfig,
+        spec: Preprocessing,
+        *,
+        rank: int = 0,
+        world_size: int = 1,
+        labels: bool = True,
+    ) -> DenseTrainLoader:
+        return create_dense_train_loader(
+            data,
+            self._augment(),
+            masks=self._masks,
+            seed=self.config.seed,
+            rank=rank,
+            world_size=world_size,
+        )
+
+    def eval_loader(
+        self, data: DataConfig, spec: Preprocessing, *, rank: int = 0, world_size: int = 1
+    ) -> DenseEvalLoader | None:
+        if self.best is None:
+            return None
+        return create_dense_eval_loader(
+            data, self._augment(), masks=self._masks, rank=rank, world_size=world_size
+        )
+
+    def sample(self, data: DataConfig, spec: Preprocessing, count: int) -> Tensor:
+        """Return the first training images, padded to one batch."""
+        plain = data.model_copy(update={"batch_size": count, "workers": 0})
+        with preserved():
+            (batch,) = next(self.train_loader(plain, spec).epoch(0))
+        return prepare(batch.images, spec.mean, spec.std, DIVISOR).tensors
+
+    def first_images(self, data: DataConfig, spec: Preprocessing) -> Tensor:
+        return self.sample(data, spec, data.batch_size)
+
+    def head(self, found: Head) -> Head:
+        return Head()
+
+    def supervised(self, models: Models) -> Task:
+        return DenseTask(self._model(models))
+
+    def taught(self, models: Models, dual: DualViT) -> Task:
+        return DenseTask(self._model(models), dual, self.config.transfer.task_weight)
+
+    def aligned(self, models: Models, alignment: Alignment, shown: ShownImages) -> Task:
+        return DenseAlignTask(
+            alignment,
+            shown,
+            partial(prepare, mean=models.spec.mean, std=models.spec.std, divisor=divisor_of(models.student)),
+        )
+
+    def _model(self, models: Models) -> DenseModel:
+        """Return the detector or segmenter on the student, with the neck and head of `dense.source` if it is given."""
+        dense = self.config.dense
+        assert dense.head is not None
+        model = create_dense(
+            dense.head,
+            models.student,
+            models.classes.num_classes,
+            width=dense.width,
+            norms=dense.norms,
+            class_names=models.classes.label_names or (),
+            mean=models.spec.mean,
+            std=models.spec.std,
+            anchor_scale=dense.anchor_scale,
+        )
+        if dense.source is not None:
+            _take_head(model, dense.source)
+        if dense.frozen:
+            for name, parameter in model.named_parameters():
+                parameter.requires_grad_(name.startswith(DenseTask.prefix))
+        return model
+
+
+def _take_head(model: DenseModel, source: str) -> None:
+    """Load the neck and the head of another detector or segmenter; a head of other classes stays fresh.
+
+    Raises ConfigError: it is of another kind, or of other sizes.
+    """
+    other = load_dense(source)
+    own, theirs = model.state_dict(), other.state_dict()
+    if other.kind != model.kind:
+        raise ConfigError(
+            f"dense.source={source} is a {other.kind}, and dense.head={model.kind}: give one kind"
+        )
+    parts = {name: value for name, value in theirs.items() if not name.startswith(DenseTask.prefix)}
+    other_classes = [name for name, value in parts.items() if name in own and own[name].shape != value.shape]
+    if other.num_classes == model.num_classes and (other_classes or set(parts) - set(own)):
+        name = next(iter([*other_classes, *sorted(set(parts) - set(own))]))
+        raise ConfigError(
+            f"dense.source={source} does not fit: {name} is of another size here: give it the same backbone, "
+            "dense.width and dense.norms"
+        )
+    kept = {name: value for name, value in parts.items() if name not in other_classes}
+    model.load_state_dict(kept, strict=False)
+    if other_classes:
+        logger.warning("dense.source: %s stay fresh, because the classes differ", ", ".join(other_classes))

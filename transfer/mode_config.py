@@ -1,0 +1,119 @@
+"""The sections of the settings that only some runs read: alignment, masked autoencoding, detection and segmentation."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+from pydantic import field_validator
+
+from .setting import Need, Section, in_mode, setting
+
+MatchName = Literal["output", "map", "probes", "rows"]
+
+
+class AlignConfig(Section):
+    """How converted layers learn on their teacher's inputs (mode align)."""
+
+    needs: ClassVar = (in_mode("align"),)
+
+    match: MatchName = setting(
+        "output",
+        "loss between a layer and the teacher's: output error, exact map error, its estimate by random probes, or "
+        "cross-entropy of sampled rows",
+    )
+
+
+class PretrainConfig(Section):
+    """Masked autoencoding (MAE, arXiv:2111.06377), which pretrains a teacher for a new domain."""
+
+    needs: ClassVar = (in_mode("pretrain"),)
+
+    mask_ratio: float = setting(0.75, "fraction of patches hidden", gt=0, lt=1)
+    decoder_dim: int | None = setting(
+        None, "width of the decoder; by default two thirds of the encoder's, and at most MAE's 512", gt=0
+    )
+    decoder_depth: int | None = setting(
+        None,
+        "number of the decoder's blocks; by default two thirds of the encoder's, and at most MAE's 8",
+        gt=0,
+    )
+    decoder_heads: int | None = setting(
+        None, "number of the decoder's heads; by default heads of 32 channels, as MAE's", gt=0
+    )
+    norm_pixels: bool = setting(True, "normalization of each target patch")
+    decay_tokens: bool = setting(
+        True,
+        "weight decay of tokens and position embeddings, as in MAE's code; off exempts them as in the other modes",
+    )
+
+
+HeadName = Literal["retinanet", "mask_rcnn", "semantic_fpn", "upernet"]
+DETECTORS = ("retinanet", "mask_rcnn")
+HEADED = Need(
+    lambda run: run.dense.head is not None,
+    "without dense.head, which makes the student a detector or a segmenter: leave it out, or set dense.head",
+)
+OF_DETECTORS = Need(
+    lambda run: run.dense.head in DETECTORS,
+    "with dense.head={run.dense.head}, which finds no objects: leave it out",
+)
+OF_SEGMENTERS = Need(
+    lambda run: run.dense.head not in DETECTORS,
+    "with dense.head={run.dense.head}, which labels no pixels: leave it out",
+)
+
+
+class DenseConfig(Section):
+    """Detection and segmentation: the head on the student's maps, and how images are resized and cropped."""
+
+    head: HeadName | None = setting(
+        None,
+        "head that makes the student a detector (retinanet, mask_rcnn) or a segmenter (semantic_fpn, upernet); a "
+        "classifier by default",
+        see="[dense tasks](dense.md)",
+    )
+    source: str | None = setting(
+        None, "run or folder of a detector or segmenter whose neck and head this one starts from", HEADED
+    )
+    frozen: bool = setting(False, "neck and head stay as they are; the backbone learns alone", HEADED)
+    width: int | None = setting(None, "channels of the neck; 256, and 512 of upernet", HEADED, gt=0)
+    norms: list[int] = setting(
+        [], "outputs of the backbone, from 0, that go through a LayerNorm of their own", HEADED
+    )
+    anchor_scale: float | None = setting(
+        None, "smallest anchor in strides; 4 of retinanet, 8 of mask_rcnn", HEADED, OF_DETECTORS, gt=0
+    )
+    short: list[int] = setting(
+        [800],
+        "shorter sides that training images are resized to at random; evaluation takes the largest",
+        HEADED,
+        drawn=True,
+    )
+    long: int = setting(1333, "largest longer side", HEADED, gt=0)
+    cropped: list[int] = setting(
+        [],
+        "shorter sides of half of the images, which are cropped before they are resized; 400, 500 and 600 in the 3x "
+        "recipe of Swin",
+        HEADED,
+        OF_DETECTORS,
+        drawn=True,
+    )
+    scale: tuple[float, float] | None = setting(
+        None, "range of a further factor of the size: 0.5 to 2 in segmentation", HEADED, drawn=True
+    )
+    crop: int | None = setting(None, "side of a square crop at last", HEADED, gt=0, drawn=True)
+    distort: bool = setting(False, "change of brightness, contrast, saturation and hue", HEADED, drawn=True)
+
+    @field_validator("short")
+    @classmethod
+    def _check_short(cls, sides: list[int]) -> list[int]:
+        if not sides or min(sides) < 1:
+            raise ValueError("give one size at least, in pixels")
+        return sides
+
+    @property
+    def task(self) -> Literal["classification", "detection", "segmentation"]:
+        """What the student is to do."""
+        if self.head is None:
+            return "classification"
+        return "detection" if self.head in DETECTORS else "segmentation"
