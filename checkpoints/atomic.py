@@ -17,7 +17,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from ..models.errors import CheckpointError, RunFailedError
-from .files import NOT_A_URL, is_url, kind_of
+from .files import NOT_A_URL, is_url, kind_of, set_aside
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 DAY = 86_400
@@ -84,15 +84,17 @@ def write_folder(
 ) -> None:
     """Call `write(temporary)` to fill a new folder, and put it at `path`.
 
-    A folder cannot be renamed over another one: the old one is set aside for the moment between two renames,
-    and is brought back by `recover_folder` if the process died there.
-    `check` is of a folder that several processes may write at once: called right before the renames, it raises where
-    another one was first. Others may be writing theirs, so what is unfinished is removed a day after it was touched.
+    A folder cannot be renamed over another one: the old one is set aside for the moment between two renames, and is
+    brought back by `recover_folder` if the process died there. Where `path` is a link, the folder that it leads to is
+    replaced. `check` is of a folder that several processes may write at once: called right before the renames, it
+    raises where another one was first. Others may be writing theirs, so what is unfinished is removed a day after it
+    was touched.
 
     Raises WriteFailedError as `write_file`; what `check` raises.
     """
+    path = path.resolve() if path.is_symlink() else path
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.tmp")
-    aside = path.with_name(f".{path.name}.old")
+    aside = set_aside(path)
     with _explained(path, size), _removed(temporary):
         path.parent.mkdir(parents=True, exist_ok=True)
         recover_folder(path)
@@ -115,7 +117,7 @@ def write_folder(
 
 def recover_folder(path: Path) -> None:
     """Bring back what a dead `write_folder` had set aside, or remove it if the new folder is there."""
-    aside = path.with_name(f".{path.name}.old")
+    aside = set_aside(path)
     if not os.path.lexists(aside):
         return
     if path.exists():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from functools import partial
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from ..models.dense.dense_model import DETECTION, SEGMENTATION, DenseModel, crea
 from ..models.errors import CheckpointError, GraftError, JsonDict, check_types
 from ..models.small import without_memory
 from .architecture import build
-from .files import read_json
+from .files import place, read_json
 from .fit import refuse_not_finite
 from .pretrained import describe_model, load
 from .report import some
@@ -31,7 +32,7 @@ BODY = "backbone.body."
 
 
 @check_types()
-def save_dense(model: DenseModel, folder: Path | str, *, overwrite: bool = False) -> Path:
+def save_dense(model: DenseModel, folder: str | PathLike[str], *, overwrite: bool = False) -> Path:
     """Write a detector or segmenter whole or not at all, and return its folder; `load_dense` reads it.
 
     The backbone is a timm folder: `timm.create_model('local-dir:FOLDER', pretrained=True, features_only=True)` gives
@@ -47,7 +48,7 @@ def save_dense(model: DenseModel, folder: Path | str, *, overwrite: bool = False
     Raises:
         CheckpointError: `folder` holds something, or timm did not make the backbone.
     """
-    folder = Path(folder)
+    folder = place(folder)
     refuse_existing(folder, overwrite=overwrite)
     known = describe_model(_with_last_norm(model.backbone.body), mean=model.mean, std=model.std)
     write_student(
@@ -96,7 +97,7 @@ def _with_last_norm(body: nn.Module) -> nn.Module:
 
 
 @check_types()
-def load_dense(folder: Path | str) -> DenseModel:
+def load_dense(folder: str | PathLike[str]) -> DenseModel:
     """Return the detector or segmenter that `save_dense` wrote, in eval mode, with the same numbers.
 
     Args:

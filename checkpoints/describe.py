@@ -8,6 +8,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ from ..models.families import (
 from .architecture import build
 from .atomic import write_file
 from .copying_students import refuse_without_teacher
+from .files import at_home
 from .fit import match
 from .formats import read_weights
 from .formats.containers import as_metadata, unwrap
@@ -194,13 +196,14 @@ class Extracted:
 
 
 @check_types()
-def describe_file(path: Path) -> list[str]:
+def describe_file(path: str | PathLike[str]) -> list[str]:
     """Container, tensors with dtype, shape and size, totals, and what else is there; one line each.
 
     No tensor is read, except of an .npz or ONNX file.
 
     Raises CheckpointError as `outline`.
     """
+    path = at_home(path)
     found = outline(path)
     rows = [(name, str(t.dtype).removeprefix("torch."), t) for name, t in tensors_of(found.tree)]
     width = max((len(name) for name, *_ in rows), default=0)

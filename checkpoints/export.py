@@ -10,6 +10,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
+from os import PathLike
 from pathlib import Path
 from typing import get_args
 
@@ -42,6 +43,7 @@ from .export_graph import (
     write_onnx,
     write_torch,
 )
+from .files import place
 from .formats.containers import as_metadata
 from .licenses import public_text
 from .pretrained import LoadSettings, describe, describe_model
@@ -165,7 +167,7 @@ DYNAMIC: tuple[Dynamic, ...] = ("batch",)
 def export(
     model: Model | Pretrained,
     /,
-    path: str | Path,
+    path: str | PathLike[str],
     *,
     format: Format | None = None,  # noqa: A002  its name on the command line
     dynamic: Collection[Dynamic] = DYNAMIC,
@@ -196,7 +198,8 @@ def export(
             with exit code 1 where file and model differ by more than `tolerance`, or the disk is full.
         UnsupportedModelError: the model, or a part of it, cannot be exported so.
     """
-    check_export(Path(path), format, dynamic, opset, tolerance, overwrite)
+    path = place(path)
+    check_export(path, format, dynamic, opset, tolerance, overwrite)
     teacher = describe(model, **how)
     module = teacher.model
     if "resolution" in dynamic and getattr(module, "dynamic_img_size", None) is False:
@@ -220,7 +223,7 @@ def export(
 @check_types()
 def export_model(
     model: nn.Module,
-    path: str | Path,
+    path: str | PathLike[str],
     *,
     format: Format | None = None,  # noqa: A002  as of export
     image_size: int | tuple[int, int] | None = None,
@@ -252,7 +255,7 @@ def export_model(
         CheckpointError: the path, the format or the opset is not valid, or a package is missing; with exit code
             1 where file and model differ by more than `tolerance`, or the disk is full.
     """
-    path = Path(path)
+    path = place(path)
     kind = check_export(path, format, dynamic, opset, tolerance, overwrite)
     if normalize and (mean is None or std is None):
         raise CheckpointError("normalize needs the mean and std of the images that the model was trained on")

@@ -10,6 +10,7 @@ import logging
 import os
 import re
 import stat
+from os import PathLike
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -45,6 +46,26 @@ def is_url(path: str | Path) -> bool:
     return re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", str(path)) is not None
 
 
+def at_home(path: str | PathLike[str]) -> Path:
+    """Return a path with its leading `~` replaced; that of a user who is not there stays."""
+    return Path(os.path.expanduser(path))  # noqa: PTH111
+
+
+def place(path: str | PathLike[str]) -> Path:
+    """Return where a user asked to write. Raises CheckpointError: no file can have such a name."""
+    found = at_home(path)
+    if "\0" in str(found) or any(len(os.fsencode(part)) > LONGEST_NAME for part in found.parts):
+        raise CheckpointError(
+            f"{str(path)!r} is no name of a file: give at most {LONGEST_NAME} bytes, none of them 0"
+        )
+    return found
+
+
+def set_aside(path: Path) -> Path:
+    """Return where a folder lies for the moment in which a new one takes its place (`atomic.write_folder`)."""
+    return path.with_name(f".{path.name}.graftvit-old")
+
+
 def safe_name(name: str, what: str, *, refusal: type[GraftError] = ConfigError) -> str:
     """Return a name that becomes one part of a path, and so leads to no other folder.
 
@@ -78,6 +99,8 @@ def near_path(path: str | Path, *, folders: bool = False) -> str:
         return ""
     if os.path.islink(missing):  # noqa: PTH114
         return "it is a link that leads nowhere."
+    if missing.name and is_there(set_aside(missing)):
+        return f"what it held lies in {str(set_aside(missing))!r}, for its replacement was killed: rename that back."
     while missing.name and not is_folder(missing.parent):
         missing = missing.parent
     try:

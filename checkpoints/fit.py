@@ -18,7 +18,7 @@ from ..models.conversion import converted_layers
 from ..models.converted import is_mark, marks_of, refuse_other_operators
 from ..models.copied import ARCHITECTURE as COPIED
 from ..models.copied import copying_of, resize
-from ..models.errors import CheckpointError, Json
+from ..models.errors import CheckpointError, ConfigError, Json
 from ..models.families import Site, family_named, patch_size, position_grid, sites, vit
 from ..models.families.pvt_v1 import PVT
 from ..models.map_structure import offsets, resample_plainly, resample_table
@@ -301,6 +301,12 @@ def _wrong(present: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> list[
 def without_values(tensors: Mapping[str, Tensor]) -> bool:
     """Return whether tensors have shapes only, as in a dry run."""
     return any(tensor.is_meta for tensor in tensors.values())
+
+
+def check_dtype(dtype: torch.dtype | None) -> None:
+    """Raise ConfigError for a type that weights are not written or loaded in."""
+    if dtype not in (None, torch.float16, torch.bfloat16, torch.float32, torch.float64):
+        raise ConfigError(f"dtype={dtype}; give torch.float16, bfloat16, float32 or float64")
 
 
 def refuse_not_finite(origin: str, tensors: Mapping[str, Tensor], kinds: Mapping[str, torch.dtype]) -> None:

@@ -8,7 +8,6 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from os import PathLike
-from pathlib import Path
 from typing import Any, Protocol, TypedDict, runtime_checkable
 
 import torch
@@ -52,7 +51,16 @@ from .architecture import (
 )
 from .class_names import read_names
 from .copying_students import described_architecture, make_whole, refuse_as_start
-from .fit import Method, fit, late_size, refuse_not_finite, resize_loaded, source_grid, without_values
+from .fit import (
+    Method,
+    check_dtype,
+    fit,
+    late_size,
+    refuse_not_finite,
+    resize_loaded,
+    source_grid,
+    without_values,
+)
 from .model_folders import ModelFolder, Opened, open_source, read_folder, read_weights_file
 from .preprocessing import Preprocessing, input_size
 from .provenance import Pretrained, digest_weights
@@ -83,7 +91,7 @@ class LoadSettings(TypedDict, total=False):
 
 @check_types("source")
 def load_pretrained(
-    source: str | Path | Opened,
+    source: str | PathLike[str] | Opened,
     *,
     model: str | None = None,
     model_args: Json | None = None,
@@ -289,7 +297,7 @@ def plan_model(
 @check_types()
 def load_weights(
     model: nn.Module,
-    source: str | Weights,
+    source: str | PathLike[str] | Weights,
     *,
     position_embedding: Method = "timm",
     replanned: bool = False,
@@ -303,7 +311,7 @@ def load_weights(
 
     Raises CheckpointError as `load_pretrained`.
     """
-    weights = source if isinstance(source, Weights) else read_source(source, {})
+    weights = source if isinstance(source, Weights) else read_source(source_text(source), {})
     refuse_as_start(weights)
     size = late_size(weights, {}, image_size(model))
     resampled: Mapping[str, str] = {}
@@ -500,7 +508,9 @@ UNTRAINED_SEED = 20121  # one that nobody takes for a training
 
 
 @check_types("source")
-def load(source: str | Path, *, dtype: torch.dtype | None = None, **how: Unpack[LoadSettings]) -> nn.Module:
+def load(
+    source: str | PathLike[str], *, dtype: torch.dtype | None = None, **how: Unpack[LoadSettings]
+) -> nn.Module:
     """Return the model of any source, in eval mode and with gradients: a student (converted ones too) or a teacher.
 
     A student that copies its teacher's attention has the part of the teacher that it needs, which stays frozen.
@@ -514,6 +524,7 @@ def load(source: str | Path, *, dtype: torch.dtype | None = None, **how: Unpack[
     Raises:
         CheckpointError: one sentence that names what is missing, damaged, unsafe, or does not fit.
     """
+    check_dtype(dtype)
     opened = open_source(source_text(source), how.pop("revision", None))
     model = load_tower(opened, how)
     if model is None:
@@ -524,8 +535,6 @@ def load(source: str | Path, *, dtype: torch.dtype | None = None, **how: Unpack[
         vit(model).teacher.requires_grad_(False)
     if dtype is None:
         return model
-    if not dtype.is_floating_point:
-        raise ConfigError(f"dtype={dtype}; give one of floating-point numbers, such as torch.float16")
     tensors = model.state_dict()
     refuse_not_finite(str(source), tensors, dict.fromkeys(tensors, dtype))
     return model.to(dtype)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from ..models.errors import CheckpointError
-from .files import is_folder, is_there, is_url, near_path
+from .files import at_home, is_folder, is_there, is_url, near_path
 
 SAFE_SUFFIXES = (".safetensors",)
 PICKLE_SUFFIXES = (".pth", ".pt", ".bin", ".ckpt", ".tar")
@@ -68,7 +68,11 @@ Source = TimmSource | HubSource | FolderSource | FileSource
 def source_text(source: object) -> str:
     """Return a source as text. Raises CheckpointError: it is a model or another object, no path or name."""
     if isinstance(source, str | os.PathLike):
-        return str(source)
+        text = os.fspath(source)
+        if isinstance(text, str):
+            # A path is no name of a model of timm, even where one is called so.
+            here = not isinstance(source, str) and os.sep not in text and is_there(text)
+            return os.path.join(os.curdir, text) if here else text  # noqa: PTH118
     raise CheckpointError(
         f"source is a {type(source).__name__} and no path or name of weights; graftvit.save writes a model in memory"
     )
@@ -92,6 +96,11 @@ def parse_source(text: str) -> Source:
 
     path, _ = split_part(text)
     if is_model(split_model_name_tag(text)[0]):
+        if is_there(path / "config.json") or is_there(path / "config.yaml"):
+            raise CheckpointError(
+                f"{text!r} is both a model of timm and a folder here: write local-dir:{text} for the folder, or name "
+                "one of timm's tags of it"
+            )
         return TimmSource(text)
     if text and is_folder(path):
         return _folder(text, text)
@@ -161,13 +170,8 @@ def split_part(text: str) -> tuple[Path, Part | None]:
     path, _, word = text.rpartition("#")
     for part in PARTS:
         if part == word and path:
-            return _at_home(path), part
-    return _at_home(text), None
-
-
-def _at_home(path: str) -> Path:
-    """Replace a leading `~`; that of a user who is not there stays."""
-    return Path(os.path.expanduser(path))  # noqa: PTH111
+            return at_home(path), part
+    return at_home(text), None
 
 
 def _suggest(text: str) -> str:

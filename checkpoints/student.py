@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
+from os import PathLike
 from pathlib import Path
 
 import torch
@@ -30,7 +32,8 @@ from ..models.given import Model
 from .architecture import build, published_config
 from .atomic import write_file, write_folder
 from .class_names import KEY as LABEL_NAMES
-from .fit import own_norm_eps, refuse_not_finite
+from .files import place, read_json
+from .fit import check_dtype, own_norm_eps, refuse_not_finite
 from .model_folders import CONFIG
 from .preprocessing import Preprocessing
 from .pretrained import LoadSettings, describe
@@ -43,6 +46,11 @@ from .weight_files import read_file
 
 FOLDER = "fit"
 KEY, RESULT = "graftvit_fit", "result"
+WRITTEN = re.compile(
+    rf"{FOLDER}|config\.json|(model|pytorch_model)(-\d+-of-\d+)?\.(safetensors|bin)(\.index\.json)?|"
+    r"(detector|segmenter)\.(json|safetensors)"
+)
+"""What this package and timm write into the folder of a model."""
 
 
 @dataclass(frozen=True)
@@ -101,7 +109,7 @@ KEPT = ("classifier", "first_conv", "fixed_input_size", "pool_size")
 def save(
     model: Model | Pretrained,
     /,
-    folder: Path | str,
+    folder: str | PathLike[str],
     *,
     dtype: torch.dtype | None = None,
     max_shard_size: int | str = SHARD_SIZE,
@@ -126,9 +134,8 @@ def save(
         CheckpointError: as `load_pretrained` and `write_student`, or where `folder` holds something.
         UnsupportedModelError: `model` is not a model.
     """
-    folder = Path(folder)
-    if dtype is not None and not dtype.is_floating_point:
-        raise ConfigError(f"dtype={dtype}; give one of floating-point numbers, such as torch.float16")
+    folder = place(folder)
+    check_dtype(dtype)
     refuse_existing(folder, overwrite=overwrite)
     known = describe(model, **how)
     _check_whole(known.model)
@@ -176,14 +183,28 @@ def refuse_existing(folder: Path, *, overwrite: bool) -> None:
     """CheckpointError where writing to `folder` would take away something; a model folder only if asked for."""
     if folder.is_dir() and not any(folder.iterdir()):
         return
-    if (folder / CONFIG).is_file():
-        if overwrite:
-            return
+    if not _holds_model(folder):
+        if os.path.lexists(folder):
+            raise CheckpointError(f"{folder} is there and holds no model: give a new folder")
+        return
+    if not overwrite:
         raise CheckpointError(
             f"{folder} already holds a model: give another folder, or --force (in Python overwrite=True) to replace it"
         )
-    if folder.exists():
-        raise CheckpointError(f"{folder} is there and holds no model: give a new folder")
+    other = sorted(path.name for path in folder.iterdir() if not WRITTEN.fullmatch(path.name))
+    if other:
+        raise CheckpointError(
+            f"{folder} also holds {some(other)}, which would be lost: give another folder, or move that elsewhere"
+        )
+
+
+def _holds_model(folder: Path) -> bool:
+    """Return whether a folder has a description of a model as timm and this package write it."""
+    try:
+        config = read_json(folder / CONFIG) if (folder / CONFIG).is_file() else None
+    except CheckpointError:
+        return False
+    return isinstance(config, dict) and isinstance(config.get("architecture"), str)
 
 
 def refuse_to_convert(folder: Path, *, overwrite: bool) -> None:
@@ -224,15 +245,16 @@ def write_student(
     name, arguments = _whole(model, architecture, model_args)
     arguments = _plain({key: value for key, value in arguments.items() if value is not None})
     found = {**marks_of(model), **model.state_dict()}
-    tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in found.items()}
+    tensors = _apart(found)
     fresh = _check(name, arguments, tensors)
     epsilon = own_norm_eps(model, fresh, name)
     made = {**(provenance or {}), **({NORM_EPS: epsilon} if epsilon else {}), **_cost(model)}
     config = _config(model, name, arguments, preprocessing, license) | {PROVENANCE: made}
     if label_names is not None:
         config[LABEL_NAMES] = list(label_names)
+    kinds = {key: tensor.dtype if dtype is None else dtype for key, tensor in tensors.items()}
+    refuse_not_finite(f"the model for {folder}", tensors, kinds)
     if dtype is not None:
-        refuse_not_finite(f"the student for {folder}", tensors, dict.fromkeys(tensors, dtype))
         tensors = {key: t.to(dtype) if t.is_floating_point() else t for key, t in tensors.items()}
 
     if not re.fullmatch(r"0*[1-9]\d*( ?[KMGT]B)?", str(max_shard_size), re.IGNORECASE):
@@ -246,6 +268,19 @@ def write_student(
 
     size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
     write_folder(folder, write, size=size, check=check)
+
+
+def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return tensors on the CPU of which none shares its numbers with another, or is a part of something larger."""
+    apart, seen = dict[str, Tensor](), set[int]()
+    for key, tensor in tensors.items():
+        own = tensor.detach().cpu().contiguous()
+        storage = own.untyped_storage()
+        if storage.data_ptr() in seen or storage.nbytes() != own.nbytes:
+            own = own.clone()
+        seen.add(storage.data_ptr())
+        apart[key] = own
+    return apart
 
 
 def _whole(model: nn.Module, architecture: str, arguments: Json) -> tuple[str, JsonDict]:

@@ -40,7 +40,7 @@ from .card import (
     section,
     student_card,
 )
-from .files import read_json, read_regular
+from .files import place, read_json, read_regular
 from .hub import download, is_network, line, status_of
 from .licenses import public
 from .model_folders import CONFIG
@@ -106,7 +106,7 @@ def student_folder(model: Model | Pretrained) -> Iterator[Path]:
 
 @check_types()
 def plan_upload(
-    folder: Path | str,
+    folder: str | PathLike[str],
     repository: str,
     *,
     license: str | None = None,
@@ -130,7 +130,7 @@ def plan_upload(
     out of the folder, or the license is refused.
     """
     _check_repository(repository)
-    folder = Path(folder)
+    folder = place(folder)
     config = _config(folder)
     weights = _weights(folder)
     claim = claim_license(config, license, confirmed=confirm_license)

@@ -53,6 +53,26 @@ def resized() -> nn.Module:
     return model
 
 
+def tied() -> nn.Module:
+    model: Any = vit()
+    model.blocks[1].mlp = model.blocks[0].mlp
+    model.norm.bias = model.blocks[0].norm1.bias
+    return model  # type: ignore[no-any-return]
+
+
+def of_one_storage() -> nn.Module:
+    model = vit()
+    flat = nn.utils.parameters_to_vector(model.parameters())
+    nn.utils.vector_to_parameters(flat, model.parameters())
+    return model
+
+
+def not_finite() -> nn.Module:
+    model: Any = vit()
+    model.head.weight.data[0, 0] = float("nan")
+    return model  # type: ignore[no-any-return]
+
+
 def taught(method: str, *, steps: int = 1) -> graftvit.DualViT:
     dual = graftvit.DualViT(vit(1), vit(), method=method)
     optimizer = torch.optim.SGD([each for each in dual.parameters() if each.requires_grad], lr=0.01)
@@ -74,6 +94,8 @@ THINGS: dict[str, Callable[[Path], Any]] = {
     "without a head": lambda _: vit(num_classes=0),
     "a new head": lambda _: new_head(),
     "resized": lambda _: resized(),
+    "tied": lambda _: tied(),
+    "of one storage": lambda _: of_one_storage(),
     "pooled": lambda _: vit(global_pool="avg"),
     "other norms": lambda _: vit(norm_layer=partial(nn.LayerNorm, eps=1e-3)),
     "converted": lambda _: graftvit.convert(vit(), "*: linear"),
@@ -198,6 +220,7 @@ def test_its_graph_says_the_same(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(("model", "part"), [
     (lambda: nn.Sequential(nn.Linear(3, 3)), "timm"),
     (lambda: vit(act_layer=partial(nn.GELU, approximate="tanh")), "act_layer"),
+    (not_finite, "not finite in head.weight"),
 ])  # fmt: skip
 def test_what_cannot_be_built_again_is_refused(
     model: Callable[[], nn.Module], part: str, tmp_path: Path
@@ -212,3 +235,58 @@ def test_a_changed_model_is_not_written_as_another(tmp_path: Path) -> None:
     model.blocks[1].mlp = nn.Identity()
     with pytest.raises(CheckpointError, match="other weights"):
         graftvit.save(model, tmp_path / "saved")
+
+
+@pytest.mark.parametrize("name", ["config.json", "README.md", "sub"])
+def test_what_another_put_into_a_folder_is_not_replaced(name: str, tmp_path: Path) -> None:
+    folder = graftvit.save(vit(), tmp_path / "model")
+    (folder / "sub").mkdir() if name == "sub" else (folder / name).write_text('{"name": "webapp"}')
+    with pytest.raises(CheckpointError, match="holds no model" if name == "config.json" else name):
+        graftvit.save(vit(1), folder, overwrite=True)
+    assert (folder / name).exists()
+    assert (folder / "model.safetensors").exists()
+
+
+def test_a_folder_of_shards_and_of_bins_is_replaced(tmp_path: Path) -> None:
+    folder = graftvit.save(vit(), tmp_path / "model", max_shard_size=4_000)
+    (folder / "pytorch_model.bin").touch()
+    graftvit.save(vit(1), folder, overwrite=True)
+    assert sorted(path.name for path in folder.iterdir()) == ["config.json", "model.safetensors"]
+
+
+class Named:
+    """A path that is no pathlib.Path."""
+
+    def __fspath__(self) -> str:
+        return "model"
+
+
+def test_what_was_written_is_read_by_the_same_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    wanted = answer(vit())
+    for name in ("model", "~/model", Named(), Path(NAME)):
+        folder = graftvit.save(vit(), name, overwrite=True)
+        for read in (folder, name):
+            assert torch.equal(answer(graftvit.load(read)), wanted)
+    with pytest.raises(CheckpointError, match=f"local-dir:{NAME}"):
+        graftvit.load(NAME)
+    assert graftvit.export(vit(), "~/graph.pt2").path == tmp_path / "home" / "graph.pt2"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["home", "model", NAME]
+
+
+def test_a_link_and_hidden_folders_beside_it_are_kept(tmp_path: Path) -> None:
+    graftvit.save(vit(), tmp_path / "model")
+    (tmp_path / ".model.old").mkdir()
+    (tmp_path / "link").symlink_to("model")
+    graftvit.save(vit(1), tmp_path / "link", overwrite=True)
+    assert (tmp_path / "link").is_symlink()
+    assert torch.equal(answer(graftvit.load(tmp_path / "model")), answer(vit(1)))
+    graftvit.save(vit(), tmp_path / "model", overwrite=True)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".model.old", "link", "model"]
+
+
+def test_a_folder_whose_replacement_was_killed_is_named(tmp_path: Path) -> None:
+    aside = graftvit.save(vit(), tmp_path / "model").rename(tmp_path / ".model.graftvit-old")
+    with pytest.raises(CheckpointError, match=aside.name):
+        graftvit.load(tmp_path / "model")

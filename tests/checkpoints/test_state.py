@@ -416,7 +416,7 @@ def test_of_two_writers_of_a_new_folder_the_second_is_refused(tmp_path: Path, wh
 
     def write_first() -> None:
         write_folder(target, fill("first"), size=3, check=partial(refuse_existing, target, overwrite=False))
-        (target / "config.json").touch()
+        (target / "config.json").write_text('{"architecture": "vit"}')
 
     def write(folder: Path) -> None:
         fill("second")(folder)

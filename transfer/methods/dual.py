@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
+from os import PathLike
 from pathlib import Path
 from textwrap import indent
 
@@ -435,7 +436,7 @@ class DualViT(nn.Module):
                 copy_attention(self.student, *part)
         return self.student
 
-    def save(self, folder: str | Path, *, overwrite: bool = False) -> Path:
+    def save(self, folder: str | PathLike[str], *, overwrite: bool = False) -> Path:
         """Write the student, released or not, to a folder as a run does at its end, and return the folder.
 
         It is what `graftvit.load` opens: the student, and for a copy method the part of the teacher that it needs.
