@@ -84,15 +84,13 @@ def write_folder(
 ) -> None:
     """Call `write(temporary)` to fill a new folder, and put it at `path`.
 
-    A folder cannot be renamed over another one: the old one is set aside for the moment between two renames, and is
-    brought back by `recover_folder` if the process died there. Where `path` is a link, the folder that it leads to is
-    replaced. `check` is of a folder that several processes may write at once: called right before the renames, it
-    raises where another one was first. Others may be writing theirs, so what is unfinished is removed a day after it
-    was touched.
+    A folder cannot be renamed over another one: the old one is set aside for the moment between two renames,
+    and is brought back by `recover_folder` if the process died there.
+    `check` is of a folder that several processes may write at once: called right before the renames, it raises where
+    another one was first. Others may be writing theirs, so what is unfinished is removed a day after it was touched.
 
     Raises WriteFailedError as `write_file`; what `check` raises.
     """
-    path = path.resolve() if path.is_symlink() else path
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.tmp")
     aside = set_aside(path)
     with _explained(path, size), _removed(temporary):

@@ -181,6 +181,8 @@ def _is_ours(hook: object) -> bool:
 
 def refuse_existing(folder: Path, *, overwrite: bool) -> None:
     """CheckpointError where writing to `folder` would take away something; a model folder only if asked for."""
+    if folder.is_symlink():
+        raise CheckpointError(f"{folder} is a link: give the folder that it leads to, {folder.resolve()}")
     if folder.is_dir() and not any(folder.iterdir()):
         return
     if not _holds_model(folder):
