@@ -7,9 +7,11 @@ A converted model is the timm model `graftvit_converted` with the arguments `arc
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
+import torch
 from timm.models import load_pretrained, register_model, split_model_name_tag
 from torch import Tensor, nn
 
@@ -42,6 +44,7 @@ from .families import (
     family_of,
     find_family,
     plan_depth,
+    refuse_hooks,
     sites,
     vit,
 )
@@ -69,6 +72,7 @@ def convert(
     """Return a copy of `model`, or of what it holds or names, whose layers have the operators of `plan`.
 
     A vision tower of transformers becomes another one of its class, with the plan in its configuration.
+    A model of which every weight is frozen, as `load_pretrained` gives it, becomes one of which every weight learns.
     A converted layer of a plain vision transformer is converted again from its original attention layer. One of a
     pyramid has lost what its operator does not need: it can be kept or removed, and is refused for another operator.
 
@@ -82,7 +86,7 @@ def convert(
             fitted before they can run, such as hash, are fitted to the layer's input.
         without: parts of a pyramid's layers to give up where an operator does not take them: "bias", the relative
             position bias.
-        seed: of the draws that fitting makes.
+        seed: of what is drawn: random features, new weights, and the draws that fitting makes.
         finished: keeps the layers that are calibrated, so that a conversion that was killed resumes at the next one.
 
     Raises:
@@ -91,13 +95,14 @@ def convert(
         DataError: the calibration images do not fit the model.
     """
     model = as_model(model)
+    frozen = not any(each.requires_grad for each in model.parameters())
     if calibration is not None:
         check_images(calibration, model, "calibration", values=True)
     family = find_family(model)
     if without and family is not None and "without" in family.cannot:
         raise ConfigError(f"without={','.join(without)}: a {type(model).__name__} {family.cannot['without']}")
-    return _marked(
-        convert_layers(
+    with _drawing(model, seed):
+        student = convert_layers(
             model,
             plan,
             weights=weights,
@@ -106,7 +111,18 @@ def convert(
             seed=seed,
             finished=finished,
         )
-    )
+    return _marked(student.requires_grad_(True) if frozen else student)
+
+
+@contextmanager
+def _drawing(model: nn.Module, seed: int) -> Iterator[None]:
+    """Draw random numbers by a seed where a model is, and leave the global random state as it was."""
+    devices = {each.device.index for each in model.parameters() if each.is_cuda}
+    with torch.random.fork_rng(devices=devices):
+        torch.default_generator.manual_seed(seed)
+        for device in devices:
+            torch.cuda.default_generators[device].manual_seed(seed)
+        yield
 
 
 PARTS = ("bias",)
@@ -124,9 +140,10 @@ def convert_layers(
     finished: Finished | None = None,
 ) -> nn.Module:
     """Return a copy of a model with the operators of `plan`, as `convert` describes; it is not marked."""
+    check_supported(model)
+    refuse_hooks(model, "model")
     forget(model)
     student = release_attention(restored(copy.deepcopy(model)))
-    check_supported(student)
     family = family_of(student)
     for part in without:
         if part not in PARTS:
@@ -461,7 +478,7 @@ def graftvit_converted(
     With `plan_size`, create it at that image size, then resize it to its own.
     """
     made_at = arguments if plan_size is None else {**arguments, "img_size": tuple(plan_size)}
-    model = convert(create_timm_model(architecture, **made_at), plan, without=without)
+    model = _marked(convert_layers(create_timm_model(architecture, **made_at), plan, without=without))
     if plan_size is not None and arguments.get("img_size") is not None:
         resize(model, arguments["img_size"])
     if pretrained:

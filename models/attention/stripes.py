@@ -96,7 +96,10 @@ def _with_prefix(cut: Stripes, x_BHND: Tensor, geometry: Geometry) -> Tensor:
     if not geometry.num_prefix:
         return by_stripe
     prefix = x_BHND[:, :, : geometry.num_prefix]
-    return torch.cat([prefix.repeat_interleave(len(by_stripe) // len(prefix), 0), by_stripe], 2)
+    count = (
+        cut.padded[0] * cut.padded[1] // (cut.size[0] * cut.size[1])
+    )  # not by len(), which fixes the batch
+    return torch.cat([prefix.repeat_interleave(count, 0), by_stripe], 2)
 
 
 class LePE(nn.Module):

@@ -37,10 +37,11 @@ def by_groups(k_BHND: Tensor, v_BHND: Tensor, keys_TS: Tensor) -> bool:
 
     It is where the gathered keys are many.
     """
+    if torch.compiler.is_compiling():  # first: a comparison would bound the batch of an export
+        return False
     batch, heads, _, width = k_BHND.shape
     many = batch * heads * width * keys_TS.numel() > MANY
-    plain = k_BHND.device.type == "cpu" and k_BHND.shape == v_BHND.shape
-    return many and plain and not torch.compiler.is_compiling()
+    return many and k_BHND.device.type == "cpu" and k_BHND.shape == v_BHND.shape
 
 
 def grouped_softmax(

@@ -49,6 +49,7 @@ from .walk import paths_of as paths_of
 from .walk import plan_depth as plan_depth
 from .walk import position_grid as position_grid
 from .walk import refuse_compiled as refuse_compiled
+from .walk import refuse_hooks as refuse_hooks
 from .walk import register_family as register_family
 from .walk import sites as sites
 from .walk import whole_grid as whole_grid

@@ -12,7 +12,7 @@ from typing import Any, NoReturn, cast
 import timm
 import torch
 from timm.models import is_model, model_entrypoint, split_model_name_tag
-from torch import nn
+from torch import Tensor, nn
 
 from ..attention.base import Geometry
 from ..errors import ConfigError, UnsupportedModelError, check_types
@@ -215,22 +215,67 @@ def check_supported(model: nn.Module, *, copied: bool = False, to: str = "", att
             f"{name} {family.cannot[to]}, which is not supported here; supported are {SUPPORTED}"
         )
     family.check(model)
+    _check_layers(model, family)
+
+
+def _check_layers(model: nn.Module, family: Family) -> None:
+    """Raise UnsupportedModelError for a block or an attention layer that is not one of the family's own."""
+    name = type(model).__name__
+    seen = dict[nn.Module, int]()
     for index, block in enumerate(blocks_of(model)):
-        attention = attention_of(block)
-        attention = getattr(attention, "original", attention)  # a host has the layer that it replaces
-        if isinstance(attention, NoAttention):
+        own = attention_of(block)
+        layer: nn.Module = getattr(own, "original", own)  # a host has the layer that it replaces
+        if isinstance(layer, NoAttention):
             continue
-        if not isinstance(block, family.blocks) or not isinstance(attention, tuple(family.hosts)):
+        if not isinstance(block, family.blocks) or not isinstance(layer, tuple(family.hosts)):
             part = (
                 type(block).__name__
-                if attention is None
-                else f"{type(block).__name__} with {type(attention).__name__}"
+                if layer is None
+                else f"{type(block).__name__} with {type(layer).__name__}"
             )
-            kinds = (type(block).__name__, type(attention).__name__)
+            kinds = (type(block).__name__, type(layer).__name__)
             why = next((f": it {REFUSED[kind]}" for kind in kinds if kind in REFUSED), "")
             raise UnsupportedModelError(
                 f"block {index} of {name} is a {part}, which is not supported{why}; supported are {SUPPORTED}, "
                 "with one softmax attention a block"
+            )
+        first, changed = seen.setdefault(layer, index), _changed(layer, family)
+        if first != index:
+            changed = f"is that of block {first}, too: give each its own, such as a copy.deepcopy"
+        if changed:
+            raise UnsupportedModelError(f"the attention of block {index} of {name} {changed}")
+
+
+PROJECTIONS = ("qkv", "q", "kv", "q_proj", "k_proj", "v_proj", "proj")
+
+
+def _changed(attention: nn.Module, family: Family) -> str:
+    """Say what of an attention layer is not its library's, and would not be computed by a host; empty for nothing."""
+    own, kinds = type(attention), [kind for kind in family.hosts if kind is not nn.Module]
+    base = next((kind.__name__ for kind in kinds if kind in own.__mro__), "")
+    if base and (own not in kinds or "forward" in vars(attention)):
+        what = f"is a {own.__name__}" if own not in kinds else "has a forward of its own"
+        return f"{what} in place of {base}'s, which would be lost: describe such a model by graftvit.models.Adapter"
+    plain = AttentionHost in family.hosts.values()  # other hosts read projections of their own kinds
+    for name in PROJECTIONS if plain else ():
+        child = attention._modules.get(name)
+        if child is not None and not isinstance(getattr(child, "weight", None), Tensor):
+            return (
+                f"has a {type(child).__name__} as `{name}`, without a weight of its own: put a layer with one "
+                "there, as by merging adapters into it"
+            )
+    return ""
+
+
+def refuse_hooks(model: nn.Module, role: str) -> None:
+    """Raise UnsupportedModelError: an attention layer has hooks, which its host or another operator would not run."""
+    for index, block in enumerate(blocks_of(model)):
+        layer = attention_of(block)
+        layer = getattr(layer, "original", layer)
+        if layer is not None and (layer._forward_hooks or layer._forward_pre_hooks):
+            raise UnsupportedModelError(
+                f"the attention of block {index} of the {role} has hooks, which would not run: remove them, or put "
+                "them on the block"
             )
 
 

@@ -19,6 +19,7 @@ from graftvit.launch import load_config
 from graftvit.models.errors import CheckpointError, ConfigError, DataError, GraftError, TransferError
 from graftvit.models.errors import UnsupportedModelError as NoModel
 from PIL import Image
+from timm.layers import Attention
 from torch import Tensor, nn
 
 NAME = "vit_tiny_patch16_224"
@@ -26,11 +27,54 @@ SIZES: dict[str, Any] = {
     "img_size": 32, "patch_size": 8, "embed_dim": 12, "depth": 2, "num_heads": 2, "num_classes": 5,
 }  # fmt: skip
 PICTURE = Image.new("RGB", (32, 32))
-X = torch.zeros(2, 3, 32, 32)
+X, Y = torch.zeros(2, 3, 32, 32), torch.tensor([0, 1])
 
 
-def vit() -> nn.Module:
-    return timm.create_model(NAME, **SIZES).eval()
+def vit(**changes: Any) -> Any:
+    return timm.create_model(NAME, **{**SIZES, **changes}).eval()
+
+
+def headed(classes: int) -> nn.Module:
+    model = vit()
+    model.head = nn.Linear(12, classes)
+    return model
+
+
+class Doubled(Attention):
+    """Attention that somebody changed."""
+
+
+def attending(kind: type[nn.Module] | None = Attention, **parts: Any) -> nn.Module:
+    """A model whose first attention is of another kind, or has other parts."""
+    model = vit()
+    model.blocks[0].attn = nn.Identity() if kind is None else kind(12, 2, qkv_bias=True)
+    for name, part in parts.items():
+        setattr(model.blocks[0].attn, name, part)
+    return model
+
+
+def watched() -> nn.Module:
+    model = vit()
+    model.blocks[1].attn.register_forward_hook(lambda module, inputs, out: 2 * out)
+    return model
+
+
+def sharing() -> nn.Module:
+    model = vit()
+    model.blocks[1] = model.blocks[0]
+    return model
+
+
+def blocked() -> nn.Module:
+    model = vit()
+    model.blocks[1] = nn.Identity()
+    return model
+
+
+def poisoned() -> nn.Module:
+    model = vit()
+    model.head.weight.data.fill_(torch.nan)
+    return model
 
 
 @cache
@@ -158,6 +202,11 @@ OTHERS: dict[str, tuple[Callable[[], Any], type[GraftError]]] = {
     "evaluate: no labels": (lambda: t.evaluate(one(), [X]), DataError),
     "evaluate: a label": (lambda: t.evaluate(one(), [(X, torch.tensor([0, 9]))]), DataError),
     "evaluate: a label below": (lambda: t.evaluate(one(), [(X, torch.tensor([0, -1]))]), DataError),
+    "evaluate: no head": (lambda: t.evaluate(vit(num_classes=0), [(X, Y)]), DataError),
+    "evaluate: weights not finite": (lambda: t.evaluate(poisoned(), [(X, Y)]), DataError),
+    "evaluate: no logits": (lambda: t.evaluate(vit().patch_embed, [(X, Y)]), NoModel),
+    "evaluate: no images": (lambda: t.evaluate(nn.Linear(3, 3), [(X, Y)]), NoModel),
+    "evaluate: too few logits": (lambda: t.evaluate(headed(1), [(X, Y)]), DataError),
     "evaluate: another size": (
         lambda: t.evaluate(one(), [(torch.zeros(2, 3, 48, 48), torch.tensor([0, 1]))]),
         GraftError,
@@ -178,6 +227,20 @@ OTHERS: dict[str, tuple[Callable[[], Any], type[GraftError]]] = {
     "DualViT: a teacher elsewhere": (lambda: dual(vit().to("meta"), vit())(X), TransferError),
     "RunConfig: changed": (lambda: setattr(a.RunConfig(), "seed", 3), ConfigError),
     "attention_maps: a layer without attention": (lambda: t.attention_maps(resnet(), X, [0]), NoModel),
+    "convert: attention of a subclass": (lambda: a.convert(attending(Doubled), "*: linear"), NoModel),
+    "convert: a forward": (lambda: a.convert(attending(forward=torch.relu), "*: linear"), NoModel),
+    "convert: a projection": (lambda: a.convert(attending(proj=nn.Identity()), "*: linear"), NoModel),
+    "convert: hooks": (lambda: a.convert(watched(), "*: linear"), NoModel),
+    "convert: shared attention": (lambda: a.convert(sharing(), "0: linear; 1: softmax"), NoModel),
+    "convert: no block": (lambda: a.convert(blocked(), "*: linear"), NoModel),
+    "compare_models: no block": (lambda: t.compare_models(blocked(), one()), NoModel),
+    "compare_models: no attention": (lambda: t.compare_models(attending(None), one()), NoModel),
+    "attention_maps: a projection": (lambda: t.attention_maps(attending(proj=nn.Identity()), X), NoModel),
+    "DualViT: attention of a subclass": (lambda: dual(vit(), attending(Doubled)), NoModel),
+    "DualViT: a teacher of a subclass": (lambda: dual(attending(Doubled), vit()), NoModel),
+    "DualViT: a projection": (lambda: dual(vit(), attending(qkv=nn.Identity())), NoModel),
+    "DualViT: hooks": (lambda: dual(vit(), watched()), NoModel),
+    "DualViT: a teacher with hooks": (lambda: dual(watched(), vit()), NoModel),
     "convert: not finite": (lambda: a.convert(one(), "*: linear", calibration=X / 0), DataError),
     "attention_maps: not finite": (lambda: t.attention_maps(one(), X / 0), DataError),
     "evaluate: not finite": (lambda: t.evaluate(one(), [(X / 0, torch.tensor([0, 1]))]), DataError),

@@ -286,11 +286,11 @@ def test_fresh_weights_of_a_pyramid(kind: str, weights: str) -> None:
     assert (changed == within) == (weights == "mlp")
 
 
-def test_a_seed_gives_the_same_fresh_weights() -> None:
-    drawn = []
-    for seed in (0, 0, 1):
-        torch.manual_seed(seed)
-        drawn.append(convert(teacher("vit"), "*: linear", weights="none").state_dict())
+@pytest.mark.parametrize(("plan", "weights"), [("*: linear", "none"), ("*: performer", "all")])
+def test_a_seed_says_what_is_drawn(plan: str, weights: Any) -> None:
+    before = torch.get_rng_state()
+    drawn = [convert(teacher("vit"), plan, weights=weights, seed=seed).state_dict() for seed in (0, 0, 1)]
+    assert torch.equal(torch.get_rng_state(), before)
     assert all(torch.equal(value, drawn[1][key]) for key, value in drawn[0].items())
     assert not all(torch.equal(value, drawn[2][key]) for key, value in drawn[0].items())
 
@@ -566,3 +566,15 @@ def test_images_of_the_teachers_own_size_are_not_said_to_be_resized() -> None:
     norm = Normalization((0.5,), (0.5,))
     assert WholeInput(pyramids.tiny("swin"), pyramids.tiny("pvt"), norm, norm).describe() == []
     assert WholeInput(pyramids.tiny("swin"), pyramids.tiny("pvt", (40, 40)), norm, norm).describe() != []
+
+
+def test_a_frozen_model_becomes_one_that_learns() -> None:
+    model = copy.deepcopy(teacher("vit")).requires_grad_(False)
+    assert all(each.requires_grad for each in convert(model, "*: hedgehog").parameters())
+    assert not any(each.requires_grad for each in model.parameters())
+    model.head.requires_grad_(True)
+    student = convert(model, "*: linear")
+    assert [name for name, each in student.named_parameters() if each.requires_grad] == [
+        "head.weight",
+        "head.bias",
+    ]

@@ -216,10 +216,11 @@ def softmax_map(heads: Heads) -> Tensor:
     q, k = heads.qk()
     if heads.to_map is not None:
         return heads.to_map((heads.scale * q) @ k.transpose(-2, -1)).float()
-    logits_BHNM = (q.float() @ k.float().transpose(-2, -1)) * heads.scale
-    if heads.bias is not None:
-        logits_BHNM = logits_BHNM + heads.bias.float()
-    return logits_BHNM.softmax(dim=-1)
+    with torch.autocast(q.device.type, enabled=False):
+        logits_BHNM = (q.float() @ k.float().transpose(-2, -1)) * heads.scale
+        if heads.bias is not None:
+            logits_BHNM = logits_BHNM + heads.bias.float()
+        return logits_BHNM.softmax(dim=-1)
 
 
 def _operator_map(layer: ConvertedAttention, heads: Heads, asking: int | None) -> Tensor:

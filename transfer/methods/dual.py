@@ -27,7 +27,7 @@ from ...models.copying.tape import Tape
 from ...models.copying.teacher_view import Normalization as Normalization
 from ...models.copying.teacher_view import ShownImages, Wanted, view_teacher
 from ...models.errors import JsonDict, TransferError, check_types
-from ...models.families import check_size, check_supported, evaluating, family_of
+from ...models.families import check_size, check_supported, evaluating, family_of, refuse_hooks
 from ...models.given import Model, as_model, check_images
 from ...models.hosting import host_attention
 from ...models.lora import merged
@@ -201,7 +201,10 @@ class DualViT(nn.Module):
         for index, (kind, name) in enumerate(zip(kinds, chosen, strict=True)):
             with placed(self.config, index):
                 check_teacher(models[name], kind)
-        check_supported(student, attention=any(kind.uses_heads for kind in kinds))
+        attends = any(kind.uses_heads for kind in kinds)
+        check_supported(student, attention=attends)
+        if attends:
+            refuse_hooks(student, "student")
         self._normalization = norm
         layered = {name for kind, name in zip(kinds, chosen, strict=True) if kind.uses_layers}
         self._sides = tuple(

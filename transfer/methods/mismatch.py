@@ -12,6 +12,7 @@ from ...models.families import (
     NativeParts,
     Site,
     attention_shape,
+    check_supported,
     depths,
     family_of,
     image_size,
@@ -89,6 +90,8 @@ def compare_models(teacher: Model, student: Model) -> tuple[Mismatch, ...]:
         UnsupportedModelError: one of them is no model of a supported family.
     """
     teacher, student = as_model(teacher, "teacher"), as_model(student, "student")
+    for model in (teacher, student):
+        check_supported(model, copied=True, attention=False)
     parts_t, parts_s = (family_of(model).native_parts(model) for model in (teacher, student))
     if parts_t is None or parts_s is None:
         stages = zip(describe_stages(teacher).items(), describe_stages(student).values(), strict=True)

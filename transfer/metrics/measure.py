@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, TypeAlias, TypeGuard, overload
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypeGuard, overload
 
 import torch
 import torch.nn.functional as F
@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from ...checkpoints.pretrained import describe
 from ...checkpoints.provenance import Pretrained
-from ...models.errors import ConfigError, DataError, check_types, kind_of
+from ...models.errors import ConfigError, DataError, UnsupportedModelError, check_types, kind_of
 from ...models.families import any_family, check_size, evaluating
-from ...models.given import HoldsModel, Model, as_model, check_images
+from ...models.given import HoldsModel, Model, as_model, check_images, computes_with
 from ..config import DataConfig
 from ..data.labels import IMAGENET_CLASSES, find_subset, subset_classes
 from ..data.loaders import EvalLoader, create_eval_loader
@@ -94,12 +94,10 @@ def evaluate(
     if len(models) > 1 and all(isinstance(each, Tensor) for each in models.values()):
         raise ConfigError("models is a state dict: load it into a model, and give that")
     named = {name: _opened(name, each) for name, each in models.items()}
-    return score_models(
-        {name: _predicting(each) for name, each in named.items()},
-        _Batches(data, list(named.values())),
-        ensemble=False,
-        device=_device_of(next(iter(named.values()))),
-    )
+    device = _device_of(next(iter(named.values())))
+    with evaluating(*named.values()):
+        predicting = {name: _predicting(name, each) for name, each in named.items()}
+        return score_models(predicting, _Batches(data, named), ensemble=False, device=device)
 
 
 def _is_dual(thing: object) -> TypeGuard[nn.Module]:
@@ -111,9 +109,30 @@ def _opened(name: str, thing: Model | Pretrained) -> nn.Module:
     return thing if _is_dual(thing) else as_model(thing, name)
 
 
-def _predicting(model: nn.Module) -> Callable[[Tensor], Tensor]:
-    predict: Callable[[Tensor], Tensor] = model.predict if _is_dual(model) else model  # type: ignore[assignment]
-    return predict
+def _predicting(name: str, model: nn.Module) -> Callable[[Tensor], Tensor]:
+    """Return the logits of a model as a function of images. It raises a GraftError for a model that gives none."""
+    predict: Callable[[Tensor], Any] = model.predict if _is_dual(model) else model  # type: ignore[assignment]
+    student = _student_of(model)
+    if getattr(student, "num_classes", None) == 0:
+        raise DataError(f"{name} has no classes to measure: give a model with a head")
+    weight = next((each for each in student.parameters() if each.is_floating_point()), None)
+
+    def predicting(images: Tensor) -> Tensor:
+        fits = weight is None or computes_with(images, weight)
+        try:
+            out = predict(images if weight is None or fits else images.to(weight.dtype))
+        except (RuntimeError, TypeError) as error:
+            if any_family(student) is not None or isinstance(error, torch.OutOfMemoryError):
+                raise
+            raise UnsupportedModelError(f"{name} is a {type(student).__name__} and fails: {error}") from error
+        logits = getattr(out, "logits", out)  # as of transformers' models
+        if not isinstance(logits, Tensor) or logits.ndim != 2:
+            raise UnsupportedModelError(f"{name} gives {kind_of(out)} and no logits (B, classes)")
+        if torch.isnan(logits).any():
+            raise DataError(f"{name} gives values that are not finite")
+        return logits
+
+    return predicting
 
 
 def _student_of(model: nn.Module) -> nn.Module:
@@ -130,7 +149,7 @@ def _on_split(name: str, thing: Model | Pretrained, config: DataConfig) -> Metri
     model = thing if _is_dual(thing) else known.model
     loader = create_eval_loader(config, known.preprocessing)
     with evaluating(model):
-        return score_models({name: _predicting(model)}, loader, device=_device_of(model))[name]
+        return score_models({name: _predicting(name, model)}, loader, device=_device_of(model))[name]
 
 
 class _Batches:
@@ -139,10 +158,8 @@ class _Batches:
     class_names = None
     num_classes = 0
 
-    def __init__(self, batches: Batches, models: Sequence[nn.Module]) -> None:
+    def __init__(self, batches: Batches, models: Mapping[str, nn.Module]) -> None:
         self._batches, self._models = batches, models
-        counts = [int(getattr(_student_of(model), "num_classes", 0)) for model in models]
-        self._classes = min(counts, default=0)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         for batch in self._batches:
@@ -151,8 +168,7 @@ class _Batches:
                     f"data holds {kind_of(batch)}, and not pairs: give [(images, labels)], or a DataLoader"
                 )
             images, labels = batch
-            for model in self._models:
-                student = _student_of(model)
+            for student in map(_student_of, self._models.values()):
                 check_images(images, student, values=True)
                 if any_family(student) is not None:
                     check_size(student, (images.shape[-2], images.shape[-1]))
@@ -165,9 +181,13 @@ class _Batches:
             raise DataError(f"labels is {shape}: give a tensor ({count},), a class for each image")
         if labels.dtype != torch.long:
             raise DataError(f"labels is of {labels.dtype}: give labels.long()")
-        if labels.min() < 0 or (self._classes and labels.max() >= self._classes):
+
+    @staticmethod
+    def check_classes(name: str, logits: int, labels: Tensor) -> None:
+        """Raise DataError for a label that a model has no class for."""
+        if labels.min() < 0 or labels.max() >= logits:
             found = f"from {labels.min().item()} to {labels.max().item()}"
-            raise DataError(f"labels are {found}, and the classes of the model from 0 to {self._classes - 1}")
+            raise DataError(f"labels are {found}, and the classes of {name} from 0 to {logits - 1}")
 
 
 @torch.no_grad()
@@ -193,7 +213,8 @@ def score_models(
     """
     device = accelerator.device if accelerator is not None else torch.device(device)
     classes = None if subset is None else torch.tensor(subset_classes(subset), device=device)
-    names = [*models, ENSEMBLE] if ensemble and len(models) > 1 else list(models)
+    together = ensemble and len(models) > 1
+    names = [*models, ENSEMBLE] if together else list(models)
     precision = exact(device)
     every = {**models, **(others or {})}
     sums = {name: torch.zeros(4, dtype=precision, device=device) for name in [*names, *(others or ())]}
@@ -206,12 +227,14 @@ def score_models(
             log_probabilities = []
             for name, model in every.items():
                 logits = model(images)
-                if not isinstance(loader, _Batches):
+                if isinstance(loader, _Batches):
+                    loader.check_classes(name, logits.shape[-1], targets)
+                else:
                     check_classes(name, logits.shape[-1], loader, subset)
                 logits = logits if classes is None else logits[:, classes]
                 log_probabilities.append(F.log_softmax(logits.float(), dim=-1))
                 sums[name] += _score(log_probabilities[-1], targets, valid, precision)
-            if ENSEMBLE in sums and len(models) > 1:
+            if together:
                 sums[ENSEMBLE] += _score(_mean(log_probabilities[: len(models)]), targets, valid, precision)
     totals: list[list[float]] = summed(torch.stack(list(sums.values()))).tolist()
     return {name: _metrics(total) for name, total in zip(sums, totals, strict=True)}

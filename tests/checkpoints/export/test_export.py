@@ -90,6 +90,13 @@ def test_any_number_of_images_of_one_size(family: str, suffix: str, tmp_path: Pa
     assert list(tmp_path.iterdir()) == [path]
 
 
+@pytest.mark.parametrize("operator", ["window", "dilated", "neighbourhood", "hybrid", "stripes"])
+def test_operators_within_tiles_take_any_number_of_images(operator: str, tmp_path: Path) -> None:
+    model = convert(small(img_size=(64, 64)), f"*: {operator}")
+    export_model(model, tmp_path / "model.pt2")
+    agrees(tmp_path / "model.pt2", model, (64, 64), batches=(1, 70))
+
+
 @pytest.mark.slow
 @each(name for name in FAMILIES if name not in BIASED)
 def test_every_family_with_any_number_of_images_of_any_size(family: str, suffix: str, tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from graftvit.models.errors import ConfigError, DataError
 from graftvit.transfer.config import DataConfig
 from graftvit.transfer.data.labels import real_labels, subset_classes
 from graftvit.transfer.data.loaders import EvalLoader, create_eval_loader, create_reference_loader
+from graftvit.transfer.methods.dual import DualViT
 from graftvit.transfer.metrics.distance import Reader, compared_layers
 from graftvit.transfer.metrics.measure import (
     FAMILIES,
@@ -32,6 +34,7 @@ from graftvit.transfer.metrics.measure import (
     to_table,
 )
 from PIL import Image
+from support.files.photos import CLASSES, make_photo_folder
 from support.runs.engine_runs import tiny_vit
 from torch import Tensor, nn
 
@@ -288,3 +291,27 @@ def test_two_ranks_measure_what_one_measures(tmp_path: Path) -> None:
         assert first[name].get("loss") == pytest.approx(numbers.get("loss"), rel=1e-6)
         for key in ("knn_top1", "probe_top1", "top1", "top5", "samples"):
             assert first[name].get(key) == numbers.get(key)
+
+
+def test_a_model_is_measured_as_it_predicts_whatever_holds_it() -> None:
+    """Not in its mode, by its name, or by the number of classes that it was built with."""
+    model: Any
+    model, images = tiny_vit(img_size=32, in_chans=3, drop_path_rate=0.9), torch.randn(4, 3, 32, 32)
+    labels = torch.arange(4)
+    wanted = evaluate(model.eval(), [(images, labels)])
+    assert evaluate(DualViT(tiny_vit(img_size=32, in_chans=3), model).train(), [(images, labels)]) == wanted
+    assert (
+        evaluate({"ensemble": model, "b": tiny_vit(img_size=32, in_chans=3)}, [(images, labels)])["ensemble"]
+        == wanted
+    )
+    model.head = nn.Linear(model.head.in_features, 9)
+    assert evaluate(model, [(images, labels + 5)]).samples == 4
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_a_model_of_another_type_is_measured_on_files(tmp_path: Path, dtype: torch.dtype) -> None:
+    folder = make_photo_folder(tmp_path)
+    model = tiny_vit(img_size=32, in_chans=3, num_classes=len(CLASSES))
+    assert evaluate(model.to(dtype), folder).loss == pytest.approx(
+        evaluate(model.float(), folder).loss, rel=0.02
+    )
