@@ -186,14 +186,15 @@ def _is_of(value: object, kind: Any) -> bool:
     """Return whether a value is of an annotation; what is in a mapping, and a protocol, are not looked at."""
     plain, inner = get_origin(kind) or kind, get_args(kind)
     if plain is Literal:
-        return value in inner
+        return any(isinstance(value, type(each)) and value == each for each in inner)
     if plain in (Union, UnionType):
         return any(_is_of(value, each) for each in inner)
     if plain is tuple and Ellipsis not in inner:
         return isinstance(value, list | tuple) and len(value) == len(inner) and all(map(_is_of, value, inner))
     if plain is Any or not isinstance(plain, type) or getattr(plain, "_is_protocol", False):
         return True
-    if isinstance(value, bool) or (isinstance(value, str) and plain in (Collection, Sequence)):
+    is_text = isinstance(value, str | bytes) or hasattr(value, "dtype")  # or an array
+    if isinstance(value, bool) or (is_text and plain in (Collection, Sequence)):
         return plain is bool
     if isinstance(value, list | tuple) and plain in (Collection, Sequence, list, tuple):
         return all(_is_of(each, inner[0]) for each in value if inner)
@@ -210,11 +211,11 @@ def _choices(kind: Any) -> tuple[str, ...]:
 def _describe_kind(value: object, kind: Any) -> str:
     """Return what an argument takes: the nearest of its choices, or its types."""
     choices = _choices(kind)
-    if value in choices:
+    if isinstance(value, str) and value in choices:
         return f"give a list, as in {[value]!r}"
     if choices:
-        several = [value] if isinstance(value, str) or not isinstance(value, Collection) else value
-        return did_you_mean(str(next((each for each in several if each not in choices), value)), choices)
+        several = value if isinstance(value, list | tuple) else [value]
+        return did_you_mean(str(next((each for each in several if str(each) not in choices), value)), choices)
     kinds = get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
     words = [
         "None" if each is NoneType else re.sub(r"<class '|'>|(?!torch\.)\b\w+\.", "", str(each))

@@ -86,6 +86,10 @@ def check_images(images: object, model: nn.Module, role: str = "images", *, valu
     Its size is not checked: which sizes a model takes is for the caller to ask (`check_size`). Looking at `values`
     waits for the device.
     """
+    if isinstance(images, Tensor) and (images.is_nested or images.layout != torch.strided):
+        raise DataError(
+            f"{role} is a nested or sparse tensor: give a dense one (B, C, H, W), as by .to_dense()"
+        )
     if not isinstance(images, Tensor) or images.ndim != 4:
         shape = f"of shape {tuple(images.shape)}" if isinstance(images, Tensor) else kind_of(images)
         one = f": a single image is {role}[None]" if isinstance(images, Tensor) and images.ndim == 3 else ""

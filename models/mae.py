@@ -13,8 +13,10 @@ from timm.layers.patch_embed import PatchEmbed
 from timm.models import checkpoint_seq
 from torch import Tensor, nn
 
-from .errors import ConfigError, UnsupportedModelError
+from .errors import ConfigError, UnsupportedModelError, check_types
+from .families import check_size
 from .families.plain import VisionTransformer, plain_block
+from .given import Model, as_model, check_images
 from .parts import grid_positions, normalize_patches, unfold_patches
 
 
@@ -33,9 +35,10 @@ class MaskedAutoencoder(nn.Module):
 
     positions: Tensor
 
+    @check_types("encoder")
     def __init__(
         self,
-        encoder: nn.Module,
+        encoder: Model,
         *,
         mask_ratio: float = 0.75,
         decoder_dim: int | None = None,
@@ -45,7 +48,7 @@ class MaskedAutoencoder(nn.Module):
         decay_tokens: bool = True,
     ) -> None:
         super().__init__()
-        self.encoder = _plain_encoder(encoder)
+        self.encoder = _plain_encoder(as_model(encoder, "encoder"))
         patch_embed = cast(PatchEmbed, self.encoder.patch_embed)
         self.patch_size: tuple[int, int] = tuple(patch_embed.patch_size)
         self.grid: tuple[int, int] = tuple(patch_embed.grid_size)
@@ -70,7 +73,12 @@ class MaskedAutoencoder(nn.Module):
         self._init_decoder()
 
     def forward(self, images: Tensor) -> Tensor:
-        """Return the reconstruction loss of `images` (B, C, H, W), a scalar, with a new random mask for each image."""
+        """Return the reconstruction loss of `images` (B, C, H, W), a scalar, with a new random mask for each image.
+
+        Raises DataError or UnsupportedModelError: the images do not fit the encoder.
+        """
+        check_images(images, self.encoder)
+        check_size(self.encoder, (images.shape[-2], images.shape[-1]))
         target_BNK = unfold_patches(images.float(), self.patch_size)
         if self.norm_pixels:
             target_BNK = normalize_patches(target_BNK)
@@ -156,7 +164,7 @@ def _plain_encoder(encoder: nn.Module) -> VisionTransformer:
 
 
 def _count_masked(num_patches: int, mask_ratio: float) -> int:
-    masked = round(num_patches * mask_ratio)
+    masked = round(num_patches * mask_ratio) if mask_ratio == mask_ratio else 0
     if not 0 < masked < num_patches:
         raise ConfigError(
             f"pretrain.mask_ratio={mask_ratio} hides {masked} of {num_patches} patches; "

@@ -340,6 +340,11 @@ class Alignment(nn.Module):
             raise TransferError(
                 f"align.match={loss}: the maps of {names} depend on no parameter, so no layer would learn; use output"
             )
+        if not any(each.requires_grad for each in self.used_parameters()):
+            raise TransferError(
+                "every weight that this loss depends on is frozen, so nothing would learn: call requires_grad_(True) "
+                "of the student"
+            )
         self.student = student
         self._hosts: dict[int, AlignedLayer] = {}
         self._view = (self._teach(teacher, layers, LAYER_LOSSES[loss]),)

@@ -318,6 +318,8 @@ def check_size(model: nn.Module, size: tuple[int, int]) -> None:
         raise UnsupportedModelError(
             f"images of {size[0]}x{size[1]} are given, and {type(model).__name__} takes {fixed[0]}x{fixed[1]} alone"
         )
+    if fixed is None and not fills(getattr(model, "patch_embed", None), size):
+        check_patches(model, size)
 
 
 # Create a timm model at an image size, also where timm's constructor takes none.

@@ -98,6 +98,15 @@ def dual(*models_: Any, **options: Any) -> graftvit.DualViT:
     return graftvit.DualViT(teacher, student, **({"method": "distill"} | options))
 
 
+def taught_of() -> Any:
+    learner = dual(method="logits")
+    return learner(X[:1], learner.teach(X))
+
+
+def frozen() -> nn.Module:
+    return graftvit.convert(one(), "*: linear").requires_grad_(False)
+
+
 a: Any = graftvit
 m: Any = models
 t: Any = transfer
@@ -241,6 +250,30 @@ OTHERS: dict[str, tuple[Callable[[], Any], type[GraftError]]] = {
     "DualViT: a projection": (lambda: dual(vit(), attending(qkv=nn.Identity())), NoModel),
     "DualViT: hooks": (lambda: dual(vit(), watched()), NoModel),
     "DualViT: a teacher with hooks": (lambda: dual(watched(), vit()), NoModel),
+    "attention_maps: sparse": (lambda: t.attention_maps(one(), X.to_sparse()), DataError),
+    "attention_maps: broken patches": (
+        lambda: t.attention_maps(vit(dynamic_img_size=True), torch.zeros(1, 3, 41, 41)),
+        NoModel,
+    ),
+    "convert: a tensor of parts": (lambda: a.convert(one(), "*: linear", without=X), ConfigError),
+    "convert: an array": (lambda: a.convert(one(), "*: linear", weights=np.zeros(3)), ConfigError),
+    "export: an array": (lambda: a.export(one(), "a.onnx", dynamic=np.zeros(2)), ConfigError),
+    "evaluate: a tensor": (lambda: t.evaluate(one(), torch.tensor(1.0)), DataError),
+    "visualize: bytes": (lambda: a.visualize(one(), b"x.png"), ConfigError),
+    "visualize: another size": (lambda: a.visualize(one(), torch.zeros(1, 3, 40, 40)), DataError),
+    "visualize: not finite": (lambda: a.visualize(one(), X / 0), DataError),
+    "DualViT: a deviation of zero": (
+        lambda: dual(teacher_normalization=t.Normalization((0, 0, 0), (0, 0, 0))),
+        ConfigError,
+    ),
+    "DualViT: another teacher to compile": (lambda: dual().compile_teachers(["other"]), TransferError),
+    "DualViT: no batches": (lambda: dual().standardize(3), ConfigError),  # type: ignore[arg-type]
+    "DualViT: taught of others": (lambda: taught_of(), TransferError),
+    "Alignment: frozen": (lambda: a.Alignment(one(), frozen()), TransferError),
+    "MaskedAutoencoder: a size": (lambda: m.MaskedAutoencoder(vit())(torch.zeros(1, 3, 40, 40)), NoModel),
+    "MaskedAutoencoder: no images": (lambda: m.MaskedAutoencoder(vit())(None), DataError),
+    "MaskedAutoencoder: a ratio": (lambda: m.MaskedAutoencoder(vit(), mask_ratio="x"), ConfigError),
+    "MaskedAutoencoder: no ratio": (lambda: m.MaskedAutoencoder(vit(), mask_ratio=torch.nan), ConfigError),
     "convert: not finite": (lambda: a.convert(one(), "*: linear", calibration=X / 0), DataError),
     "attention_maps: not finite": (lambda: t.attention_maps(one(), X / 0), DataError),
     "evaluate: not finite": (lambda: t.evaluate(one(), [(X / 0, torch.tensor([0, 1]))]), DataError),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import operator
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
@@ -26,7 +26,7 @@ from ...models.copied import CopiedTeacher, Copying, copy_attention, copying_of
 from ...models.copying.tape import Tape
 from ...models.copying.teacher_view import Normalization as Normalization
 from ...models.copying.teacher_view import ShownImages, Wanted, view_teacher
-from ...models.errors import JsonDict, TransferError, check_types
+from ...models.errors import JsonDict, TransferError, check_types, did_you_mean
 from ...models.families import check_size, check_supported, evaluating, family_of, refuse_hooks
 from ...models.given import Model, as_model, check_images
 from ...models.hosting import host_attention
@@ -42,6 +42,7 @@ from .loss_terms import (
     Teacher,
     TeacherSide,
     Term,
+    check_normalization,
     check_teacher,
     choose_teachers,
     model_of,
@@ -192,6 +193,8 @@ class DualViT(nn.Module):
         student = _learner(student)
         self.student = student
         norm = student_normalization or pretrained_normalization(student)
+        for given_norm in filter(None, (student_normalization, teacher_normalization)):
+            check_normalization(given_norm)
         models = {name: model_of(name, each) for name, each in loaded.items()}
         for each in models.values():
             check_free(each, student)
@@ -268,7 +271,7 @@ class DualViT(nn.Module):
         Raises DataError: the images do not fit the student. TransferError: `taught` is not what `teach` gives.
         """
         self._check_step(images)
-        self._check_taught(taught)
+        self._check_taught(taught, len(images))
         try:
             self._run_teachers(images, taught)
             logits = self._run_student(images)
@@ -281,7 +284,7 @@ class DualViT(nn.Module):
     def _lesson(self, images: Tensor, logits: Tensor) -> Lesson:
         """Return the losses of the student's forward pass in this step."""
         losses = [(term, term.losses(logits, self._tapes[term.side.name].losses)) for term in self._terms]
-        lesson = Lesson(torch.zeros((), device=images.device))
+        lesson = Lesson(torch.zeros((), device=images.device, dtype=torch.float32))
         for term, found in losses:
             if not found:
                 continue
@@ -318,7 +321,7 @@ class DualViT(nn.Module):
                     "learns from layers: use attention_output, block_output or distill"
                 )
         self._check_step(images)
-        lesson = Lesson(torch.zeros((), device=images.device))
+        lesson = Lesson(torch.zeros((), device=images.device, dtype=torch.float32))
         try:
             self._run_teachers(images)
             if sizes is not None:
@@ -378,6 +381,7 @@ class DualViT(nn.Module):
             side.model.to("meta")
         self._dismissed = True
 
+    @check_types()
     def standardize(self, batches: Iterable[Batch]) -> None:
         """Measure the statistics of `transfer.standardize` on batches of images as the student wants them.
 
@@ -386,8 +390,12 @@ class DualViT(nn.Module):
         with evaluating(self):
             fit(self._measured, batches, self._shown)
 
-    def compile_teachers(self, names: Iterable[str]) -> None:
-        """Compile the forward passes of teachers by name."""
+    @check_types()
+    def compile_teachers(self, names: Collection[str]) -> None:
+        """Compile the forward passes of teachers by name. Raises TransferError: no teacher has that name."""
+        for name in names:
+            if name not in self._views:
+                raise TransferError(f"there is no teacher {name!r}; {did_you_mean(name, self._views)}")
         self._compiled = self._compiled | frozenset(names)
         for name in names:
             self._views[name].compile(fullgraph=True)
@@ -602,7 +610,7 @@ class DualViT(nn.Module):
                 "this DualViT was released and teaches nobody: call its student, or make another DualViT"
             )
 
-    def _check_taught(self, taught: Mapping[str, Tensor] | None) -> None:
+    def _check_taught(self, taught: Mapping[str, Tensor] | None, count: int) -> None:
         if taught is None:
             return
         wanted = {side.name: self.wanted(side) for side in self._sides}
@@ -611,6 +619,10 @@ class DualViT(nn.Module):
         if missing or any(each.layers for each in wanted.values()):
             layered = "" if missing else ", and these methods read layers, which it does not hold"
             raise TransferError(f"taught is not what `teach` gives of these teachers{layered}: leave it out")
+        if any(len(taught[name]) != count for name in names):
+            raise TransferError(
+                f"taught is of other images than these {count}: give what `teach` gave for them"
+            )
 
     @contextmanager
     def _shown(self, images: Tensor, taught: Mapping[str, Tensor] | None = None) -> Iterator[None]:

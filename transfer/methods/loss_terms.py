@@ -21,7 +21,7 @@ from ...checkpoints.sources import source_text
 from ...models.conversion import converted_layers
 from ...models.copied import copied_layers
 from ...models.copying.tape import Link
-from ...models.copying.teacher_view import Normalization, ShownImages, TeacherInput, WholeInput
+from ...models.copying.teacher_view import LARGEST, Normalization, ShownImages, TeacherInput, WholeInput
 from ...models.errors import ConfigError, GraftError, TransferError, UnsupportedModelError, did_you_mean
 from ...models.families import check_supported, find_family, image_size, is_supported, refuse_hooks
 from ...models.given import Model, as_model, computes_with
@@ -149,7 +149,7 @@ class Term:
 
     def reduce(self, losses: Collection[Tensor]) -> Tensor:
         """Return the sum of the losses, or their mean, as `reduction` says."""
-        total = torch.zeros((), device=next(iter(losses)).device)
+        total = torch.zeros((), device=next(iter(losses)).device, dtype=torch.float32)
         for loss in losses:
             total = total + loss
         return total / len(losses) if self.settings.reduction == "mean" else total
@@ -276,6 +276,18 @@ def pretrained_normalization(model: nn.Module) -> Normalization:
     if len(mean) != channels:
         mean, std = mean[:1], std[:1]
     return Normalization(tuple(mean), tuple(std))
+
+
+def check_normalization(norm: Sequence[Sequence[float]]) -> None:
+    """Raise ConfigError: a mean or deviation with which images would not be finite."""
+    mean, std = norm
+    if not all(abs(each) <= LARGEST for each in mean) or not all(
+        1 / LARGEST <= each <= LARGEST for each in std
+    ):
+        raise ConfigError(
+            f"a normalization has mean={tuple(mean)} and std={tuple(std)}: give means up to {LARGEST:,.0f} and "
+            f"deviations from {1 / LARGEST:g} to {LARGEST:,.0f}"
+        )
 
 
 def check_teacher(teacher: nn.Module, method: TransferMethod) -> None:

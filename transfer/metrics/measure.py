@@ -162,6 +162,8 @@ class _Batches:
         self._batches, self._models = batches, models
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        if isinstance(self._batches, Tensor):
+            raise DataError("data is a tensor, and not pairs: give [(images, labels)], or a DataLoader")
         for batch in self._batches:
             if not isinstance(batch, list | tuple) or len(batch) != 2:
                 raise DataError(

@@ -21,7 +21,15 @@ from ....checkpoints.files import read_if_there
 from ....checkpoints.preprocessing import Preprocessing
 from ....checkpoints.pretrained import MADE_HERE, build_untrained, describe, describe_model
 from ....checkpoints.provenance import Pretrained
-from ....models.errors import CheckpointError, ConfigError, GraftError, JsonDict, TransferError, check_types
+from ....models.errors import (
+    CheckpointError,
+    ConfigError,
+    DataError,
+    GraftError,
+    JsonDict,
+    TransferError,
+    check_types,
+)
 from ....models.families import (
     TokenLayout,
     blocks_of,
@@ -89,12 +97,12 @@ def look(model: nn.Module, image: Tensor) -> Look:
         model(image)
     found, places = layer_maps(model, image, range(len(tokens))), sites(model)
     layers: list[LayerLook] = []
-    rolled = torch.eye(0)
+    rolled = torch.eye(0, dtype=torch.float32)
     for site, layout in zip(places, token_layouts(model), strict=True):
         seen = found.get(site.index)
         maps = None if seen is None else seen.weights[0].cpu()
         keys = KeyPlaces(layout.geometry) if seen is None else seen.places
-        rolled = rolled if site.place else torch.eye(layout.num_tokens)
+        rolled = rolled if site.place else torch.eye(layout.num_tokens, dtype=torch.float32)
         if maps is not None:
             rolled = measures.roll(rolled, keys.on_tokens(measures.shares(maps).mean(0)))
         layers.append(LayerLook(site.stage, layout, maps, keys, rolled, tokens[site.index]))
@@ -237,7 +245,7 @@ def visualize(
     chosen = chosen_layers(loaded["student"].model, layers)
     asked = read_queries(queries, loaded["student"])
     if isinstance(images, Tensor):
-        check_images(images, loaded["student"].model)
+        _check_batch(images, loaded["student"])
     shown = read_images(images, own)
     if out is not None:
         check_page_size(layers_of(loaded, partners, chosen), len(shown))
@@ -264,6 +272,19 @@ def visualize(
         html = map_page(embedded, titles, asked[0], chart)
         page = write_folder(Path(out), figures, chart, plain, html)
     return Attention(titles.title, titles.notes, {**figures, "layers.png": chart.draw("light")}, plain, page)
+
+
+def _check_batch(images: Tensor, student: Pretrained) -> None:
+    """Raise DataError: images that cannot be shown to the student, or not drawn, or not of the size that it has."""
+    check_images(images, student.model, values=True)
+    _, *size = student.preprocessing.input_size
+    if list(images.shape[-2:]) != size:
+        raise DataError(
+            f"images are {images.shape[-2]}x{images.shape[-1]}, and the model is looked at with {size[0]}x{size[1]}: "
+            "resize one of them, the model by graftvit.models.resize"
+        )
+    if images.shape[1] not in (1, 3):
+        raise DataError(f"images has {images.shape[1]} channels, which cannot be drawn: give 1 or 3")
 
 
 def _given(image: Shown, loaded: Pretrained, own: Preprocessing) -> Tensor:
