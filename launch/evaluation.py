@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from functools import cached_property
 
 import torch
 from accelerate import Accelerator
 from timm.utils.misc import natural_key
 from torch import Tensor, nn
 
-from ..checkpoints.class_names import comparable, same_classes
+from ..checkpoints.class_names import comparable, difference, same_classes
 from ..checkpoints.class_names import places as columns_of
+from ..checkpoints.dense_models import find_dense, load_dense
 from ..checkpoints.model_folders import last_stage
 from ..checkpoints.preprocessing import Preprocessing
 from ..checkpoints.pretrained import build_untrained, load_pretrained
@@ -23,6 +25,7 @@ from ..models.errors import ConfigError, Json
 from ..models.families import pooling_of
 from ..transfer.config import DataConfig, RunConfig, TeacherConfig
 from ..transfer.data.augment import with_settings
+from ..transfer.data.dense_sets import check_dense
 from ..transfer.data.labels import check_num_classes, imagenet_names
 from ..transfer.data.loaders import (
     EvalLoader,
@@ -32,6 +35,7 @@ from ..transfer.data.loaders import (
     create_reference_loader,
 )
 from ..transfer.engine.fit_operators import stage_together
+from ..transfer.engine.modes import goal_of
 from ..transfer.engine.parallel import create_accelerator, host_group
 from ..transfer.metrics.distance import ComparedLayers, Reader, compared_layers, describe_features
 from ..transfer.metrics.measure import PROBES, Against, Family, check_folders, measure
@@ -199,6 +203,11 @@ def predictor(candidate: Candidate, spec: Preprocessing) -> Callable[[Tensor], T
     return predict
 
 
+CLASSIFIED = (
+    "data.num_classes", "data.interpolation", "data.crop_pct", "data.crop_mode", "data.train_samples",
+    "data.label_seed",
+)  # fmt: skip
+"""Settings of images and labels that a detector or segmenter does not read."""
 RANDOM = "random weights"
 """The row of a model that learned nothing: what distances and CKA are worth is seen beside it."""
 
@@ -233,6 +242,36 @@ class Evaluation:
             )
         self.check_own_head(self.metrics)
 
+    @cached_property
+    def dense(self) -> bool:
+        """Whether the sources are detectors or segmenters."""
+        return any(find_dense(source) is not None for source in self.sources)
+
+    def _check_dense(self) -> None:
+        """Raise ConfigError for classifiers among detectors, and for what only one of both kinds has."""
+        sizes = self.section("dense")
+        if not self.dense:
+            if sizes:
+                raise ConfigError(f"{sizes[0].origin} is of detectors and segmenters: leave it out")
+            return
+        named = {source: find_dense(source) is not None for source in self.sources}
+        other = next((source for source, is_dense in named.items() if not is_dense), None)
+        if other is not None:
+            raise ConfigError(
+                f"{other!r} is no detector or segmenter, as {next(iter(named))!r} is: evaluate them one by one"
+            )
+        flags = {"metrics": self.metrics, "against": self.against, "subset": self.subset, "real": self.real}
+        flag = next((flag for flag, value in flags.items() if value), None)
+        given = (
+            f"--{flag}"
+            if flag
+            else next((each.origin for each in self.settings if each.key in CLASSIFIED), None)
+        )
+        if given is not None:
+            raise ConfigError(
+                f"{given} is of classifiers, and {self.sources[0]!r} is a detector or segmenter: leave it out"
+            )
+
     def check_own_head(self, metrics: Collection[Family]) -> None:
         """Raise ConfigError if metrics without a model's head are to be measured on labels that only a head has."""
         if (self.real or self.subset is not None) and any(family in PROBES for family in metrics):
@@ -247,17 +286,19 @@ class Evaluation:
 
     def config(self) -> RunConfig:
         """Return the settings of data and engine, with those of the first run among the sources."""
+        self._check_dense()
         imported = [each for each in self.settings if each.key == "imports"]
-        others = [*imported, *self.section("data"), *self.section("engine")]
+        others = [*imported, *self.section("data"), *self.section("engine"), *self.section("dense")]
         runs = [config for config in map(run_config, self.sources) if config is not None]
         if not runs:
             return load_config(None, others)
         own = runs[0].data.model_dump(exclude={"stage"})  # a path on the nodes where the run was trained
         if {"data.dataset", "data.data_path"} & {each.key for each in others}:
             own["num_classes"] = None if _is_folder(others, own) else own["num_classes"]
-        return load_config(
-            None, [*(Setting(f"data.{name}", own[name], f"data.{name}") for name in own), *others]
-        )
+        inherited = {f"data.{name}": value for name, value in own.items()}
+        if self.dense:
+            inherited |= {"dense.short": runs[0].dense.short, "dense.long": runs[0].dense.long}
+        return load_config(None, [*(Setting(name, inherited[name], name) for name in inherited), *others])
 
     def check(self, *, here: bool = True) -> DataConfig:
         """Return the settings of the data, and raise the errors of `evaluate` that need no loaded model.
@@ -269,7 +310,10 @@ class Evaluation:
         sources = [*self.sources, *([] if self.against is None else [self.against])]
         check_here(*sources)
         data = self.config().data
-        check_here(data=data)
+        if self.dense:
+            check_dense(data, (data.val_split,))
+        else:
+            check_here(data=data)
         return data
 
 
@@ -280,6 +324,8 @@ def evaluate(asked: Evaluation, tell: Callable[[str], object]) -> dict[str, dict
     a source cannot be read, or sources, data and metrics do not match.
     """
     config = asked.config()  # first, because it imports what the run did
+    if asked.dense:
+        return _evaluate_dense(asked.sources, config)
     how = load_config(None, asked.section("teacher")).teacher
     shown = load_config(None, asked.section("data")).data
     candidates = [load_candidate(source, how) for source in asked.sources]
@@ -340,6 +386,39 @@ def evaluate(asked: Evaluation, tell: Callable[[str], object]) -> dict[str, dict
         accelerator=accelerator,
         subset=asked.subset,
     )
+
+
+def _evaluate_dense(sources: Sequence[str], config: RunConfig) -> dict[str, dict[str, float]]:
+    """Return the average precision of detectors, or the mean intersection over union of segmenters.
+
+    Raises GraftError: they have other classes than the images.
+    """
+    from ..transfer.engine.dense_tasks import DenseTask  # here: a classifier needs no detector of torchvision
+
+    accelerator = create_accelerator(config)
+    data = stage_together(config.data, host_group(accelerator) if config.data.stage is not None else None)
+    ranks = {"rank": accelerator.process_index, "world_size": accelerator.num_processes}
+    task = check_dense(data, (data.val_split,))
+    models = {source: load_dense(source) for source in sources}
+    for source, model in models.items():
+        if model.task != task:
+            raise ConfigError(f"{source!r} does {model.task}, and data.dataset={data.dataset} is of {task}")
+    results = {}
+    for source, model in models.items():
+        dense = config.dense.model_copy(update={"head": model.kind})
+        goal = goal_of(config.model_copy(update={"dense": dense}))
+        loader = goal.eval_loader(data, Preprocessing.of(model.backbone.body), **ranks)
+        if loader is None:
+            raise ConfigError("data.val_split=none, and this needs images to evaluate on: name a split")
+        known, found = model.class_names, loader.class_names or ()
+        if model.num_classes != len(found) or (known and list(known) != list(found)):
+            shown = known or [f"class {number}" for number in range(model.num_classes)]
+            raise ConfigError(
+                f"{source!r} does not have the classes of the images: {difference(shown, found)}"
+            )
+        loader.shown = f"evaluation of {source}"
+        results[source] = DenseTask(model.to(accelerator.device).eval()).evaluate(loader, accelerator)
+    return results
 
 
 def _choose_numbering(

@@ -22,6 +22,7 @@ EXAMPLES = (
     "graftvit evaluate vit_base_patch16_224.augreg_in1k --data_path /data/imagenet --real",
     "graftvit evaluate mae_finetuned_vit_base.pth --data_path /data/imagenet --batch_size 128",
     "graftvit evaluate vit_base_patch16_224.mae --data_path /data/imagenet --metrics knn,probe",
+    "graftvit evaluate runs/detector runs/linear --data_path /data/coco",
     "graftvit evaluate runs/align --against deit_base_patch16_224.fb_in1k --data_path /data/photographs",
 )
 DATA = (
@@ -32,6 +33,8 @@ DATA = (
 SETTINGS = (
     *(f"data.{name}" for name in DATA),
     *SOURCE_SETTINGS,
+    "dense.short",
+    "dense.long",
     "imports",
     "engine.device",
     "engine.precision",
@@ -68,8 +71,8 @@ def _parse(argv: list[str]) -> tuple[argparse.Namespace, Evaluation]:
         "evaluate",
         "Measure top-1, top-5 and loss of a model's head, weighted nearest neighbors and a linear probe on its "
         "features, and distances from a teacher; exact for any number of processes. Several checkpoints also give an "
-        "ensemble: the mean of their heads' probabilities. The data settings of a run folder are used; flags replace "
-        "them.",
+        "ensemble: the mean of their heads' probabilities. A detector is measured by average precision, a segmenter "
+        "by the mean intersection over union. The data settings of a run folder are used; flags replace them.",
         EXAMPLES,
         usage="CHECKPOINT [CHECKPOINT ...] [--flag value ...]",
     )

@@ -494,6 +494,8 @@ def _samples_last(numbers: dict[str, float]) -> dict[str, float]:
 # What was measured of models, as a table and as JSON.
 
 Numbers = Mapping[str, float]
+PARTS = ("", "50", "75", "_small", "_medium", "_large")
+"""Average precision: of all thresholds, of two, and of objects by size."""
 COLUMNS = {
     "top1": ("top-1 % [95 % interval]", "7.2f"),
     "top5": ("top-5 %", "7.2f"),
@@ -503,6 +505,13 @@ COLUMNS = {
     "relative_error": ("relative error", "14.4f"),
     "cosine": ("cosine", "6.4f"),
     "cka": ("   CKA", "6.4f"),
+    **{
+        f"{kind}_ap{part}": (f"{kind} AP{part.replace('_', ' ')}", "6.3f")
+        for kind in ("box", "mask")
+        for part in PARTS
+    },
+    "miou": ("  mIoU", "6.3f"),
+    "pixel_accuracy": ("pixel accuracy", "6.3f"),
     "samples": ("images", "6.0f"),
 }
 LAYER = "_layer"

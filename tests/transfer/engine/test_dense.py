@@ -12,45 +12,20 @@ import torch
 from graftvit.checkpoints.dense_models import load_dense
 from graftvit.checkpoints.state import read_state
 from graftvit.models.errors import ConfigError, DataError
-from graftvit.transfer.config import RunConfig
 from graftvit.transfer.engine.dry_run import dry_run
 from graftvit.transfer.engine.train import train
-from support.files.dense_scenes import composed, write_ade20k, write_coco
-from support.runs.engine_runs import config, records, resume_cut
-
-PVT: dict[str, Any] = {
-    "depths": [1, 1, 1, 1], "embed_dims": [8, 16, 24, 32], "num_heads": [1, 2, 3, 4], "img_size": 64,
-}  # fmt: skip
-VIT: dict[str, Any] = {"depth": 2, "embed_dim": 24, "num_heads": 3, "patch_size": 8, "img_size": 64}
-SHAPES = ((64, 96), (96, 64), (72, 72))
+from support.runs.dense_runs import VIT, run, small_ade20k, small_coco
+from support.runs.engine_runs import records, resume_cut
 
 
 @pytest.fixture(scope="session")
 def coco(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    splits = {split: composed(split, count, SHAPES) for split, count in (("train", 12), ("validation", 5))}
-    return write_coco(tmp_path_factory.mktemp("coco"), splits)
+    return small_coco(tmp_path_factory.mktemp("coco"))
 
 
 @pytest.fixture(scope="session")
 def ade20k(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    splits = {split: composed(split, count, SHAPES) for split, count in (("train", 12), ("validation", 5))}
-    splits["training"] = splits.pop("train")
-    return write_ade20k(tmp_path_factory.mktemp("ade20k"), splits)
-
-
-def run(folder: Path, images: Path, head: str = "retinanet", **sections: Any) -> RunConfig:
-    """Two epochs of three steps on images of several sizes."""
-    segments = head in ("semantic_fpn", "upernet")
-    student = {"model": "pvt_v2_b0", "model_args": PVT, "drop_path": 0.1}
-    base: dict[str, Any] = {
-        "student": student,
-        "dense": {"head": head, "width": 16, "short": [48, 64], "long": 96},
-        "data": {"dataset": "ade20k" if segments else "coco", "data_path": str(images), "batch_size": 4,
-                 "eval_batch_size": 4, "train_samples": None, "hflip": 0.5},
-    }  # fmt: skip
-    for name, values in sections.items():
-        base[name] = {**base.get(name, {}), **values} if isinstance(values, dict) else values
-    return config(folder, **base)
+    return small_ade20k(tmp_path_factory.mktemp("ade20k"))
 
 
 @pytest.mark.parametrize("head", ["retinanet", "mask_rcnn", "semantic_fpn", "upernet"])
