@@ -20,13 +20,14 @@ from .preprocessing import Preprocessing
 from .provenance import KEY as PROVENANCE
 from .provenance import NORM_EPS
 from .report import shortened
-from .sources import FileSource, FolderSource, HubSource, TimmSource, parse_source
+from .sources import CONFIG, FileSource, FolderSource, HubSource, TimmSource, parse_source
 from .state import BEST, read_meta
 from .weight_files import INDEX_SUFFIX, Weights, outline, read_file, read_shards
 
-CONFIG = "config.json"
 STAGES_FILE = "stages.json"
 """In the folder of a run of several stages, beside the folders of the stages: what each measured."""
+RUN_FILES = ("config.yaml", "log.jsonl")
+"""In the folder of a run from its first step on."""
 WEIGHTS_NAMES = (
     "model.safetensors", "model.safetensors.index.json",
     "pytorch_model.bin", "pytorch_model.bin.index.json", "pytorch_model.pth", "model.pth",
@@ -143,7 +144,13 @@ def _open_folder(source: FolderSource) -> ModelFolder | FileSource:
     Raises CheckpointError: there is no such model, or config.json is damaged.
     """
     folder, part = source.path, source.part
-    if (folder / CONFIG).is_file():
+    single = (folder / CONFIG).is_file()
+    if single and _is_run(folder):
+        if part is None:
+            raise CheckpointError(
+                f"{folder} holds a saved model ({CONFIG}) and a run: write {folder}#last for the run, or move the model away"
+            )
+    elif single:
         if part not in (None, "student"):
             raise CheckpointError(
                 f"{folder} is one model, and #{part} is of the folder of a run; leave it out"
@@ -168,6 +175,10 @@ def _open_folder(source: FolderSource) -> ModelFolder | FileSource:
     raise CheckpointError(
         f"the folder {folder} has no {CONFIG} (a timm folder) and no {exported.name}/ or checkpoints/ (a run)"
     )
+
+
+def _is_run(folder: Path) -> bool:
+    return all((folder / name).is_file() for name in RUN_FILES) or (folder / STAGES_FILE).is_file()
 
 
 def last_stage(folder: Path) -> Path | None:

@@ -19,6 +19,8 @@ SYNTAX = (
     "a timm name (vit_large_patch16_224.mae), hf-hub:org/name[@revision], local-dir:path, "
     "or a weights file (.safetensors, .pth, .npz, .onnx, …)"
 )
+CONFIG = "config.json"
+"""In the folder of a model; that of a run has none."""
 STUDENTS = ("student", "student_ema")
 """The folders of a run that hold its models."""
 Part = Literal["student", "teacher", "ema", "best", "last"]

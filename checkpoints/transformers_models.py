@@ -19,7 +19,8 @@ from .class_names import KEY as LABEL_NAMES
 from .class_names import read_names
 from .formats.hf_families import MODEL_TYPES
 from .formats.keymap import IMAGENET
-from .model_folders import CONFIG, ModelFolder, Opened
+from .model_folders import ModelFolder, Opened
+from .sources import CONFIG
 from .preprocessing import Preprocessing
 from .provenance import Pretrained, digest_tensors
 from .report import LoadReport, shortened, some

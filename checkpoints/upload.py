@@ -43,7 +43,7 @@ from .card import (
 from .files import place, read_json, read_regular
 from .hub import download, is_network, line, status_of
 from .licenses import public
-from .model_folders import CONFIG
+from .sources import CONFIG
 from .provenance import Pretrained
 from .report import some
 from .sources import PICKLE_SUFFIXES, STUDENTS, split_part

@@ -99,11 +99,10 @@ def _plan_sweep(
 
 
 def _refuse_existing(config: RunConfig) -> None:
-    """Raise ConfigError if the run must never resume and its folder holds a state."""
-    if config.engine.resume == "never":
-        from ...transfer.engine.resume_check import refuse_existing
+    """Raise ConfigError as `refuse_existing`."""
+    from ...transfer.engine.resume_check import refuse_existing
 
-        refuse_existing(config.output_dir)
+    refuse_existing(config.output_dir, config.engine.resume)
 
 
 def _plan_comparison(recipe: str, settings: Sequence[Setting], request: Request) -> Batch:

@@ -248,7 +248,7 @@ def test_the_dry_run_is_the_run(
         assert refusal(train, settings) == planned
     if planned:
         return
-    monkeypatch.setattr("graftvit.transfer.engine.dry_run.refuse_existing", lambda folder: None)
+    monkeypatch.setattr("graftvit.transfer.engine.dry_run.refuse_existing", lambda *_: None)
     run = dry_run(settings.model_copy(update={"output_dir": tmp_path / "again"}), 1, here=True)
     plan, log = (
         describe_plan(settings.model_copy(update={"output_dir": tmp_path / "again"})),

@@ -76,8 +76,8 @@ def dry_run(config: RunConfig, processes: int, *, here: bool) -> DryRun:
 
 def _saved(config: RunConfig) -> Json | None:
     """Return the meta part of the state in the run folder, if any. Raise GraftError if `config` cannot resume it."""
+    refuse_existing(config.output_dir, config.engine.resume)
     if config.engine.resume == "never":
-        refuse_existing(config.output_dir)
         return None
     saved = StateFolder(config.output_dir / "checkpoints").peek()
     if saved is not None:

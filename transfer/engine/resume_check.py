@@ -11,6 +11,7 @@ from typing import Any
 
 from ...checkpoints.class_names import KEY as LABEL_NAMES
 from ...checkpoints.class_names import difference
+from ...checkpoints.sources import CONFIG
 from ...models.errors import CheckpointError, ConfigError, DataError, Json, JsonDict, counted
 from ..config import RunConfig
 from ..setting import as_inherited, is_free
@@ -222,9 +223,14 @@ def check_length(position: Position, total_steps: int) -> None:
         )
 
 
-def refuse_existing(folder: Path) -> None:
-    """ConfigError where `folder` holds a run: `engine.resume=never` must not write over it."""
-    for name in ("config.yaml", "log.jsonl", "checkpoints", "student"):
+def refuse_existing(folder: Path, resume: str) -> None:
+    """ConfigError where `folder` holds a saved model, or a run that `engine.resume=never` must not write over."""
+    if (folder / CONFIG).is_file():
+        raise ConfigError(
+            f"output_dir={folder} holds a saved model ({CONFIG}), and a run needs a folder of its own: give another "
+            "output_dir, or move the model away"
+        )
+    for name in ("config.yaml", "log.jsonl", "checkpoints", "student") if resume == "never" else ():
         if (folder / name).exists():
             raise ConfigError(
                 f"output_dir={folder} already holds a run ({name}), and engine.resume=never does not write "

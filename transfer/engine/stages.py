@@ -23,6 +23,7 @@ from ...models.errors import ConfigError, GraftError, JsonDict
 from ..config import RunConfig
 from ..first_checks import check_first
 from ..setting import find_unread, without
+from .resume_check import refuse_existing
 
 if TYPE_CHECKING:
     from .train import RunResult
@@ -100,6 +101,7 @@ def check_stages(stages: Sequence[Stage]) -> list[Stage]:
                 f"stage {stage.name}: its student runs with the teacher's attention, which is copied, and cannot be "
                 "trained further: make it the last stage"
             )
+    refuse_existing(stages[0].config.output_dir, "auto")
     _check_each(chained, check_first)
     from .build import check_settings
     from .modes import mode_of

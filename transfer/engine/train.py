@@ -268,8 +268,8 @@ def _unbegun(config: RunConfig, state: TrainingState | None, signal: int | None)
 @contextmanager
 def _fence(config: RunConfig, accelerator: Accelerator, group: dist.ProcessGroup | None) -> Iterator[Fence]:
     """Take over the run folder from any other job that may still write into it. The first process writes."""
+    refuse_existing(config.output_dir, config.engine.resume)
     if config.engine.resume == "never":
-        refuse_existing(config.output_dir)
         accelerator.wait_for_everyone()  # before the first process makes the folder
     fence = Fence(config.output_dir)
     with fence.held():

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
+import graftvit
 import pytest
-from graftvit.models.errors import ConfigError, DataError
+import torch
+from graftvit.launch.cli import main
+from graftvit.launch.load_config import dump_config
+from graftvit.launch.plan_text import describe_plan
+from graftvit.models.errors import CheckpointError, ConfigError, DataError
 from graftvit.transfer.config import RunConfig
 from graftvit.transfer.engine.resume_check import (
     Position,
@@ -18,6 +24,9 @@ from graftvit.transfer.engine.resume_check import (
     refuse_existing,
     settings,
 )
+from graftvit.transfer.engine.stages import Stage, train_stages
+from graftvit.transfer.engine.train import train
+from support.runs.engine_runs import config
 
 
 def saved(**sections: Any) -> dict[str, Any]:
@@ -94,10 +103,38 @@ def test_position_survives_json() -> None:
 
 
 def test_resume_never_leaves_an_existing_run_alone(tmp_path: Path) -> None:
-    refuse_existing(tmp_path)
+    refuse_existing(tmp_path, "never")
     (tmp_path / "log.jsonl").touch()
     with pytest.raises(ConfigError, match=r"already holds a run \(log.jsonl\).*engine.resume=never"):
-        refuse_existing(tmp_path)
+        refuse_existing(tmp_path, "never")
+
+
+@pytest.mark.parametrize("resume", ["auto", "never"])
+def test_no_run_begins_in_the_folder_of_a_model(teacher: Path, tmp_path: Path, resume: str) -> None:
+    run = config(tmp_path / "run", teacher, engine={"resume": resume})
+    graftvit.save(teacher, run.output_dir)
+    before = sorted(tmp_path.rglob("*"))
+    for starts in (train, describe_plan, lambda each: train_stages([Stage("only", each)])):
+        with pytest.raises(ConfigError, match="holds a saved model"):
+            starts(run)
+    (tmp_path / "run.yaml").write_text(dump_config(run))
+    for how in ([], ["--dry_run"]):
+        assert main(["train", str(tmp_path / "run.yaml"), *how]) == 2
+    assert sorted(tmp_path.rglob("*")) == [*before, tmp_path / "run.yaml"]
+
+
+def test_a_run_beside_a_model_is_read_by_its_part_alone(teacher: Path, tmp_path: Path) -> None:
+    """As older versions left it."""
+    run = tmp_path / "run"
+    train(config(run, teacher, optim={"max_steps": 2, "warmup_epochs": 0}))
+    own = graftvit.load(run).state_dict()
+    for path in teacher.iterdir():
+        shutil.copy(path, run)
+    with pytest.raises(CheckpointError, match="#last"):
+        graftvit.load(run)
+    for part in ("last", "student"):
+        again = graftvit.load(f"{run}#{part}").state_dict()
+        assert all(torch.equal(tensor, own[name]) for name, tensor in again.items())
 
 
 def test_processes_of_which_some_have_no_test_images_stop() -> None:
