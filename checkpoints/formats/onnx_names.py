@@ -13,7 +13,6 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from ...models.conversion import ARCHITECTURE as CONVERTED
 from ...models.converted import MARK, ConvertedAttention, as_mark
 from ...models.copied import ARCHITECTURE as COPIED
 from ...models.errors import CheckpointError
@@ -22,6 +21,8 @@ from ..report import some
 from ..safety import Graph, Node
 from ..weight_files import Weights
 
+OWN = "graftvit"
+"""The key that our own export writes, for its version."""
 TOKENS = ("cls_token", "dist_token", "reg_token", "pos_embed", "mask_token")
 """Parameters of timm's models that belong to no layer."""
 NAMED = re.compile(rf"(?:[^./:]+\.)+[^./:]+|{'|'.join(TOKENS)}")
@@ -52,6 +53,8 @@ def named_weights(graph: Graph, origin: str) -> Weights:
         for node, name in matrices
         if name in graph.initializers and name not in read and not NAMED.fullmatch(name)
     }
+    if (nameless or not found) and OWN in graph.metadata:
+        raise _unreadable(origin, f"of a model, of which the exporter changed {len(nameless) or 'all'} of the matrices")
     if nameless or not found:
         raise _nameless(origin, nameless)
     return _of_the_tower(_with_tokens(found, graph), origin)
@@ -179,18 +182,20 @@ def _of_the_tower(tensors: dict[str, Tensor], origin: str) -> Weights:
 def with_own_marks(weights: Weights, metadata: Mapping[str, str]) -> Weights:
     """Return the weights of our own export with the marks of the converted layers that its description has.
 
-    A graph has no marks, because it does not read them; without them the weights would pass for softmax attention.
+    A graph has no marks, because it does not read them; without them the weights would pass for softmax attention. It
+    has no weights either that its output does not depend on as they are: the exporter leaves out a bias of zeros, and
+    the queries of an operator that reads none.
 
-    Raises CheckpointError: the student copies its teacher's attention, the graph lacks weights of an operator, or the
-    model was converted and the file does not say how it is built.
+    Raises CheckpointError: the student copies its teacher's attention, the graph lacks weights, or the model was
+    converted and the file does not say how it is built.
     """
     if weights.architecture == COPIED or "copies" in metadata:
         raise _unreadable(
-            weights, "of a student that runs with its teacher's attention, whose parts it mixes"
+            weights.origin, "of a student that runs with its teacher's attention, whose parts it mixes"
         )
     if weights.architecture is None and "plan" in metadata:
-        raise _unreadable(weights, "of a converted model, which it does not describe")
-    if weights.architecture != CONVERTED:
+        raise _unreadable(weights.origin, "of a converted model, which it does not describe")
+    if weights.architecture is None or OWN not in metadata:
         return weights
     model = build(weights.architecture, weights.model_args, on_meta=True, within=weights.tensors)
     marks = {
@@ -205,12 +210,14 @@ def with_own_marks(weights: Weights, metadata: Mapping[str, str]) -> Weights:
         if tensor.is_floating_point() and name not in found
     ]
     if lost:
-        raise _unreadable(weights, f"of a converted model without {some(lost)}, which the exporter changed")
+        raise _unreadable(
+            weights.origin, f"of a model without {some(lost)}, which the exporter left out, as zeros, or changed"
+        )
     return replace(weights, tensors=found)
 
 
-def _unreadable(weights: Weights, what: str) -> CheckpointError:
+def _unreadable(origin: str, what: str) -> CheckpointError:
     return CheckpointError(
-        f"{weights.origin} is the ONNX graph {what}: it runs, but its weights cannot be read back; give the folder or "
+        f"{origin} is the ONNX graph {what}: it runs, but its weights cannot be read back; give the run, folder or "
         "file that it was exported from"
     )

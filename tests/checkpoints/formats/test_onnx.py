@@ -133,18 +133,28 @@ def test_an_exported_folder_of_a_converted_model_is_a_source(tmp_path: Path) -> 
     assert plan_of(load_pretrained(str(tmp_path / "m.onnx")).model) == plan_of(model)
 
 
+def no_bias(model: nn.Module) -> nn.Module:
+    """As a head begins."""
+    nn.init.zeros_(drawn(model).head.bias)  # type: ignore[arg-type, union-attr]
+    return model
+
+
 @pytest.mark.parametrize(("make", "words"), [
-    (lambda: convert(tiny(), "0: linformer(num_keys=2)"), "blocks.0.attn.operator.key_pooling"),
-    (lambda: whole(*pair("alike", "copy_q", torch.float32)), "runs with its teacher's attention"),
+    (lambda: drawn(convert(tiny(), "0: linformer(num_keys=2)")), "blocks.0.attn.operator.key_pooling"),
+    (lambda: drawn(convert(tiny(), "0: ttt")), "of which the exporter changed 1 of the matrices"),
+    (lambda: drawn(convert(tiny(), "0: uniform")), "without blocks.0.attn.qkv.weight"),
+    (lambda: no_bias(tiny()), "without head.bias"),
+    (lambda: no_bias(convert(tiny(), "0: linear")), "without head.bias"),
+    (lambda: drawn(whole(*pair("alike", "copy_q", torch.float32))), "runs with its teacher's attention"),
 ])  # fmt: skip
 def test_a_graph_of_lost_weights(
     make: Any, words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path, out = tmp_path / "m.onnx", tmp_path / "m.safetensors"
-    export_model(drawn(make()), path, dynamic=())
+    graftvit.export(make(), path, dynamic=())
     assert main(["checkpoint", "convert", str(path), str(out)]) == 2
     assert not out.exists()
-    assert "cannot be read back; give the folder or file" in capsys.readouterr().err
+    assert "cannot be read back; give the run, folder or file" in capsys.readouterr().err
     with pytest.raises(CheckpointError, match=words):
         load_pretrained(str(path))
 
