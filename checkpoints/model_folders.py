@@ -148,7 +148,8 @@ def _open_folder(source: FolderSource) -> ModelFolder | FileSource:
     if single and _is_run(folder):
         if part is None:
             raise CheckpointError(
-                f"{folder} holds a saved model ({CONFIG}) and a run: write {folder}#last for the run, or move the model away"
+                f"{folder} holds a saved model ({CONFIG}) and a run: write {folder}#last for the run, or move the "
+                "model away"
             )
     elif single:
         if part not in (None, "student"):

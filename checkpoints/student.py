@@ -34,12 +34,12 @@ from .atomic import write_file, write_folder
 from .class_names import KEY as LABEL_NAMES
 from .files import place, read_json
 from .fit import check_dtype, own_norm_eps, refuse_not_finite
-from .sources import CONFIG
 from .preprocessing import Preprocessing
 from .pretrained import LoadSettings, describe
 from .provenance import COST, NORM_EPS, Pretrained, carried_license, of_weights
 from .provenance import KEY as PROVENANCE
 from .report import some
+from .sources import CONFIG
 from .weight_files import read_file
 
 # Keep the layers of a conversion that are fitted, each in a file of its own until the whole model is written.

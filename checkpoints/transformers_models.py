@@ -20,10 +20,10 @@ from .class_names import read_names
 from .formats.hf_families import MODEL_TYPES
 from .formats.keymap import IMAGENET
 from .model_folders import ModelFolder, Opened
-from .sources import CONFIG
 from .preprocessing import Preprocessing
 from .provenance import Pretrained, digest_tensors
 from .report import LoadReport, shortened, some
+from .sources import CONFIG
 from .weight_files import INDEX_SUFFIX, as_pair
 
 NAMES = ("model.safetensors", f"model.safetensors{INDEX_SUFFIX}")

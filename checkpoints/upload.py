@@ -43,10 +43,9 @@ from .card import (
 from .files import place, read_json, read_regular
 from .hub import download, is_network, line, status_of
 from .licenses import public
-from .sources import CONFIG
 from .provenance import Pretrained
 from .report import some
-from .sources import PICKLE_SUFFIXES, STUDENTS, split_part
+from .sources import CONFIG, PICKLE_SUFFIXES, STUDENTS, split_part
 from .student import save
 from .weight_files import outline, weight_map
 

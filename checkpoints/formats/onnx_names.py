@@ -199,7 +199,7 @@ def with_own_marks(weights: Weights, metadata: Mapping[str, str]) -> Weights:
         return weights
     model = build(weights.architecture, weights.model_args, on_meta=True, within=weights.tensors)
     marks = {
-        f"{path}.{MARK}": as_mark(layer.choice)
+        f"{path}.{MARK}": as_mark(layer.resolved)
         for path, layer in model.named_modules()
         if isinstance(layer, ConvertedAttention) and layer.is_marked
     }

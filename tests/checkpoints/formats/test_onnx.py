@@ -104,7 +104,7 @@ def test_our_own_export_is_read_back_with_its_architecture(ours: Path) -> None:
     assert all(torch.equal(tensor, student[name]) for name, tensor in teacher.model.state_dict().items())
 
 
-CONVERTED = ["*: linear", "0: hilo(window=2); 1: agent(num_agents=4)"]
+CONVERTED = ["0: linear; 1: nystrom", "0: hilo(window=2); 1: agent"]
 
 
 @pytest.mark.parametrize("plan", CONVERTED)
