@@ -54,7 +54,9 @@ def named_weights(graph: Graph, origin: str) -> Weights:
         if name in graph.initializers and name not in read and not NAMED.fullmatch(name)
     }
     if (nameless or not found) and OWN in graph.metadata:
-        raise _unreadable(origin, f"of a model, of which the exporter changed {len(nameless) or 'all'} of the matrices")
+        raise _unreadable(
+            origin, f"of a model, of which the exporter changed {len(nameless) or 'all'} of the matrices"
+        )
     if nameless or not found:
         raise _nameless(origin, nameless)
     return _of_the_tower(_with_tokens(found, graph), origin)
@@ -211,7 +213,8 @@ def with_own_marks(weights: Weights, metadata: Mapping[str, str]) -> Weights:
     ]
     if lost:
         raise _unreadable(
-            weights.origin, f"of a model without {some(lost)}, which the exporter left out, as zeros, or changed"
+            weights.origin,
+            f"of a model without {some(lost)}, which the exporter left out, as zeros, or changed",
         )
     return replace(weights, tensors=found)
 
