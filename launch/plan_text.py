@@ -131,7 +131,7 @@ def describe_plan(config: RunConfig, processes: int | None = None, *, needs_data
         ("teacher", _describe_teacher(run)),
         ("student", _describe_student(run)),
         ("head", _describe_head(run)),
-        ("images", run.parts.spec.describe()),
+        ("images", run.parts.spec.describe() if config.dense.head is None else ""),
         ("transfer", _describe_transfer(run)),
         ("alignment", _describe_alignment(run)),
         ("targets", "" if run.targets is None else run.targets.describe()),
@@ -309,6 +309,8 @@ def _describe_length(run: DryRun) -> str:
 def _describe_warmup(optim: OptimConfig, schedule: Schedule) -> str:
     steps, given = schedule.warmup_steps, optim.warmup_epochs
     words = f"{steps:,.0f} of them warm-up" if steps >= 10 else f"{steps:.2g} of them warm-up"
+    if steps == optim.warmup_steps:
+        return words
     if schedule.total_steps == 1 or steps == (WARMUP if given is None else given) * schedule.steps_per_epoch:
         return words
     longer = "" if given is None else f", as optim.warmup_epochs={given:g} is as long as the run or longer"
