@@ -116,9 +116,14 @@ COMPARED = {
 }  # fmt: skip
 """Recipes of `graftvit compare` (see `test_compare.py`) and of `graftvit programs bench` alone."""
 
+DENSE = [
+    name for name in recipe_names() if name.startswith(("coco_", "ade20k_")) or name == "recover_detector"
+]
+"""Recipes of detectors and segmenters (see `test_dense_recipes.py`)."""
+
 
 def test_no_recipe_is_left_out() -> None:
-    assert set(CUTS) | COMPARED == set(recipe_names())
+    assert set(CUTS) | COMPARED | set(DENSE) == set(recipe_names())
 
 
 @pytest.fixture(scope="session")
