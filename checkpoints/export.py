@@ -48,6 +48,7 @@ from .formats.containers import as_metadata
 from .licenses import public_text
 from .pretrained import LoadSettings, describe, describe_model
 from .provenance import Pretrained
+from .student import check_described, check_values
 from .weight_files import Weights, as_pair
 
 # Write the metadata of an exported file, and report the export.
@@ -201,6 +202,7 @@ def export(
     path = place(path)
     check_export(path, format, dynamic, opset, tolerance, overwrite)
     teacher = describe(model, **how)
+    check_described(teacher)
     module = teacher.model
     if "resolution" in dynamic and getattr(module, "dynamic_img_size", None) is False:
         module = _of_any_size(teacher)
@@ -257,6 +259,7 @@ def export_model(
     """
     path = place(path)
     kind = check_export(path, format, dynamic, opset, tolerance, overwrite)
+    check_values(model)
     if normalize and (mean is None or std is None):
         raise CheckpointError("normalize needs the mean and std of the images that the model was trained on")
     check_dynamic(model, dynamic)

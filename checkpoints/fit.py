@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from types import NoneType
 from typing import Any, Literal
 
 import torch
@@ -18,7 +19,7 @@ from ..models.conversion import converted_layers
 from ..models.converted import is_mark, marks_of, refuse_other_operators
 from ..models.copied import ARCHITECTURE as COPIED
 from ..models.copied import copying_of, resize
-from ..models.errors import CheckpointError, ConfigError, Json
+from ..models.errors import CheckpointError, ConfigError, Json, kind_of
 from ..models.families import Site, family_named, patch_size, position_grid, sites, vit
 from ..models.families.pvt_v1 import PVT
 from ..models.map_structure import offsets, resample_plainly, resample_table
@@ -270,6 +271,67 @@ def own_norm_eps(model: nn.Module, fresh: nn.Module, architecture: str) -> float
             f"the norms of {architecture} have several epsilons ({listed}): give all the same"
         )
     return own.pop() if own else None
+
+
+FREE = frozenset(
+    {"training", "inplace", "momentum", "drop_rate", "grad_checkpointing", "fused_attn", "num_classes"}
+    | {"distilled_training", "img_size"}
+)
+"""Attributes of modules that decide nothing in evaluation, and two that the description says by themselves."""
+PLAIN = (bool, int, float, str, tuple, NoneType)
+
+
+def refuse_changed(model: nn.Module, fresh: nn.Module, architecture: str) -> None:
+    """CheckpointError where a model was changed since it was built into one that `fresh`, which its description builds,
+    is not: a module of another type or with other settings. Hosts in place of attention layers are no such change.
+    """
+    own, wanted = (dict(each.named_modules(remove_duplicate=False)) for each in (model, fresh))
+    hosts = {name for name, module in own.items() if name in wanted and _is_host(module, wanted[name])}
+    within = tuple(f"{name}." for name in hosts)
+    for name in (*wanted, *own):
+        if name in hosts or (name.startswith(within) and not (name in own and name in wanted)):
+            continue
+        why = _difference(own.get(name), wanted.get(name))
+        if why:
+            raise CheckpointError(
+                f"{name or 'the model'} {why} in {architecture} as it is described: it was changed after it was built, "
+                "which no description says"
+            )
+
+
+def _is_host(module: nn.Module, plain: nn.Module) -> bool:
+    return _library(module) == OURS and type(module) is not type(plain)
+
+
+OURS = __package__.partition(".")[0]
+
+
+def _library(module: nn.Module) -> str:
+    return type(module).__module__.partition(".")[0]
+
+
+def _difference(own: nn.Module | None, plain: nn.Module | None) -> str | None:
+    """Return in words what a module has other than one that is built as described."""
+    if own is None or plain is None:
+        there, absent = ("nothing" if each is None else kind_of(each) for each in (own, plain))
+        return f"is {there}, and {absent}"
+    if (_drops(own) and _drops(plain)) or isinstance(own, nn.SyncBatchNorm):
+        return None
+    libraries = {_library(own), _library(plain)} <= {"torch", "timm"}  # timm's LayerNorm computes as torch's
+    if type(own) is not type(plain) and not (libraries and type(own).__name__ == type(plain).__name__):
+        return f"is {kind_of(own)}, and {kind_of(plain)}"
+    for key, value in vars(plain).items() if _library(plain) != OURS else ():
+        free = key in FREE or key.startswith("_") or (key == "eps" and isinstance(own, nn.LayerNorm))
+        now = vars(own).get(key)
+        if not free and isinstance(value, PLAIN) and isinstance(now, PLAIN) and now != value:
+            return f"has {key}={now!r}, and {value!r}"
+    return None
+
+
+def _drops(module: nn.Module) -> bool:
+    """Return whether a module does nothing in evaluation: drops values, paths or patches, or is an identity."""
+    kind = type(module)
+    return kind is nn.Identity or (_library(module) in ("timm", "torch") and "Drop" in kind.__name__)
 
 
 def set_norm_eps(model: nn.Module, epsilon: float) -> None:

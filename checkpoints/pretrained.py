@@ -20,7 +20,7 @@ from ..models.conversion import plan_size, resize, with_plan
 from ..models.converted import MARK, converted_layers, drop_other_operators, drop_parts, is_mark, read_mark
 from ..models.copied import ARCHITECTURE as COPIED
 from ..models.copied import copying_of
-from ..models.errors import CheckpointError, ConfigError, Json, JsonDict, check_types
+from ..models.errors import CheckpointError, ConfigError, Json, JsonDict, UnsupportedModelError, check_types
 from ..models.families import (
     any_family,
     check_patches,
@@ -63,7 +63,7 @@ from .fit import (
 )
 from .model_folders import ModelFolder, Opened, open_source, read_folder, read_weights_file
 from .preprocessing import Preprocessing, input_size
-from .provenance import Pretrained, digest_weights
+from .provenance import Pretrained, carry, digest_weights, terms_of
 from .report import LoadReport, some
 from .sources import FileSource, TimmSource, source_text
 from .transformers_models import load_tower
@@ -194,10 +194,28 @@ def describe(thing: Model | Pretrained, role: str = "model", **how: Unpack[LoadS
     for name in how:
         raise ConfigError(f"{name} is of a source by name, and {role} is a model that is built already")
     if isinstance(thing, Pretrained):
-        return thing
+        return thing if is_transformers(type(thing.model)) else _as_it_is(thing)
     if isinstance(thing, HoldsPretrained) and not isinstance(thing, type):
         return thing.to_pretrained()
     return describe_model(as_model(thing, role))
+
+
+def _as_it_is(known: Pretrained) -> Pretrained:
+    """Return a description of a loaded model with what was changed in it since."""
+    changed = _changed(known.model)
+    size = (known.preprocessing.input_size[0], *changed.get("img_size", known.preprocessing.input_size[1:]))
+    return replace(
+        known,
+        model_args={**known.model_args, **_written(known.model, known.architecture), **changed},
+        preprocessing=replace(known.preprocessing, input_size=size),
+        has_head=changed.get("num_classes", 0) > 0,
+        label_names=_of_so_many(known.label_names, changed),
+    )
+
+
+def _of_so_many(names: tuple[str, ...] | None, arguments: Json) -> tuple[str, ...] | None:
+    """Return the names of classes where they are as many as the head has."""
+    return names if names is not None and len(names) == arguments.get("num_classes") else None
 
 
 def describe_model(model: nn.Module, **own: Any) -> Pretrained:
@@ -217,17 +235,25 @@ def describe_model(model: nn.Module, **own: Any) -> Pretrained:
             f"this {type(model).__name__} does not say its timm name: make it by timm.create_model, or load it by "
             "graftvit.load"
         )
+    if not hasattr(model, "num_classes"):
+        raise UnsupportedModelError(
+            f"this {type(model).__name__} gives maps and no classes or features, as with features_only=True: give the "
+            "model that timm makes without it"
+        )
     arguments = {**_written(model, name), **_changed(model)}
+    terms = terms_of(model)
     return Pretrained(
         model=model,
         source=MADE_HERE,
         architecture=split_model_name_tag(name)[0],
         preprocessing=Preprocessing.of(model, **own),
-        license=None,
+        license=terms.license,
         revision=None,
         has_head=vit(model).num_classes > 0,
         report=LoadReport("Python", "a model", 0),
         model_args=arguments,
+        label_names=_of_so_many(terms.label_names, arguments),
+        provenance=terms.provenance or {},
     )
 
 
@@ -487,18 +513,21 @@ def _describe(model: nn.Module, source: str, plan: ModelPlan, report: LoadReport
     model.requires_grad_(False)
     model.eval()
     weights, arguments = plan.weights, plan.arguments
+    license = weights.pretrained_cfg.get("license")
+    label_names = read_names(weights.pretrained_cfg, arguments["num_classes"])
+    carry(model, license, label_names, weights.provenance)
     return Pretrained(
         model=model,
         source=source,
         architecture=plan.architecture,
         preprocessing=Preprocessing.read(plan.config, input_size(model, plan.config)),
-        license=weights.pretrained_cfg.get("license"),
+        license=license,
         revision=weights.revision,
         has_head=arguments["num_classes"] > 0,
         report=report,
         model_args={key: value for key, value in arguments.items() if not key.startswith("pretrained_cfg")},
         provenance=weights.provenance,
-        label_names=read_names(weights.pretrained_cfg, arguments["num_classes"]),
+        label_names=label_names,
     )
 
 
@@ -517,7 +546,8 @@ def load(
 
     Args:
         source: a folder or file, `hf-hub:org/name`, a timm name; `#ema` behind a run's path takes its average.
-        dtype: of the weights, float32 by default.
+        dtype: of the weights, float32 by default, whatever they were saved in; a model that was float64 or bfloat16 is
+            the same to the last bit with its own type alone.
         how: `model`, `model_args`, `img_size`, `bare` and the rest, as of `load_pretrained`; but for `num_classes` that
             the weights do not have, the model gets a fresh head.
 

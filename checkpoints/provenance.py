@@ -10,6 +10,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -66,6 +67,36 @@ class Pretrained:
     def std(self) -> tuple[float, ...]:
         """Deviation of each channel, of images in 0..1."""
         return self.preprocessing.std
+
+
+TERMS = "_graftvit_terms"
+
+
+class Terms(NamedTuple):
+    """What a model itself says of its weights, so that copies and conversions of it do."""
+
+    license: str | None = None
+    label_names: tuple[str, ...] | None = None
+    provenance: Json | None = None
+    """Of weights under no single known license: that their origin is not known."""
+
+
+def carry(
+    model: nn.Module, license: str | None, label_names: tuple[str, ...] | None, provenance: Json
+) -> None:
+    """Let a model say its license and the names of its classes."""
+    made = {"init": UNRECORDED} if license is None and licenses(provenance) else None
+    setattr(model, TERMS, Terms(license, label_names, made))
+
+
+def terms_of(model: nn.Module) -> Terms:
+    """Return what a model says of its weights."""
+    found: Terms = getattr(model, TERMS, Terms())
+    return found
+
+
+UNRECORDED: Json = {"source": "not recorded"}
+"""The provenance of weights whose origin is not known."""
 
 
 # Identify weights by a digest of their tensors, and teachers by all that decides what they compute, in any place.

@@ -33,7 +33,8 @@ from .architecture import build, published_config
 from .atomic import write_file, write_folder
 from .class_names import KEY as LABEL_NAMES
 from .files import place, read_json
-from .fit import check_dtype, own_norm_eps, refuse_not_finite
+from .fit import check_dtype, own_norm_eps, refuse_changed, refuse_not_finite
+from .model_folders import CONFIG
 from .preprocessing import Preprocessing
 from .pretrained import LoadSettings, describe
 from .provenance import COST, NORM_EPS, Pretrained, carried_license, of_weights
@@ -125,7 +126,7 @@ def save(
         model: of timm, converted, or copying its teacher's attention; a `DualViT`; what `load_pretrained` returns; a
             run folder or file (`#ema` behind it for the moving average), or any other source of `load_pretrained`.
         folder: is made, and may hold a model folder with `overwrite` alone.
-        dtype: of the floating-point weights, their own by default.
+        dtype: of the floating-point weights, their own by default. `load` makes float32 of any, unless it is told.
         max_shard_size: bytes, or "5GB"; larger weights are spread over several files with an index.
         overwrite: replace a model folder that is there.
         how: of a source: `model_args`, `img_size`, `bare` and the rest, as of `load_pretrained`.
@@ -155,8 +156,8 @@ def save(
     return folder
 
 
-def _check_whole(model: nn.Module) -> None:
-    """Raise CheckpointError for a model that its state dict does not hold; warn of hooks."""
+def check_values(model: nn.Module) -> None:
+    """Raise CheckpointError for a model without numbers, or with others than tensors."""
     state = model.state_dict().values()
     if not all(isinstance(each, Tensor) for each in state):
         raise CheckpointError(
@@ -164,6 +165,11 @@ def _check_whole(model: nn.Module) -> None:
         )
     if any(each.is_meta for each in state):
         raise CheckpointError("the model is on the meta device, without the values of its weights")
+
+
+def _check_whole(model: nn.Module) -> None:
+    """Raise CheckpointError for a model that its state dict does not hold; warn of hooks."""
+    check_values(model)
     for name, module in model.named_modules():
         if "forward" in vars(module):
             raise CheckpointError(
@@ -249,6 +255,7 @@ def write_student(
     found = {**marks_of(model), **model.state_dict()}
     tensors = _apart(found)
     fresh = _check(name, arguments, tensors)
+    refuse_changed(model, fresh, name)
     epsilon = own_norm_eps(model, fresh, name)
     made = {**(provenance or {}), **({NORM_EPS: epsilon} if epsilon else {}), **_cost(model)}
     config = _config(model, name, arguments, preprocessing, license) | {PROVENANCE: made}
@@ -295,6 +302,12 @@ def _whole(model: nn.Module, architecture: str, arguments: Json) -> tuple[str, J
     return with_copying(*with_own_plan(model, name, own), copying)
 
 
+def check_described(known: Pretrained) -> None:
+    """CheckpointError for a model that was changed into what its description does not say."""
+    name, arguments = _whole(known.model, known.architecture, known.model_args)
+    refuse_changed(known.model, build(name, arguments, on_meta=True), name)
+
+
 def _cost(model: nn.Module) -> JsonDict:
     """Return what a copying student and the part of its teacher cost, for the card."""
     if copying_of(model) is None:
@@ -337,18 +350,21 @@ def _config(
     preprocessing: Preprocessing,
     license: str | None,
 ) -> JsonDict:
+    classes = arguments.get(
+        "num_classes", vit(model).num_classes
+    )  # of a new head, the model may say the old number
     described = {**published_config(architecture), **(getattr(model, "default_cfg", None) or {})}
     pretrained = {key: described[key] for key in KEPT if key in described}
     pretrained |= {
         **preprocessing.described(),
-        "num_classes": vit(model).num_classes,
+        "num_classes": classes,
         "custom_load": False,
     }
     if license is not None:
         pretrained["license"] = license
     return {
         "architecture": architecture,
-        "num_classes": vit(model).num_classes,
+        "num_classes": classes,
         "num_features": vit(model).num_features,
         "global_pool": pooling_of(model),
         "model_args": dict(arguments),

@@ -9,7 +9,6 @@ from typing import Protocol, TypeAlias, runtime_checkable
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from .errors import DataError, UnsupportedModelError, counted, kind_of
 from .families import find_family, image_channels, refuse_compiled
@@ -27,7 +26,6 @@ Model: TypeAlias = nn.Module | HoldsModel | str | PathLike[str]
 """A model, an object that holds one, or a source of weights by name."""
 LOADER = f"{__package__.partition('.')[0]}.checkpoints.pretrained:load"
 """What opens a source by name; by its own name, because checkpoints stand on models."""
-WRAPPERS = (nn.DataParallel, DistributedDataParallel)
 
 
 def as_model(thing: object, role: str = "model") -> nn.Module:
@@ -60,7 +58,7 @@ def as_model(thing: object, role: str = "model") -> nn.Module:
         )
     refuse_compiled(thing)
     name = type(thing).__name__
-    if isinstance(thing, WRAPPERS):
+    if [part for part, _ in thing.named_children()] == ["module"]:  # DataParallel, DDP, averages of weights
         raise UnsupportedModelError(f"{role} is a {name}, which wraps a model: give its .module")
     if isinstance(thing, torch.jit.ScriptModule):
         raise UnsupportedModelError(

@@ -316,11 +316,12 @@ class OneStage(Family):
         return self.image_size(model) if getattr(self.embedding(model), "strict_img_size", True) else None
 
     def patch_size(self, model: nn.Module) -> tuple[int, int]:
-        height, width = cast(Any, self.embedding(model)).patch_size
+        embedding = cast(
+            Any, self.embedding(model)
+        )  # one behind convolutions says how much both reduce the image
+        ratio = getattr(embedding, "feat_ratio", None)
+        height, width = embedding.patch_size if ratio is None else ratio(as_scalar=False)
         return int(height), int(width)
-
-    def channels(self, model: nn.Module) -> int:
-        return int(cast(Any, self.embedding(model)).proj.in_channels)
 
     def image_step(self, model: nn.Module) -> tuple[int, int]:
         return self.patch_size(model)

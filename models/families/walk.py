@@ -11,6 +11,7 @@ from typing import Any, NoReturn, cast
 
 import timm
 import torch
+from timm.layers import to_2tuple
 from timm.models import is_model, model_entrypoint, split_model_name_tag
 from torch import Tensor, nn
 
@@ -297,7 +298,8 @@ def patch_size(model: nn.Module) -> tuple[int, int]:
     if family is not None:
         return family.patch_size(model)
     size = getattr(getattr(model, "patch_embed", None), "patch_size", None) or (1, 1)
-    return int(size[0]), int(size[1])
+    height, width = to_2tuple(size)
+    return int(height), int(width)
 
 
 def position_grid(model: nn.Module) -> tuple[int, int]:

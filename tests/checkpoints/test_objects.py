@@ -14,7 +14,8 @@ import graftvit
 import pytest
 import timm
 import torch
-from graftvit.models import resize
+from graftvit.checkpoints import plan_upload
+from graftvit.models import host_attention, resize
 from graftvit.models.errors import CheckpointError
 from support.hub.hub_client import use_hub
 from support.hub.hub_uploads import serve_uploads
@@ -47,6 +48,12 @@ def new_head() -> nn.Module:
     return model.eval()  # type: ignore[no-any-return]
 
 
+def hosted() -> nn.Module:
+    model = vit()
+    host_attention(model)
+    return model
+
+
 def resized() -> nn.Module:
     model = vit()
     resize(model, (40, 24))
@@ -71,6 +78,38 @@ def not_finite() -> nn.Module:
     model: Any = vit()
     model.head.weight.data[0, 0] = float("nan")
     return model  # type: ignore[no-any-return]
+
+
+class Scaled(nn.Linear):
+    """A head that computes something else with the same weights."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * super().forward(x)
+
+
+def changed(path: str, part: nn.Module) -> Any:
+    model = vit()
+    parent, _, name = path.rpartition(".")
+    setattr(model.get_submodule(parent), name, part)
+    return model.eval()
+
+
+def another_scale() -> nn.Module:
+    model: Any = vit()
+    model.blocks[1].attn.scale = 0.1
+    return model  # type: ignore[no-any-return]
+
+
+def pooled_later(tmp_path: Path) -> Any:
+    known = loaded(tmp_path)
+    known.model.reset_classifier(5, "avg")
+    return known
+
+
+def resized_later(tmp_path: Path) -> Any:
+    known = loaded(tmp_path)
+    resize(known.model, (40, 24))
+    return known
 
 
 def taught(method: str, *, steps: int = 1) -> graftvit.DualViT:
@@ -116,6 +155,12 @@ THINGS: dict[str, Callable[[Path], Any]] = {
     "logits": lambda _: taught("logits"),
     "converted student": lambda _: graftvit.DualViT(vit(1), graftvit.convert(vit(), "*: linear"), "feature"),
     "loaded": loaded,
+    "loaded, then pooled": pooled_later,
+    "loaded, then resized": resized_later,
+    "a head put in": lambda _: changed("head", nn.Linear(24, 9)),
+    "dropping": lambda _: vit(drop_path_rate=0.5, proj_drop_rate=0.5, patch_drop_rate=0.5),
+    "dropping later": lambda _: changed("head_drop", nn.Dropout(0.5)),
+    "hosted": lambda _: hosted(),
 }
 
 
@@ -228,6 +273,75 @@ def test_what_cannot_be_built_again_is_refused(
     with pytest.raises(CheckpointError, match=part):
         graftvit.save(model(), tmp_path / "saved")
     assert list(tmp_path.iterdir()) == []
+
+
+CHANGED: dict[str, tuple[Callable[[], nn.Module], str]] = {
+    "activation": (lambda: changed("blocks.1.mlp.act", nn.ReLU()), "blocks.1.mlp.act"),
+    "a layer without weights": (lambda: changed("norm_pre", nn.Softmax(-1)), "norm_pre"),
+    "another head": (lambda: changed("head", Scaled(24, 5)), "head"),
+    "a setting": (another_scale, "blocks.1.attn has scale"),
+    "a layer more": (lambda: changed("norm_pre", nn.Sequential(nn.ReLU())), "norm_pre"),
+}
+
+
+@pytest.mark.parametrize("name", CHANGED)
+def test_a_model_that_computes_something_else_is_refused(name: str, tmp_path: Path) -> None:
+    make, part = CHANGED[name]
+    takers: list[Callable[[], Any]] = [
+        lambda: graftvit.save(make(), tmp_path / "saved"),
+        lambda: graftvit.export(make(), tmp_path / "model.onnx"),
+        lambda: graftvit.as_model(graftvit.DualViT(vit(1), make(), "logits")),
+    ]
+    if name != "a setting":
+        takers.append(lambda: graftvit.save(graftvit.convert(make(), "*: linear"), tmp_path / "saved"))
+    for take in takers:
+        with pytest.raises(CheckpointError, match=part):
+            take()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_plain_timm_loads_a_head_that_was_put_in(tmp_path: Path) -> None:
+    model = changed("head", nn.Linear(24, 9))
+    graftvit.save(model, tmp_path / "model")
+    again = timm.create_model(f"local-dir:{tmp_path / 'model'}", pretrained=True).eval()
+    assert torch.equal(again(images()), model(images()))
+
+
+def test_license_and_classes_travel_with_the_model(tmp_path: Path) -> None:
+    folder = graftvit.save(vit(), tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    config["pretrained_cfg"]["license"], config["label_names"] = "cc-by-nc-4.0", list("abcde")
+    (folder / "config.json").write_text(json.dumps(config))
+    linear = graftvit.convert(graftvit.load(folder), "*: linear")
+    student = graftvit.DualViT(vit(1), graftvit.load(folder), "logits")
+    for name, thing in {
+        "loaded": graftvit.load(folder),
+        "converted": linear,
+        "converted source": graftvit.convert(folder, "*: linear"),
+        "student": graftvit.DualViT(folder, linear, "logits"),
+        "of a teacher without a license": student,
+        "its model": graftvit.as_model(student),
+        "saved again": graftvit.load(graftvit.save(student, tmp_path / "first student")),
+    }.items():
+        out = graftvit.save(thing, tmp_path / name)
+        config = json.loads((out / "config.json").read_text())
+        assert config["label_names"] == list("abcde"), name
+        with pytest.raises(CheckpointError, match="confirm_license"):
+            plan_upload(out, "me/model", license="mit")
+    assert config["pretrained_cfg"].get("license") is None
+    other: Any = graftvit.load(folder)
+    other.reset_classifier(7)
+    again = json.loads((graftvit.save(other, tmp_path / "other") / "config.json").read_text())
+    assert "label_names" not in again
+    assert again["pretrained_cfg"]["license"] == "cc-by-nc-4.0"
+
+
+@pytest.mark.parametrize("name", ["vit_tiny_r_s16_p8_224", "vitamin_small_224", "xcit_nano_12_p16_224"])
+def test_patches_behind_convolutions_have_their_size_again(name: str, tmp_path: Path) -> None:
+    model = timm.create_model(name, num_classes=5).eval()
+    assert graftvit.load_pretrained(graftvit.save(model, tmp_path / "model")).preprocessing.input_size == (
+        3, 224, 224
+    )  # fmt: skip
 
 
 def test_a_changed_model_is_not_written_as_another(tmp_path: Path) -> None:

@@ -93,6 +93,11 @@ def replaced() -> nn.Module:
     return model
 
 
+def maps_alone() -> nn.Module:
+    sizes = {key: value for key, value in SIZES.items() if key not in ("depth", "num_classes")}
+    return timm.create_model(NAME, features_only=True, **sizes)
+
+
 def dual(*models_: Any, **options: Any) -> graftvit.DualViT:
     teacher, student = models_ or (vit(), vit())
     return graftvit.DualViT(teacher, student, **({"method": "distill"} | options))
@@ -146,6 +151,7 @@ THINGS: dict[str, tuple[Any, type[GraftError]]] = {
     "a path": (Path("runs/nothing/student"), CheckpointError),
     "compiled": (torch.compile(nn.Identity()), NoModel),
     "parallel": (nn.DataParallel(nn.Identity()), NoModel),
+    "an average": (torch.optim.swa_utils.AveragedModel(nn.Identity()), NoModel),
     "scripted": (torch.jit.script(nn.Linear(2, 2)), NoModel),
 }
 MODELS: dict[str, Callable[[Any], Any]] = {
@@ -186,6 +192,8 @@ OTHERS: dict[str, tuple[Callable[[], Any], type[GraftError]]] = {
     "convert: a keyword": (lambda: a.convert(one(), "*: linear", weight="all"), ConfigError),
     "convert: weights": (lambda: a.convert(one(), "*: linear", weights="al"), ConfigError),
     "convert: without": (lambda: a.convert(one(), "*: linear", without="bias"), ConfigError),
+    "convert: an array of weights": (lambda: a.convert(one(), "*: linear", weights=np.zeros(3)), ConfigError),
+    "convert: an array of parts": (lambda: a.convert(one(), "*: linear", without=X), ConfigError),
     "convert: a seed": (lambda: a.convert(one(), "*: linear", seed="a"), ConfigError),
     "convert: no attention": (lambda: a.convert(resnet(), "*: linear"), NoModel),
     "attention_maps: a layer": (lambda: t.attention_maps(one(), X, 9), TransferError),
@@ -227,6 +235,10 @@ OTHERS: dict[str, tuple[Callable[[], Any], type[GraftError]]] = {
     "save: a NUL": (lambda: a.save(one(), "a\0b"), CheckpointError),
     "save: a long name": (lambda: a.save(one(), "a" * 300), CheckpointError),
     "export: a long name": (lambda: a.export(one(), f"{'a' * 300}.pt2"), CheckpointError),
+    "save: maps alone": (lambda: a.save(maps_alone(), "out"), NoModel),
+    "export: maps alone": (lambda: a.export(maps_alone(), "a.pt2"), NoModel),
+    "export: no values": (lambda: a.export(vit().to("meta"), "a.pt2"), CheckpointError),
+    "export: an array": (lambda: a.export(one(), "a.onnx", dynamic=np.zeros(2)), ConfigError),
     "save: a shard": (lambda: a.save(one(), "out", max_shard_size="foo"), GraftError),
     "save: a keyword": (lambda: a.save(one(), "out", overwite=True), ConfigError),
     "save: no values": (lambda: a.save(vit().to("meta"), "out"), CheckpointError),

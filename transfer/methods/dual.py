@@ -18,9 +18,9 @@ from typing_extensions import Unpack
 
 from ...checkpoints.architecture import build
 from ...checkpoints.copying_students import copied_teacher
-from ...checkpoints.fit import own_norm_eps, set_norm_eps
+from ...checkpoints.fit import own_norm_eps, refuse_changed, set_norm_eps
 from ...checkpoints.pretrained import describe_model
-from ...checkpoints.provenance import Pretrained, carried_license, of_teacher
+from ...checkpoints.provenance import UNRECORDED, Pretrained, carried_license, carry, of_teacher, terms_of
 from ...checkpoints.student import save
 from ...models.copied import CopiedTeacher, Copying, copy_attention, copying_of
 from ...models.copying.tape import Tape
@@ -472,21 +472,23 @@ class DualViT(nn.Module):
         epsilon = own_norm_eps(self.student, model, known.architecture)
         if epsilon is not None:
             set_norm_eps(model, epsilon)
+        refuse_changed(self.student, model, known.architecture)
         model.load_state_dict(merged(self.student.state_dict()), assign=True)
         if self.needs_teacher and copying_of(model) is None:  # a released student has its part
             copy_attention(model, *self._described_part())
         made = self._provenance()
-        return replace(known, model=model.eval(), license=carried_license(made), provenance=made)
+        license = carried_license(made)
+        carry(model, license, known.label_names, made)
+        return replace(known, model=model.eval(), license=license, provenance=made)
 
     def _provenance(self) -> JsonDict:
-        """Return what is known of how the student was made; where its first weights came from is not."""
-        unknown = {"source": "not recorded"}
-        teachers = {side.name: of_teacher(side.loaded) or unknown for side in self._sides}
+        """Return what is known of how the student was made; of its first weights, only a license that they carry."""
+        teachers = {side.name: of_teacher(side.loaded) or _unrecorded(side.model) for side in self._sides}
         return {
             "version": version("graftvit"),
             "teacher": teachers.pop(self._sides[0].name),
             **({"teachers": teachers} if teachers else {}),
-            "init": unknown,
+            "init": _unrecorded(self.student),
             "recipe": {"mode": "transfer", "transfer": self.config.model_dump(mode="json")},
         }
 
@@ -676,6 +678,12 @@ class DualViT(nn.Module):
 
 
 # The teacher-student wrapper that the settings of a run describe.
+
+
+def _unrecorded(model: nn.Module) -> JsonDict:
+    """Return the provenance of weights whose source is not known."""
+    license = terms_of(model).license
+    return {**UNRECORDED, **({"license": license} if license else {})}
 
 
 def _learner(student: Model) -> nn.Module:
