@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from types import NoneType
 from typing import Any, Literal
 
 import torch
@@ -278,7 +277,7 @@ FREE = frozenset(
     | {"distilled_training", "img_size"}
 )
 """Attributes of modules that decide nothing in evaluation, and two that the description says by themselves."""
-PLAIN = (bool, int, float, str, tuple, NoneType)
+PLAIN = (bool, int, float, str, tuple)
 
 
 def refuse_changed(model: nn.Module, fresh: nn.Module, architecture: str) -> None:
