@@ -73,7 +73,7 @@ TERMS = "_graftvit_terms"
 
 
 class Terms(NamedTuple):
-    """What a model itself says of its weights, so that copies and conversions of it do."""
+    """The license and classes that a model carries, so that copies and conversions of it do."""
 
     license: str | None = None
     label_names: tuple[str, ...] | None = None
@@ -90,7 +90,7 @@ def carry(
 
 
 def terms_of(model: nn.Module) -> Terms:
-    """Return what a model says of its weights."""
+    """Return the license and classes that a model carries."""
     found: Terms = getattr(model, TERMS, Terms())
     return found
 
