@@ -34,7 +34,6 @@ from .atomic import write_file, write_folder
 from .class_names import KEY as LABEL_NAMES
 from .files import place, read_json
 from .fit import check_dtype, own_norm_eps, refuse_changed, refuse_not_finite
-from .model_folders import CONFIG
 from .preprocessing import Preprocessing
 from .pretrained import LoadSettings, describe
 from .provenance import COST, NORM_EPS, Pretrained, carried_license, of_weights
