@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from os import PathLike
 from pathlib import Path
-from typing import get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from typing_extensions import Unpack
 
 from ..models import families
@@ -50,6 +50,9 @@ from .pretrained import LoadSettings, describe, describe_model
 from .provenance import Pretrained
 from .student import check_described, check_values
 from .weight_files import Weights, as_pair
+
+if TYPE_CHECKING:
+    from ..models.dense.dense_model import DenseModel
 
 # Write the metadata of an exported file, and report the export.
 
@@ -180,6 +183,8 @@ def export(
 ) -> ExportReport:
     """Export a model, or that of any source, as `export_model`; the file says how to feed it and where it comes from.
 
+    Of a detector or segmenter, backbone and neck: its outputs are the maps `stride_8`, `stride_16` and so on.
+
     Args:
         model: as of `graftvit.save`.
         path: of the file, .onnx or .pt2.
@@ -201,6 +206,9 @@ def export(
     """
     path = place(path)
     check_export(path, format, dynamic, opset, tolerance, overwrite)
+    dense = _dense_of(model)
+    if dense is not None:
+        return _export_dense(dense, Path(path), format, dynamic, opset, normalize, tolerance, overwrite, how)
     teacher = describe(model, **how)
     check_described(teacher)
     module = teacher.model
@@ -266,10 +274,20 @@ def export_model(
     size, patch = _sizes(model, image_size, dynamic)
     words = words_of(model, size, patch, dynamic, mean, std, normalize) | dict(metadata or {})
     shapes = shapes_to_check(channels_of(model), size, patch, dynamic)
+    norm = (mean, std) if normalize and mean is not None and std is not None else None
+    return _write_checked(model, path, kind, words, shapes, patch, dynamic, opset, norm, tolerance)
+
+
+def _write_checked(
+    model: nn.Module, path: Path, kind: Format, words: Mapping[str, str], shapes: Sequence[Shape],
+    patch: tuple[int, int], dynamic: Collection[Dynamic], opset: int | None,
+    norm: tuple[Sequence[float], Sequence[float]] | None, tolerance: float,
+) -> ExportReport:  # fmt: skip
+    """Write the graph of `model`, which normalizes by `norm` if it is given, after it was compared for the shapes."""
     example = example_images(shapes[-1])
     found: JsonDict = {}
     with _for_inference(model) as plain:
-        module = Normalized(plain, mean, std) if normalize and mean is not None and std is not None else plain
+        module = plain if norm is None else Normalized(plain, *norm)
         logger.info("tracing %s", type(model).__name__)
         graph = trace(module, example, dynamic, patch)
 
@@ -291,6 +309,61 @@ def export_model(
     return ExportReport(
         path, files, kind, found.get("opset"), words["output"], free, tuple(shapes), found["error"], words
     )
+
+
+class DenseMaps(nn.Module):
+    """Backbone and neck of a detector or segmenter: the levels that its head gets, the finest first."""
+
+    def __init__(self, model: DenseModel) -> None:
+        super().__init__()
+        self.backbone, self.neck = model.backbone, model.neck
+        levels: Any = getattr(model.neck, "levels", model.backbone)
+        self.strides: list[int] = levels.strides
+
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        """Return the levels (B, width, H / stride, W / stride) of normalized images."""
+        return tuple(self.neck(self.backbone(images)))
+
+
+def _dense_of(model: object) -> DenseModel | None:
+    """Return the detector or segmenter that is given or named."""
+    from ..models.dense.dense_model import DenseModel  # here: a classifier needs no detector of torchvision
+    from .dense_models import find_dense, load_dense
+
+    if isinstance(model, DenseModel):
+        return model
+    return load_dense(str(model)) if isinstance(model, str | Path) and find_dense(str(model)) else None
+
+
+def _export_dense(
+    model: DenseModel, path: Path, wanted: Format | None, dynamic: Collection[Dynamic], opset: int | None,
+    normalize: bool, tolerance: float, overwrite: bool, how: LoadSettings,
+) -> ExportReport:  # fmt: skip
+    """Write backbone and neck as maps; what makes boxes, masks and labels of them stays in Python."""
+    kind = check_export(path, wanted, dynamic, opset, tolerance, overwrite)
+    other = next((name for name in ("model", "model_args", "num_classes", "revision") if how.get(name)), None)
+    if other is not None or "resolution" in dynamic:
+        name = other or "dynamic resolution"
+        raise CheckpointError(
+            f"{name} is of classifiers: a detector or segmenter is exported as it is, at img_size"
+        )
+    size, divisor = how.get("img_size"), model.size_divisor
+    if size is None or any(side % divisor for side in as_pair(size)):
+        raise CheckpointError(
+            f"img_size={size}: give height and width of the padded images in multiples of {divisor}, as in 800,1344"
+        )
+    maps, (height, width) = DenseMaps(model), as_pair(size)
+    words = {
+        **words_of(model.backbone.body, (height, width), (1, 1), dynamic, model.mean, model.std, normalize),
+        "output": ",".join(f"stride_{stride}" for stride in maps.strides),
+        "strides": ",".join(map(str, maps.strides)),
+        "head": model.kind,
+        "classes": str(model.num_classes),
+        LABEL_NAMES: json.dumps(list(model.class_names), ensure_ascii=False),
+    }
+    shapes = shapes_to_check(3, (height, width), (1, 1), dynamic)
+    norm = (model.mean, model.std) if normalize else None
+    return _write_checked(maps, path, kind, words, shapes, (1, 1), dynamic, opset, norm, tolerance)
 
 
 def check_export(
@@ -350,15 +423,19 @@ def _for_inference(model: nn.Module) -> Iterator[nn.Module]:
     tensors = [tensor for tensor in model.state_dict().values() if tensor.is_floating_point()]
     if any(tensor.device.type != "cpu" or tensor.dtype != torch.float32 for tensor in tensors):
         model = copy.deepcopy(model).to("cpu", torch.float32)
-    family = families.find_family(model)
+    family = families.find_family(_body_of(model))
     if family is not None and family.exported_hosted:
         model = sharing_copy(model)
-        host_attention(model)
+        host_attention(_body_of(model))
         for module in model.modules():  # a layer that is no site: ONNX has no fused attention within windows
             if hasattr(module, "fused_attn"):
                 module.fused_attn = False  # type: ignore[assignment]
     with families.evaluating(model):
         yield model
+
+
+def _body_of(model: nn.Module) -> nn.Module:
+    return model.backbone.body if isinstance(model, DenseMaps) else model
 
 
 def _place_data(temporary: Path, path: Path) -> None:

@@ -174,7 +174,7 @@ OLDEST_OPSET = 18
 ONE_FILE_BYTES = 2**31 - 2**27
 """Above this size the weights are beside the .onnx file: protobuf ends at 2 GiB."""
 METADATA_FILE = "graftvit.json"
-Run = Callable[[Tensor], Tensor]
+Run = Callable[[Tensor], Any]
 
 
 def format_of(path: Path, wanted: str | None) -> Format:
@@ -217,7 +217,7 @@ def write_onnx(
     """
     with explained("to ONNX: the model"):
         program: Any = torch.onnx.export(
-            graph, (example,), dynamo=True, input_names=["images"], output_names=[metadata["output"]],
+            graph, (example,), dynamo=True, input_names=["images"], output_names=metadata["output"].split(","),
             opset_version=opset, verbose=False,
         )  # fmt: skip
         _name_sizes(program.model.graph)
@@ -244,7 +244,12 @@ def run_onnx(path: Path) -> Run:
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3  # errors alone
     session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    return lambda images: torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
+
+    def run(images: Tensor) -> Any:
+        found = [torch.from_numpy(each) for each in session.run(None, {"images": images.numpy()})]
+        return found[0] if len(found) == 1 else found
+
+    return run
 
 
 def run_torch(path: Path) -> Run:
@@ -252,6 +257,11 @@ def run_torch(path: Path) -> Run:
     with quiet():
         module = torch.export.load(path).module()
     return lambda images: module(images)
+
+
+def outputs_of(output: Any) -> list[Tensor]:
+    """Return what a model gave as a list: one tensor, or the maps of several strides."""
+    return list(output) if isinstance(output, tuple | list) else [output]
 
 
 def _weight_bytes(graph: ExportedProgram) -> int:
@@ -326,14 +336,14 @@ def compare(model: nn.Module, path: Path, kind: Format, shapes: Sequence[Shape],
     for shape in shapes:
         images = example_images(shape)
         with torch.no_grad():
-            reference = model(images)
-        if not reference.isfinite().all():
+            references = outputs_of(model(images))
+        if not all(each.isfinite().all() for each in references):
             raise ExportFailedError(
                 f"{path.name} is not written: the model itself gives numbers that are not finite"
             )
         with _explained(label), torch.no_grad(), quiet():
-            output = run(images)
-        worst = max(worst, relative_error(output, reference))
+            outputs = outputs_of(run(images))
+        worst = max(worst, *map(relative_error, outputs, references))
     if not worst <= tolerance:
         raise ExportFailedError(
             f"{label} computes with it something else than the model: the relative error is {worst:.1e}, more than "

@@ -230,6 +230,10 @@ def describe_model(model: nn.Module, **own: Any) -> Pretrained:
             f"this {type(model).__name__} is a model of transformers: save it by its save_pretrained, a student after "
             "release()"
         )
+    if name is None and hasattr(model, "size_divisor"):
+        raise CheckpointError(
+            f"a {type(model).__name__} is a detector or segmenter: save it by save_dense, or give its backbone.body"
+        )
     if name is None:
         raise CheckpointError(
             f"this {type(model).__name__} does not say its timm name: make it by timm.create_model, or load it by "
@@ -542,6 +546,7 @@ def load(
 ) -> nn.Module:
     """Return the model of any source, in eval mode and with gradients: a student (converted ones too) or a teacher.
 
+    Of a detector or segmenter it is the backbone; `graftvit.checkpoints.load_dense` gives the whole.
     A student that copies its teacher's attention has the part of the teacher that it needs, which stays frozen.
 
     Args:

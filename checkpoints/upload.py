@@ -96,11 +96,22 @@ def student_folder(model: Model | Pretrained) -> Iterator[Path]:
     """
     if isinstance(model, str | PathLike):
         run, _ = split_part(os.fspath(model))
+        _refuse_head(run, run / "student")
         if (run / CONFIG).is_file() or not any((run / name).is_dir() for name in ("checkpoints", "student")):
             yield run
             return
     with TemporaryDirectory(prefix="graftvit-push-") as temporary:
         yield save(model, Path(temporary) / "student")
+
+
+def _refuse_head(*folders: Path) -> None:
+    """Raise CheckpointError for the folder of a detector or segmenter."""
+    heads = (folder / name for folder in folders for name in ("detector.json", "segmenter.json"))
+    head = next((path for path in heads if path.is_file()), None)
+    if head is not None:
+        raise CheckpointError(
+            f"{head} is of a detector or segmenter, and a push sends a classifier alone: send its folder by `hf upload`"
+        )
 
 
 @check_types()
@@ -130,6 +141,7 @@ def plan_upload(
     """
     _check_repository(repository)
     folder = place(folder)
+    _refuse_head(folder)
     config = _config(folder)
     weights = _weights(folder)
     claim = claim_license(config, license, confirmed=confirm_license)

@@ -9,6 +9,9 @@ from collections.abc import Sequence
 
 from ..models.errors import JsonDict
 from ..transfer.analysis.report.tables import aligned
+from ..transfer.config import DataConfig
+from ..transfer.data.coco import CocoImages
+from ..transfer.data.dense_sets import check_dense, open_dense
 from ..transfer.data.survey import Split, Survey, differences
 
 SHOWN_LABELS = 20
@@ -33,6 +36,41 @@ def to_json(found: Survey) -> str:
     splits = {split.name: _collect_numbers(split) for split in found.splits}
     whole = {"splits": splits, "missing": found.missing, "warnings": differences(found)}
     return json.dumps(whole, indent=2)
+
+
+def survey_dense(data: DataConfig) -> JsonDict:
+    """Return the images of each split of a data set of detection or segmentation, its objects by class, and crowds.
+
+    Raises DataError: a split is not there or damaged.
+    """
+    splits: JsonDict = {}
+    for split in (data.train_split, data.val_split):
+        if split is not None:
+            source = open_dense(data, split, training=False)
+            counts = (
+                source.counts() if isinstance(source, CocoImages) else {"classes": list(source.class_names)}
+            )
+            splits[split] = {"images": len(source), **counts}
+    return {"task": check_dense(data, ()), "splits": splits}
+
+
+def dense_to_text(found: JsonDict) -> str:
+    """Return a table of the splits, and one of the objects by class where there are objects."""
+    splits: JsonDict = found["splits"]
+    rows = [["split", "images", "classes", "objects", "crowds"]]
+    for name, split in splits.items():
+        objects = split.get("objects")
+        many = ("-", "-") if objects is None else (f"{sum(objects.values()):,}", f"{split['crowds']:,}")
+        classes = len(split["classes"] if objects is None else objects)
+        rows.append([name, f"{split['images']:,}", f"{classes:,}", *many])
+    blocks = [aligned(rows, right=(1, 2, 3, 4))]
+    for name, split in splits.items():
+        lines = [
+            ["class", "objects"],
+            *([each, f"{count:,}"] for each, count in split.get("objects", {}).items()),
+        ]
+        blocks += [f"objects of {name}\n" + aligned(lines, right=(1,))] if len(lines) > 1 else []
+    return "\n".join(blocks).rstrip() + "\n"
 
 
 def _format_row(split: Split) -> list[str]:

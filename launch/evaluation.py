@@ -41,7 +41,7 @@ from ..transfer.metrics.distance import ComparedLayers, Reader, compared_layers,
 from ..transfer.metrics.measure import PROBES, Against, Family, check_folders, measure
 from .flags import source_keywords
 from .load_config import Setting, load_config
-from .submitted import check_here
+from .submitted import check_data, check_here
 
 # The models that `graftvit evaluate` compares: runs, students and teachers, each a function from images to logits.
 
@@ -310,10 +310,7 @@ class Evaluation:
         sources = [*self.sources, *([] if self.against is None else [self.against])]
         check_here(*sources)
         data = self.config().data
-        if self.dense:
-            check_dense(data, (data.val_split,))
-        else:
-            check_here(data=data)
+        check_data(data) if self.dense else check_here(data=data)
         return data
 
 

@@ -535,6 +535,10 @@ def load_comparison(source: str | Path, overrides: Iterable[Setting] = ()) -> Co
         config = load_config(source, given)
         stages = [Stage(config.mode, config)]
     for stage in stages:
+        if stage.config.dense.head is not None:
+            raise ConfigError(
+                f"{source}: dense.head={stage.config.dense.head} makes no classifier, and a comparison is of these"
+            )
         if not stage.config.facts.classifies:
             raise ConfigError(
                 f"{source}: stage {stage.name} has mode {stage.config.mode}, which has no accuracy to compare"

@@ -64,6 +64,16 @@ def check_here(*sources: str, data: DataConfig | None = None) -> None:
         check_dataset(data)
 
 
+def check_data(data: DataConfig) -> None:
+    """Raise the GraftError of a data set of any task that is not on this machine."""
+    from ..transfer.data.dense_sets import DENSE_SETS, check_dense
+
+    if data.dataset in DENSE_SETS:
+        check_dense(data, (data.val_split,))
+    else:
+        check_here(data=data)
+
+
 class Interrupted(BaseException):
     """A job received a stop signal while it ran a command that saves no state."""
 

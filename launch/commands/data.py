@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import argparse
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..flags import command_parser, output_file, parse_command, whole
 from ..load_config import Setting, load_config, load_stages
 from ..say import say
-from ..submitted import Work, check_here
+from ..submitted import Work, check_data
 
 if TYPE_CHECKING:
-    from ...transfer.config import RunConfig
+    from ...transfer.config import DataConfig, RunConfig
 
 EXAMPLES = (
     "graftvit data /data/flowers --out look.png",
     "graftvit data /data/imagenet --recipe attention_distill_vit_large --limit 10000 --out look.png",
     "graftvit data digits --recipe digits_distill --out look.png",
     "graftvit data torch/cifar10 --data_path data --download --json cifar10.json",
+    "graftvit data coco --data_path /data/coco",
     "graftvit data hfds/food101 --label_column label --val_split validation",
     "graftvit data wds/shards --data_path /data/shards --num_classes 1000",
 )
@@ -29,6 +31,7 @@ def run(argv: list[str]) -> int:
     """Print the description, and write the picture and the numbers if flags ask for them."""
     arguments, config, given = _parse(argv)
     from ...checkpoints.atomic import write_bytes, write_text
+    from ...transfer.data.dense_sets import DENSE_SETS
     from ...transfer.data.survey import check_readable, survey
     from ...transfer.engine.fit_operators import stage_together
     from ..data_table import to_json, to_text
@@ -36,6 +39,8 @@ def run(argv: list[str]) -> int:
     stage = next((each.value for each in reversed(given) if each.key == "data.stage"), None)
     data = stage_together(config.data.model_copy(update={"stage": stage}), None)
     config = config.model_copy(update={"data": data})
+    if data.dataset in DENSE_SETS:
+        return _describe_dense(arguments, data)
     found = survey(config.data, limit=arguments.limit, decode=arguments.decode)
     say(to_text(found))
     if arguments.json is not None:
@@ -47,11 +52,29 @@ def run(argv: list[str]) -> int:
     return 0
 
 
+def _describe_dense(arguments: argparse.Namespace, data: DataConfig) -> int:
+    """Print the images and objects of a data set of detection or segmentation. Raises ConfigError: a picture is asked
+    for."""
+    from ...checkpoints.atomic import write_text
+    from ...models.errors import ConfigError
+    from ..data_table import dense_to_text, survey_dense
+
+    if arguments.out is not None:
+        raise ConfigError(
+            f"--out draws images of classes, and data.dataset={data.dataset} has none: leave it out"
+        )
+    found = survey_dense(data)
+    say(dense_to_text(found))
+    if arguments.json is not None:
+        write_text(arguments.json, json.dumps(found, indent=2) + "\n")
+    return 0
+
+
 def check(argv: list[str], *, here: bool = True) -> Work:
     """Check the arguments and, with `here`, the data set."""
     arguments, config, _ = _parse(argv)
     if here:
-        check_here(data=config.data)
+        check_data(config.data)
     return Work(arguments.out or arguments.json)
 
 
@@ -84,7 +107,7 @@ def _read_source(word: str | None) -> list[Setting]:
         return []
     from ...transfer.data.datasets import is_name
 
-    if is_name(word) and (word == "digits" or not Path(word).exists()):
+    if is_name(word) and ("/" not in word or not Path(word).exists()):
         return [Setting("data.dataset", word, "SOURCE")]
     path = str(Path(word).expanduser())
     return [Setting("data.dataset", "", "SOURCE"), Setting("data.data_path", path, "SOURCE")]

@@ -18,6 +18,7 @@ EXAMPLES = (
     "graftvit export runs/distill student.onnx",
     "graftvit export runs/distill#ema student.pt2 --normalize",
     "graftvit export vit_base_patch16_224.augreg_in1k vit.onnx --img_size 384 --opset 20",
+    "graftvit export runs/detector maps.onnx --img_size 800,1344",
     "graftvit export vit_small_patch14_reg4_dinov2.lvd142m dino.onnx --dynamic batch resolution",
 )
 

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from graftvit.checkpoints.dense_models import load_dense, save_dense
+from graftvit.checkpoints.pretrained import describe
+from graftvit.models.errors import CheckpointError
 from graftvit.transfer.engine.train import train
 from support.runs.dense_runs import run, small_ade20k, small_coco
 from support.runs.engine_runs import records
@@ -87,6 +92,58 @@ def test_evaluate_refuses_what_does_not_go_together(
     }.items():  # fmt: skip
         assert named in typed("evaluate", first, *words, *HERE, code=2).err
     assert "--short" in typed("evaluate", f"{first}#last", "vit_tiny_patch16_224", "--short", 64, code=2).err
+
+
+def test_export_writes_the_maps_that_the_head_gets(
+    tmp_path: Path, typed: Typed, detectors: list[str]
+) -> None:
+    onnx, onnxruntime = pytest.importorskip("onnx"), pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    out, first = tmp_path / "maps.onnx", detectors[0]
+    assert "img_size" in typed("export", first, out, code=2).err
+    typed("export", first, out, "--img_size", "64,96")
+    images, model = torch.randn(2, 3, 64, 96), load_dense(first)
+    found = onnxruntime.InferenceSession(str(out)).run(None, {"images": images.numpy()})
+    with torch.no_grad():
+        wanted = model.neck(model.backbone(images))
+    for ours, theirs in zip(found, wanted, strict=True):
+        assert torch.allclose(torch.from_numpy(ours), theirs, atol=1e-4)
+    said = {entry.key: entry.value for entry in onnx.load(out).metadata_props}
+    assert said["strides"] == "8,16,32,64,128"
+    assert said["classes"] == "3"
+    for words in (("--img_size", "60,96"), ("--img_size", "64", "--dynamic", "resolution")):
+        typed("export", first, tmp_path / "other.onnx", *words, code=2)
+
+
+def test_data_counts_objects_and_crowds(tmp_path: Path, typed: Typed, coco: Path) -> None:
+    told = typed("data", "coco", "--data_path", coco, "--json", tmp_path / "data.json").out
+    found = json.loads((tmp_path / "data.json").read_text())
+    assert found["splits"]["train"]["images"] == 12
+    assert found["splits"]["validation"]["objects"].keys() == {"coin", "dahlia", "saucer"}
+    assert "coin" in told
+    assert "--out" in typed("data", "coco", "--data_path", coco, "--out", tmp_path / "a.png", code=2).err
+
+
+def test_commands_of_classifiers_say_so(
+    tmp_path: Path, typed: Typed, detectors: list[str], coco: Path
+) -> None:
+    first, data = detectors[0], ("--dataset", "coco", "--data_path", coco)
+    assert "detector.json" in typed("push", first, "me/detector", code=2).err
+    assert "detection" in typed("layers", first, "--teacher", first, *data, code=2).err
+    compare = ("digits_compare", "--dense.head", "retinanet", "--output_dir", tmp_path / "out")
+    assert "dense.head=retinanet" in typed("compare", *compare, code=2).err
+    with pytest.raises(CheckpointError):
+        describe(load_dense(first))
+
+
+def test_the_lines_of_the_page_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    page = Path(__file__).parents[2] / "docs" / "dense.md"
+    (cell,) = re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
+    names: dict[str, Any] = {}
+    exec(cell, names)
+    assert torch.isfinite(names["loss"])
+    assert [each["boxes"].shape[1] for each in names["found"]] == [4, 4]
 
 
 def test_other_classes_are_refused(tmp_path: Path, typed: Typed, detectors: list[str], coco: Path) -> None:

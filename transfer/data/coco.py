@@ -187,6 +187,14 @@ class CocoImages:
         height, width = self.sizes[self._shown].T
         return np.asarray(width >= height)
 
+    def counts(self) -> dict[str, Any]:
+        """Return the number of objects of each class, and of crowds among them."""
+        objects = np.bincount(self._labels, minlength=len(self.class_names)).tolist()
+        return {
+            "objects": dict(zip(self.class_names, objects, strict=True)),
+            "crowds": int(self._crowd.sum()),
+        }
+
     def path(self, index: int) -> str:
         return str(self._folder / os.fsdecode(self._names[self._shown[index]]))
 

@@ -133,14 +133,17 @@ def _open_folder(config: DataConfig, split: str, mode: str) -> FolderImages:
 def is_name(word: str) -> bool:
     """Return whether a word names a data set, and no folder."""
     family, slash, _ = word.partition("/")
-    return word == "digits" if not slash else family.lower() in (*PACKAGES, "torch")
+    return word in ("digits", *DENSE_SETS) if not slash else family.lower() in (*PACKAGES, "torch")
 
 
 def _check_family(name: str) -> str:
     """Return the part of a data set's name before the slash. timm would read any other name as a folder."""
     family = name.partition("/")[0].lower()
     if name in DENSE_SETS:
-        raise ConfigError(f"data.dataset={name} is of {DENSE_SETS[name]}: set dense.head to a head for it")
+        raise ConfigError(
+            f"data.dataset={name} is of {DENSE_SETS[name]}, which `train` reads with dense.head and `evaluate` for a "
+            "detector or segmenter: give images of classes here"
+        )
     if name and not is_name(name):
         raise ConfigError(f"data.dataset={name!r} is not known; {did_you_mean(name, FAMILIES)}")
     if family in PACKAGES and importlib.util.find_spec(PACKAGES[family]) is None:
