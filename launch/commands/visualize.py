@@ -17,6 +17,7 @@ EXAMPLES = (
     "graftvit visualize swin_tiny_patch4_window7_224.ms_in1k cat.jpg --query 112x60,20x200 --layers stage3,stage4",
     "graftvit visualize local-dir:student street.jpg --img_size 224,448",
     "graftvit visualize swin_tiny_patch4_window7_224.ms_in1k --average 1000 --data_path /data/imagenet",
+    "graftvit visualize runs/detector --data_path /data/coco --output_dir found",
     "graftvit visualize local-dir:demo/quick/distill_0/student digits:3 digits:8",
 )
 DATA = tuple(
@@ -35,7 +36,8 @@ def run(argv: list[str]) -> int:
         "visualize",
         "Show what a model attends to: attention of chosen queries over each image by layer and head, attention "
         "rollout, entropy and mean distance by layer, and the distance of a student from its teacher. Write PNGs, "
-        "numbers.json and index.html, a page in which a click on a patch shows its row of the attention map.",
+        "numbers.json and index.html, a page in which a click on a patch shows its row of the attention map. Of a "
+        "detector or segmenter and no IMAGE, show what it finds in the first images of its data set.",
         EXAMPLES,
         usage="CHECKPOINT (IMAGE [IMAGE ...] | --average N --data_path DIR) [--flag value ...]",
     )
@@ -59,6 +61,9 @@ def run(argv: list[str]) -> int:
     parser.flag("--layers", text, default="*", metavar="LIST")
     parser.output_dir("folder to write", "attention")
     arguments, settings = parse_command(parser, argv, only=(*SOURCE_SETTINGS, *DATA))
+    if not arguments.images and arguments.average is None and is_dense(arguments.checkpoint):
+        say(f"{_visualize_detections(arguments, settings)}\n")
+        return 0
     queries = [word.strip() for word in arguments.query.split(",") if word.strip()]
     how: JsonDict = {"teacher": arguments.teacher, "queries": queries, "layers": arguments.layers}
     how |= keywords_of([each for each in settings if not each.key.startswith("data.")])
@@ -73,6 +78,33 @@ def run(argv: list[str]) -> int:
         page = seen.page
     say(f"{page}\n")
     return 0
+
+
+def is_dense(source: str) -> bool:
+    """Return whether a source is a detector or segmenter."""
+    from ...checkpoints.dense_models import find_dense
+
+    return find_dense(source) is not None
+
+
+def _visualize_detections(arguments: argparse.Namespace, settings: list[Setting]) -> Path:
+    """Write what a detector or segmenter finds. Raises ConfigError for flags of attention."""
+    flags = {
+        "--teacher": arguments.teacher,
+        "--query": arguments.query,
+        "--layers": arguments.layers.strip("*"),
+    }
+    flags |= {each.origin: True for each in settings if not each.key.startswith("data.")}
+    given = next((flag for flag, value in flags.items() if value), None)
+    if given is not None:
+        raise ConfigError(
+            f"{given} is of attention: name an IMAGE to see that of the backbone, or leave it out"
+        )
+    from ...transfer.analysis.visualize.detections import visualize_detections
+    from ..evaluation import Evaluation
+
+    config = Evaluation([arguments.checkpoint], settings, ()).config()
+    return visualize_detections(arguments.checkpoint, config, arguments.output_dir)
 
 
 def _check_images(average: str | None, images: list[str], settings: list[Setting]) -> None:

@@ -146,6 +146,34 @@ def test_the_lines_of_the_page_run(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert [each["boxes"].shape[1] for each in names["found"]] == [4, 4]
 
 
+def test_visualize_draws_what_is_found(
+    tmp_path: Path, typed: Typed, detectors: list[str], segmenter: str
+) -> None:
+    for name, source in enumerate((detectors[1], segmenter)):
+        page = typed("visualize", source, "--output_dir", tmp_path / str(name)).out.strip()
+        assert page.endswith("index.html")
+        assert Path(page).read_text().count("<figure") >= 5
+        assert len(list(Path(page).parent.glob("*.png"))) == 5
+    refused = typed("visualize", detectors[0], "--query", "cls", "--output_dir", tmp_path / "no", code=2)
+    assert "--query" in refused.err
+
+
+def test_the_backbone_of_a_detector_shows_its_attention(
+    tmp_path: Path, typed: Typed, detectors: list[str], coco: Path
+) -> None:
+    image = coco / "validation" / "000000000010.png"
+    typed(
+        "visualize",
+        f"{detectors[0]}/student",
+        image,
+        "--img_size",
+        "64,96",
+        "--output_dir",
+        tmp_path / "seen",
+    )
+    assert (tmp_path / "seen" / "index.html").is_file()
+
+
 def test_other_classes_are_refused(tmp_path: Path, typed: Typed, detectors: list[str], coco: Path) -> None:
     model = load_dense(detectors[0])
     model.settings["class_names"] = ["coin", "saucer", "dahlia"]
