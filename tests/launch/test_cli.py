@@ -22,6 +22,7 @@ from graftvit.launch.load_config import at_home, load_config
 from graftvit.launch.say import PlainFormatter, hint, say, say_aside
 from graftvit.models.errors import GraftError, RunFailedError
 from graftvit.transfer.config import RunConfig
+from graftvit.transfer.setting import rule_of
 from support.runs.command_words import command_words
 from support.runs.typed import Typed
 
@@ -75,7 +76,8 @@ def test_the_description_of_a_section_is_one_block(typed: Typed) -> None:
 def test_every_setting_is_in_the_help(typed: Typed) -> None:
     flags = set(re.findall(r"--[a-z0-9_.-]+", typed("train", "--help").out))
     for key, leaf in leaves().items():
-        assert flags & {f"--{key}", f"--{leaf.name}", f"--no-{leaf.name}", f"--no-{key}"}, key
+        names = (key, leaf.name, *rule_of(leaf.field).also)  # a name that two settings have is no flag
+        assert flags & {f"--{no}{name}" for name in names for no in ("", "no-")}, key
 
 
 def test_the_overview_has_every_command_in_one_group(typed: Typed) -> None:
