@@ -9,8 +9,8 @@ from importlib import import_module
 
 from . import attention
 from .attention.base import AttentionOperator, LayerShape
-from .errors import ConfigError, check_types, did_you_mean
-from .plan_syntax import KEEP
+from .errors import ConfigError, check_types, did_you_mean, kind_of
+from .plan_syntax import AS_IT_IS, KEEP, NAME
 from .plan_syntax import Choice as Choice
 from .plugins import load_plugins
 from .programs.program import FOUND
@@ -68,13 +68,24 @@ def register_operator(name: str, create: Callable[..., AttentionOperator]) -> No
     """Register an operator of another package under `name`.
 
     Args:
-        name: the word of a layer plan.
+        name: the word of a layer plan, of a-z, 0-9 and _.
         create: a class or function; it takes the `LayerShape` and the operator's options.
 
     Raises:
-        ConfigError: the name is taken.
+        ConfigError: the name is taken or no such word, or the class is no `AttentionOperator` with all that one needs.
     """
-    if name in OPERATORS or name == KEEP:
+    if not NAME.fullmatch(name):
+        raise ConfigError(
+            f"name={name!r} is no word of a plan: give one of a-z, 0-9 and _, as in mean_attention"
+        )
+    if inspect.isclass(create):
+        if not issubclass(create, AttentionOperator):
+            raise ConfigError(f"create={create.__name__} is no AttentionOperator: give a subclass of it")
+        if lacking := sorted(getattr(create, "__abstractmethods__", ())):
+            raise ConfigError(
+                f"create={create.__name__} is an AttentionOperator without {', '.join(lacking)}"
+            )
+    if name in OPERATORS or name in (KEEP, AS_IT_IS):
         raise ConfigError(f"there is an operator {name!r} already: choose another name")
     OPERATORS[name] = create
 
@@ -143,4 +154,9 @@ def create_operator(choice: Choice, shape: LayerShape) -> AttentionOperator:
     Raises ConfigError: the operator, an option or its value is invalid.
     """
     check_choice(choice)
-    return OPERATORS[choice.operator](shape, **choice.options)
+    operator = OPERATORS[choice.operator](shape, **choice.options)
+    if not isinstance(operator, AttentionOperator):
+        raise ConfigError(
+            f"the function that {choice.operator} was registered with returns {kind_of(operator)}, no AttentionOperator"
+        )
+    return operator

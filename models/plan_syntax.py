@@ -35,7 +35,9 @@ DEFORMABLE = "deformable"
 LAYERS = re.compile(r"(-?\d+)(?:-(-?\d+))?")
 STAGE = re.compile(r"stage(\d+)(?:\.(\d+)(?:-(\d+))?)?")
 STAGES = re.compile(r"stage(\d+)-(\d+)")
-CHOICE = re.compile(r"([a-z][a-z0-9_]*)(?:\((.*)\))?")
+NAME = re.compile(r"[a-z][a-z0-9_]*")
+"""Of an operator and of a transfer method."""
+CHOICE = re.compile(rf"({NAME.pattern})(?:\((.*)\))?")
 MAX_VALUE = 400
 """Maximum length of an option's value, the longest being the text of a program."""
 SYNTAX = "write e.g. '*: linear; 9-11: softmax'"

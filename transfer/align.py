@@ -265,6 +265,11 @@ def check_layer_loss(
         raise TransferError(
             f"align.match={name}: {choice} of layer {layer} is not linear in V and has no map{why}; use output"
         )
+    if name == "map" and type(operator).terms is AttentionOperator.terms:
+        raise TransferError(
+            f"align.match=map reads the method `terms`, which {type(operator).__name__} of layer {layer} lacks: define "
+            "it, or use probes or output"
+        )
     if name == "rows" and not (traits.nonnegative and traits.row_stochastic):
         raise TransferError(
             f"align.match=rows: the rows of {choice} in layer {layer} are no distributions, so they have no "

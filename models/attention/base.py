@@ -380,8 +380,12 @@ class AttentionOperator(nn.Module, ABC):
     def terms(self, heads: Heads) -> list[Term]:
         """Return the terms whose sum is A.
 
-        Raises UnsupportedModelError: the operator is not linear in V. It still has `rows`.
+        Raises UnsupportedModelError: the operator is not linear in V, and still has `rows`; or it defines no terms.
         """
+        if self.traits.linear_in_v:
+            raise UnsupportedModelError(
+                f"{type(self).__name__} has no method `terms`, which gives its map: define it"
+            )
         why = f" ({self.why_no_map})" if self.why_no_map else ""
         raise UnsupportedModelError(
             f"{type(self).__name__} is not linear in V: it has no map, only a Jacobian{why}"

@@ -52,8 +52,11 @@ def register_family(family: Family) -> None:
         family: its description, such as an `Adapter`.
 
     Raises:
-        ConfigError: a registered family has these models already.
+        ConfigError: a registered family has these models already, or it does not say which it has.
     """
+    for need in ("name", "models", "blocks", "hosts"):
+        if not hasattr(family, need):
+            raise ConfigError(f"{type(family).__name__} is a Family without {need}")
     known = {model: each.name for each in FAMILIES for model in each.models}
     taken = next((model for model in family.models if model in known), None)
     if taken is not None:

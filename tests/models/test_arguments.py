@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from copy import copy
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -18,9 +19,15 @@ from graftvit import checkpoints, models, transfer
 from graftvit.launch import load_config
 from graftvit.models.errors import CheckpointError, ConfigError, DataError, GraftError, TransferError
 from graftvit.models.errors import UnsupportedModelError as NoModel
+from graftvit.models.families.site import Family
+from graftvit.models.layer_plan import OPERATORS
+from graftvit.transfer.methods.registry import find_method
 from PIL import Image
 from timm.layers import Attention
+from timm.utils import ModelEmaV3
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
+from torch.utils.data import DataLoader, TensorDataset
 
 NAME = "vit_tiny_patch16_224"
 SIZES: dict[str, Any] = {
@@ -112,6 +119,41 @@ def frozen() -> nn.Module:
     return graftvit.convert(one(), "*: linear").requires_grad_(False)
 
 
+class Mean(models.AttentionOperator):
+    """Linear in the values, with its rows and without its terms."""
+
+    traits = models.Traits(linear_in_v=True)  # type: ignore[assignment]
+
+    def attend(self, heads: Any) -> Tensor:
+        return heads.qkv()[2].mean(2, keepdim=True).expand_as(heads.qkv()[2])  # type: ignore[no-any-return]
+
+    def macs(self, geometry: Any) -> int:
+        return 0
+
+
+def method_named(name: object) -> transfer.TransferMethod:
+    method = copy(find_method("distill"))
+    method.name = name  # type: ignore[assignment]
+    return method
+
+
+def nothing_of_a_family() -> Family:
+    kind = type("Nothing", (Family,), {})
+    kind.__abstractmethods__ = frozenset()  # type: ignore[attr-defined]
+    return kind()
+
+
+def measured() -> graftvit.DualViT:
+    return dual(method="feature", standardize="dimension")
+
+
+@pytest.fixture(autouse=True)
+def _operators(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("graftvit.models.layer_plan.OPERATORS", dict(OPERATORS))
+    models.register_operator("mean_here", Mean)
+    models.register_operator("none_at_all", lambda shape: nn.Identity())  # type: ignore[arg-type, return-value]
+
+
 a: Any = graftvit
 m: Any = models
 t: Any = transfer
@@ -151,7 +193,8 @@ THINGS: dict[str, tuple[Any, type[GraftError]]] = {
     "a path": (Path("runs/nothing/student"), CheckpointError),
     "compiled": (torch.compile(nn.Identity()), NoModel),
     "parallel": (nn.DataParallel(nn.Identity()), NoModel),
-    "an average": (torch.optim.swa_utils.AveragedModel(nn.Identity()), NoModel),
+    "an average": (AveragedModel(nn.Identity()), NoModel),
+    "an average of timm": (ModelEmaV3(nn.Linear(2, 2)), NoModel),
     "scripted": (torch.jit.script(nn.Linear(2, 2)), NoModel),
 }
 MODELS: dict[str, Callable[[Any], Any]] = {
@@ -343,6 +386,28 @@ OTHERS: dict[str, tuple[Callable[[], Any], type[GraftError]]] = {
     "parse_plan: a number": (lambda: m.parse_plan(3, 12), ConfigError),
     "parse_plan: a depth": (lambda: m.parse_plan("*: linear", "a"), ConfigError),
     "register_operator: no factory": (lambda: m.register_operator("x"), ConfigError),
+    "register_operator: abstract": (lambda: m.register_operator("x", m.AttentionOperator), ConfigError),
+    "register_operator: another class": (lambda: m.register_operator("x", nn.Linear), ConfigError),
+    "register_operator: a name": (lambda: m.register_operator("My mean", Mean), ConfigError),
+    "register_operator: no word": (lambda: m.register_operator("my:mean", Mean), ConfigError),
+    "register_operator: keep": (lambda: m.register_operator("keep", Mean), ConfigError),
+    "register_method: no name": (lambda: t.register_method(method_named(None)), ConfigError),
+    "register_method: no word": (lambda: t.register_method(method_named("My method")), ConfigError),
+    "register_family: of nothing": (lambda: m.register_family(nothing_of_a_family()), ConfigError),
+    "convert: an operator that is none": (lambda: a.convert(one(), "*: none_at_all"), ConfigError),
+    "Alignment: no terms": (
+        lambda: a.Alignment(one(), a.convert(one(), "*: mean_here"), "map"),
+        TransferError,
+    ),
+    "DualViT: an idle teacher": (
+        lambda: a.DualViT({"a": vit(), "b": vit()}, vit(), losses=[{"method": "distill", "teacher": "a"}]),
+        ConfigError,
+    ),
+    "DualViT: a second teacher": (lambda: a.DualViT({"a": vit(), "b": vit()}, vit()), ConfigError),
+    "standardize: a number": (lambda: measured().standardize([3]), DataError),
+    "standardize: one batch": (lambda: measured().standardize(X), DataError),
+    "standardize: a dictionary": (lambda: measured().standardize([{"image": X}]), DataError),
+    "standardize: labels first": (lambda: measured().standardize([(torch.zeros(2), X)]), DataError),
     "register_method: a name": (lambda: t.register_method("x"), ConfigError),
     "register_family: nothing": (lambda: m.register_family(None), ConfigError),
     "Adapter: nothing": (lambda: m.Adapter(nn.Linear), ConfigError),
@@ -413,6 +478,26 @@ def test_what_an_annotation_allows_is_taken() -> None:
     assert list(maps) == [0, 1]
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert dual()(X).logits.isfinite().all()
+
+
+@pytest.mark.parametrize("call", [
+    lambda: graftvit.visualize(one(), X, layer=[0]),
+    lambda: graftvit.load(NAME, devices="cpu"),
+])  # fmt: skip
+def test_a_list_of_valid_arguments_is_that_of_the_function(call: Any) -> None:
+    with pytest.raises(ConfigError, match=r"^(visualize\(\) .*, layers, .*, queries, |load\(\) .*, dtype, )"):
+        call()
+
+
+def test_statistics_are_measured_on_batches_of_a_loader() -> None:
+    images, labels = torch.randn(4, 3, 32, 32), torch.arange(4)
+    torch.manual_seed(0)
+    one_, other = measured(), measured()
+    other.load_state_dict(one_.state_dict())
+    other.teacher.load_state_dict(one_.teacher.state_dict())
+    one_.standardize(DataLoader(TensorDataset(images, labels), batch_size=2))
+    other.standardize(images.split(2))
+    assert torch.equal(one_.eval()(images).transfer_loss, other.eval()(images).transfer_loss)
 
 
 def test_a_copy_is_still_named_by_its_signature() -> None:

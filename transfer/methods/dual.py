@@ -53,6 +53,7 @@ from .loss_terms import (
     placed,
     pretrained_normalization,
     read_settings,
+    refuse_idle,
     resolve_terms,
     term_methods,
 )
@@ -132,6 +133,7 @@ class DualViT(nn.Module):
         self.config = read_settings(**options, **chosen_method)
         given = teacher if isinstance(teacher, Mapping) else {DEFAULT_TEACHER: teacher}
         chosen = choose_teachers(self.config, list(given))
+        refuse_idle(chosen, list(given))
         loaded = {name: opened(name, each) for name, each in given.items()}
         student = _learner(student)
         self.student = student
@@ -156,7 +158,6 @@ class DualViT(nn.Module):
         self._sides = tuple(
             TeacherSide.of(name, each, student, norm, teacher_normalization, layers=name in layered)
             for name, each in loaded.items()
-            if name in chosen
         )
         sides = {side.name: side for side in self._sides}
         self._install(resolve_terms(self.config, chosen, sides, student, calibration))
@@ -328,7 +329,8 @@ class DualViT(nn.Module):
     def standardize(self, batches: Iterable[Batch]) -> None:
         """Measure the statistics of `transfer.standardize` on batches of images as the student wants them.
 
-        A batch is its images, or these with what the teachers `taught` of them.
+        A batch is its images, or these with their labels, or with what the teachers `taught` of them.
+        Raises DataError for another one.
         """
         with evaluating(self):
             fit(self._measured, batches, self._shown)

@@ -243,6 +243,15 @@ def choose_teachers(config: TransferConfig, names: Sequence[str]) -> list[str]:
     return [names[0] if each.teacher is None else each.teacher for each in config.terms]
 
 
+def refuse_idle(chosen: Sequence[str], names: Sequence[str]) -> None:
+    """Raise ConfigError for a teacher in Python that teaches nothing."""
+    idle = next((name for name in names if name not in chosen), None)
+    if idle is not None:
+        raise ConfigError(
+            f"the teacher {idle!r} teaches nothing: name it as the teacher of an entry of losses, or leave it out"
+        )
+
+
 def label_terms(config: TransferConfig) -> list[str]:
     """Return a name for each entry of `transfer.losses`: its method, its teacher where one is named, and a number
     where both are those of another entry."""

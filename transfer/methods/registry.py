@@ -8,6 +8,7 @@ from importlib import import_module
 from ...checkpoints.card import Rows, number
 from ...checkpoints.markdown import code
 from ...models.errors import ConfigError, Json, check_types, did_you_mean
+from ...models.plan_syntax import NAME
 from ...models.plugins import load_plugins
 from .method import TransferMethod
 from .method_facts import METHODS, MethodFacts, method_names
@@ -35,8 +36,12 @@ def register_method(method: TransferMethod) -> None:
         method: an instance of the method, with its name.
 
     Raises:
-        ConfigError: there is one of this name.
+        ConfigError: there is one of this name, or it has no name that is a word.
     """
+    if not isinstance(name := getattr(method, "name", None), str) or not NAME.fullmatch(name):
+        raise ConfigError(
+            f"the name of {type(method).__name__} is {name!r}: give a word of a-z, 0-9 and _, as in my_method"
+        )
     if method.name in METHODS:
         raise ConfigError(f"there is a transfer method {method.name!r} already: choose another name")
     METHODS[method.name] = MethodFacts(reads=method.reads, copies=method.copies)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from ...models.attention.kernels import precise
-from ...models.errors import TransferError
+from ...models.errors import DataError, TransferError, kind_of
 
 # Hadamard matrices: entries of +1 and -1, and rows that are orthogonal.
 
@@ -92,8 +92,8 @@ def _is_prime(number: int) -> bool:
     return number > 1 and all(number % divisor for divisor in range(2, int(number**0.5) + 1))
 
 
-Batch = Tensor | tuple[Tensor, Mapping[str, Tensor]]
-"""Images, or images and what the teachers gave for them before."""
+Batch = Tensor | Sequence[Tensor] | tuple[Tensor, Mapping[str, Tensor]]
+"""Images; images and their labels, as of a DataLoader; or images and what the teachers gave for them before."""
 
 
 class Standardizer(nn.Module):
@@ -226,8 +226,12 @@ def fit(
         waiting = [each for each in moments if not each.full]
         if not waiting:
             break
-        images, *taught = (batch,) if isinstance(batch, Tensor) else batch
-        with shown(images, *taught):
+        images, *beside = batch if isinstance(batch, tuple | list) and batch else (batch,)
+        if not isinstance(images, Tensor) or images.ndim != 4:
+            raise DataError(
+                f"batches holds {kind_of(batch)}: a batch is its images (B, C, H, W), or a tuple of these and labels"
+            )
+        with shown(images, *(each for each in beside if isinstance(each, Mapping))):
             for each in waiting:
                 each.add(images)
     for each in moments:

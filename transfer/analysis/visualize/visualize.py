@@ -15,11 +15,12 @@ from typing import Any
 import torch
 from matplotlib.figure import Figure as Drawing
 from torch import Tensor, nn
+from typing_extensions import Unpack
 
 from ....checkpoints.atomic import write_bytes, write_text
 from ....checkpoints.files import read_if_there
 from ....checkpoints.preprocessing import Preprocessing
-from ....checkpoints.pretrained import MADE_HERE, build_untrained, describe, describe_model
+from ....checkpoints.pretrained import MADE_HERE, LoadSettings, build_untrained, describe, describe_model
 from ....checkpoints.provenance import Pretrained
 from ....models.errors import (
     CheckpointError,
@@ -207,6 +208,7 @@ def _digits(cell: float | None) -> str:
 
 
 @check_types()
+@check_types("images")
 def visualize(
     model: Model | Pretrained,
     /,
@@ -216,7 +218,7 @@ def visualize(
     teacher: Model | Pretrained | None = None,
     queries: Sequence[str | int] | str | int = (),
     layers: Sequence[int] | int | str = "*",
-    **how: Any,
+    **how: Unpack[LoadSettings],
 ) -> Attention:
     """Return pictures of what a model attends to, and their numbers; a notebook shows them.
 
@@ -240,7 +242,7 @@ def visualize(
         GraftError: a source or image that cannot be read, a layer or query that is not there, models that do not go
             together, or more maps than a page holds.
     """
-    loaded, partners = load_models(model, teacher, how)
+    loaded, partners = load_models(model, teacher, dict(how))
     own = loaded["student"].preprocessing
     chosen = chosen_layers(loaded["student"].model, layers)
     asked = read_queries(queries, loaded["student"])
