@@ -16,7 +16,7 @@ import types
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal, TypeGuard, TypeVar, Union, get_args, get_origin
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeGuard, TypeVar, Union, get_args, get_origin
 
 from pydantic import (
     AfterValidator,
@@ -36,6 +36,10 @@ from ..models.errors import WEIGHT_ARGUMENTS, ConfigError, JsonDict, did_you_mea
 from ..models.plain_yaml import YamlError, parse_yaml
 from ..models.plugins import load_plugins
 
+if TYPE_CHECKING:
+    from pydantic._internal._model_construction import ModelMetaclass
+else:
+    ModelMetaclass = type(BaseModel)
 T = TypeVar("T")
 
 
@@ -158,7 +162,19 @@ LONGEST_VALUE = 200
 """Characters of a value in a refusal; of a longer one its type is shown."""
 
 
-class Section(BaseModel):
+class SectionType(ModelMetaclass):
+    """Makes sections from keywords."""
+
+    def __call__(self, *arguments: Any, **keywords: Any) -> Any:
+        """Raise ConfigError for values that are not valid."""
+        try:
+            return super().__call__(*arguments, **keywords)
+        except ValidationError as error:
+            kind: Any = self
+            raise explain(error, kind) from error
+
+
+class Section(BaseModel, metaclass=SectionType):
     """A group of settings; an unknown key or a value of the wrong kind is refused."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)

@@ -133,9 +133,13 @@ def sites(model: nn.Module) -> list[Site]:
 
 
 def blocks_of(model: nn.Module) -> list[Block]:
-    """Return all blocks of a model in order; of a model of no supported family, those that look like its blocks."""
+    """Return all blocks of a model in order; of a `DualViT` those of its student.
+
+    Of a model of no supported family, those that look like its blocks.
+    """
     if find_family(model) is None:
-        return attention_blocks(model)
+        student = getattr(model, "_modules", {}).get("student")
+        return attention_blocks(model) if student is None else blocks_of(student)
     return [cast(Block, submodule(model, path)) for path in paths_of(model)]
 
 

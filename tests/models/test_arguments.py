@@ -286,6 +286,13 @@ OTHERS: dict[str, tuple[Callable[[], Any], type[GraftError]]] = {
     "DualViT: a half student": (lambda: dual(vit(), vit().half())(X.half()), TransferError),
     "DualViT: a double teacher": (lambda: dual(vit().double(), vit())(X), TransferError),
     "DualViT: a teacher elsewhere": (lambda: dual(vit().to("meta"), vit())(X), TransferError),
+    "LossConfig: a weight": (lambda: t.LossConfig(weight=-1), ConfigError),
+    "LossEntry: a keyword": (lambda: t.LossEntry(foo=1), ConfigError),
+    "TransferConfig: an entry": (lambda: t.TransferConfig(losses=[1]), ConfigError),
+    "train: an unchecked copy": (
+        lambda: t.train(a.RunConfig().model_copy(update={"seed": "abc"})),
+        ConfigError,
+    ),
     "RunConfig: changed": (lambda: setattr(a.RunConfig(), "seed", 3), ConfigError),
     "attention_maps: a layer without attention": (lambda: t.attention_maps(resnet(), X, [0]), NoModel),
     "convert: attention of a subclass": (lambda: a.convert(attending(Doubled), "*: linear"), NoModel),

@@ -333,7 +333,7 @@ def read_settings(**options: Any) -> TransferConfig:
     if unknown:
         raise ConfigError(f"unknown setting {unknown[0]!r}; {did_you_mean(unknown[0], OF_DUAL)}")
     try:
-        settings = TransferConfig(**options)
+        settings = TransferConfig.model_validate(options)
     except ValidationError as error:
         raise explain(error, TransferConfig, "transfer") from error
     check_section(settings, "transfer")
