@@ -277,7 +277,8 @@ FREE = frozenset(
     | {"distilled_training", "img_size"}
 )
 """Attributes of modules that decide nothing in evaluation, and two that the description says by themselves."""
-PLAIN = (bool, int, float, str, tuple)
+PLAIN = (bool, float, str)
+"""Types of attributes that say how a module computes; whole numbers are sizes, which follow those of the images."""
 
 
 def refuse_changed(model: nn.Module, fresh: nn.Module, architecture: str) -> None:
@@ -322,7 +323,8 @@ def _difference(own: nn.Module | None, plain: nn.Module | None) -> str | None:
     for key, value in vars(plain).items() if _library(plain) != OURS else ():
         free = key in FREE or key.startswith("_") or (key == "eps" and isinstance(own, nn.LayerNorm))
         now = vars(own).get(key)
-        if not free and isinstance(value, PLAIN) and isinstance(now, PLAIN) and now != value:
+        kinds = (int,) if key == "num_heads" else PLAIN
+        if not free and isinstance(value, kinds) and isinstance(now, kinds) and now != value:
             return f"has {key}={now!r}, and {value!r}"
     return None
 
