@@ -230,7 +230,7 @@ def test_other_models_and_sizes_are_refused() -> None:
         autoencoder(
             timm.create_model("eva02_tiny_patch14_224", img_size=28, depth=1, embed_dim=24, num_heads=2)
         )
-    with pytest.raises(ConfigError, match="9x12"):
+    with pytest.raises(UnsupportedModelError, match="9x12"):
         autoencoder(encoder())(torch.zeros(1, 1, 9, 12).double())
 
 
