@@ -161,7 +161,8 @@ def test_a_teacher_ends_after_the_last_layer_that_is_needed(kind: str) -> None:
     teacher = model(kind)
     ran: list[str] = []
     for name, module in teacher.named_modules():
-        module.register_forward_hook(lambda _, __, ___, name=name: ran.append(name))
+        if not name.endswith("attn"):  # which no hook may be put on
+            module.register_forward_hook(lambda _, __, ___, name=name: ran.append(name))
     DualViT(teacher, model(kind, 2), "distill_q", layers="0>0")(x())
     blocks = {"pvt": "stages", "svt": "blocks"}.get(kind, "layers")
     assert any(name.startswith(("patch_embed.", "patch_embeds.0.")) for name in ran)
