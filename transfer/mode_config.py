@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import field_validator
 
-from .setting import Need, Section, in_mode, setting
+from .setting import LOCAL, Need, Section, in_mode, setting
 
 MatchName = Literal["output", "map", "probes", "rows"]
 
@@ -72,7 +72,7 @@ class DenseConfig(Section):
         "classifier by default",
         see="[dense tasks](dense.md)",
     )
-    source: str | None = setting(
+    source: Annotated[str | None, LOCAL] = setting(
         None, "run or folder of a detector or segmenter whose neck and head this one starts from", HEADED
     )
     frozen: bool = setting(False, "neck and head stay as they are; the backbone learns alone", HEADED)
