@@ -11,10 +11,15 @@ from typing import Any
 
 from ...checkpoints.class_names import KEY as LABEL_NAMES
 from ...checkpoints.class_names import difference
+from ...checkpoints.files import read_if_there
 from ...checkpoints.sources import CONFIG
 from ...models.errors import CheckpointError, ConfigError, DataError, Json, JsonDict, counted
+from ...models.plain_yaml import YamlError, parse_yaml
 from ..config import RunConfig
 from ..setting import as_inherited, is_free
+
+SETTINGS = "config.yaml"
+"""The settings of a run in its folder."""
 
 logger = logging.getLogger(__name__)
 BUILT = (
@@ -224,18 +229,33 @@ def check_length(position: Position, total_steps: int) -> None:
 
 
 def refuse_existing(folder: Path, resume: str) -> None:
-    """ConfigError where `folder` holds a saved model, or a run that `engine.resume=never` must not write over."""
+    """ConfigError where `folder` holds a saved model, settings of something else, or a run that `engine.resume=never`
+    must not write over."""
     if (folder / CONFIG).is_file():
         raise ConfigError(
             f"output_dir={folder} holds a saved model ({CONFIG}), and a run needs a folder of its own: give another "
             "output_dir, or move the model away"
         )
-    for name in ("config.yaml", "log.jsonl", "checkpoints", "student") if resume == "never" else ():
+    if _is_foreign(folder / SETTINGS):
+        raise ConfigError(
+            f"output_dir={folder} has a {SETTINGS} that no run wrote, and a run writes its own: give another output_dir"
+        )
+    for name in (SETTINGS, "log.jsonl", "checkpoints", "student") if resume == "never" else ():
         if (folder / name).exists():
             raise ConfigError(
                 f"output_dir={folder} already holds a run ({name}), and engine.resume=never does not write "
                 "over it: give another output_dir, or engine.resume=auto to continue it"
             )
+
+
+def _is_foreign(path: Path) -> bool:
+    """Return whether a file holds keys by name, and is not the settings of a run."""
+    try:
+        text = read_if_there(path)
+        found = None if text is None else parse_yaml(text)
+    except (CheckpointError, YamlError):
+        return False  # a run of ours that was damaged goes on from its state
+    return isinstance(found, dict) and not {"engine", "student"} & found.keys()
 
 
 def check_same_code(origins: list[JsonDict]) -> None:

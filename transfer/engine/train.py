@@ -166,7 +166,7 @@ def train(config: RunConfig) -> RunResult:
     Raises:
         GraftError: with exit code 2 for a mistake in the settings, 1 if the run could not continue.
     """
-    config = RunConfig.model_validate(config.model_dump())  # `model_copy` checks nothing
+    RunConfig.model_validate(config.model_dump(warnings=False))  # what `model_copy` made was never checked
     accelerator = create_accelerator(config)
     group = host_group(accelerator)
     with (

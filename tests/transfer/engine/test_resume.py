@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -100,6 +101,16 @@ def test_position_survives_json() -> None:
         step=3, epoch=1, epoch_step=2, best=50.5, metrics={"test_top1": 50.5}, records=4, run_id="a"
     )
     assert Position(**json.loads(json.dumps(position.meta()))) == position
+
+
+@pytest.mark.parametrize(
+    ("text", "foreign"),
+    [("name: webapp\n", True), ("[damaged", False), ("mode: scratch\nengine: {}\n", False)],
+)
+def test_settings_of_something_else_are_not_written_over(tmp_path: Path, text: str, foreign: bool) -> None:
+    (tmp_path / "config.yaml").write_text(text)
+    with pytest.raises(ConfigError) if foreign else nullcontext():
+        refuse_existing(tmp_path, "auto")
 
 
 def test_resume_never_leaves_an_existing_run_alone(tmp_path: Path) -> None:
