@@ -158,7 +158,7 @@ def test_variables_are_those_of_the_node(
     monkeypatch.setenv("WHOSE", "mine")
     assert local_of(config).is_relative_to(tmp_path / "disk" / "mine")
     assert config.stage == "$NODE_DISK/${WHOSE}"
-    with pytest.raises(ValueError, match="quote a variable"):
+    with pytest.raises(ConfigError, match="quote a variable"):
         DataConfig(stage="")  # is what the shell made of one
 
 
