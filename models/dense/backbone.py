@@ -88,7 +88,7 @@ def divisor_of(body: nn.Module) -> int:
 def any_size_arguments(name: str) -> JsonDict:
     """Return the arguments with which timm's constructor of `name` makes a model for images of any size.
 
-    Raises UnsupportedModelError: there are none, or timm has no such architecture.
+    Raises UnsupportedModelError: timm has no such architecture, or it takes images of one size alone.
     """
     if not is_model(name):
         raise UnsupportedModelError(f"{name!r} is not an architecture of timm")

@@ -6,6 +6,8 @@ Shape suffixes: B batch, K classes, H and W rows and columns.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -42,14 +44,14 @@ def cross_entropy(logits_BKhw: Tensor, labels_BHW: Tensor) -> Tensor:
     return total / (labels_BHW != IGNORED).sum().clamp(min=1)
 
 
-class Segmenter(nn.Module):
+class Segmenter(nn.Module, ABC):
     """A head that gives logits at the finest level, and in training those of an auxiliary head, if it has one."""
 
     auxiliary: nn.Module | None
 
+    @abstractmethod
     def forward(self, levels: Maps) -> Tensor:
         """Return the logits (B, K, H, W)."""
-        raise NotImplementedError
 
     def losses(self, prepared: Prepared, levels: Maps) -> dict[str, Tensor]:
         """Return the cross-entropy, and 0.4 of that of the auxiliary head on the last level but one."""

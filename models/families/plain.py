@@ -316,9 +316,8 @@ class OneStage(Family):
         return self.image_size(model) if getattr(self.embedding(model), "strict_img_size", True) else None
 
     def patch_size(self, model: nn.Module) -> tuple[int, int]:
-        embedding = cast(
-            Any, self.embedding(model)
-        )  # one behind convolutions says how much both reduce the image
+        embedding = cast(Any, self.embedding(model))
+        # an embedding behind convolutions says by how much both reduce the image
         ratio = getattr(embedding, "feat_ratio", None)
         height, width = embedding.patch_size if ratio is None else ratio(as_scalar=False)
         return int(height), int(width)

@@ -401,7 +401,7 @@ OTHERS: dict[str, tuple[Callable[[], Any], type[GraftError]]] = {
     "register_method: no name": (lambda: t.register_method(method_named(None)), ConfigError),
     "register_method: no word": (lambda: t.register_method(method_named("My method")), ConfigError),
     "register_family: of nothing": (lambda: m.register_family(nothing_of_a_family()), ConfigError),
-    "convert: an operator that is none": (lambda: a.convert(one(), "*: none_at_all"), ConfigError),
+    "convert: an unknown operator": (lambda: a.convert(one(), "*: none_at_all"), ConfigError),
     "Alignment: no terms": (
         lambda: a.Alignment(one(), a.convert(one(), "*: mean_here"), "map"),
         TransferError,

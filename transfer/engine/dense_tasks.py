@@ -113,9 +113,6 @@ class DenseTask(Task):
         with self.taught_by.teaching(prepared.tensors, prepared.sizes) as lesson:
             yield lesson
 
-    def weighted(self, losses: Losses) -> Losses:
-        return {name: losses[name] for name in ("task", "transfer") if name in losses}
-
     @torch.no_grad()
     def evaluate(self, loader: Any, accelerator: Accelerator) -> dict[str, float]:
         """Return average precision, or the mean intersection over union, of all processes' images."""

@@ -254,7 +254,7 @@ def _is_foreign(path: Path) -> bool:
         text = read_if_there(path)
         found = None if text is None else parse_yaml(text)
     except (CheckpointError, YamlError):
-        return False  # a run of ours that was damaged goes on from its state
+        return False  # a damaged run of ours resumes from its state
     return isinstance(found, dict) and not {"engine", "student"} & found.keys()
 
 
