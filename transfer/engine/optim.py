@@ -319,7 +319,7 @@ def warmup_steps(config: OptimConfig, steps_per_epoch: int, total_steps: int) ->
     leave it at rate zero.
     """
     given, tenth = config.warmup_epochs, total_steps / 10
-    if config.warmup_steps is not None:
+    if config.warmup_steps is not None and given is None:
         return config.warmup_steps if config.warmup_steps < total_steps else tenth
     if total_steps == 1:
         return 0.0

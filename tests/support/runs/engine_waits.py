@@ -13,7 +13,6 @@ from graftvit.checkpoints.files import read_records
 from graftvit.transfer.engine.loop import Loop
 from support.runs.engine_killer import start, wait
 from support.runs.engine_runs import config
-from torch import Tensor
 
 
 def main(path: str, seconds: float) -> dict[str, Any]:
@@ -22,9 +21,9 @@ def main(path: str, seconds: float) -> dict[str, Any]:
     def slow(rank: int) -> None:
         backward = Loop._backward
 
-        def delayed(self: Loop, images: Tensor, targets: Tensor, index: int) -> None:
+        def delayed(self: Loop, batch: Any, index: int) -> None:
             time.sleep(seconds * rank)
-            backward(self, images, targets, index)
+            backward(self, batch, index)
 
         Loop._backward = delayed  # type: ignore[method-assign]
 
