@@ -16,7 +16,6 @@ import torch
 from PIL import Image
 from pydantic import BeforeValidator, Field, TypeAdapter, ValidationError
 from pydantic_core import to_json
-from torch import Tensor
 from typing_extensions import NotRequired, TypedDict
 
 from ...checkpoints.files import read_regular
@@ -75,19 +74,18 @@ class _Masks(_Boxes):
 
 def find_split(root: Path, split: str) -> tuple[Path, Path]:
     """Return the file of annotations and the folder of images of a split. Raises DataError: one is not there."""
-    names = [f"{name}{year}" for name in (split, *synonyms(split)) for year in YEARS]
-    for name in names:
-        file = root / "annotations" / f"instances_{name}.json"
-        if not file.exists():
-            continue
-        for folder in (root / name, root / "images" / name):
-            if folder.is_dir():
-                return file, folder
-        raise DataError(f"{root / name} is not there: the images that {file} describes lie in it")
-    raise DataError(
-        f"{root / 'annotations'} has no file for split {split!r}: it is called instances_NAME.json, and NAME is one of "
-        + ", ".join(dict.fromkeys(names))
-    )
+    names = dict.fromkeys(f"{name}{year}" for name in (split, *synonyms(split)) for year in YEARS)
+    files = {name: root / "annotations" / f"instances_{name}.json" for name in names}
+    name = next((name for name, file in files.items() if file.exists()), None)
+    if name is None:
+        raise DataError(
+            f"{root / 'annotations'} has no file for split {split!r}: it is called instances_NAME.json, and NAME is "
+            f"one of {', '.join(names)}"
+        )
+    for folder in (root / name, root / "images" / name):
+        if folder.is_dir():
+            return files[name], folder
+    raise DataError(f"{root / name} is not there: the images that {files[name]} describes lie in it")
 
 
 class CocoImages:
@@ -113,16 +111,12 @@ class CocoImages:
     targets: Sequence[int] | None = None
 
     def __init__(self, root: Path, split: str, *, training: bool, masks: bool = False) -> None:
-        if masks:
-            require_coder()
         self._file, self._folder = find_split(root, split)
         content = _read(self._file, masks)
-        categories = sorted(content["categories"], key=lambda each: each["id"])
+        categories, numbers = _by_id(content, "categories", self._file)
+        images, self.ids = _by_id(content, "images", self._file)
         self.class_names: Sequence[str] = tuple(each["name"] for each in categories)
-        numbers = _distinct([each["id"] for each in categories], "categories", self._file)
-        images = sorted(content["images"], key=lambda each: each["id"])
-        self.ids = _distinct([each["id"] for each in images], "images", self._file)
-        self.sizes = np.array([(each["height"], each["width"]) for each in images], np.int32).reshape(-1, 2)
+        self.sizes = np.array([(each["height"], each["width"]) for each in images], np.int32)
         self._names = np.array([os.fsencode(each["file_name"]) for each in images], np.bytes_)
         _check_files(self._folder, [each["file_name"] for each in images], self._file)
         self._set_objects(content["annotations"], numbers, masks)
@@ -135,37 +129,34 @@ class CocoImages:
     def _set_objects(self, objects: list[Any], numbers: npt.NDArray[np.int64], masks: bool) -> None:
         if not objects:
             raise DataError(f"{self._file} has no annotations")
-        rows = _places(self.ids, [each["image_id"] for each in objects], "image", self._file)
+        rows = _places(self.ids, objects, "image", self._file)
         order = np.argsort(rows, kind="stable")
         objects, self._rows = [objects[place] for place in order], rows[order]
-        self._labels = _places(numbers, [each["category_id"] for each in objects], "category", self._file)
+        self._labels = _places(numbers, objects, "category", self._file)
         given = np.array([each["bbox"] for each in objects])
         self._boxes = np.concatenate((given[:, :2], given[:, :2] + given[:, 2:]), axis=1).astype(np.float32)
-        self._area = np.array(
-            [each.get("area", box[2] * box[3]) for each, box in zip(objects, given, strict=True)]
-        )
+        sides = given[:, 2:].prod(1)
+        self._area = np.array([each.get("area", area) for each, area in zip(objects, sides, strict=True)])
         self._crowd = np.array([each.get("iscrowd", 0) for each in objects], bool)
         texts = [each["segmentation"] for each in objects] if masks else []
         self._outlines = np.frombuffer(b"".join(texts), np.uint8) if masks else None
-        self._ends = np.cumsum([len(text) for text in texts], dtype=np.int64)
+        self._ends = np.cumsum([0, *map(len, texts)], dtype=np.int64)
         self._kept = np.ones(len(objects), bool)
 
     def _check_boxes(self) -> npt.NDArray[np.float32]:
         """Return the boxes within their images. Raise DataError where many are wrong; warn of a few."""
         clipped = np.clip(self._boxes, 0, np.tile(self.sizes[self._rows][:, ::-1], 2).astype(np.float32))
         self._empty = (clipped[:, 2:] - clipped[:, :2] < 1).any(1)
-        wrong = np.flatnonzero(self._empty | (np.abs(clipped - self._boxes) > 1).any(1))
-        if not len(wrong):
-            return clipped
-        row = self._rows[wrong[0]]
-        height, width = self.sizes[row]
-        problem = (
-            f"{self._file}: {len(wrong)} of {len(self._boxes)} boxes are empty or outside their images, such "
-            f"as one of image {self.ids[row]} ({width} x {height}); a box is x, y, width, height in pixels"
-        )
-        if len(wrong) > max(1, WRONG_SHARE * len(self._boxes)) or self._empty.all():
-            raise DataError(problem)
-        logger.warning("%s", problem)
+        wrong = self._rows[self._empty | (np.abs(clipped - self._boxes) > 1).any(1)]
+        if len(wrong):
+            height, width = self.sizes[wrong[0]]
+            problem = (
+                f"{self._file}: {len(wrong)} of {len(clipped)} boxes are empty or outside their images, such as one of "
+                f"image {self.ids[wrong[0]]} ({width} x {height}); a box is x, y, width, height in pixels"
+            )
+            if len(wrong) > max(1, WRONG_SHARE * len(clipped)) or self._empty.all():
+                raise DataError(problem)
+            logger.warning("%s", problem)
         return clipped
 
     def _keep_for_training(self) -> None:
@@ -220,17 +211,10 @@ class CocoImages:
             "original_size": (height, width),
         }
         if self._outlines is not None:
-            target["masks"] = self._masks(objects, height, width)
+            texts = [self._outlines[slice(*self._ends[number : number + 2])] for number in objects]
+            masks = [decode_mask(json.loads(text.tobytes()), height, width) for text in texts]
+            target["masks"] = torch.from_numpy(np.array(masks, bool).reshape(-1, height, width))
         return image, target
-
-    def _masks(self, objects: npt.NDArray[np.int64], height: int, width: int) -> Tensor:
-        assert self._outlines is not None
-        masks = torch.zeros(len(objects), height, width, dtype=torch.bool)
-        for place, number in enumerate(objects):
-            start = self._ends[number - 1] if number else 0
-            text = self._outlines[start : self._ends[number]].tobytes()
-            masks[place] = torch.from_numpy(decode_mask(json.loads(text), height, width))
-        return masks
 
 
 def require_coder() -> None:
@@ -272,13 +256,11 @@ def decode_mask(segmentation: Any, height: int, width: int) -> npt.NDArray[np.bo
 
 def _read(file: Path, masks: bool) -> Any:
     """Return what a file of annotations says, checked."""
-    size = file.stat().st_size
-    if size > LARGEST:
-        raise DataError(f"{file} has {size:,} bytes; at most {LARGEST:,} are read")
     try:
-        text = read_regular(file, limit=size, refusal=DataError)
+        text = read_regular(file, limit=LARGEST, refusal=DataError)
         return TypeAdapter[Any](_Masks if masks else _Boxes).validate_json(text)
     except MemoryError as error:
+        size = file.stat().st_size
         raise DataError(f"the memory does not suffice for {file} with its {size:,} bytes") from error
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
@@ -288,43 +270,40 @@ def _read(file: Path, masks: bool) -> Any:
         ) from error
 
 
-def _distinct(ids: list[int], what: str, file: Path) -> npt.NDArray[np.int64]:
-    """Return sorted ids as an array. Raises DataError: they are missing, or one comes twice."""
-    found = np.array(ids, np.int64)
-    if not len(found):
-        raise DataError(f"{file} has no {what}")
-    twice = found[1:][found[1:] == found[:-1]]
+def _by_id(content: Any, part: str, file: Path) -> tuple[list[Any], npt.NDArray[np.int64]]:
+    """Return a part in the order of its ids, and these. Raises DataError: it is empty, or an id comes twice."""
+    rows = sorted(content[part], key=lambda each: each["id"])
+    ids = np.array([each["id"] for each in rows], np.int64)
+    if not rows:
+        raise DataError(f"{file} has no {part}")
+    twice = ids[1:][ids[1:] == ids[:-1]]
     if len(twice):
-        raise DataError(f"{file} has several {what} with the id {twice[0]}")
-    return found
+        raise DataError(f"{file} has several {part} with the id {twice[0]}")
+    return rows, ids
 
 
-def _places(ids: npt.NDArray[np.int64], wanted: list[int], what: str, file: Path) -> npt.NDArray[np.int64]:
-    """Return the place of each wanted id among the sorted ids. Raises DataError for one that is not there."""
-    found = np.array(wanted, np.int64)
+def _places(ids: npt.NDArray[np.int64], objects: list[Any], what: str, file: Path) -> npt.NDArray[np.int64]:
+    """Return the place of what each object names among the sorted ids. Raises DataError for one that is not there."""
+    found = np.array([each[f"{what}_id"] for each in objects], np.int64)
     places = np.searchsorted(ids, found).clip(max=len(ids) - 1)
-    unknown = np.flatnonzero(ids[places] != found)
+    unknown = found[ids[places] != found]
     if len(unknown):
         raise DataError(
             f"{file}: {counted(len(unknown), 'annotation')} of {len(found)} name an unknown {what}, such as "
-            f"{what}_id {found[unknown[0]]}"
+            f"{what}_id {unknown[0]}"
         )
     return places
 
 
 def _check_files(folder: Path, names: Sequence[str], file: Path) -> None:
     """Raise DataError for names that lead out of the folder, or to files that are not there; list each folder once."""
-    present: dict[str, set[str]] = {}
-    missing = []
-    for name in names:
-        parent, _, last = name.rpartition("/")
-        if parent not in present:
-            if Path(parent).is_absolute() or ".." in Path(parent).parts:
-                raise DataError(f"{file}: the file name {name!r} leads out of {folder}")
-            place = folder / parent
-            present[parent] = set(os.listdir(place)) if place.is_dir() else set()  # noqa: PTH208
-        if last not in present[parent]:
-            missing.append(name)
+    parts = [name.rpartition("/") for name in names]
+    for parent, slash, last in parts:
+        if ".." in parent.split("/") or (slash and parent[:1] in ("", "/")):
+            raise DataError(f"{file}: the file name {parent + slash + last!r} leads out of {folder}")
+    places = {parent: folder / parent for parent, _, _ in parts}
+    present = {name: set(os.listdir(place)) if place.is_dir() else () for name, place in places.items()}  # noqa: PTH208
+    missing = ["".join(each) for each in parts if each[2] not in present[each[0]]]
     if missing:
         raise DataError(
             f"{counted(len(missing), 'image')} of the {len(names)} that {file} names are not in {folder}, such as "

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
+from io import BytesIO
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from accelerate.utils import recursively_apply
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import Dataset
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
@@ -21,9 +21,9 @@ from ...checkpoints.class_names import difference
 from ...models.errors import ConfigError, DataError
 from ..config import DataConfig
 from .dense_sets import IGNORED, DenseSource, open_dense
-from .loaders import EvalLoader, TrainLoader
-from .loading import BadImage, BadImages, Batch, Fetcher, TrainBatches, attempted, made, name_of
-from .sampler import BatchRequest, Indices, derive_seed
+from .loaders import EvalLoader, TrainLoader, train_subset
+from .loading import BadImage, BadImages, Batch, EvalBatches, Fetcher, TrainBatches, attempted
+from .sampler import BatchRequest, Indices
 
 Target = dict[str, Any]
 SCORED = ("area", "iscrowd")
@@ -62,42 +62,16 @@ class DenseBatch:
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pass between processes as one tensor: each takes a file descriptor, of which a process has few."""
-        parts: list[Tensor] = []
+        data = BytesIO()
+        torch.save((self.images, self.targets, self.valid), data)
+        return _unpacked, (torch.frombuffer(data.getbuffer(), dtype=torch.uint8),)
 
-        def pack(tensor: Tensor) -> _Packed:
-            data = torch.tensor([], dtype=torch.uint8)
-            if tensor.numel():
-                data = tensor.contiguous().flatten().view(torch.uint8)
-            place = _Packed(sum(map(len, parts)), tensor.dtype, tensor.shape)
-            parts.append(torch.nn.functional.pad(data, (0, -len(data) % 8)))
-            return place
-
-        packed = self._mapped(pack)
-        return _unpacked, (torch.cat(parts), packed.images, packed.targets, packed.valid)
-
-    def _mapped(self, function: Callable[[Any], Any], kind: type = Tensor) -> DenseBatch:
-        targets = [
-            {key: function(value) if isinstance(value, kind) else value for key, value in target.items()}
-            for target in self.targets
-        ]
-        return DenseBatch([function(image) for image in self.images], targets, function(self.valid))
+    def _mapped(self, function: Callable[[Tensor], Tensor]) -> DenseBatch:
+        return DenseBatch(*recursively_apply(function, (self.images, self.targets, self.valid)))
 
 
-@dataclass(frozen=True)
-class _Packed:
-    """A place in a tensor of bytes."""
-
-    start: int
-    dtype: torch.dtype
-    shape: torch.Size
-
-    def of(self, data: Tensor) -> Tensor:
-        end = self.start + self.shape.numel() * self.dtype.itemsize
-        return data[self.start : end].view(self.dtype).view(self.shape)
-
-
-def _unpacked(data: Tensor, *fields: Any) -> DenseBatch:
-    return DenseBatch(*fields)._mapped(lambda place: place.of(data), _Packed)
+def _unpacked(data: Tensor) -> DenseBatch:
+    return DenseBatch(*torch.load(BytesIO(data.numpy().data), weights_only=True))
 
 
 # From an item of a data set to tensors.
@@ -135,18 +109,20 @@ class DenseAugment:
     def train(self, image: Image.Image, target: Target) -> tuple[Tensor, Target]:
         """Return an image (3, H, W) of 0 to 1 and its target, augmented by draws from torch's generator."""
         item = _as_tensors(image, {key: target[key] for key in target if key not in SCORED})
-        if self.cropped and _drawn(0, 1) < 0.5:
+        if self.cropped and torch.rand(()) < 0.5:
+            low, high = self.crop_sides
             item = _resized(item, _one_of(self.cropped), self.long)
-            item = _cropped(item, *(_between(*self.crop_sides) for _ in range(2)))
-        factor = _drawn(*self.scale) if self.scale else 1.0
+            item = _cropped(item, *torch.randint(low, high + 1, (2,)).tolist())
+        factor = float(torch.empty(()).uniform_(*self.scale)) if self.scale else 1.0
         item = _resized(item, _one_of(self.short) * factor, self.long * factor)
         if self.crop:
             item = self._crop(item, self.crop)
-        if _drawn(0, 1) < self.hflip:
-            item = _mapped(item, F.horizontal_flip)
+        item = v2.RandomHorizontalFlip(self.hflip)(item)
         if self.distort:
-            item["image"] = Distortion()(item["image"])
-        return _finished(_sanitized(item))
+            item = Distortion()(item)
+        if "boxes" in item:
+            item = v2.SanitizeBoundingBoxes(min_size=1)(v2.ClampBoundingBoxes()(item))
+        return _finished(item)
 
     def evaluate(self, image: Image.Image, target: Target) -> tuple[Tensor, Target]:
         """Return an image (3, H, W) of 0 to 1, resized; its target stays that of the file."""
@@ -154,14 +130,13 @@ class DenseAugment:
         return _finished({**resized, **target})
 
     def _crop(self, item: Target, side: int) -> Target:
-        found = _cropped(item, side, side)
-        if "boxes" in item:
-            return found
-        for _ in range(9):
+        for _ in range(10):
+            found = _cropped(item, side, side)
+            if "boxes" in item:
+                break
             counts = torch.bincount(found["labels"].flatten(), minlength=256)[:IGNORED]
             if counts.max() < self.largest_share * counts.sum():
                 break
-            found = _cropped(item, side, side)
         return found
 
 
@@ -188,58 +163,29 @@ def _as_tensors(image: Image.Image, target: Target) -> Target:
     return item
 
 
-def _mapped(item: Target, function: Callable[[Any], Any]) -> Target:
-    return {
-        key: function(value) if isinstance(value, tv_tensors.TVTensor) else value
-        for key, value in item.items()
-    }
+def _one_of(sizes: Sequence[int]) -> int:
+    return sizes[int(torch.randint(len(sizes), ()))]
 
 
 def _resized(item: Target, short: float, long: float) -> Target:
     height, width = item["image"].shape[-2:]
     ratio = min(short / min(height, width), long / max(height, width))
-    size = [max(1, round(height * ratio)), max(1, round(width * ratio))]
-    return item if size == [height, width] else _mapped(item, partial(F.resize, size=size, antialias=True))
+    found: Target = v2.Resize([max(1, round(height * ratio)), max(1, round(width * ratio))])(item)
+    return found
 
 
 def _cropped(item: Target, height: int, width: int) -> Target:
     """Return a random part of at most this size."""
     rows, columns = item["image"].shape[-2:]
-    height, width = min(height, rows), min(width, columns)
-    top, left = _between(0, rows - height), _between(0, columns - width)
-    return _mapped(item, partial(F.crop, top=top, left=left, height=height, width=width))
-
-
-def _sanitized(item: Target) -> Target:
-    """Return an item without the boxes that are now below a pixel."""
-    if "boxes" not in item:
-        return item
-    boxes = F.clamp_bounding_boxes(item["boxes"])
-    kept = (boxes[:, 2:] - boxes[:, :2] >= 1).all(1).as_subclass(Tensor)
-    cut = {**item, "boxes": boxes}
-    return cut | {key: cut[key][kept] for key in ("boxes", "labels", "masks") if key in cut}
+    found: Target = v2.RandomCrop((min(height, rows), min(width, columns)))(item)
+    return found
 
 
 def _finished(item: Target) -> tuple[Tensor, Target]:
     """Return the image as float32 from 0 to 1, and the target as plain tensors."""
-    image = F.to_dtype(item.pop("image"), torch.float32, scale=True)
-    plain = {
-        key: value.as_subclass(Tensor) if isinstance(value, Tensor) else value for key, value in item.items()
-    }
-    plain["labels"] = plain["labels"].long()
-    return image.as_subclass(Tensor), plain
-
-
-def _drawn(low: float, high: float) -> float:
-    return low + float(torch.rand(())) * (high - low)
-
-
-def _between(low: int, high: int) -> int:
-    return int(torch.randint(low, high + 1, ()))
-
-
-def _one_of(sizes: Sequence[int]) -> int:
-    return sizes[_between(0, len(sizes) - 1)]
+    image = F.to_dtype(item["image"], torch.float32, scale=True)
+    plain = v2.ToPureTensor()({**item, "image": image, "labels": item["labels"].long()})
+    return plain.pop("image"), plain
 
 
 # Loaders.
@@ -255,59 +201,53 @@ def grouped_order(order: Indices, wide: npt.NDArray[np.bool_] | None, size: int)
         return order
     places = [np.flatnonzero(wide[order] == kind) for kind in (False, True)]
     groups = [kind[start : start + size] for kind in places for start in range(0, len(kind), size)]
-    full = sorted((group for group in groups if len(group) == size), key=lambda group: int(group[-1]))
-    rest = np.sort(np.concatenate([np.empty(0, np.int64), *(group for group in groups if len(group) < size)]))
-    return np.asarray(order[np.concatenate([*full, rest])])
+    groups.sort(key=lambda group: (len(group) < size, group[-1]))
+    return np.asarray(order[np.concatenate(groups)])
+
+
+def _augmented(source: DenseSource, place: int, augment: Any) -> tuple[Tensor, Target] | BadImage:
+    """Return an item as `augment` makes it, or why it cannot be."""
+    return attempted(source, place, lambda: augment(*source.read(place)))
+
+
+def _joined(rows: Sequence[tuple[Tensor, Target]], valid: Tensor, bad: list[BadImage]) -> Batch:
+    images, targets = zip(*rows, strict=True)
+    return Batch(DenseBatch(list(images), list(targets), valid), torch.empty(0), valid, bad)
 
 
 class DenseTrainBatches(TrainBatches):
     """BatchRequest -> Batch whose images are a `DenseBatch`. A bad image is replaced by the next readable one."""
 
-    def __init__(
-        self, source: DenseSource, subset: Indices, augment: DenseAugment, *, seed: int, tries: int
-    ) -> None:
-        self._source: Any = source
-        self._subset, self._seed, self._mixing, self._views, self._repeats = subset, seed, None, None, 1
-        self._tries, self._augment = min(tries, len(subset)), augment
+    _source: Any
 
     def _prepared(self, place: int) -> Any:
-        return attempted(self._source, place, lambda: self._augment.train(*self._source.read(place)))
+        return _augmented(self._source, place, self._transform)
 
     def _joined(self, ready: Sequence[Any], request: BatchRequest, view: int, bad: list[BadImage]) -> Batch:
-        images, targets = zip(*ready, strict=True)
-        valid = torch.ones(len(ready), dtype=torch.bool)
-        return Batch(DenseBatch(list(images), list(targets), valid), torch.empty(0), valid, bad)
+        return _joined(ready, torch.ones(len(ready), dtype=torch.bool), bad)
 
 
-class DenseEvalBatches(Dataset[Batch]):
+class DenseEvalBatches(EvalBatches):
     """BatchRequest -> Batch whose images are a `DenseBatch`; a black image, not valid, for padding and bad images."""
 
-    def __init__(self, source: DenseSource, augment: DenseAugment) -> None:
-        self._source, self._augment = source, augment
-
-    def __getitem__(self, request: BatchRequest) -> Batch:
-        return made(self._make, request, partial(name_of, self._source))
+    _source: Any
 
     def _make(self, request: BatchRequest) -> Batch:
-        found = [self._prepared(index) for index in request.indices[: request.valid]]
-        bad = [each for each in found if isinstance(each, BadImage)]
+        wanted = request.indices[: request.valid]
+        found = [_augmented(self._source, index, self._transform) for index in wanted]
         good = [None if isinstance(each, BadImage) else each for each in found]
-        rows = good + [None] * (len(request.indices) - len(good))
-        valid = torch.tensor([row is not None for row in rows])
-        images, targets = zip(*(row or self._padding() for row in rows), strict=True)
-        return Batch(DenseBatch(list(images), list(targets), valid), torch.empty(0), valid, bad)
-
-    def _prepared(self, index: int) -> tuple[Tensor, Target] | BadImage:
-        return attempted(self._source, index, lambda: self._augment.evaluate(*self._source.read(index)))
+        good += [None] * (len(request.indices) - len(good))
+        valid = torch.tensor([row is not None for row in good])
+        bad = [each for each in found if isinstance(each, BadImage)]
+        return _joined([row or self._padding() for row in good], valid, bad)
 
     def _padding(self) -> tuple[Tensor, Target]:
-        side = max(self._augment.short)
-        target: Target = {"image_id": -1, "original_size": (side, side)}
+        target: Target = {"image_id": -1, "original_size": self._size[1:]}
         if self._source.task == "segmentation":
-            target["labels"] = torch.full((side, side), IGNORED)
+            target["labels"] = torch.full(self._size[1:], IGNORED)
         else:
             target |= {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.long)}
-        return torch.zeros(3, side, side), target
+        return torch.zeros(self._size), target
 
 
 class DenseTrainLoader(TrainLoader):
@@ -317,32 +257,21 @@ class DenseTrainLoader(TrainLoader):
     """
 
     def __init__(
-        self,
-        source: DenseSource,
-        config: DataConfig,
-        augment: DenseAugment,
-        *,
-        seed: int,
-        rank: int = 0,
-        world_size: int = 1,
+        self, source: Any, config: DataConfig, augment: Any, *, seed: int, rank: int, world_size: int
     ) -> None:
-        subset = _subset(config, len(source))
+        subset = train_subset(config, source, labels=False)
         self.class_names, self.num_classes = source.class_names, len(source.class_names)
         self._divide(config, len(subset), seed, rank, world_size)
         self._wide = None if source.wide is None else source.wide[subset]
         bad = BadImages(config.max_bad_images, self.num_samples)
-        self.batches = DenseTrainBatches(source, subset, augment, seed=seed, tries=bad.limit + 1)
+        self.batches = DenseTrainBatches(
+            source, subset, augment.train, seed=seed, mixing=None, tries=bad.limit + 1
+        )
         self._fetcher = Fetcher(self.batches, config, bad)
 
-    def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[DenseBatch]]:  # type: ignore[override]
-        """Return the batches of this rank from batch `start` on."""
-        return self.epoch_from(epoch, start * self.batch_size * self._world_size)
-
-    def epoch_from(self, epoch: int, position: int) -> Iterator[tuple[DenseBatch]]:  # type: ignore[override]
-        """Do the same as `epoch`, from a global number of samples: how a run resumes on another number of ranks."""
-        for batch in self._batches_from(epoch, position):
-            if batch.images is not None:
-                yield (batch.images,)
+    def epoch_from(self, epoch: int, position: int) -> Iterator[Any]:
+        """Return the batches of this rank from a global number of samples on."""
+        return ((batch.images,) for batch in self._batches_from(epoch, position))
 
     def _order(self, epoch: int) -> Indices:
         return grouped_order(super()._order(epoch), self._wide, self.batch_size)
@@ -354,25 +283,17 @@ class DenseEvalLoader(EvalLoader):
     As `EvalLoader`, but it yields a `DenseBatch`.
     """
 
-    def __init__(
-        self,
-        source: DenseSource,
-        config: DataConfig,
-        augment: DenseAugment,
-        *,
-        rank: int = 0,
-        world_size: int = 1,
-    ) -> None:
+    def __init__(self, source: Any, config: DataConfig, augment: Any, *, rank: int, world_size: int) -> None:
         self.class_names, self.num_classes = source.class_names, len(source.class_names)
         self.num_samples = len(source)
         self._batch_size = config.eval_batch_size or config.batch_size
         self._rank, self._world_size = rank, world_size
-        bad = BadImages(config.max_bad_images, self.num_samples)
-        self._fetcher = Fetcher(DenseEvalBatches(source, augment), config, bad)
+        size = (3, max(augment.short), max(augment.short))
+        self.batches = DenseEvalBatches(source, augment.evaluate, size, None)
+        self._fetcher = Fetcher(self.batches, config, BadImages(config.max_bad_images, self.num_samples))
 
     def _read(self) -> Iterator[Any]:
-        for batch in self._fetcher.fetch_batches(self._requests()):
-            yield batch.images
+        return (batch.images for batch in self._fetcher.fetch_batches(self._requests()))
 
 
 def create_dense_train_loader(
@@ -410,14 +331,3 @@ def create_dense_eval_loader(
             f"split {config.val_split!r} of {config.data_path} has {difference(source.class_names, names)} of the model"
         )
     return DenseEvalLoader(source, config, augment, rank=rank, world_size=world_size)
-
-
-def _subset(config: DataConfig, size: int) -> Indices:
-    """Return the images to train on: all, or `data.train_samples` drawn by `data.label_seed`."""
-    count = size if config.train_samples is None else config.train_samples
-    if count > size:
-        raise ConfigError(
-            f"data.train_samples={count} is more than the {size} images of {config.train_split!r}"
-        )
-    drawn = np.random.RandomState(derive_seed(config.label_seed)).permutation(size)[:count]
-    return np.sort(drawn).astype(np.int64)

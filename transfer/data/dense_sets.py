@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -20,11 +20,8 @@ from .digits import split_folder, synonyms
 from .image_folder import find_images, open_image
 
 DenseTask = Literal["detection", "segmentation"]
-DENSE_SETS: dict[str, DenseTask] = {
-    "coco": "detection",
-    "ade20k": "segmentation",
-    "cityscapes": "segmentation",
-}
+DENSE_SETS: dict[str, DenseTask]
+DENSE_SETS = {"coco": "detection", "ade20k": "segmentation", "cityscapes": "segmentation"}
 """What the labels of a data set are."""
 FOLDERS = {"ade20k": ("images", "annotations"), "cityscapes": ("leftImg8bit", "gtFine")}
 """Where images and their labels lie, in a folder for each split."""
@@ -37,23 +34,6 @@ CITYSCAPES = {
     28: "bus", 31: "train", 32: "motorcycle", 33: "bicycle",
 }  # fmt: skip
 """The 19 evaluated classes of Cityscapes (arXiv:1604.01685) by their numbers in `*_labelIds.png`."""
-
-
-class DenseSource(Protocol):
-    """Items of detection or segmentation that are read by index; nothing is decoded before `read`."""
-
-    task: str
-    targets: Sequence[int] | None
-    class_names: Sequence[str]
-
-    @property
-    def wide(self) -> npt.NDArray[np.bool_] | None:
-        """Return which images are at least as wide as tall; None where that is not known without reading."""
-        ...
-
-    def __len__(self) -> int: ...
-    def path(self, index: int) -> str: ...
-    def read(self, index: int) -> tuple[Image.Image, dict[str, Any]]: ...
 
 
 class LabelMaps:
@@ -93,11 +73,9 @@ class LabelMaps:
             if file.mode not in ("L", "P", "I;16", "I"):
                 raise DataError(f"{labels} has pixels of mode {file.mode}, and no number of a class each")
             numbers = np.asarray(file)
-        if numbers.shape != (image.height, image.width):
-            height, width = numbers.shape
-            raise DataError(
-                f"{place} has {image.width} x {image.height} pixels, and {labels} {width} x {height}"
-            )
+        if numbers.shape[::-1] != image.size:
+            sizes = [f"{width} x {height}" for width, height in (image.size, numbers.shape[::-1])]
+            raise DataError(f"{place} has {sizes[0]} pixels, and {labels} {sizes[1]}")
         if numbers.max(initial=0) >= len(self._table):
             raise DataError(f"{labels} has the number {numbers.max()}; a class is below {len(self._table)}")
         classes = self._table[numbers]
@@ -106,12 +84,11 @@ class LabelMaps:
             raise DataError(
                 f"{labels} has a pixel of class {largest}, and there are {counted(len(self.class_names), 'class')}"
             )
-        target = {
-            "labels": torch.from_numpy(classes),
-            "image_id": index,
-            "original_size": (image.height, image.width),
-        }
-        return image, target
+        known = {"image_id": index, "original_size": (image.height, image.width)}
+        return image, {"labels": torch.from_numpy(classes), **known}
+
+
+DenseSource: TypeAlias = CocoImages | LabelMaps
 
 
 def check_dense(config: DataConfig, splits: Sequence[str | None]) -> DenseTask:
@@ -172,25 +149,27 @@ def _ade20k_names(root: Path, classes: int | None) -> list[str]:
 def _pairs(images: Path, labels: Path) -> list[tuple[str, str]]:
     """Return each image below a folder with its labels, which lie at the same place of another folder."""
     pairs = []
-    for path in map(Path, find_images(images).files):
-        stem = path.stem.replace("_leftImg8bit", "_gtFine_labelIds")
-        pairs.append((str(path), labels / path.relative_to(images).with_name(f"{stem}.png")))
+    for image in map(Path, find_images(images).files):
+        stem = image.stem.replace("_leftImg8bit", "_gtFine_labelIds")
+        pairs.append((str(image), str(labels / image.relative_to(images).with_name(f"{stem}.png"))))
     if not pairs:
         raise DataError(f"there is no image in {images}")
-    missing = [label for _, label in pairs if not label.is_file()]
+    missing = [label for _, label in pairs if not Path(label).is_file()]
     if missing:
         count = f"{counted(len(missing), 'image')} of the {len(pairs)} in {images}"
         raise DataError(f"{count} have no labels: {missing[0]} is not there")
-    return [(image, str(label)) for image, label in pairs]
+    return pairs
 
 
 def _find_split(name: str, root: Path, split: str) -> tuple[Path, Path]:
     """Return the two places of a split of a data set. Raises DataError: one is not there."""
     if name == "coco":
         return find_split(root, split)
-    found = [split_folder(root / folder, split) for folder in FOLDERS[name]]
-    for folder, place in zip(FOLDERS[name], found, strict=True):
+    found = []
+    for folder in FOLDERS[name]:
+        place = split_folder(root / folder, split)
         if place is None:
             names = ", ".join(synonyms(split))
             raise DataError(f"{root / folder} has no folder for split {split!r}, called one of {names}")
-    return found[0] or root, found[1] or root
+        found.append(place)
+    return found[0], found[1]

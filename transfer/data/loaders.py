@@ -67,7 +67,7 @@ class TrainLoader:
     ) -> None:
         self.class_names = source.class_names
         self.num_classes = count_classes(config, source.class_names, source.targets, labels)
-        subset = _subset(config, source, labels)
+        subset = train_subset(config, source, labels)
         self._divide(config, len(subset), seed, rank, world_size)
         self.repeats = epoch_repeats(config)
         labels_of = () if source.targets is None else [source.targets[index] for index in subset]
@@ -450,11 +450,12 @@ def create_reference_loader(
     if names is not None:
         dataset = number_by_name(dataset, config.train_split, names, MODEL)
     if config.train_samples is not None:
-        dataset = SourceView(dataset, dataset.class_names, _subset(config, dataset).tolist())
+        dataset = SourceView(dataset, dataset.class_names, train_subset(config, dataset).tolist())
     return EvalLoader(dataset, config, spec, rank=rank, world_size=world_size)
 
 
-def _subset(config: DataConfig, source: ImageSource, labels: bool = True) -> Indices:
+def train_subset(config: DataConfig, source: ImageSource, labels: bool = True) -> Indices:
+    """Return the samples to train on: all, or `data.train_samples` drawn by `data.label_seed`. Raises ConfigError."""
     count = config.train_samples
     if count is None:
         return np.arange(len(source), dtype=np.int64)

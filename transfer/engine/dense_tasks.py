@@ -247,7 +247,7 @@ class Dense(Goal):
         """Return the first training images, padded to one batch."""
         plain = data.model_copy(update={"batch_size": count, "workers": 0})
         with preserved():
-            (batch,) = next(self.train_loader(plain, spec).epoch(0))
+            batch: Any = next(self.train_loader(plain, spec).epoch(0))[0]
         return prepare(batch.images, spec.mean, spec.std, DIVISOR).tensors
 
     def first_images(self, data: DataConfig, spec: Preprocessing) -> Tensor:
