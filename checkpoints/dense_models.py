@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from functools import partial
 from os import PathLike
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -78,8 +77,11 @@ def find_dense(source: str) -> Path | None:
         return None
     part = {None: "student", "student": "student", "ema": "student_ema"}.get(parsed.part, "")
     folders = [parsed.path / part, *([] if parsed.part else [parsed.path])]
-    names = [f"{name}.json" for name in NAMES.values()]
-    return next((each for each in folders if any((each / name).is_file() for name in names)), None)
+    return next((each for each in folders if any(map(Path.is_file, _descriptions(each)))), None)
+
+
+def _descriptions(folder: Path) -> list[Path]:
+    return [folder / f"{name}.json" for name in NAMES.values()]
 
 
 def _with_last_norm(body: nn.Module) -> nn.Module:
@@ -111,16 +113,14 @@ def load_dense(folder: str | PathLike[str]) -> DenseModel:
         raise CheckpointError(
             f"{folder} holds no detector.json or segmenter.json, as save_dense and finished runs write them"
         )
-    folder = found
-    name = next(each for each in NAMES.values() if (folder / f"{each}.json").is_file())
-    described = folder / f"{name}.json"
+    described = next(each for each in _descriptions(found) if each.is_file())
     settings = read_json(described)
     if not isinstance(settings, dict) or "body" in settings:
         raise CheckpointError(f"{described} is damaged: it holds other than the settings of a head")
-    file = folder / f"{name}.safetensors"
-    tensors = read_file(file, inside=folder).tree
+    file = described.with_suffix(".safetensors")
+    tensors = read_file(file, inside=found).tree
     refuse_not_finite(str(file), tensors, dict.fromkeys(tensors, torch.float32))
-    body = load(folder)
+    body = load(found)
     try:
         with without_memory():
             _check(create_dense(body=body, **settings), tensors, file)
@@ -133,19 +133,13 @@ def load_dense(folder: str | PathLike[str]) -> DenseModel:
     return model.eval()
 
 
-def _own(model: nn.Module) -> dict[str, Tensor]:
-    """Return the weights of a dense model without those of its body."""
-    return {name: each for name, each in model.state_dict().items() if not name.startswith(BODY)}
-
-
 def _check(model: nn.Module, tensors: JsonDict, file: Path) -> None:
     """Raise CheckpointError for weights that are not those of neck and head."""
-    wanted = {name: _kind(each) for name, each in _own(model).items()}
-    found = {name: _kind(each) for name, each in tensors.items()}
+    own = {name: each for name, each in model.state_dict().items() if not name.startswith(BODY)}
+    wanted, found = (
+        {name: (each.shape, each.is_floating_point()) for name, each in part.items()}
+        for part in (own, tensors)
+    )
     wrong = [name for name in sorted(wanted.keys() | found.keys()) if wanted.get(name) != found.get(name)]
     if wrong:
         raise CheckpointError(f"{file} has other weights than its settings say: {some(wrong)}")
-
-
-def _kind(tensor: Any) -> tuple[torch.Size, bool]:
-    return tensor.shape, tensor.is_floating_point()

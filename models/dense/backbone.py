@@ -15,11 +15,7 @@ import torch.nn.functional as F
 from timm.layers import LayerNorm2d
 from timm.models import is_model
 from torch import Tensor, nn
-from torchvision.ops.feature_pyramid_network import (
-    ExtraFPNBlock,
-    FeaturePyramidNetwork,
-    LastLevelMaxPool,
-)
+from torchvision.ops import feature_pyramid_network as fpn
 
 from ..errors import ConfigError, GraftError, JsonDict, UnsupportedModelError
 from ..families import any_family, create_timm_model, image_size
@@ -142,34 +138,23 @@ class Levels(NamedTuple):
 # Necks: `levels` of one width from the maps of a backbone, with the extra ones.
 
 
-class RawP6P7(ExtraFPNBlock):
+class RawP6P7(fpn.LastLevelP6P7):
     """The two coarsest levels of RetinaNet: P6 = conv(C5), P7 = conv(P6), both 3 x 3 with stride 2.
 
     Lin et al. 2017 (arXiv:1708.02002) have a ReLU before P7; the published detectors of pyramids have none.
     """
-
-    def __init__(self, channels: int, width: int) -> None:
-        super().__init__()
-        self.p6 = nn.Conv2d(channels, width, 3, 2, 1)
-        self.p7 = nn.Conv2d(width, width, 3, 2, 1)
-        for name, each in self.named_parameters():
-            nn.init.kaiming_uniform_(each, a=1) if name.endswith("weight") else nn.init.zeros_(each)
 
     def forward(self, levels: Maps, maps: Maps, names: list[str]) -> tuple[Maps, list[str]]:
         p6 = self.p6(maps[-1])
         return [*levels, p6, self.p7(p6)], [*names, "p6", "p7"]
 
 
-EXTRA = {"pool": 1, "conv": 2}
-"""Kinds of extra coarse levels, and their number: a subsampled last level, or P6 and P7 by convolutions."""
+def _extra(number: int, channels: int, width: int) -> fpn.ExtraFPNBlock | None:
+    return RawP6P7(channels, width) if number == 2 else fpn.LastLevelMaxPool() if number else None
 
 
-def _extra(kind: str, channels: int, width: int) -> ExtraFPNBlock | None:
-    return {"pool": LastLevelMaxPool, "conv": lambda: RawP6P7(channels, width)}.get(kind, lambda: None)()
-
-
-def _levels(width: int, strides: Sequence[int], extra: str) -> Levels:
-    found = [*strides, *(strides[-1] * 2 ** (i + 1) for i in range(EXTRA.get(extra, 0)))]
+def _levels(width: int, strides: Sequence[int], extra: int) -> Levels:
+    found = [*strides, *(strides[-1] * 2 ** (i + 1) for i in range(extra))]
     return Levels([width] * len(found), found)
 
 
@@ -182,15 +167,15 @@ class Pyramid(nn.Module):
         backbone: gives the maps C_i.
         width: of the levels.
         finest: the smallest stride that is used.
-        extra: "pool" for one more level of every second token of the last, "conv" for P6 and P7, "" for none.
+        extra: number of coarser levels: one has every second token of the last, two are P6 and P7 of `RawP6P7`.
     """
 
-    def __init__(self, backbone: Backbone, width: int, finest: int = FINEST, extra: str = "") -> None:
+    def __init__(self, backbone: Backbone, width: int, finest: int = FINEST, extra: int = 0) -> None:
         super().__init__()
         self.first = next(i for i, each in enumerate(backbone.strides) if each >= finest)
         channels = backbone.channels[self.first :]
         self.levels = _levels(width, backbone.strides[self.first :], extra)
-        self.fpn = FeaturePyramidNetwork(channels, width, _extra(extra, channels[-1], width))
+        self.fpn = fpn.FeaturePyramidNetwork(channels, width, _extra(extra, channels[-1], width))
 
     def forward(self, maps: Maps) -> Maps:
         """Return the levels (B, width, H, W), the finest first."""
@@ -202,20 +187,21 @@ class SimplePyramid(nn.Module):
     """The neck of ViTDet (Li et al. 2022, arXiv:2203.16527): levels of 1/4, 1/2, 1 and 2 times the stride of one map.
 
     Two transposed convolutions with LayerNorm and GELU between, one, the map itself, its 2 x 2 maximum; then for each
-    conv1, LayerNorm, conv3, LayerNorm to `width` channels. Arguments are those of `Pyramid`; with "conv", P6 is made of
-    the maximum.
+    conv1, LayerNorm, conv3, LayerNorm to `width` channels. Arguments are those of `Pyramid`; P6 is made of the maximum.
 
     Raises ConfigError: the stride of the map is no multiple of 4.
     """
 
-    def __init__(self, backbone: Backbone, width: int, finest: int = FINEST, extra: str = "") -> None:
+    def __init__(self, backbone: Backbone, width: int, finest: int = FINEST, extra: int = 0) -> None:
         super().__init__()
         stride, channels = backbone.strides[-1], backbone.channels[-1]
         if stride % 4:
             raise ConfigError(f"patches of {stride} pixels cannot be halved twice: give a multiple of 4")
-        scaled = [
-            (stride // 4, channels // 4, _enlarged(channels, twice=True)),
-            (stride // 2, channels // 2, _enlarged(channels, twice=False)),
+        half, quarter = channels // 2, channels // 4
+        twice = [_enlarged(channels), LayerNorm2d(half), nn.GELU(), _enlarged(half)]
+        scaled: list[tuple[int, int, nn.Module]] = [
+            (stride // 4, quarter, nn.Sequential(*twice)),
+            (stride // 2, half, _enlarged(channels)),
             (stride, channels, nn.Identity()),
             (2 * stride, channels, nn.MaxPool2d(2)),
         ]
@@ -237,26 +223,13 @@ class SimplePyramid(nn.Module):
         """Return the levels (B, width, H, W), the finest first, of one map."""
         scaled = [scale(maps[-1]) for scale in self.scales]
         levels = [output(each) for output, each in zip(self.outputs, scaled, strict=True)]
-        if self.extra is None:
-            return levels
-        found: Maps = self.extra(levels, scaled, [""] * len(levels))[0]
-        return found
+        if self.extra is not None:
+            levels = self.extra(levels, scaled, [""] * len(levels))[0]
+        return levels
 
 
-def _enlarged(channels: int, *, twice: bool) -> nn.Module:
-    first = nn.ConvTranspose2d(channels, channels // 2, 2, 2)
-    if not twice:
-        return first
-    second = nn.ConvTranspose2d(channels // 2, channels // 4, 2, 2)
-    return nn.Sequential(first, LayerNorm2d(channels // 2), nn.GELU(), second)
-
-
-def create_neck(
-    backbone: Backbone, width: int, finest: int = FINEST, extra: str = ""
-) -> Pyramid | SimplePyramid:
-    """Return a pyramid of levels on the maps of a pyramid, or on the one map of a plain vision transformer."""
-    kind = SimplePyramid if len(backbone.channels) == 1 else Pyramid
-    return kind(backbone, width, finest, extra)
+def _enlarged(channels: int) -> nn.Module:
+    return nn.ConvTranspose2d(channels, channels // 2, 2, 2)
 
 
 def resized(map_BCHW: Tensor, size: Sequence[int]) -> Tensor:

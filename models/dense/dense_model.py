@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from inspect import signature
 from typing import Any, Literal
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from torchvision.transforms.v2.functional import to_dtype
 
 from ..errors import ConfigError, DataError, JsonDict, check_types, did_you_mean
-from .backbone import FINEST, Backbone, Levels, Maps, Prepared, create_neck, divisor_of
+from .backbone import FINEST, Backbone, Levels, Maps, Prepared, Pyramid, SimplePyramid, divisor_of
 from .detectors import MaskRCNNBoxes, RetinaNetBoxes, Sizes
 from .segmenters import IGNORED, SemanticFPNHead, UPerNetHead
 
@@ -27,23 +28,25 @@ class Design:
 
     task: str
     head: Callable[..., nn.Module]
-    settings: tuple[str, ...]
-    """The settings of the head, besides its levels, width and classes."""
     finest: int = FINEST
     """The smallest stride of the levels."""
-    extra: str = ""
-    """The levels beyond those of the backbone, as of `backbone.Pyramid`."""
+    extra: int = 0
+    """The number of levels beyond those of the backbone, as of `backbone.Pyramid`."""
     width: int = 256
     has_neck: bool = True
     """Whether a pyramid gets a neck; the one map of a plain vision transformer always does."""
 
+    @property
+    def settings(self) -> list[str]:
+        """The settings of the head, besides its levels, width and classes."""
+        return list(signature(self.head).parameters)[3:]
 
-OF_BOXES = ("anchor_scale", "score_threshold", "detections")
+
 DESIGNS: dict[str, Design] = {
-    "retinanet": Design(DETECTION, RetinaNetBoxes, OF_BOXES, finest=8, extra="conv"),
-    "mask_rcnn": Design(DETECTION, MaskRCNNBoxes, OF_BOXES, extra="pool"),
-    "semantic_fpn": Design(SEGMENTATION, SemanticFPNHead, ("dropout",)),
-    "upernet": Design(SEGMENTATION, UPerNetHead, ("dropout",), width=512, has_neck=False),
+    "retinanet": Design(DETECTION, RetinaNetBoxes, finest=8, extra=2),
+    "mask_rcnn": Design(DETECTION, MaskRCNNBoxes, extra=1),
+    "semantic_fpn": Design(SEGMENTATION, SemanticFPNHead),
+    "upernet": Design(SEGMENTATION, UPerNetHead, width=512, has_neck=False),
 }
 
 
@@ -80,12 +83,11 @@ class DenseModel(nn.Module):
         made = prepare(images, self.mean, self.std, self.size_divisor, next(self.parameters()).dtype)
         if targets is None:
             return made
-        return replace(made, targets=[self._padded_target(each, *made.tensors.shape[2:]) for each in targets])
-
-    def _padded_target(self, target: Mapping[str, Any], height: int, width: int) -> JsonDict:
-        if self.task == DETECTION:
-            return dict(target)
-        return {**target, "labels": _padded(target["labels"], height, width, IGNORED)}
+        known = [dict(each) for each in targets]
+        if self.task == SEGMENTATION:
+            for each in known:
+                each["labels"] = _padded(each["labels"], *made.tensors.shape[2:], IGNORED)
+        return replace(made, targets=known)
 
     def losses(self, prepared: Prepared, maps: Maps) -> dict[str, Tensor]:
         """Return the losses by name, scalars, of a batch with targets and its maps of the backbone."""
@@ -157,11 +159,9 @@ RANGES: dict[str, tuple[float, float]] = {
 }
 
 
-def _check_ranges(kind: str, given: Mapping[str, float | None]) -> None:
+def _check_ranges(kind: str, given: Mapping[str, float]) -> None:
     valid = ("num_classes", "width", "size_divisor", *DESIGNS[kind].settings)
     for name, value in given.items():
-        if value is None:
-            continue
         if name not in valid:
             raise ConfigError(f"{kind} has no setting {name!r}; {did_you_mean(name, valid)}")
         low, high = RANGES[name]
@@ -214,23 +214,14 @@ def create_dense(
         UnsupportedModelError: `body` gives no maps, or takes images of one size alone.
         ConfigError: an unknown kind or setting, or one that does not fit.
     """
-    given: dict[str, float | None] = {
-        "num_classes": num_classes,
-        "width": width,
-        "size_divisor": size_divisor,
-        "anchor_scale": anchor_scale,
-        "score_threshold": score_threshold,
-        "detections": detections,
-        "dropout": dropout,
-    }
+    given = {name: each for name, each in locals().items() if name in RANGES and each is not None}
     _check_ranges(kind, given)
     if class_names and len(class_names) != num_classes:
         raise ConfigError(f"{len(class_names)} class names are given for num_classes={num_classes}")
     design, described = DESIGNS[kind], getattr(body, "pretrained_cfg", None) or {}
-    head = {name: given[name] for name in design.settings if given[name] is not None}
+    head = {name: given[name] for name in design.settings if name in given}
     width = width or design.width
-    backbone = Backbone(body, norms)
-    levels, neck, divisor = _neck(design, backbone, width)
+    backbone, divisor = Backbone(body, norms), divisor_of(body)
     if size_divisor is not None and size_divisor % divisor:
         raise ConfigError(f"size_divisor={size_divisor}; give a multiple of {divisor}, the largest stride")
     settings = {
@@ -243,15 +234,15 @@ def create_dense(
         "size_divisor": size_divisor or divisor,
         **head,
     }
+    levels, neck = _neck(design, backbone, width)
     made = design.head(levels, width, num_classes, **head)
     return DenseModel(kind, backbone, neck, made, settings)
 
 
-def _neck(design: Design, backbone: Backbone, width: int) -> tuple[Levels, nn.Module, int]:
-    """Return what the head gets, what makes it from the maps, and the largest stride of both."""
+def _neck(design: Design, backbone: Backbone, width: int) -> tuple[Levels, nn.Module]:
+    """Return what the head gets, and what makes it from the maps."""
     is_plain = len(backbone.channels) == 1
-    divisor = divisor_of(backbone.body)
     if not design.has_neck and not is_plain:
-        return Levels(backbone.channels, backbone.strides), nn.Identity(), divisor
-    neck = create_neck(backbone, width, design.finest, design.extra)
-    return neck.levels, neck, divisor
+        return Levels(backbone.channels, backbone.strides), nn.Identity()
+    neck = (SimplePyramid if is_plain else Pyramid)(backbone, width, design.finest, design.extra)
+    return neck.levels, neck

@@ -6,11 +6,12 @@ Matching, sampling, losses and the choice of boxes are torchvision's; boxes are 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map  # as torchvision does
 from torchvision.models.detection import MaskRCNN, RetinaNet
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
@@ -49,8 +50,7 @@ class ExactAnchors(AnchorGenerator):
 
     def grid_anchors(self, grid_sizes: Any, strides: Any) -> list[Tensor]:
         """Return the anchors of each level, (rows columns A, 4)."""
-        found: list[Tensor] = super().grid_anchors(grid_sizes, [(each, each) for each in self.strides])
-        return found
+        return super().grid_anchors(grid_sizes, [(each, each) for each in self.strides])  # type: ignore[no-any-return]
 
 
 class _Outside(nn.Identity):
@@ -63,11 +63,7 @@ class _Outside(nn.Identity):
 
 def in_float32(outputs: Any) -> Any:
     """Return tensors in float32 or better, so that boxes and losses are exact under autocast."""
-    if isinstance(outputs, dict):
-        return {name: in_float32(each) for name, each in outputs.items()}
-    if isinstance(outputs, list | tuple):
-        return [in_float32(each) for each in outputs]
-    return outputs.to(torch.promote_types(outputs.dtype, torch.float32))
+    return tree_map(lambda each: each.to(torch.promote_types(each.dtype, torch.float32)), outputs)
 
 
 def _precise(part: nn.Module) -> nn.Module:
@@ -137,9 +133,10 @@ class RetinaNetBoxes(RetinaNet):
         """Return `boxes`, `scores` and `labels` of each image, at its original size."""
         outputs, anchors = self._run(prepared, levels)
         counts = [9 * each.shape[2] * each.shape[3] for each in levels]
-        by_level = {name: list(each.split(counts, 1)) for name, each in outputs.items()}
-        by_image = [list(each.split(counts)) for each in anchors]
-        found = self.postprocess_detections(by_level, by_image, prepared.sizes)
+        by_level = {name: each.split(counts, 1) for name, each in outputs.items()}
+        found = self.postprocess_detections(
+            by_level, [each.split(counts) for each in anchors], prepared.sizes
+        )
         result: list[JsonDict] = self.transform.postprocess(found, prepared.sizes, original_sizes)
         return result
 
@@ -166,19 +163,18 @@ class MaskRCNNBoxes(MaskRCNN):
         detections: int = 100,
     ) -> None:
         strides = levels.strides
-        pool = _pool(strides[:-1])
         super().__init__(
             _Outside(width),
             rpn_anchor_generator=ExactAnchors([(anchor_scale * stride,) for stride in strides], strides),
             rpn_head=_precise(RPNHead(width, len(RATIOS))),
             rpn_pre_nms_top_n_test=1000,
             rpn_post_nms_top_n_train=1000,
-            box_roi_pool=pool(7),
+            box_roi_pool=_pool(strides[:-1], 7),
             box_head=TwoMLPHead(49 * width, 4 * width),
             box_predictor=_precise(FastRCNNPredictor(4 * width, num_classes + 1)),
             box_score_thresh=score_threshold,
             box_detections_per_img=detections,
-            mask_roi_pool=pool(14),
+            mask_roi_pool=_pool(strides[:-1], 14),
             mask_head=MaskRCNNHeads(width, (width,) * 4, 1),
             mask_predictor=_precise(MaskRCNNPredictor(width, width, num_classes + 1)),
         )
@@ -204,13 +200,9 @@ def _named(levels: Maps) -> dict[str, Tensor]:
     return {str(i): each for i, each in enumerate(levels)}
 
 
-def _pool(strides: Sequence[int]) -> Callable[[int], MultiScaleRoIAlign]:
-    """Return what makes the RoIAlign of a size on levels of these strides, whatever the padding of the images."""
-
-    def pool(size: int) -> MultiScaleRoIAlign:
-        made = MultiScaleRoIAlign([str(i) for i in range(len(strides))], size, sampling_ratio=2)
-        made.scales = [1 / stride for stride in strides]
-        made.map_levels = initLevelMapper(int(math.log2(strides[0])), int(math.log2(strides[-1])))
-        return made
-
-    return pool
+def _pool(strides: Sequence[int], size: int) -> MultiScaleRoIAlign:
+    """Return the RoIAlign of a size on levels of these strides, whatever the padding of the images."""
+    made = MultiScaleRoIAlign([str(i) for i in range(len(strides))], size, sampling_ratio=2)
+    made.scales = [1 / stride for stride in strides]
+    made.map_levels = initLevelMapper(int(math.log2(strides[0])), int(math.log2(strides[-1])))
+    return made

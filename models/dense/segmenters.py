@@ -26,8 +26,7 @@ AUXILIARY_WEIGHT = 0.4
 
 def _conv(channels: int, width: int, kernel: int = 3) -> nn.Module:
     """Return a convolution without bias, BatchNorm and ReLU."""
-    made: nn.Module = Conv2dNormActivation(channels, width, kernel)
-    return made
+    return Conv2dNormActivation(channels, width, kernel)  # type: ignore[no-any-return]
 
 
 def _classifier(width: int, num_classes: int, dropout: float) -> nn.Sequential:

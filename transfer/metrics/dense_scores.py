@@ -50,23 +50,19 @@ class BoxScores:
                 are known.
         """
         for predicted, target in zip(predictions, targets, strict=True):
-            objects, found = self._rows(target), self._rows(predicted)
-            crowds = _listed(target.get("iscrowd"), [0] * len(objects))
-            areas = _listed(target.get("area"), [row["area"] for row in objects])
-            for row, crowd, area in zip(objects, crowds, areas, strict=True):
-                row.update(iscrowd=int(crowd), area=area)
-            for row, score in zip(found, predicted["scores"].tolist(), strict=True):
-                row.update(score=score, iscrowd=0)
+            sides = (target["boxes"][:, 2:] - target["boxes"][:, :2]).double()
+            crowds = target.get("iscrowd", torch.zeros(len(sides))).int()
+            objects = self._rows(target, iscrowd=crowds, area=target.get("area", sides.prod(1)))
+            found = self._rows(predicted, score=predicted["scores"])
             self._images[int(target["image_id"])] = objects, found, tuple(target["original_size"])
 
-    def _rows(self, objects: Mapping[str, Any]) -> list[dict[str, Any]]:
+    def _rows(self, objects: Mapping[str, Any], **more: Tensor) -> list[dict[str, Any]]:
         """Return the objects as COCO's files have them."""
         corners = objects["boxes"].detach().double().cpu()
-        boxes = torch.cat((corners[:, :2], corners[:, 2:] - corners[:, :2]), dim=1).tolist()
-        rows = [
-            {"category_id": label, "bbox": box, "area": box[2] * box[3]}
-            for label, box in zip(objects["labels"].tolist(), boxes, strict=True)
-        ]
+        boxes = torch.cat((corners[:, :2], corners[:, 2:] - corners[:, :2]), dim=1)
+        columns = {"category_id": objects["labels"], "bbox": boxes, **more}
+        values = zip(*(each.tolist() for each in columns.values()), strict=True)
+        rows = [dict(zip(columns, each, strict=True)) for each in values]
         if "mask" in self._kinds and rows:
             from faster_coco_eval import mask as coder
 
@@ -95,9 +91,14 @@ class BoxScores:
     def _score(self, images: Sequence[Any], kind: str) -> dict[str, float]:
         from faster_coco_eval import COCO, COCOeval_faster
 
+        objects, found = (self._numbered(images, place, kind) for place in (0, 1))
+        sizes = [
+            {"id": number, "height": image[2][0], "width": image[2][1]} for number, image in enumerate(images)
+        ]
+        names = [{"id": label, "name": str(label)} for label in range(self._categories)]
         with redirect_stdout(StringIO()):
-            truth, found = (COCO(self._as_file(images, place, kind)) for place in (0, 1))
-            evaluation = COCOeval_faster(truth, found, iouType=kind)
+            truth = COCO({"images": sizes, "annotations": objects, "categories": names})
+            evaluation = COCOeval_faster(truth, truth.loadRes(found), iouType=kind)
             evaluation.evaluate()
             evaluation.accumulate()
         precision = evaluation.eval["precision"][..., -1]  # thresholds, recalls, classes, sizes; 100 boxes
@@ -106,21 +107,14 @@ class BoxScores:
         known = {key: part[part > -1] for key, part in parts.items()}
         return {key: float(part.mean()) for key, part in known.items() if part.size}
 
-    def _as_file(self, images: Sequence[Any], place: int, kind: str) -> dict[str, Any]:
+    def _numbered(self, images: Sequence[Any], place: int, kind: str) -> list[dict[str, Any]]:
+        """Return objects or predictions; the area of a mask is that of its pixels, so it comes without a box."""
         rows = [{**row, "image_id": number} for number, image in enumerate(images) for row in image[place]]
-        if place and kind == "segm":
-            from faster_coco_eval import mask as coder
-
-            for row in rows:
-                row["area"] = float(coder.area(row["segmentation"]))
-        return {
-            "images": [
-                {"id": number, "height": size[0], "width": size[1]}
-                for number, (_, _, size) in enumerate(images)
-            ],
-            "annotations": [{**row, "id": number} for number, row in enumerate(rows, 1)],
-            "categories": [{"id": label, "name": str(label)} for label in range(self._categories)],
-        }
+        left_out = {"segm": "bbox", "bbox": "segmentation"}[kind]
+        return [
+            {key: value for key, value in {**row, "id": number}.items() if key != left_out}
+            for number, row in enumerate(rows, 1)
+        ]
 
 
 class MeanIoU:
@@ -158,7 +152,3 @@ class MeanIoU:
         seen = union > 0
         miou = (hits[seen].double() / union[seen]).mean()
         return {"miou": float(miou), "pixel_accuracy": float(hits.sum() / true.sum())}
-
-
-def _listed(values: Tensor | None, default: list[Any]) -> list[Any]:
-    return default if values is None else list(values.tolist())
