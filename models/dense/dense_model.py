@@ -121,12 +121,9 @@ class DenseModel(nn.Module):
 
 
 def prepare(
-    images: Sequence[Tensor],
-    mean: Sequence[float],
-    std: Sequence[float],
-    divisor: int,
+    images: Sequence[Tensor], mean: Sequence[float], std: Sequence[float], divisor: int,
     dtype: torch.dtype = torch.float32,
-) -> Prepared:
+) -> Prepared:  # fmt: skip
     """Return one batch of images (3, H, W): (image - mean) / std, padded below and on the right with zeros.
 
     The sides are the smallest multiples of `divisor` that all images fit into.
@@ -177,21 +174,11 @@ def _by_channel(name: str, values: Sequence[float], low: float) -> list[float]:
 
 @check_types()
 def create_dense(
-    kind: Kind,
-    body: nn.Module,
-    num_classes: int,
-    *,
-    width: int | None = None,
-    norms: Sequence[int] = (),
-    class_names: Sequence[str] = (),
-    mean: Sequence[float] | None = None,
-    std: Sequence[float] | None = None,
-    size_divisor: int | None = None,
-    anchor_scale: float | None = None,
-    score_threshold: float | None = None,
-    detections: int | None = None,
-    dropout: float | None = None,
-) -> DenseModel:
+    kind: Kind, body: nn.Module, num_classes: int, *, width: int | None = None, norms: Sequence[int] = (),
+    class_names: Sequence[str] = (), mean: Sequence[float] | None = None, std: Sequence[float] | None = None,
+    size_divisor: int | None = None, anchor_scale: float | None = None, score_threshold: float | None = None,
+    detections: int | None = None, dropout: float | None = None,
+) -> DenseModel:  # fmt: skip
     """Return a detector or segmenter with a fresh neck and head on a timm model, whose weights are kept.
 
     Args:

@@ -105,14 +105,9 @@ class RetinaNetBoxes(RetinaNet):
     """
 
     def __init__(
-        self,
-        levels: Levels,
-        width: int,
-        num_classes: int,
-        anchor_scale: float = 4.0,
-        score_threshold: float = 0.05,
-        detections: int = 100,
-    ) -> None:
+        self, levels: Levels, width: int, num_classes: int, anchor_scale: float = 4.0,
+        score_threshold: float = 0.05, detections: int = 100,
+    ) -> None:  # fmt: skip
         sizes = [tuple(anchor_scale * stride * 2 ** (i / 3) for i in range(3)) for stride in levels.strides]
         super().__init__(
             _Outside(width),
@@ -154,14 +149,9 @@ class MaskRCNNBoxes(MaskRCNN):
     """
 
     def __init__(
-        self,
-        levels: Levels,
-        width: int,
-        num_classes: int,
-        anchor_scale: float = 8.0,
-        score_threshold: float = 0.05,
-        detections: int = 100,
-    ) -> None:
+        self, levels: Levels, width: int, num_classes: int, anchor_scale: float = 8.0,
+        score_threshold: float = 0.05, detections: int = 100,
+    ) -> None:  # fmt: skip
         strides = levels.strides
         super().__init__(
             _Outside(width),

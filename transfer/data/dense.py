@@ -20,6 +20,8 @@ from torchvision.transforms.v2 import functional as F
 from ...checkpoints.class_names import difference
 from ...models.errors import ConfigError, DataError
 from ..config import DataConfig
+from ..mode_config import DenseConfig
+from ..setting import setting
 from .dense_sets import IGNORED, DenseSource, open_dense
 from .loaders import EvalLoader, TrainLoader, train_subset
 from .loading import BadImage, BadImages, Batch, EvalBatches, Fetcher, TrainBatches, attempted
@@ -77,34 +79,20 @@ def _unpacked(data: Tensor) -> DenseBatch:
 # From an item of a data set to tensors.
 
 
-@dataclass(frozen=True)
-class DenseAugment:
-    """How images are resized and augmented.
+class DenseAugment(DenseConfig):
+    """How images are resized and augmented, by default as in the common recipe of detection on COCO.
 
-    An image is resized to the box of `short` and `long` sides: as large as it fits, its ratio kept. The defaults are
-    the common recipe of detection on COCO.
+    An image is resized to the box of `short` and `long` sides: as large as it fits, its ratio kept.
     """
 
-    short: tuple[int, ...] = (800,)
-    """Sizes that the shorter side is drawn from; evaluation takes the largest."""
-    long: int = 1333
-    """Largest size of the longer side."""
-    hflip: float = 0.5
-    """Probability of a horizontal flip."""
-    cropped: tuple[int, ...] = ()
-    """If given, half of the images are first resized to one of these shorter sides, and cropped: (400, 500, 600) in the
-    longer recipe of Swin (arXiv:2103.14030)."""
-    crop_sides: tuple[int, int] = (384, 600)
-    """Range of the height and of the width of that crop."""
-    scale: tuple[float, float] | None = None
-    """If given, the box is multiplied by a factor from this range: (0.1, 2) in large-scale jitter (arXiv:2012.07177),
-    (0.5, 2) in segmentation."""
-    crop: int | None = None
-    """If given, a square of at most this side is cropped at last."""
-    largest_share: float = 0.75
-    """Share of the labeled pixels of a crop that one class may have in segmentation, unless ten crops have more."""
-    distort: bool = False
-    """Whether brightness, contrast, saturation and hue change at random."""
+    hflip: float = setting(0.5, "probability of a horizontal flip")
+    crop_sides: tuple[int, int] = setting(
+        (384, 600), "range of the height and of the width of an image that is `cropped` before it is resized"
+    )
+    largest_share: float = setting(
+        0.75,
+        "share of the labeled pixels of a square crop that one class may have, unless ten crops have more",
+    )
 
     def train(self, image: Image.Image, target: Target) -> tuple[Tensor, Target]:
         """Return an image (3, H, W) of 0 to 1 and its target, augmented by draws from torch's generator."""
@@ -297,28 +285,17 @@ class DenseEvalLoader(EvalLoader):
 
 
 def create_dense_train_loader(
-    config: DataConfig,
-    augment: DenseAugment,
-    *,
-    masks: bool = False,
-    seed: int,
-    rank: int = 0,
-    world_size: int = 1,
-) -> DenseTrainLoader:
+    config: DataConfig, augment: DenseAugment, *, masks: bool = False, seed: int, rank: int = 0, world_size: int = 1
+) -> DenseTrainLoader:  # fmt: skip
     """Return the training loader of `config.train_split`; objects have masks if asked for. Raises DataError."""
     source = open_dense(config, config.train_split, training=True, masks=masks)
     return DenseTrainLoader(source, config, augment, seed=seed, rank=rank, world_size=world_size)
 
 
 def create_dense_eval_loader(
-    config: DataConfig,
-    augment: DenseAugment,
-    *,
-    masks: bool = False,
-    rank: int = 0,
-    world_size: int = 1,
+    config: DataConfig, augment: DenseAugment, *, masks: bool = False, rank: int = 0, world_size: int = 1,
     names: Sequence[str] | None = None,
-) -> DenseEvalLoader:
+) -> DenseEvalLoader:  # fmt: skip
     """Return the loader of `config.val_split`.
 
     Raises DataError, also where the classes are not `names`, in their order; ConfigError without such a split.

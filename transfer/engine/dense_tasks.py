@@ -199,11 +199,7 @@ class Dense(Goal):
         return {} if name == CONVERTED else any_size_arguments(name)  # it has those of the model it was
 
     def _augment(self) -> DenseAugment:
-        dense, data = self.config.dense, self.config.data
-        return DenseAugment(
-            short=tuple(dense.short), long=dense.long, hflip=data.hflip, cropped=tuple(dense.cropped),
-            scale=dense.scale, crop=dense.crop, distort=dense.distort,
-        )  # fmt: skip
+        return DenseAugment(**dict(self.config.dense), hflip=self.config.data.hflip)
 
     @property
     def _masks(self) -> bool:
