@@ -85,8 +85,9 @@ class DenseModel(nn.Module):
             return made
         known = [dict(each) for each in targets]
         if self.task == SEGMENTATION:
+            height, width = made.tensors.shape[2:]
             for each in known:
-                each["labels"] = _padded(each["labels"], *made.tensors.shape[2:], IGNORED)
+                each["labels"] = _padded(each["labels"], height, width, IGNORED)
         return replace(made, targets=known)
 
     def losses(self, prepared: Prepared, maps: Maps) -> dict[str, Tensor]:
