@@ -16,18 +16,20 @@ from ..models.conversion import sharing_copy, with_own_plan
 from ..models.dense.dense_model import DETECTION, SEGMENTATION, DenseModel, create_dense
 from ..models.errors import CheckpointError, GraftError, JsonDict, check_types
 from ..models.small import without_memory
-from .architecture import build
+from .architecture import build, one_line
 from .files import place, read_json
 from .fit import refuse_not_finite
-from .pretrained import describe_model, load
+from .formats.containers import BODY, tensors_in_state
+from .model_folders import ModelFolder, Opened, open_source
+from .pretrained import describe_model, load_model, plan_model, read_source
 from .report import some
-from .sources import FolderSource, parse_source, source_text
+from .sources import FileSource, FolderSource, parse_source, source_text
+from .state import read_meta
 from .student import refuse_existing, write_student
-from .weight_files import read_file
+from .weight_files import is_state, outline, read_file
 
 NAMES = {DETECTION: "detector", SEGMENTATION: "segmenter"}
 """The names of the two files beside the backbone, .json and .safetensors."""
-BODY = "backbone.body."
 
 
 @check_types()
@@ -70,14 +72,29 @@ def write_beside(model: DenseModel, tensors: Mapping[str, Tensor], folder: Path)
     (folder / f"{NAMES[model.task]}.json").write_text(described, encoding="utf-8")
 
 
-def find_dense(source: str) -> Path | None:
-    """Return the folder of a dense model that a source names, also by its run; None where it names none."""
-    parsed = parse_source(source)
-    if not isinstance(parsed, FolderSource):
+def find_dense(source: str) -> Path | FileSource | None:
+    """Return the folder, or the state of a run, of a dense model that a source names; None where it names none.
+
+    Raises CheckpointError: there is no such source.
+    """
+    if not isinstance(parse_source(source), FolderSource | FileSource):
         return None
-    part = {None: "student", "student": "student", "ema": "student_ema"}.get(parsed.part, "")
-    folders = [parsed.path / part, *([] if parsed.part else [parsed.path])]
-    return next((each for each in folders if any(map(Path.is_file, _descriptions(each)))), None)
+    found = open_source(source).found
+    if isinstance(found, ModelFolder):
+        return found.path if any(map(Path.is_file, _descriptions(found.path))) else None
+    if not isinstance(found, FileSource) or not is_state(outline(found.path).metadata):
+        return None
+    return found if "dense" in (read_meta(found.path).get("student") or ()) else None
+
+
+def dense_of(thing: object) -> DenseModel | None:
+    """Return the detector or segmenter that is given, named, or the result of a run; None for anything else."""
+    if isinstance(thing, DenseModel):
+        return thing
+    source = getattr(thing, "output_dir", thing)
+    if not isinstance(source, str | PathLike) or find_dense(source_text(source)) is None:
+        return None
+    return load_dense(source)
 
 
 def _descriptions(folder: Path) -> list[Path]:
@@ -103,7 +120,7 @@ def load_dense(folder: str | PathLike[str]) -> DenseModel:
     """Return the detector or segmenter that `save_dense` wrote, in eval mode, with the same numbers.
 
     Args:
-        folder: of `save_dense`, or of a finished run, whose moving average is meant by `#ema` behind it.
+        folder: of `save_dense`, or of a run, with `#ema` behind it for its moving average, `#best` for its best state.
 
     Raises:
         CheckpointError: one sentence that names what is missing or damaged, or does not fit.
@@ -113,6 +130,8 @@ def load_dense(folder: str | PathLike[str]) -> DenseModel:
         raise CheckpointError(
             f"{folder} holds no detector.json or segmenter.json, as save_dense and finished runs write them"
         )
+    if isinstance(found, FileSource):
+        return _load_state(found)
     described = next(each for each in _descriptions(found) if each.is_file())
     settings = read_json(described)
     if not isinstance(settings, dict) or "body" in settings:
@@ -120,7 +139,7 @@ def load_dense(folder: str | PathLike[str]) -> DenseModel:
     file = described.with_suffix(".safetensors")
     tensors = read_file(file, inside=found).tree
     refuse_not_finite(str(file), tensors, dict.fromkeys(tensors, torch.float32))
-    body = load(found)
+    body = load_model(found, None, {})
     try:
         with without_memory():
             _check(create_dense(body=body, **settings), tensors, file)
@@ -130,6 +149,21 @@ def load_dense(folder: str | PathLike[str]) -> DenseModel:
     if {"kind": model.kind, **model.settings} != settings:
         raise CheckpointError(f"{described} is damaged: it lacks settings that save_dense writes")
     model.load_state_dict(tensors, strict=False)
+    return model.eval()
+
+
+def _load_state(source: FileSource) -> DenseModel:
+    """Return the model of a training state."""
+    content = read_file(source.path)
+    tensors = tensors_in_state(content, source.part or "student")
+    plan = plan_model(read_source(Opened(str(source.path), source), {}), {})
+    settings = read_meta(source.path)["student"]["dense"]
+    try:
+        model = create_dense(body=build(plan.architecture, plan.arguments, within=tensors), **settings)
+        model.load_state_dict(tensors)
+    except (GraftError, TypeError, RuntimeError) as error:
+        raise CheckpointError(f"{source.path} is damaged: {one_line(error)}") from error
+    refuse_not_finite(str(source.path), tensors, dict.fromkeys(tensors, torch.float32))
     return model.eval()
 
 

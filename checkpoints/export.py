@@ -206,7 +206,9 @@ def export(
     """
     path = place(path)
     check_export(path, format, dynamic, opset, tolerance, overwrite)
-    dense = _dense_of(model)
+    from .dense_models import dense_of  # here: a classifier needs no detector
+
+    dense = dense_of(model)
     if dense is not None:
         return _export_dense(dense, Path(path), format, dynamic, opset, normalize, tolerance, overwrite, how)
     teacher = describe(model, **how)
@@ -323,16 +325,6 @@ class DenseMaps(nn.Module):
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
         """Return the levels (B, width, H / stride, W / stride) of normalized images."""
         return tuple(self.neck(self.backbone(images)))
-
-
-def _dense_of(model: object) -> DenseModel | None:
-    """Return the detector or segmenter that is given or named."""
-    from ..models.dense.dense_model import DenseModel  # here: a classifier needs no detector of torchvision
-    from .dense_models import find_dense, load_dense
-
-    if isinstance(model, DenseModel):
-        return model
-    return load_dense(str(model)) if isinstance(model, str | Path) and find_dense(str(model)) else None
 
 
 def _export_dense(

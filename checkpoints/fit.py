@@ -293,6 +293,8 @@ def refuse_changed(model: nn.Module, fresh: nn.Module, architecture: str) -> Non
             continue
         why = _difference(own.get(name), wanted.get(name))
         if why:
+            if type(own.get(name)) is nn.Identity:
+                why += " (as in a backbone: save its detector or segmenter instead)"
             raise CheckpointError(
                 f"{name or 'the model'} {why} in {architecture} as it is described: it was changed after it was built, "
                 "which no description says"

@@ -7,6 +7,7 @@ import logging
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from importlib import import_module
 from os import PathLike
 from typing import Any, Protocol, TypedDict, runtime_checkable
 
@@ -229,10 +230,6 @@ def describe_model(model: nn.Module, **own: Any) -> Pretrained:
         raise CheckpointError(
             f"this {type(model).__name__} is a model of transformers: save it by its save_pretrained, a student after "
             "release()"
-        )
-    if name is None and hasattr(model, "size_divisor"):
-        raise CheckpointError(
-            f"a {type(model).__name__} is a detector or segmenter: save it by save_dense, or give its backbone.body"
         )
     if name is None:
         raise CheckpointError(
@@ -537,6 +534,8 @@ def _describe(model: nn.Module, source: str, plan: ModelPlan, report: LoadReport
 
 # `graftvit.load`: a model to use or to train, from any source.
 
+DENSE = f"{__package__}.dense_models"
+"""What reads and writes detectors and segmenters; by its name, because it stands on this file."""
 UNTRAINED_SEED = 20121  # one that nobody takes for a training
 
 
@@ -546,8 +545,8 @@ def load(
 ) -> nn.Module:
     """Return the model of any source, in eval mode and with gradients: a student (converted ones too) or a teacher.
 
-    Of a detector or segmenter it is the backbone; `graftvit.checkpoints.load_dense` gives the whole.
-    A student that copies its teacher's attention has the part of the teacher that it needs, which stays frozen.
+    A run that trained a detector or segmenter, and its folder, give a `DenseModel`; its `backbone.body` is the model
+    inside. A student that copies its teacher's attention has the part of the teacher that it needs, which stays frozen.
 
     Args:
         source: a folder or file, `hf-hub:org/name`, a timm name; `#ema` behind a run's path takes its average.
@@ -560,6 +559,20 @@ def load(
         CheckpointError: one sentence that names what is missing, damaged, unsafe, or does not fit.
     """
     check_dtype(dtype)
+    dense: Any = import_module(DENSE)
+    if dense.find_dense(source_text(source)) is None:
+        return load_model(source, dtype, how)
+    for name in how:
+        raise ConfigError(
+            f"{name} is of classifiers, and {source} is a detector or segmenter: leave it out, or load its backbone by "
+            "graftvit.load_pretrained"
+        )
+    model: nn.Module = dense.load_dense(source).to(dtype or torch.float32)
+    return model
+
+
+def load_model(source: str | PathLike[str], dtype: torch.dtype | None, how: LoadSettings) -> nn.Module:
+    """Return what `load` returns, and of a detector or segmenter the model inside."""
     opened = open_source(source_text(source), how.pop("revision", None))
     model = load_tower(opened, how)
     if model is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import re
@@ -9,9 +10,11 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from importlib import import_module
 from importlib.metadata import version
 from os import PathLike
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub import save_torch_state_dict
@@ -35,7 +38,7 @@ from .class_names import KEY as LABEL_NAMES
 from .files import place, read_json
 from .fit import check_dtype, own_norm_eps, refuse_changed, refuse_not_finite
 from .preprocessing import Preprocessing
-from .pretrained import LoadSettings, describe
+from .pretrained import DENSE, LoadSettings, describe
 from .provenance import COST, NORM_EPS, Pretrained, carried_license, of_weights
 from .provenance import KEY as PROVENANCE
 from .report import some
@@ -122,8 +125,9 @@ def save(
     the weights are in one file; `graftvit.load(FOLDER)` always. Weights keep their bits unless `dtype` is given.
 
     Args:
-        model: of timm, converted, or copying its teacher's attention; a `DualViT`; what `load_pretrained` returns; a
-            run folder or file (`#ema` behind it for the moving average), or any other source of `load_pretrained`.
+        model: of timm, converted, or copying its teacher's attention; a `DualViT`; a detector or segmenter; what
+            `load_pretrained` returns; a run folder or file (`#ema` behind it for the moving average), or any other
+            source of `load_pretrained`.
         folder: is made, and may hold a model folder with `overwrite` alone.
         dtype: of the floating-point weights, their own by default. `load` makes float32 of any, unless it is told.
         max_shard_size: bytes, or "5GB"; larger weights are spread over several files with an index.
@@ -137,6 +141,16 @@ def save(
     folder = place(folder)
     check_dtype(dtype)
     refuse_existing(folder, overwrite=overwrite)
+    dense: Any = import_module(DENSE)
+    whole = dense.dense_of(model)
+    if whole is not None:
+        given = next((name for name, value in how.items() if value), None)
+        if given is not None:
+            raise ConfigError(
+                f"{given} is of classifiers, and a detector or segmenter is written as it is: leave it out"
+            )
+        whole = whole if dtype is None else copy.deepcopy(whole).to(dtype)
+        return Path(dense.save_dense(whole, folder, overwrite=overwrite))
     known = describe(model, **how)
     _check_whole(known.model)
     write_student(

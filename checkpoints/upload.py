@@ -28,7 +28,7 @@ from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from torch import Tensor
 
 from ..models.errors import CheckpointError, Json, JsonDict, RunFailedError, check_types
-from ..models.given import Model
+from ..models.given import HoldsBody, Model
 from .card import (
     CardFacts,
     Claim,
@@ -94,6 +94,10 @@ def student_folder(model: Model | Pretrained) -> Iterator[Path]:
 
     Raises as `save`.
     """
+    if isinstance(model, HoldsBody):
+        raise CheckpointError(
+            "a detector or segmenter is not pushed: save it, and send its folder by `hf upload`"
+        )
     if isinstance(model, str | PathLike):
         run, _ = split_part(os.fspath(model))
         _refuse_head(run, run / "student")

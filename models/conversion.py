@@ -48,7 +48,7 @@ from .families import (
     sites,
     vit,
 )
-from .given import Model, as_model, check_images
+from .given import HoldsBody, Model, as_model, check_images, opened
 from .host import AttentionHost, has_bias
 from .hosting import put_attention, release_attention, remove_attention
 from .layer_plan import Choice, check_choice, create_operator
@@ -71,6 +71,7 @@ def convert(
 ) -> nn.Module:
     """Return a copy of `model`, or of what it holds or names, whose layers have the operators of `plan`.
 
+    A detector or segmenter keeps its neck and head, which stand on its converted backbone.
     A vision tower of transformers becomes another one of its class, with the plan in its configuration.
     A model of which every weight is frozen, as `load_pretrained` gives it, becomes one of which every weight learns.
     A converted layer of a plain vision transformer is converted again from its original attention layer. One of a
@@ -94,6 +95,10 @@ def convert(
         ConfigError: the plan is invalid, or names a layer or operator that does not exist.
         DataError: the calibration images do not fit the model.
     """
+    model = opened(model)  # type: ignore[assignment]
+    if isinstance(model, HoldsBody) and not isinstance(model, type):
+        how: Any = {"weights": weights, "calibration": calibration, "without": without, "seed": seed}
+        return model.on(convert(model.to_model(), plan, finished=finished, **how))
     model = as_model(model)
     frozen = not any(each.requires_grad for each in model.parameters())
     if calibration is not None:

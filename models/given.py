@@ -22,29 +22,44 @@ class HoldsModel(Protocol):
         """Return the model."""
 
 
+@runtime_checkable
+class HoldsBody(HoldsModel, Protocol):
+    """A detector or segmenter, which stands on a model."""
+
+    def on(self, body: nn.Module) -> nn.Module:
+        """Return a copy that stands on another model."""
+
+
 Model: TypeAlias = nn.Module | HoldsModel | str | PathLike[str]
 """A model, an object that holds one, or a source of weights by name."""
 LOADER = f"{__package__.partition('.')[0]}.checkpoints.pretrained:load"
 """What opens a source by name; by its own name, because checkpoints stand on models."""
 
 
+def opened(thing: object) -> object:
+    """Return what a source names, or what is loaded or trained holds; a module, or anything else, as it is."""
+    if isinstance(thing, str | PathLike):
+        return resolve_name(LOADER)(thing)
+    holds = isinstance(thing, HoldsModel) and not isinstance(thing, type | nn.Module)
+    return thing.to_model() if holds else thing  # type: ignore[attr-defined]
+
+
 def as_model(thing: object, role: str = "model") -> nn.Module:
     """Return the model that `thing` is, holds or names.
 
     Args:
-        thing: a model; what `load_pretrained` returns; a `DualViT`, for its student as it would be saved; the result of
-            a run; or a source by name, which is loaded as by `graftvit.load`.
+        thing: a model; what `load_pretrained` returns; a `DualViT`, for its student as it would be saved; a detector or
+            segmenter, for the backbone inside; the result of a run; or a source by name, which is loaded as by
+            `graftvit.load`.
         role: begins the sentence of an error.
 
     Raises:
         UnsupportedModelError: it is something else, or was compiled by torch.compile.
         CheckpointError: as `load`.
     """
+    thing = opened(thing)
     if isinstance(thing, HoldsModel) and not isinstance(thing, type):
         return thing.to_model()
-    if isinstance(thing, str | PathLike):
-        model: nn.Module = resolve_name(LOADER)(thing)
-        return model
     if isinstance(thing, Mapping):
         raise UnsupportedModelError(
             f"{role} is a mapping, as a state dict is, and no model: load it into one first"

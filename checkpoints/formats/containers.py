@@ -164,8 +164,11 @@ def _of_transfer(weights: Weights, part: str, settings: Any) -> Weights:
 
 # Read the weights in a training state of this package.
 
+BODY = "backbone.body."
+"""Before the names of the model inside a detector or segmenter."""
 TABLES = (
-    "", "student", "student.model_args", "config", "config.student", "config.student.model_args", "config.data",
+    "", "student", "student.model_args", "student.dense", "config", "config.student", "config.student.model_args",
+    "config.data",
     "config.transfer", "position", "position.metrics", "origins", "origins.teacher", "origins.teachers",
     "origins.init",
 )  # fmt: skip
@@ -178,20 +181,15 @@ DESCRIBED = (*(field.name for field in fields(Preprocessing)), LABEL_NAMES)
 
 
 def read_state_weights(content: Weights, part: Part) -> Weights:
-    """Return a run's state: `student.…` as trained, `ema.…` its average; of an autoencoder, the encoder alone.
+    """Return a run's state: `student.…` as trained, `ema.…` its average; of an autoencoder, the encoder alone, and of a
+    detector or segmenter the model inside.
 
     Raises CheckpointError: the state has no such part, or is damaged.
     """
-    tensors = _part(content.tree, part)
-    if not tensors:
-        what = "moving average" if part == "ema" else part
-        raise CheckpointError(f"{content.origin} holds no {what}; leave #{part} out")
-    if part == "ema":  # whole numbers have no average: they are the student's own
-        own = _part(content.tree, "student")
-        tensors = {name: t for name, t in own.items() if not t.is_floating_point()} | tensors
-    if any(name.startswith("encoder.") for name in tensors):
-        encoder = "encoder."
-        tensors = {name.removeprefix(encoder): t for name, t in tensors.items() if name.startswith(encoder)}
+    tensors = tensors_in_state(content, part)
+    for inner in ("encoder.", BODY):
+        if any(name.startswith(inner) for name in tensors):
+            tensors = {name.removeprefix(inner): t for name, t in tensors.items() if name.startswith(inner)}
     try:
         tensors = merged(tensors)
         meta = json.loads(content.metadata[STATE_KEY])
@@ -215,6 +213,18 @@ def read_state_weights(content: Weights, part: Part) -> Weights:
         config,
         provenance=provenance,
     )
+
+
+def tensors_in_state(content: Weights, part: Part) -> dict[str, Any]:
+    """Return the tensors of all that was trained, or of its average. Raises CheckpointError: there is none."""
+    tensors = _part(content.tree, part)
+    if not tensors:
+        what = "moving average" if part == "ema" else part
+        raise CheckpointError(f"{content.origin} holds no {what}; leave #{part} out")
+    if part == "ema":  # whole numbers have no average: they are the student's own
+        own = _part(content.tree, "student")
+        tensors = {name: t for name, t in own.items() if not t.is_floating_point()} | tensors
+    return tensors
 
 
 def _part(tree: Mapping[str, Any], part: str) -> dict[str, Any]:

@@ -165,9 +165,10 @@ def _parse_size(text: str) -> str:
 
 
 def _describe_loading(folder: Path) -> str:
+    from ...checkpoints.dense_models import find_dense
     from ...checkpoints.model_folders import loads_in_plain_timm
 
-    if loads_in_plain_timm(folder):
+    if find_dense(f"local-dir:{folder}") is None and loads_in_plain_timm(folder):
         return f'load it: timm.create_model("local-dir:{folder}", pretrained=True)\n'
     return f'load it: graftvit.load("{folder}")\n'
 

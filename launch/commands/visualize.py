@@ -72,9 +72,14 @@ def run(argv: list[str]) -> int:
     if arguments.average is not None:
         page = _visualize_average(arguments, settings, how)
     else:
+        from ...checkpoints.pretrained import load_pretrained
         from ...transfer.analysis.visualize.visualize import visualize
 
-        seen = visualize(arguments.checkpoint, arguments.images, arguments.output_dir, **how)
+        model = arguments.checkpoint
+        if is_dense(model):  # an IMAGE shows what the backbone attends to
+            named = {name: how.pop(name) for name in [*how] if name not in ("teacher", "queries", "layers")}
+            model = load_pretrained(model, **named)
+        seen = visualize(model, arguments.images, arguments.output_dir, **how)
         page = seen.page
     say(f"{page}\n")
     return 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from inspect import signature
@@ -70,6 +71,16 @@ class DenseModel(nn.Module):
         self.class_names: tuple[str, ...] = tuple(settings["class_names"])
         self.mean, self.std = tuple(settings["mean"]), tuple(settings["std"])
         self.size_divisor: int = settings["size_divisor"]
+        self.sides: tuple[int, int] = (settings["short"], settings["long"])
+        """The shorter and the longer side, at most, of an image to evaluate."""
+
+    def to_model(self) -> nn.Module:
+        """Return the model inside, which a `DualViT` teaches, and of which maps are shown."""
+        return self.backbone.body
+
+    def on(self, body: nn.Module) -> DenseModel:
+        """Return a copy that stands on another model with the same maps, as on a converted one."""
+        return copy.deepcopy(self, {id(self.backbone.body): body})
 
     def prepare(
         self, images: Sequence[Tensor], targets: Sequence[Mapping[str, Any]] | None = None
@@ -150,6 +161,8 @@ RANGES: dict[str, tuple[float, float]] = {
     "num_classes": (1, 1_000_000),
     "width": (2, 1_000_000),
     "size_divisor": (1, 10_000),
+    "short": (1, 100_000),
+    "long": (1, 100_000),
     "anchor_scale": (1e-3, 1e3),
     "score_threshold": (0, 1),
     "detections": (1, 1_000_000),
@@ -158,7 +171,7 @@ RANGES: dict[str, tuple[float, float]] = {
 
 
 def _check_ranges(kind: str, given: Mapping[str, float]) -> None:
-    valid = ("num_classes", "width", "size_divisor", *DESIGNS[kind].settings)
+    valid = ("num_classes", "width", "size_divisor", "short", "long", *DESIGNS[kind].settings)
     for name, value in given.items():
         if name not in valid:
             raise ConfigError(f"{kind} has no setting {name!r}; {did_you_mean(name, valid)}")
@@ -177,8 +190,8 @@ def _by_channel(name: str, values: Sequence[float], low: float) -> list[float]:
 def create_dense(
     kind: Kind, body: nn.Module, num_classes: int, *, width: int | None = None, norms: Sequence[int] = (),
     class_names: Sequence[str] = (), mean: Sequence[float] | None = None, std: Sequence[float] | None = None,
-    size_divisor: int | None = None, anchor_scale: float | None = None, score_threshold: float | None = None,
-    detections: int | None = None, dropout: float | None = None,
+    size_divisor: int | None = None, short: int = 800, long: int = 1333, anchor_scale: float | None = None,
+    score_threshold: float | None = None, detections: int | None = None, dropout: float | None = None,
 ) -> DenseModel:  # fmt: skip
     """Return a detector or segmenter with a fresh neck and head on a timm model, whose weights are kept.
 
@@ -193,6 +206,8 @@ def create_dense(
         mean: of each channel of images 0..1; that of the weights of `body`, or ImageNet's.
         std: as `mean`.
         size_divisor: images are padded to multiples of it; the largest stride.
+        short: the shorter side of an image of a file when it is evaluated or shown.
+        long: at most the longer one.
         anchor_scale: of detection, the smallest anchor in strides; 4, and 8 of Mask R-CNN.
         score_threshold: of detection, the least score of a box; .05.
         detections: of detection, the most boxes of an image; 100.
@@ -220,6 +235,8 @@ def create_dense(
         "mean": _by_channel("mean", mean or described.get("mean") or IMAGENET_DEFAULT_MEAN, -1e6),
         "std": _by_channel("std", std or described.get("std") or IMAGENET_DEFAULT_STD, 1e-6),
         "size_divisor": size_divisor or divisor,
+        "short": short,
+        "long": long,
         **head,
     }
     levels, neck = _neck(design, backbone, width)

@@ -89,7 +89,7 @@ def test_an_epsilon_of_the_norms_and_the_images_of_the_weights_are_kept(tmp_path
     torch.manual_seed(0)
     model = create_dense("semantic_fpn", timm.create_model("vit_tiny_patch16_224", **arguments), 3, width=16)
     assert_same(model.eval(), load_dense(save_dense(model, tmp_path / "model")))
-    assert graftvit.load(tmp_path / "model").norm.eps == 1e-3  # type: ignore[union-attr]
+    assert graftvit.load_pretrained(tmp_path / "model").model.norm.eps == 1e-3  # type: ignore[union-attr]
 
 
 def test_a_folder_is_replaced_only_if_asked_for(tmp_path: Path) -> None:

@@ -10,8 +10,6 @@ from typing import Any
 import pytest
 import torch
 from graftvit.checkpoints.dense_models import load_dense, save_dense
-from graftvit.checkpoints.pretrained import describe
-from graftvit.models.errors import CheckpointError
 from graftvit.transfer.engine.train import train
 from support.runs.dense_runs import run, small_ade20k, small_coco
 from support.runs.engine_runs import records
@@ -91,7 +89,7 @@ def test_evaluate_refuses_what_does_not_go_together(
         ("--dataset", "digits"): "digits",
     }.items():  # fmt: skip
         assert named in typed("evaluate", first, *words, *HERE, code=2).err
-    assert "--short" in typed("evaluate", f"{first}#last", "vit_tiny_patch16_224", "--short", 64, code=2).err
+    assert "--short" in typed("evaluate", "vit_tiny_patch16_224", "--short", 64, code=2).err
 
 
 def test_export_writes_the_maps_that_the_head_gets(
@@ -132,16 +130,14 @@ def test_commands_of_classifiers_say_so(
     assert "detection" in typed("layers", first, "--teacher", first, *data, code=2).err
     compare = ("digits_compare", "--dense.head", "retinanet", "--output_dir", tmp_path / "out")
     assert "dense.head=retinanet" in typed("compare", *compare, code=2).err
-    with pytest.raises(CheckpointError):
-        describe(load_dense(first))
 
 
 def test_the_lines_of_the_page_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     page = Path(__file__).parents[2] / "docs" / "dense.md"
-    (cell,) = re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
     names: dict[str, Any] = {}
-    exec(cell, names)
+    for cell in re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL):
+        exec(cell, names)
     assert torch.isfinite(names["loss"])
     assert [each["boxes"].shape[1] for each in names["found"]] == [4, 4]
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -15,7 +15,8 @@ from accelerate.utils import gather_object
 from torch import Tensor, nn
 
 from ...checkpoints.class_names import Head
-from ...checkpoints.dense_models import BODY, load_dense, write_beside
+from ...checkpoints.dense_models import load_dense, write_beside
+from ...checkpoints.formats.containers import BODY
 from ...checkpoints.preprocessing import Preprocessing
 from ...checkpoints.pretrained import read_outline
 from ...models.conversion import ARCHITECTURE as CONVERTED
@@ -37,7 +38,7 @@ from ..data.dense import (
 from ..data.dense_sets import check_dense
 from ..data.sampler import preserved
 from ..methods.dual import DualViT
-from ..metrics.dense_scores import BoxScores, MeanIoU
+from ..metrics.dense_scores import score_dense
 from . import deadline
 from .goals import Goal, Models
 from .tasks import AlignTask, Losses, Task
@@ -79,6 +80,10 @@ class DenseTask(Task):
         return self.backbone
 
     @property
+    def described(self) -> JsonDict:
+        return {"dense": {"kind": self.student.kind, **self.student.settings}}
+
+    @property
     def taught_by(self) -> DualViT | None:
         return self._dual[0]
 
@@ -113,20 +118,15 @@ class DenseTask(Task):
         with self.taught_by.teaching(prepared.tensors, prepared.sizes) as lesson:
             yield lesson
 
-    @torch.no_grad()
     def evaluate(self, loader: Any, accelerator: Accelerator) -> dict[str, float]:
         """Return average precision, or the mean intersection over union, of all processes' images."""
-        model, scores = self.student, scores_of(self.student)
-        for batch in loader:
-            deadline.moved()
-            rows = batch.valid.nonzero()[:, 0].tolist()
-            seen = batch.only(rows or [0]).to(accelerator.device)  # a sharded model runs on every process
-            sizes = [target["original_size"] for target in seen.targets]
-            with accelerator.autocast():
-                prepared = model.prepare(seen.images)
-                found = model.predict(prepared, model.backbone(prepared.tensors), sizes)
-            scores.add(found[: len(rows)], seen.targets[: len(rows)])
-        return scores.result(lambda part: gather_object([part]))
+        return score_dense(
+            self.student,
+            watched(loader),
+            accelerator.device,
+            autocast=accelerator.autocast,
+            gather=lambda part: gather_object([part]),
+        )
 
     def write_beside(self, tensors: Mapping[str, Tensor], folder: Path) -> None:
         write_beside(self.student, tensors, folder)
@@ -159,11 +159,11 @@ class DenseAlignTask(AlignTask):
         return super().forward(images, torch.empty(0))
 
 
-def scores_of(model: DenseModel) -> BoxScores | MeanIoU:
-    """Return what a model is measured by."""
-    if model.task == "segmentation":
-        return MeanIoU(model.num_classes)
-    return BoxScores(model.num_classes, masks=model.kind == "mask_rcnn")
+def watched(batches: Iterable[Any]) -> Iterator[Any]:
+    """Return batches, each of which shows that the process is not stuck."""
+    for batch in batches:
+        deadline.moved()
+        yield batch
 
 
 class Dense(Goal):
@@ -278,6 +278,8 @@ class Dense(Goal):
             class_names=models.classes.label_names or (),
             mean=models.spec.mean,
             std=models.spec.std,
+            short=max(dense.short),
+            long=dense.long,
             anchor_scale=dense.anchor_scale,
         )
         if dense.source is not None:

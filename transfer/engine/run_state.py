@@ -97,7 +97,7 @@ class RunState:
         return {
             "format": FORMAT,
             "config": settings(self.config),
-            "student": self.plan.meta(),
+            "student": self.plan.meta() | self.task.described,
             "origins": self.origins,
             "position": position.meta(),
         }

@@ -13,7 +13,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from ...models.copying.teacher_view import ShownImages
-from ...models.errors import ConfigError
+from ...models.errors import ConfigError, JsonDict
 from ...models.families import blocks_of
 from ...models.mae import MaskedAutoencoder
 from ..align import Alignment
@@ -64,6 +64,11 @@ class Task(nn.Module, ABC):
     def backbone(self) -> nn.Module:
         """The model whose features count: the one that leaves the run."""
         return self.trainable
+
+    @property
+    def described(self) -> JsonDict:
+        """What a state says of the student besides its plan."""
+        return {}
 
     @property
     def taught_by(self) -> DualViT | None:

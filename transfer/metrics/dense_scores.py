@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import redirect_stdout
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext, redirect_stdout
 from io import StringIO
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ...models.errors import DataError
+from ...models.dense.dense_model import DETECTION, DenseModel
+from ...models.errors import ConfigError, DataError, kind_of
+from ...models.families import evaluating
+from ..config import DataConfig
 from ..data.coco import require_coder
-from ..data.dense_sets import IGNORED
+from ..data.dense import DenseAugment, DenseBatch, create_dense_eval_loader
+from ..data.dense_sets import IGNORED, check_dense
 
 Gather = Callable[[Any], list[Any]]
 """Returns the objects of all ranks, in their order."""
@@ -152,3 +157,92 @@ class MeanIoU:
         seen = union > 0
         miou = (hits[seen].double() / union[seen]).mean()
         return {"miou": float(miou), "pixel_accuracy": float(hits.sum() / true.sum())}
+
+
+# What a model finds, scored.
+
+
+@torch.no_grad()
+def score_dense(
+    model: DenseModel,
+    batches: Iterable[DenseBatch],
+    device: torch.device,
+    *,
+    autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    gather: Gather = lambda part: [part],
+) -> dict[str, float]:
+    """Return average precision, or mean IoU and pixel accuracy, of a model in eval mode on the valid images."""
+    boxes = model.task == DETECTION
+    scores: BoxScores | MeanIoU = MeanIoU(model.num_classes)
+    if boxes:
+        scores = BoxScores(model.num_classes, masks=model.kind == "mask_rcnn")
+    for batch in batches:
+        rows = batch.valid.nonzero()[:, 0].tolist()
+        seen = batch.only(rows or [0]).to(device)  # a sharded model runs on every process
+        with autocast():
+            prepared = model.prepare(seen.images)
+            sizes = [target["original_size"] for target in seen.targets]
+            found = model.predict(prepared, model.backbone(prepared.tensors), sizes)
+        scores.add(found[: len(rows)], seen.targets[: len(rows)])
+    return scores.result(gather)
+
+
+def evaluate_dense(model: DenseModel, data: str | Path | DataConfig | Iterable[Any]) -> dict[str, float]:
+    """Return the scores of a detector or segmenter, where it is, as `graftvit.evaluate`."""
+    batches: Iterable[DenseBatch]
+    if isinstance(data, str | Path):
+        data = DataConfig(data_path=str(data), dataset=_kind_of(Path(data), model.task))
+    if isinstance(data, DataConfig):
+        task, names = check_dense(data, (data.val_split,)), model.class_names or None
+        if task != model.task:
+            raise ConfigError(f"the model does {model.task}, and data.dataset={data.dataset} is of {task}")
+        resized = DenseAugment(short=[model.sides[0]], long=model.sides[1])
+        loader = create_dense_eval_loader(data, resized, masks=model.kind == "mask_rcnn", names=names)
+        if loader.num_classes != model.num_classes:
+            raise DataError(
+                f"{data.data_path} has {loader.num_classes} classes, and the model {model.num_classes}: give the data "
+                "that it was trained for"
+            )
+        batches = loader  # type: ignore[assignment]
+    else:
+        batches = _batches(data, model)
+    with evaluating(model):
+        return score_dense(model, batches, next(model.parameters()).device)
+
+
+def _kind_of(folder: Path, task: str) -> str:
+    """Return the data set that a folder holds, by its folders."""
+    return "coco" if task == DETECTION else "cityscapes" if (folder / "leftImg8bit").is_dir() else "ade20k"
+
+
+def _batches(data: Iterable[Any], model: DenseModel) -> Iterator[DenseBatch]:
+    """Return batches of a user, each checked: images, and a target for each, in pixels of its image."""
+    seen = 0
+    for batch in data:
+        if not isinstance(batch, list | tuple) or len(batch) != 2 or len(batch[0]) != len(batch[1]):
+            raise DataError(
+                f"data holds {kind_of(batch)}, and not pairs: give [(images, targets)], with a target for each image"
+            )
+        images = list(batch[0])
+        targets = [_checked(target, model) for target in batch[1]]
+        for image, target in zip(images, targets, strict=True):
+            target.update(image_id=seen, original_size=tuple(image.shape[-2:]))
+            seen += 1
+        yield DenseBatch(images, targets, torch.ones(len(images), dtype=torch.bool))
+
+
+def _checked(target: Any, model: DenseModel) -> dict[str, Any]:
+    """Return a copy of a target. Raises DataError: it lacks something, or has a class that the model has not."""
+    wanted = ["boxes", "labels"] if model.task == DETECTION else ["labels"]
+    wanted += ["masks"] if model.kind == "mask_rcnn" else []
+    missing = next((name for name in wanted if name not in target), None)
+    if missing is not None:
+        raise DataError(f"a target has no {missing!r}: that of a {model.kind} has {', '.join(wanted)}")
+    labels = target["labels"]
+    counted = labels if model.task == DETECTION else labels[labels != IGNORED]
+    if counted.numel() and not 0 <= counted.min() <= counted.max() < model.num_classes:
+        raise DataError(
+            f"labels are from {counted.min()} to {counted.max()}, and the model's classes from 0 to "
+            f"{model.num_classes - 1}"
+        )
+    return dict(target)

@@ -13,8 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ...checkpoints.dense_models import dense_of
 from ...checkpoints.pretrained import describe
 from ...checkpoints.provenance import Pretrained
+from ...models.dense.dense_model import DenseModel
 from ...models.errors import ConfigError, DataError, UnsupportedModelError, check_types, kind_of
 from ...models.families import any_family, check_size, evaluating
 from ...models.given import HoldsModel, Model, as_model, check_images, computes_with
@@ -44,6 +46,8 @@ if TYPE_CHECKING:
 ENSEMBLE = "ensemble"
 Batches: TypeAlias = Iterable[Sequence[Tensor]]
 """Batches of images (B, C, H, W), normalized for the model, and of labels (B,), whole numbers from 0."""
+DenseBatches: TypeAlias = Iterable[tuple[Sequence[Tensor], Sequence[Mapping[str, Any]]]]
+"""Batches of images (3, H, W) of 0 to 1, each of its size, and of their targets."""
 SUBSET_CLASSES = 200
 """The number of classes of ImageNet-A and of ImageNet-R."""
 
@@ -65,26 +69,44 @@ def evaluate(
 
 
 @overload
+def evaluate(  # type: ignore[overload-overlap]
+    models: DenseModel, data: str | Path | DataConfig | DenseBatches
+) -> dict[str, float]: ...
+
+
+@overload
 def evaluate(models: Model | Pretrained, data: str | Path | DataConfig | Batches) -> Metrics: ...
 
 
 @check_types()
 def evaluate(
-    models: Model | Pretrained | Mapping[str, Model | Pretrained], data: str | Path | DataConfig | Batches
-) -> Metrics | dict[str, Metrics]:
+    models: Model | Pretrained | Mapping[str, Model | Pretrained],
+    data: str | Path | DataConfig | Batches | DenseBatches,
+) -> Metrics | dict[str, Metrics] | dict[str, float]:
     """Return the accuracy and the mean cross-entropy of a model, or of several by name, where they are.
+
+    Of a detector or segmenter, given or named, it returns the numbers of `graftvit evaluate`: `box_ap`, `mask_ap`,
+    `miou` and so on, of images as large as its run evaluated them.
 
     Args:
         models: one as of `graftvit.save`, or several by name. A `DualViT` predicts with its student.
         data: the folder of a data set, or its `DataConfig`, whose validation split each model sees as its own
-            preprocessing makes it; or batches of images, normalized for all of the models, and labels.
+            preprocessing makes it; or batches of images, normalized for all of the models, and labels; for a detector
+            or segmenter, of images and targets as `DenseModel` takes them.
 
     Raises:
         DataError: the model has other classes than the labels, cannot take the images, or no image is given.
         UnsupportedModelError, CheckpointError: as `graftvit.as_model`.
     """
     if not isinstance(models, Mapping):
-        return evaluate({"model": models}, data)["model"]
+        return _evaluate({"model": models}, data)["model"]  # type: ignore[no-any-return]
+    return _evaluate(models, data)
+
+
+def _evaluate(models: Mapping[str, Model | Pretrained], data: Any) -> dict[str, Any]:
+    dense = {name: dense_of(each) for name, each in models.items()}
+    if any(each is not None for each in dense.values()):
+        return _score_dense(dense, data)
     if not models:
         raise ConfigError("models={} names no model: give one, or several by name")
     if isinstance(data, str | Path):
@@ -98,6 +120,18 @@ def evaluate(
     with evaluating(*named.values()):
         predicting = {name: _predicting(name, each) for name, each in named.items()}
         return score_models(predicting, _Batches(data, named), ensemble=False, device=device)
+
+
+def _score_dense(models: Mapping[str, DenseModel | None], data: Any) -> dict[str, dict[str, float]]:
+    from .dense_scores import evaluate_dense  # here: it reads data of detection
+
+    found = {name: model for name, model in models.items() if model is not None}
+    other = next((name for name in models if name not in found), None)
+    if other is not None:
+        raise ConfigError(
+            f"{other} is no detector or segmenter, and another model is: evaluate them one by one"
+        )
+    return {name: evaluate_dense(model, data) for name, model in found.items()}
 
 
 def _is_dual(thing: object) -> TypeGuard[nn.Module]:

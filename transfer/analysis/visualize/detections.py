@@ -11,7 +11,9 @@ import numpy as np
 import torch
 from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure as Drawing
+from PIL import Image
 from torch import Tensor
+from torchvision.transforms.v2.functional import to_dtype, to_image
 
 from ....checkpoints.atomic import write_text
 from ....checkpoints.dense_models import load_dense
@@ -29,7 +31,6 @@ LEAST = 0.3
 """Score of a box that is drawn."""
 
 
-@torch.no_grad()
 def visualize_detections(source: str, config: RunConfig, out: Path) -> Path:
     """Write pictures of what a model finds in the first images of `data.val_split`, and return their page.
 
@@ -38,22 +39,40 @@ def visualize_detections(source: str, config: RunConfig, out: Path) -> Path:
     """
     model = load_dense(source)
     images = open_dense(config.data, config.data.val_split or config.data.train_split, training=False)
-    augment = DenseAugment(short=tuple(config.dense.short), long=config.dense.long)
+    sides = max(config.dense.short), config.dense.long
     figures = []
     for place in range(min(SHOWN, len(images))):
-        picture, target = images.read(place)
-        prepared = model.prepare([augment.evaluate(picture, target)[0]])
-        (found,) = model.predict(prepared, model.backbone(prepared.tensors), [target["original_size"]])
-        draw = partial(draw_found, np.asarray(picture), found, names_of(model))
         name = Path(images.path(place)).stem
-        figures.append(
-            Figure(f"{place:02}_{name}", name, _caption(model, found), f"What is found in {name}", draw)
-        )
+        figures.append(draw_image(model, f"{place:02}_{name}", images.read(place)[0], sides))
+    return write_figures(figures, f"What {source} finds", out)
+
+
+def write_figures(figures: Sequence[Figure], title: str, out: Path) -> Path:
+    """Write pictures and their page, and return that."""
     for figure in figures:
         write_png(figure, out / f"{figure.name}.png")
-    title = f"What {source} finds"
     write_text(out / "index.html", render_page("report/page.html", title=title, blocks=figures))
     return out / "index.html"
+
+
+@torch.no_grad()
+def draw_image(
+    model: DenseModel, name: str, picture: Image.Image | Tensor, sides: tuple[int, int] | None = None
+) -> Figure:
+    """Return what is found in a picture, resized to at most these sides, or in a tensor (3, H, W) of 0..1 as it is."""
+    image = picture if isinstance(picture, Tensor) else to_image(picture)
+    pixels, size = (
+        to_dtype(image, torch.uint8, scale=True).permute(1, 2, 0).numpy(force=True),
+        image.shape[-2:],
+    )
+    if not isinstance(picture, Tensor):
+        short, long = sides or model.sides
+        image = DenseAugment(short=[short], long=long).evaluate(picture, {"labels": torch.empty(0)})[0]
+    prepared = model.prepare([image.to(next(model.parameters()).device)])
+    (found,) = model.predict(prepared, model.backbone(prepared.tensors), [(size[0], size[1])])
+    found = {key: value.cpu() for key, value in found.items()}
+    draw = partial(draw_found, pixels, found, names_of(model))
+    return Figure(name, name, _caption(model, found), f"What is found in {name}", draw)
 
 
 def names_of(model: DenseModel) -> Sequence[str]:

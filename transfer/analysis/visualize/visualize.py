@@ -18,10 +18,12 @@ from torch import Tensor, nn
 from typing_extensions import Unpack
 
 from ....checkpoints.atomic import write_bytes, write_text
+from ....checkpoints.dense_models import dense_of
 from ....checkpoints.files import read_if_there
 from ....checkpoints.preprocessing import Preprocessing
 from ....checkpoints.pretrained import MADE_HERE, LoadSettings, build_untrained, describe, describe_model
 from ....checkpoints.provenance import Pretrained
+from ....models.dense.dense_model import DenseModel
 from ....models.errors import (
     CheckpointError,
     ConfigError,
@@ -48,6 +50,7 @@ from ..report.ink import Array, to_png
 from ..report.rendering import Figure, data_url, render_page, write_png
 from ..report.tables import Table, to_json
 from . import map_figures as measures
+from .detections import draw_image, write_figures
 from .map_figures import (
     LayerLook,
     Look,
@@ -222,7 +225,8 @@ def visualize(
 ) -> Attention:
     """Return pictures of what a model attends to, and their numbers; a notebook shows them.
 
-    With `out` the pictures (PNG), `numbers.json` and `index.html` are written to this folder.
+    Of a detector or segmenter, given or named, they show what it finds: a batch then has values of 0..1. With `out`
+    the pictures (PNG), `numbers.json` and `index.html` are written to this folder.
 
     Args:
         model: a model, what `load_pretrained` returns, a source by name, or a `DualViT`, whose student is looked at
@@ -242,6 +246,10 @@ def visualize(
         GraftError: a source or image that cannot be read, a layer or query that is not there, models that do not go
             together, or more maps than a page holds.
     """
+    dense = dense_of(model)
+    if dense is not None:
+        of = {"teacher": teacher, "queries": queries, "layers": layers if layers != "*" else None, **how}
+        return _look_at_found(dense, images, out, next((name for name in of if of[name]), None))
     loaded, partners = load_models(model, teacher, dict(how))
     own = loaded["student"].preprocessing
     chosen = chosen_layers(loaded["student"].model, layers)
@@ -274,6 +282,32 @@ def visualize(
         html = map_page(embedded, titles, asked[0], chart)
         page = write_folder(Path(out), figures, chart, plain, html)
     return Attention(titles.title, titles.notes, {**figures, "layers.png": chart.draw("light")}, plain, page)
+
+
+def _look_at_found(
+    model: DenseModel,
+    images: Tensor | Given | Sequence[Given],
+    out: str | PathLike[str] | None,
+    of: str | None,
+) -> Attention:
+    """Return pictures of what a detector or segmenter finds. Raises ConfigError: `of` is of attention."""
+    if of is not None:
+        raise ConfigError(
+            f"{of} is of attention, and a detector or segmenter shows what it finds: leave it out, or give the "
+            "backbone by graftvit.load_pretrained of its folder"
+        )
+    shown = read_images(images, Preprocessing.of(model.backbone.body))
+    with evaluating(model):
+        figures = [
+            draw_image(
+                model, each.name, each.original[0] if isinstance(each.original, Tensor) else each.original
+            )
+            for each in shown
+        ]
+    title = f"What a {model.kind} finds"
+    page = None if out is None else write_figures(figures, title, Path(out))
+    drawn = {f"{each.name}.png": each.draw("light") for each in figures}
+    return Attention(title, [f"{each.heading}: {each.caption}" for each in figures], drawn, {}, page)
 
 
 def _check_batch(images: Tensor, student: Pretrained) -> None:
