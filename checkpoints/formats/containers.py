@@ -216,7 +216,7 @@ def read_state_weights(content: Weights, part: Part) -> Weights:
 
 
 def tensors_in_state(content: Weights, part: Part) -> dict[str, Any]:
-    """Return the tensors of all that was trained, or of its average. Raises CheckpointError: there is none."""
+    """Return the tensors of all that was trained, or of its average. Raises CheckpointError: it was not trained."""
     tensors = _part(content.tree, part)
     if not tensors:
         what = "moving average" if part == "ema" else part

@@ -13,10 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...checkpoints.dense_models import dense_of
 from ...checkpoints.pretrained import describe
 from ...checkpoints.provenance import Pretrained
-from ...models.dense.dense_model import DenseModel
 from ...models.errors import ConfigError, DataError, UnsupportedModelError, check_types, kind_of
 from ...models.families import any_family, check_size, evaluating
 from ...models.given import HoldsModel, Model, as_model, check_images, computes_with
@@ -39,6 +37,8 @@ from .intervals import Interval, intervals_of
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+
+    from ...models.dense.dense_model import DenseModel
 
 
 # Accuracy of models, each alone and as an ensemble, exact over ranks.
@@ -104,6 +104,8 @@ def evaluate(
 
 
 def _evaluate(models: Mapping[str, Model | Pretrained], data: Any) -> dict[str, Any]:
+    from ...checkpoints.dense_models import dense_of  # here: a run of a classifier needs no torchvision
+
     dense = {name: dense_of(each) for name, each in models.items()}
     if any(each is not None for each in dense.values()):
         return _score_dense(dense, data)
