@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import field_validator
+from pydantic import ValidationInfo, field_validator
 
 from .setting import LOCAL, Need, Section, in_mode, setting
 
@@ -104,12 +105,14 @@ class DenseConfig(Section):
     crop: int | None = setting(None, "side of a square crop at last", HEADED, gt=0, drawn=True)
     distort: bool = setting(False, "change of brightness, contrast, saturation and hue", HEADED, drawn=True)
 
-    @field_validator("short")
+    @field_validator("short", "cropped", "scale")
     @classmethod
-    def _check_short(cls, sides: list[int]) -> list[int]:
-        if not sides or min(sides) < 1:
-            raise ValueError("give one size at least, in pixels")
-        return sides
+    def _check_sizes(cls, sizes: Sequence[float] | None, info: ValidationInfo) -> Sequence[float] | None:
+        if sizes is not None and (min(sizes, default=info.field_name == "cropped") <= 0):
+            raise ValueError("give one size at least, and each above 0")
+        if sizes is not None and info.field_name == "scale" and sizes[0] > sizes[1]:
+            raise ValueError("give the least factor first")
+        return sizes
 
     @property
     def task(self) -> Literal["classification", "detection", "segmentation"]:

@@ -16,6 +16,7 @@ from torch import Tensor
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
+from typing_extensions import Unpack
 
 from ...checkpoints.class_names import difference
 from ...models.errors import ConfigError, DataError
@@ -25,7 +26,7 @@ from ..setting import setting
 from .dense_sets import IGNORED, DenseSource, open_dense
 from .loaders import EvalLoader, TrainLoader, train_subset
 from .loading import BadImage, BadImages, Batch, EvalBatches, Fetcher, TrainBatches, attempted
-from .sampler import BatchRequest, Indices
+from .sampler import BatchRequest, Indices, Ranks
 
 Target = dict[str, Any]
 SCORED = ("area", "iscrowd")
@@ -245,7 +246,7 @@ class DenseTrainLoader(TrainLoader):
     """
 
     def __init__(
-        self, source: Any, config: DataConfig, augment: Any, *, seed: int, rank: int, world_size: int
+        self, source: Any, config: DataConfig, augment: Any, *, seed: int, rank: int = 0, world_size: int = 1
     ) -> None:
         subset = train_subset(config, source, labels=False)
         self.class_names, self.num_classes = source.class_names, len(source.class_names)
@@ -271,7 +272,9 @@ class DenseEvalLoader(EvalLoader):
     As `EvalLoader`, but it yields a `DenseBatch`.
     """
 
-    def __init__(self, source: Any, config: DataConfig, augment: Any, *, rank: int, world_size: int) -> None:
+    def __init__(
+        self, source: Any, config: DataConfig, augment: Any, *, rank: int = 0, world_size: int = 1
+    ) -> None:
         self.class_names, self.num_classes = source.class_names, len(source.class_names)
         self.num_samples = len(source)
         self._batch_size = config.eval_batch_size or config.batch_size
@@ -285,16 +288,16 @@ class DenseEvalLoader(EvalLoader):
 
 
 def create_dense_train_loader(
-    config: DataConfig, augment: DenseAugment, *, masks: bool = False, seed: int, rank: int = 0, world_size: int = 1
-) -> DenseTrainLoader:  # fmt: skip
+    config: DataConfig, augment: DenseAugment, *, masks: bool = False, seed: int, **ranks: Unpack[Ranks]
+) -> DenseTrainLoader:
     """Return the training loader of `config.train_split`; objects have masks if asked for. Raises DataError."""
     source = open_dense(config, config.train_split, training=True, masks=masks)
-    return DenseTrainLoader(source, config, augment, seed=seed, rank=rank, world_size=world_size)
+    return DenseTrainLoader(source, config, augment, seed=seed, **ranks)
 
 
 def create_dense_eval_loader(
-    config: DataConfig, augment: DenseAugment, *, masks: bool = False, rank: int = 0, world_size: int = 1,
-    names: Sequence[str] | None = None,
+    config: DataConfig, augment: DenseAugment, *, masks: bool = False, names: Sequence[str] | None = None,
+    **ranks: Unpack[Ranks],
 ) -> DenseEvalLoader:  # fmt: skip
     """Return the loader of `config.val_split`.
 
@@ -307,4 +310,4 @@ def create_dense_eval_loader(
         raise DataError(
             f"split {config.val_split!r} of {config.data_path} has {difference(source.class_names, names)} of the model"
         )
-    return DenseEvalLoader(source, config, augment, rank=rank, world_size=world_size)
+    return DenseEvalLoader(source, config, augment, **ranks)

@@ -124,26 +124,28 @@ def open_dense(config: DataConfig, split: str, *, training: bool, masks: bool = 
     """
     check_dense(config, [split])
     root = Path(str(config.data_path))
+    source = _open(config, root, split, training=training, masks=masks)
+    count = len(source.class_names)
+    if config.num_classes not in (None, count):
+        raise DataError(
+            f"data.num_classes={config.num_classes}, and split {split!r} of {root} has {counted(count, 'class')}"
+        )
+    return source
+
+
+def _open(config: DataConfig, root: Path, split: str, *, training: bool, masks: bool) -> DenseSource:
     if config.dataset == "coco":
         return CocoImages(root, split, training=training, masks=masks)
-    images, labels = _find_split(config.dataset, root, split)
+    pairs = _pairs(*_find_split(config.dataset, root, split))
     if config.dataset == "cityscapes":
         table = np.full(256, IGNORED, np.uint8)
         table[list(CITYSCAPES)] = np.arange(len(CITYSCAPES))
-        return LabelMaps(_pairs(images, labels), list(CITYSCAPES.values()), table)
-    table = np.append(IGNORED, np.arange(IGNORED)).astype(np.uint8)  # a number is 1 + its class
-    return LabelMaps(_pairs(images, labels), _ade20k_names(root, config.num_classes), table)
-
-
-def _ade20k_names(root: Path, classes: int | None) -> list[str]:
-    """Return the last column of the table that comes with the images, or numbers. Raises DataError: they are not as
-    many as `data.num_classes`."""
-    table = root / "objectInfo150.txt"
-    lines = (read_if_there(table, refusal=DataError) or "").splitlines()[1:]
+        return LabelMaps(pairs, list(CITYSCAPES.values()), table)
+    lines = (read_if_there(root / "objectInfo150.txt", refusal=DataError) or "").splitlines()[1:]
     names = [line.split("\t")[-1].strip() for line in lines if line.strip()]
-    if names and classes not in (None, len(names)):
-        raise DataError(f"data.num_classes={classes}, and {table} names {len(names)} classes")
-    return names or [str(number) for number in range(classes or ADE20K_CLASSES)]
+    names = names or [str(number) for number in range(config.num_classes or ADE20K_CLASSES)]
+    table = np.append(IGNORED, np.arange(IGNORED)).astype(np.uint8)  # a number is 1 + its class
+    return LabelMaps(pairs, names, table)
 
 
 def _pairs(images: Path, labels: Path) -> list[tuple[str, str]]:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 import torch
+from typing_extensions import TypedDict
 
 from .augment import seed_generators
 
@@ -22,6 +23,13 @@ Indices = npt.NDArray[np.int64]
 ORDER, SAMPLE, MIXING, STUDENT = 0, 1, 2, 3
 """What a seed is for; kept apart so that the order of samples says nothing about their augmentation, nor that
 about what the student draws."""
+
+
+class Ranks(TypedDict, total=False):
+    """A process of a run, and their number; by default the only one."""
+
+    rank: int
+    world_size: int
 
 
 @dataclass(frozen=True)

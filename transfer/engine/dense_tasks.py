@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor, nn
+from typing_extensions import Unpack
 
 from ...checkpoints.class_names import Head
 from ...checkpoints.dense_models import load_dense, write_beside
@@ -36,7 +38,7 @@ from ..data.dense import (
     create_dense_train_loader,
 )
 from ..data.dense_sets import check_dense
-from ..data.sampler import preserved
+from ..data.sampler import Ranks, preserved
 from ..methods.dual import DualViT
 from ..metrics.dense_scores import score_dense
 from . import deadline
@@ -110,13 +112,8 @@ class DenseTask(Task):
             return {"loss": task, **parts}
         return {"loss": task + lesson.loss, "task": task, "transfer": lesson.loss, **parts, **lesson.parts}
 
-    @contextmanager
-    def _taught(self, prepared: Prepared) -> Iterator[Any]:
-        if self.taught_by is None:
-            yield None
-            return
-        with self.taught_by.teaching(prepared.tensors, prepared.sizes) as lesson:
-            yield lesson
+    def _taught(self, prepared: Prepared) -> AbstractContextManager[Any]:
+        return self.taught_by.teaching(prepared.tensors, prepared.sizes) if self.taught_by else nullcontext()
 
     def evaluate(self, loader: Any, accelerator: Accelerator) -> dict[str, float]:
         """Return average precision, or the mean intersection over union, of all processes' images."""
@@ -177,8 +174,9 @@ class Dense(Goal):
 
     def image_size(self, spec: Preprocessing) -> tuple[int, int]:
         dense = self.config.dense
-        sides = (dense.crop, dense.crop) if dense.crop else (max(dense.short), dense.long)
-        height, width = (-(-side // DIVISOR) * DIVISOR for side in sides)
+        factor = dense.scale[1] if dense.scale else 1
+        sides = (min(factor * side, dense.crop or math.inf) for side in (max(dense.short), dense.long))
+        height, width = (math.ceil(side / DIVISOR) * DIVISOR for side in sides)
         return height, width
 
     def check(self) -> None:
@@ -213,31 +211,17 @@ class Dense(Goal):
             )
 
     def train_loader(
-        self,
-        data: DataConfig,
-        spec: Preprocessing,
-        *,
-        rank: int = 0,
-        world_size: int = 1,
-        labels: bool = True,
+        self, data: DataConfig, spec: Preprocessing, *, labels: bool = True, **ranks: Unpack[Ranks]
     ) -> DenseTrainLoader:
-        return create_dense_train_loader(
-            data,
-            self._augment(),
-            masks=self._masks,
-            seed=self.config.seed,
-            rank=rank,
-            world_size=world_size,
-        )
+        seed = self.config.seed
+        return create_dense_train_loader(data, self._augment(), masks=self._masks, seed=seed, **ranks)
 
     def eval_loader(
-        self, data: DataConfig, spec: Preprocessing, *, rank: int = 0, world_size: int = 1
+        self, data: DataConfig, spec: Preprocessing, **ranks: Unpack[Ranks]
     ) -> DenseEvalLoader | None:
         if self.best is None:
             return None
-        return create_dense_eval_loader(
-            data, self._augment(), masks=self._masks, rank=rank, world_size=world_size
-        )
+        return create_dense_eval_loader(data, self._augment(), masks=self._masks, **ranks)
 
     def sample(self, data: DataConfig, spec: Preprocessing, count: int) -> Tensor:
         """Return the first training images, padded to one batch."""
@@ -259,11 +243,12 @@ class Dense(Goal):
         return DenseTask(self._model(models), dual, self.config.transfer.task_weight)
 
     def aligned(self, models: Models, alignment: Alignment, shown: ShownImages) -> Task:
-        return DenseAlignTask(
-            alignment,
-            shown,
-            partial(prepare, mean=models.spec.mean, std=models.spec.std, divisor=divisor_of(models.student)),
-        )
+        how: JsonDict = {
+            "mean": models.spec.mean,
+            "std": models.spec.std,
+            "divisor": divisor_of(models.student),
+        }
+        return DenseAlignTask(alignment, shown, partial(prepare, **how))
 
     def _model(self, models: Models) -> DenseModel:
         """Return the detector or segmenter on the student, with the neck and head of `dense.source` if it is given."""
@@ -295,21 +280,20 @@ def _take_head(model: DenseModel, source: str) -> None:
 
     Raises ConfigError: it is of another kind, or of other sizes.
     """
-    other = load_dense(source)
-    own, theirs = model.state_dict(), other.state_dict()
+    other, own = load_dense(source), model.state_dict()
     if other.kind != model.kind:
         raise ConfigError(
             f"dense.source={source} is a {other.kind}, and dense.head={model.kind}: give one kind"
         )
-    parts = {name: value for name, value in theirs.items() if not name.startswith(DenseTask.prefix)}
-    other_classes = [name for name, value in parts.items() if name in own and own[name].shape != value.shape]
-    if other.num_classes == model.num_classes and (other_classes or set(parts) - set(own)):
-        name = next(iter([*other_classes, *sorted(set(parts) - set(own))]))
-        raise ConfigError(
-            f"dense.source={source} does not fit: {name} is of another size here: give it the same backbone, "
-            "dense.width and dense.norms"
-        )
-    kept = {name: value for name, value in parts.items() if name not in other_classes}
-    model.load_state_dict(kept, strict=False)
-    if other_classes:
-        logger.warning("dense.source: %s stay fresh, because the classes differ", ", ".join(other_classes))
+    parts = {name: each for name, each in other.state_dict().items() if not name.startswith(DenseTask.prefix)}
+    fresh = [name for name, each in parts.items() if name not in own or own[name].shape != each.shape]
+    for name in fresh:  # other classes are other rows
+        of_classes = name in own and own[name].shape[1:] == parts[name].shape[1:]
+        if other.num_classes == model.num_classes or not of_classes:
+            raise ConfigError(
+                f"dense.source={source} does not fit: {name} is of another size here: give it the same backbone, "
+                "dense.width and dense.norms"
+            )
+    model.load_state_dict({name: each for name, each in parts.items() if name not in fresh}, strict=False)
+    if fresh:
+        logger.warning("dense.source: %s stay fresh, because the classes differ", ", ".join(fresh))

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 from torch import Tensor, nn
+from typing_extensions import Unpack
 
 from ...checkpoints.class_names import Head
 from ...checkpoints.preprocessing import Preprocessing
@@ -20,6 +21,7 @@ from ..align import Alignment
 from ..config import DataConfig, RunConfig, TeacherConfig
 from ..data.datasets import check_dataset
 from ..data.loaders import EvalLoader, TrainLoader, create_eval_loader, create_train_loader, find_eval_loader
+from ..data.sampler import Ranks
 from ..data.survey import sample_images
 from ..methods.dual import DualViT
 from ..methods.loss_terms import DEFAULT_TEACHER
@@ -87,25 +89,15 @@ class Goal:
         check_dataset(data)
 
     def train_loader(
-        self,
-        data: DataConfig,
-        spec: Preprocessing,
-        *,
-        rank: int = 0,
-        world_size: int = 1,
-        labels: bool = True,
+        self, data: DataConfig, spec: Preprocessing, *, labels: bool = True, **ranks: Unpack[Ranks]
     ) -> TrainLoader:
         """Return the training images. Raises as `create_train_loader`."""
-        return create_train_loader(
-            data, spec, seed=self.config.seed, rank=rank, world_size=world_size, labels=labels
-        )
+        return create_train_loader(data, spec, seed=self.config.seed, labels=labels, **ranks)
 
-    def eval_loader(
-        self, data: DataConfig, spec: Preprocessing, *, rank: int = 0, world_size: int = 1
-    ) -> EvalLoader | None:
+    def eval_loader(self, data: DataConfig, spec: Preprocessing, **ranks: Unpack[Ranks]) -> EvalLoader | None:
         """Return the test images, labeled as the training images are; a run without labels may have none."""
         create = create_eval_loader if self.config.needs_labels else find_eval_loader
-        return create(data, spec, rank=rank, world_size=world_size)
+        return create(data, spec, **ranks)
 
     def sample(self, data: DataConfig, spec: Preprocessing, count: int) -> Tensor:
         """Return training images (count, C, H, W) to calibrate on, as `sample_images`."""

@@ -302,6 +302,14 @@ def test_sizes_are_those_of_the_recipe() -> None:
     assert several.evaluate(wide, nothing)[0].shape == (3, 800, 1067)
 
 
+@pytest.mark.parametrize(
+    "sizes", [{"scale": (2.0, 0.5)}, {"scale": (0.0, 1.0)}, {"cropped": (-5,)}, {"short": ()}]
+)
+def test_sizes_that_no_image_has_are_refused(sizes: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError):
+        DenseAugment(**sizes)
+
+
 def test_a_flip_mirrors_boxes_and_masks() -> None:
     scene = composed("train", 1)[0]
     augment = DenseAugment(short=(128,), long=128, hflip=1.0)

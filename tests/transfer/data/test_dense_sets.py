@@ -251,6 +251,15 @@ def test_wrong_labels_are_one_sentence(tmp_path: Path, scenes: list[Scene]) -> N
         open_dense(config(tmp_path, "ade20k"), "train", training=True)
 
 
+def test_another_number_of_classes_than_the_data_set_has_is_refused(
+    tmp_path: Path, scenes: list[Scene]
+) -> None:
+    write_coco(tmp_path, {"train": scenes})
+    assert len(open_dense(config(tmp_path, "coco", num_classes=3), "train", training=True).class_names) == 3
+    with pytest.raises(DataError, match="num_classes=4"):
+        open_dense(config(tmp_path, "coco", num_classes=4), "train", training=True)
+
+
 def test_what_is_no_such_data_set_is_refused_before_it_is_read(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="coco"):
         check_dense(config(tmp_path, "folder"), ["train"])

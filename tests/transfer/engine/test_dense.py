@@ -9,12 +9,14 @@ from typing import Any
 import pytest
 import timm
 import torch
-from graftvit.checkpoints.dense_models import load_dense
+from graftvit.checkpoints.dense_models import load_dense, save_dense
 from graftvit.checkpoints.state import read_state
+from graftvit.models.dense.dense_model import create_dense
 from graftvit.models.errors import ConfigError, DataError
+from graftvit.models.families import create_timm_model
 from graftvit.transfer.engine.dry_run import dry_run
 from graftvit.transfer.engine.train import train
-from support.runs.dense_runs import VIT, run, small_ade20k, small_coco
+from support.runs.dense_runs import PVT, VIT, run, small_ade20k, small_coco
 from support.runs.engine_runs import records, resume_cut
 
 
@@ -107,3 +109,19 @@ def test_what_does_not_go_together_is_refused(
     with pytest.raises(error):
         train(run(tmp_path / "out", coco, **sections))
     assert not (tmp_path / "out" / "checkpoints").exists()
+
+
+def test_the_head_of_other_classes_stays_fresh_and_one_of_another_width_is_refused(
+    tmp_path: Path, coco: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for width in (16, 24):
+        other = create_dense("retinanet", create_timm_model("pvt_v2_b0", **PVT), 5, width=width)
+        source = save_dense(other, tmp_path / str(width))
+        settings = run(tmp_path / f"of_{width}", coco, dense={"source": str(source)}, optim={"epochs": 1})
+        if width == settings.dense.width:
+            neck = load_dense(train(settings).output_dir).neck
+            assert neck.state_dict().keys() == other.neck.state_dict().keys()
+            assert "cls_logits" in caplog.text
+        else:
+            with pytest.raises(ConfigError):
+                train(settings)
