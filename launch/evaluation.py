@@ -38,7 +38,7 @@ from ..transfer.engine.fit_operators import stage_together
 from ..transfer.engine.modes import goal_of
 from ..transfer.engine.parallel import create_accelerator, host_group
 from ..transfer.metrics.distance import ComparedLayers, Reader, compared_layers, describe_features
-from ..transfer.metrics.measure import PROBES, Against, Family, check_folders, measure
+from ..transfer.metrics.measure import OF_PATCHES, PROBES, Against, Family, check_folders, measure
 from .flags import source_keywords
 from .load_config import Setting, load_config
 from .submitted import check_data, check_here
@@ -236,6 +236,14 @@ class Evaluation:
             raise ConfigError(f"checkpoint {repeated[0]!r} is named twice; name each once")
         if "distance" in self.metrics and self.against is None:
             raise ConfigError("--metrics distance needs a model to measure from: add --against TEACHER")
+        patches = [family for family in self.metrics if family in OF_PATCHES]
+        if patches and (len(patches) < len(self.metrics) or self.subset or self.real):
+            other = next(
+                (each for each in self.metrics if each not in patches), "subset" if self.subset else "real"
+            )
+            raise ConfigError(
+                f"--metrics {patches[0]} needs labeled pixels, and {other} does not: measure them apart"
+            )
         if self.against is not None and self.metrics and "distance" not in self.metrics:
             raise ConfigError(
                 "--against has no effect without the metric distance; add distance to --metrics"
@@ -310,7 +318,7 @@ class Evaluation:
         sources = [*self.sources, *([] if self.against is None else [self.against])]
         check_here(*sources)
         data = self.config().data
-        check_data(data) if self.dense else check_here(data=data)
+        check_data(data) if self.dense or {*OF_PATCHES} & {*self.metrics} else check_here(data=data)
         return data
 
 
@@ -323,6 +331,8 @@ def evaluate(asked: Evaluation, tell: Callable[[str], object]) -> dict[str, dict
     config = asked.config()  # first, because it imports what the run did
     if asked.dense:
         return _evaluate_dense(asked.sources, config)
+    if any(family in OF_PATCHES for family in asked.metrics):
+        return _evaluate_patches(asked, config)
     how = load_config(None, asked.section("teacher")).teacher
     shown = load_config(None, asked.section("data")).data
     candidates = [load_candidate(source, how) for source in asked.sources]
@@ -415,6 +425,20 @@ def _evaluate_dense(sources: Sequence[str], config: RunConfig) -> dict[str, dict
             )
         loader.shown = f"evaluation of {source}"
         results[source] = DenseTask(model.to(accelerator.device).eval()).evaluate(loader, accelerator)
+    return results
+
+
+def _evaluate_patches(asked: Evaluation, config: RunConfig) -> dict[str, dict[str, float]]:
+    """Return what the patches of each model say of labeled pixels."""
+    from ..transfer.metrics.dense_features import PatchProbe  # here: a classifier needs no data of detection
+
+    how, accelerator = load_config(None, asked.section("teacher")).teacher, create_accelerator(config)
+    data = stage_together(config.data, host_group(accelerator) if config.data.stage is not None else None)
+    results = {}
+    for source in asked.sources:
+        loaded = load_pretrained(source, **source_keywords(how))
+        model = loaded.model.to(accelerator.device).eval()
+        results[source] = PatchProbe(model, loaded.preprocessing, data, accelerator).score(asked.metrics)
     return results
 
 

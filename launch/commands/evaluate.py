@@ -22,6 +22,7 @@ EXAMPLES = (
     "graftvit evaluate vit_base_patch16_224.augreg_in1k --data_path /data/imagenet --real",
     "graftvit evaluate mae_finetuned_vit_base.pth --data_path /data/imagenet --batch_size 128",
     "graftvit evaluate vit_base_patch16_224.mae --data_path /data/imagenet --metrics knn,probe",
+    "graftvit evaluate vit_small_patch14_dinov2 runs/linear --dataset ade20k --data_path /data/ade --metrics seg_knn",
     "graftvit evaluate runs/detector runs/linear --data_path /data/coco",
     "graftvit evaluate runs/align --against deit_base_patch16_224.fb_in1k --data_path /data/photographs",
 )
@@ -81,7 +82,7 @@ def _parse(argv: list[str]) -> tuple[argparse.Namespace, Evaluation]:
     )
     text = (
         "any of top1, knn, probe, distance, joined by commas (default: top1 for a model with a head, else knn; "
-        "distance with --against)"
+        "distance with --against); of a data set with labeled pixels, seg_knn and seg_probe"
     )
     parser.flag("--metrics", text, metavar="NAMES")
     parser.flag("--against", "the model to measure distances from", metavar="TEACHER")

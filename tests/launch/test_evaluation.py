@@ -24,6 +24,7 @@ from PIL import Image
 from scipy.stats import binomtest
 from support.files.image_folders import class_folder, flat_folder, write_images
 from support.models.saved import save_model
+from support.runs.dense_runs import small_ade20k
 from support.runs.engine_runs import ARCHITECTURE, ARGUMENTS, tiny_vit
 from support.runs.typed import Typed
 from timm.models import save_for_hf
@@ -275,6 +276,10 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
         Image.new("L", (9, 9), number).save(
             root / "imagenet" / "val" / "a" / f"ILSVRC2012_val_{number:08d}.png"
         )
+    small_ade20k(root / "ade20k")
+    size: Any = {"img_size": 32, "patch_size": 8, "depth": 2, "embed_dim": 24, "num_heads": 3}
+    for name, plan in {"teacher": "*: softmax", "converted": "*: linear"}.items():
+        graftvit.save(graftvit.convert(timm.create_model("vit_tiny_patch16_224", **size), plan), root / name)
     finetune = f"--mode finetune --student.model {two} --data_path {root}/photos"
     align = (
         f"--mode align --student.model {encoder} --teacher {encoder} --plan *:linear --data_path {root}/pile"

@@ -276,7 +276,7 @@ class DenseEvalLoader(EvalLoader):
         self, source: Any, config: DataConfig, augment: Any, *, rank: int = 0, world_size: int = 1
     ) -> None:
         self.class_names, self.num_classes = source.class_names, len(source.class_names)
-        self.num_samples = len(source)
+        self.source, self.num_samples = source, len(source)
         self._batch_size = config.eval_batch_size or config.batch_size
         self._rank, self._world_size = rank, world_size
         size = (3, max(augment.short), max(augment.short))

@@ -365,13 +365,16 @@ def _metrics(total: list[float]) -> Metrics:
     return Metrics(100 * right / count, 100 * among / count, loss / count, round(count))
 
 
-Family = Literal["top1", "knn", "probe", "distance"]
+Family = Literal["top1", "knn", "probe", "distance", "seg_knn", "seg_probe"]
 FAMILIES: dict[Family, str] = {
     "top1": "top-1 and top-5 of the model's own head, and its cross-entropy",
     "knn": "weighted nearest neighbors of the features among the training images",
     "probe": "logistic regression on the features of the training images",
     "distance": "of features and blocks' outputs from those of a teacher",
+    "seg_knn": "as knn, of the patches of images with labeled pixels",
+    "seg_probe": "as probe, of the patches of images with labeled pixels",
 }
+OF_PATCHES: tuple[Family, ...] = ("seg_knn", "seg_probe")
 PROBES: tuple[Family, ...] = ("knn", "probe")
 """What needs the labeled images of the training split too."""
 
@@ -547,6 +550,8 @@ COLUMNS = {
         for part in PARTS
     },
     "miou": ("  mIoU", "6.3f"),
+    "seg_knn_miou": ("kNN mIoU", "6.3f"),
+    "seg_probe_miou": ("probe mIoU", "6.3f"),
     "pixel_accuracy": ("pixel accuracy", "6.3f"),
     "samples": ("images", "6.0f"),
 }
