@@ -57,8 +57,8 @@ class Backbone(nn.Module):
         self.indices: list[int] = timm_model.prune_intermediate_layers(chosen, prune_norm=True)
         self.channels = [known[index][0] for index in chosen]
         self.strides = [known[index][1] for index in chosen]
-        wrong = next((each for each in norms if not 0 <= each < len(chosen)), None)
-        if wrong is not None:
+        wrong = [each for each in norms if not 0 <= each < len(chosen)]
+        if wrong:
             raise ConfigError(
                 f"norms={wrong}; the outputs of {type(body).__name__} are 0 to {len(chosen) - 1}"
             )
@@ -197,10 +197,10 @@ class SimplePyramid(nn.Module):
         stride, channels = backbone.strides[-1], backbone.channels[-1]
         if stride % 4:
             raise ConfigError(f"patches of {stride} pixels cannot be halved twice: give a multiple of 4")
-        half, quarter = channels // 2, channels // 4
-        twice = [_enlarged(channels), LayerNorm2d(half), nn.GELU(), _enlarged(half)]
+        half = channels // 2
+        twice = nn.Sequential(_enlarged(channels), LayerNorm2d(half), nn.GELU(), _enlarged(half))
         scaled: list[tuple[int, int, nn.Module]] = [
-            (stride // 4, quarter, nn.Sequential(*twice)),
+            (stride // 4, half // 2, twice),
             (stride // 2, half, _enlarged(channels)),
             (stride, channels, nn.Identity()),
             (2 * stride, channels, nn.MaxPool2d(2)),

@@ -158,16 +158,10 @@ def _padded(tensor: Tensor, height: int, width: int, value: float = 0) -> Tensor
 
 
 RANGES: dict[str, tuple[float, float]] = {
-    "num_classes": (1, 1_000_000),
-    "width": (2, 1_000_000),
-    "size_divisor": (1, 10_000),
-    "short": (1, 100_000),
-    "long": (1, 100_000),
-    "anchor_scale": (1e-3, 1e3),
-    "score_threshold": (0, 1),
-    "detections": (1, 1_000_000),
+    "num_classes": (1, 1_000_000), "width": (2, 1_000_000), "size_divisor": (1, 10_000), "short": (1, 100_000),
+    "long": (1, 100_000), "anchor_scale": (1e-3, 1e3), "score_threshold": (0, 1), "detections": (1, 1_000_000),
     "dropout": (0, 0.999),
-}
+}  # fmt: skip
 
 
 def _check_ranges(kind: str, given: Mapping[str, float]) -> None:
@@ -217,7 +211,7 @@ def create_dense(
         UnsupportedModelError: `body` gives no maps, or takes images of one size alone.
         ConfigError: an unknown kind or setting, or one that does not fit.
     """
-    given = {name: each for name, each in locals().items() if name in RANGES and each is not None}
+    given: JsonDict = {name: each for name, each in locals().items() if name in RANGES and each is not None}
     _check_ranges(kind, given)
     if class_names and len(class_names) != num_classes:
         raise ConfigError(f"{len(class_names)} class names are given for num_classes={num_classes}")
@@ -227,17 +221,13 @@ def create_dense(
     backbone, divisor = Backbone(body, norms), divisor_of(body)
     if size_divisor is not None and size_divisor % divisor:
         raise ConfigError(f"size_divisor={size_divisor}; give a multiple of {divisor}, the largest stride")
-    settings = {
-        "num_classes": num_classes,
+    settings = given | {
         "width": width,
         "norms": sorted(set(norms)),
         "class_names": list(class_names),
         "mean": _by_channel("mean", mean or described.get("mean") or IMAGENET_DEFAULT_MEAN, -1e6),
         "std": _by_channel("std", std or described.get("std") or IMAGENET_DEFAULT_STD, 1e-6),
         "size_divisor": size_divisor or divisor,
-        "short": short,
-        "long": long,
-        **head,
     }
     levels, neck = _neck(design, backbone, width)
     made = design.head(levels, width, num_classes, **head)

@@ -128,12 +128,9 @@ class UPerNetHead(Segmenter):
         self.outputs = nn.ModuleList(_conv(width, width) for _ in finer)
         self.joined = _conv(len(levels.channels) * width, width)
         self.classifier = _classifier(width, num_classes, dropout)
-        inner = width // 2
-        self.auxiliary = (
-            nn.Sequential(_conv(finer[-1], inner), *_classifier(inner, num_classes, dropout))
-            if finer
-            else None
-        )
+        half, self.auxiliary = width // 2, None
+        if finer:
+            self.auxiliary = nn.Sequential(_conv(finer[-1], half), *_classifier(half, num_classes, dropout))
 
     def forward(self, levels: Maps) -> Tensor:
         *finer, last = levels

@@ -117,13 +117,8 @@ class DenseTask(Task):
 
     def evaluate(self, loader: Any, accelerator: Accelerator) -> dict[str, float]:
         """Return average precision, or the mean intersection over union, of all processes' images."""
-        return score_dense(
-            self.student,
-            watched(loader),
-            accelerator.device,
-            autocast=accelerator.autocast,
-            gather=lambda part: gather_object([part]),
-        )
+        how: JsonDict = {"autocast": accelerator.autocast, "gather": lambda part: gather_object([part])}
+        return score_dense(self.student, watched(loader), accelerator.device, **how)
 
     def write_beside(self, tensors: Mapping[str, Tensor], folder: Path) -> None:
         write_beside(self.student, tensors, folder)
@@ -145,11 +140,11 @@ class DenseAlignTask(AlignTask):
 
     def __init__(self, alignment: Alignment, shown: ShownImages, prepare: Callable[..., Prepared]) -> None:
         super().__init__(alignment, shown)
-        self._prepare = (prepare,)
+        self._prepare = prepare
 
     def forward(self, batch: DenseBatch) -> Losses:  # type: ignore[override]
         """Return the losses of the layers, which see the padding as their teacher does."""
-        return super().forward(self._prepare[0](batch.images).tensors, torch.empty(0))
+        return super().forward(self._prepare(batch.images).tensors, torch.empty(0))
 
     def rehearsed(self, images: Tensor, targets: Tensor) -> Losses:
         """Return the losses of images (B, 3, H, W)."""
@@ -196,12 +191,11 @@ class Dense(Goal):
     def arguments(self, name: str) -> JsonDict:
         return {} if name == CONVERTED else any_size_arguments(name)  # it has those of the model it was
 
-    def _augment(self) -> DenseAugment:
-        return DenseAugment(**dict(self.config.dense), hflip=self.config.data.hflip)
-
     @property
-    def _masks(self) -> bool:
-        return self.config.dense.head == "mask_rcnn"
+    def _how(self) -> JsonDict:
+        dense = self.config.dense
+        augment = DenseAugment(**dict(dense), hflip=self.config.data.hflip)
+        return {"augment": augment, "masks": dense.head == "mask_rcnn"}
 
     def check_data(self, data: DataConfig) -> None:
         task, dense = check_dense(data, (data.train_split, data.val_split)), self.config.dense
@@ -213,15 +207,12 @@ class Dense(Goal):
     def train_loader(
         self, data: DataConfig, spec: Preprocessing, *, labels: bool = True, **ranks: Unpack[Ranks]
     ) -> DenseTrainLoader:
-        seed = self.config.seed
-        return create_dense_train_loader(data, self._augment(), masks=self._masks, seed=seed, **ranks)
+        return create_dense_train_loader(data, seed=self.config.seed, **self._how, **ranks)
 
     def eval_loader(
         self, data: DataConfig, spec: Preprocessing, **ranks: Unpack[Ranks]
     ) -> DenseEvalLoader | None:
-        if self.best is None:
-            return None
-        return create_dense_eval_loader(data, self._augment(), masks=self._masks, **ranks)
+        return None if self.best is None else create_dense_eval_loader(data, **self._how, **ranks)
 
     def sample(self, data: DataConfig, spec: Preprocessing, count: int) -> Tensor:
         """Return the first training images, padded to one batch."""
@@ -243,30 +234,18 @@ class Dense(Goal):
         return DenseTask(self._model(models), dual, self.config.transfer.task_weight)
 
     def aligned(self, models: Models, alignment: Alignment, shown: ShownImages) -> Task:
-        how: JsonDict = {
-            "mean": models.spec.mean,
-            "std": models.spec.std,
-            "divisor": divisor_of(models.student),
-        }
-        return DenseAlignTask(alignment, shown, partial(prepare, **how))
+        mean, std, divisor = models.spec.mean, models.spec.std, divisor_of(models.student)
+        return DenseAlignTask(alignment, shown, partial(prepare, mean=mean, std=std, divisor=divisor))
 
     def _model(self, models: Models) -> DenseModel:
         """Return the detector or segmenter on the student, with the neck and head of `dense.source` if it is given."""
         dense = self.config.dense
         assert dense.head is not None
         model = create_dense(
-            dense.head,
-            models.student,
-            models.classes.num_classes,
-            width=dense.width,
-            norms=dense.norms,
-            class_names=models.classes.label_names or (),
-            mean=models.spec.mean,
-            std=models.spec.std,
-            short=max(dense.short),
-            long=dense.long,
-            anchor_scale=dense.anchor_scale,
-        )
+            dense.head, models.student, models.classes.num_classes, width=dense.width, norms=dense.norms,
+            class_names=models.classes.label_names or (), mean=models.spec.mean, std=models.spec.std,
+            short=max(dense.short), long=dense.long, anchor_scale=dense.anchor_scale,
+        )  # fmt: skip
         if dense.source is not None:
             _take_head(model, dense.source)
         if dense.frozen:
