@@ -47,10 +47,9 @@ def survey_dense(data: DataConfig) -> JsonDict:
     for split in (data.train_split, data.val_split):
         if split is not None:
             source = open_dense(data, split, training=False)
-            counts = (
-                source.counts() if isinstance(source, CocoImages) else {"classes": list(source.class_names)}
-            )
-            splits[split] = {"images": len(source), **counts}
+            labels = {"classes": list(source.class_names)}
+            splits[split] = {"images": len(source)}
+            splits[split] |= source.counts() if isinstance(source, CocoImages) else labels
     return {"task": check_dense(data, ()), "splits": splits}
 
 
@@ -58,18 +57,14 @@ def dense_to_text(found: JsonDict) -> str:
     """Return a table of the splits, and one of the objects by class where there are objects."""
     splits: JsonDict = found["splits"]
     rows = [["split", "images", "classes", "objects", "crowds"]]
+    objects = {name: split["objects"] for name, split in splits.items() if "objects" in split}
     for name, split in splits.items():
-        objects = split.get("objects")
-        many = ("-", "-") if objects is None else (f"{sum(objects.values()):,}", f"{split['crowds']:,}")
-        classes = len(split["classes"] if objects is None else objects)
-        rows.append([name, f"{split['images']:,}", f"{classes:,}", *many])
+        many = (f"{sum(objects[name].values()):,}", f"{split['crowds']:,}") if name in objects else ("-", "-")
+        rows.append([name, f"{split['images']:,}", f"{len(objects.get(name) or split['classes']):,}", *many])
     blocks = [aligned(rows, right=(1, 2, 3, 4))]
-    for name, split in splits.items():
-        lines = [
-            ["class", "objects"],
-            *([each, f"{count:,}"] for each, count in split.get("objects", {}).items()),
-        ]
-        blocks += [f"objects of {name}\n" + aligned(lines, right=(1,))] if len(lines) > 1 else []
+    for name, counts in objects.items():
+        lines = [["class", "objects"], *([each, f"{count:,}"] for each, count in counts.items())]
+        blocks.append(f"objects of {name}\n" + aligned(lines, right=(1,)))
     return "\n".join(blocks).rstrip() + "\n"
 
 

@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from torchvision.transforms.v2.functional import to_dtype
 
 from ..errors import ConfigError, DataError, JsonDict, check_types, did_you_mean
+from . import IGNORED
 from .backbone import FINEST, Backbone, Levels, Maps, Prepared, Pyramid, SimplePyramid, divisor_of
 from .detectors import MaskRCNNBoxes, RetinaNetBoxes, Sizes
-from .segmenters import IGNORED, SemanticFPNHead, UPerNetHead
+from .segmenters import SemanticFPNHead, UPerNetHead
 
 Kind = Literal["retinanet", "mask_rcnn", "semantic_fpn", "upernet"]
 DETECTION, SEGMENTATION = "detection", "segmentation"

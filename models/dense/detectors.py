@@ -61,22 +61,14 @@ class _Outside(nn.Identity):
         self.out_channels = width
 
 
-def in_float32(outputs: Any) -> Any:
-    """Return tensors in float32 or better, so that boxes and losses are exact under autocast."""
-    return tree_map(lambda each: each.to(torch.promote_types(each.dtype, torch.float32)), outputs)
+def in_float32(*given: Any) -> Any:
+    """Return tensors, the last that a hook is given, in float32 or better: boxes are exact under autocast."""
+    return tree_map(lambda each: each.to(torch.promote_types(each.dtype, torch.float32)), given[-1])
 
 
 def _precise(part: nn.Module) -> nn.Module:
-    part.register_forward_hook(_raise_precision)
+    part.register_forward_hook(in_float32)
     return part
-
-
-def _raise_precision(module: nn.Module, inputs: Any, outputs: Any) -> Any:
-    return in_float32(outputs)
-
-
-def _batch(prepared: Prepared) -> ImageList:
-    return ImageList(prepared.tensors, prepared.sizes)
 
 
 def _targets(prepared: Prepared, like: Tensor, background: int = 0) -> list[JsonDict]:
@@ -129,14 +121,14 @@ class RetinaNetBoxes(RetinaNet):
         outputs, anchors = self._run(prepared, levels)
         counts = [9 * each.shape[2] * each.shape[3] for each in levels]
         by_level = {name: each.split(counts, 1) for name, each in outputs.items()}
-        found = self.postprocess_detections(
-            by_level, [each.split(counts) for each in anchors], prepared.sizes
-        )
+        by_image = [each.split(counts) for each in anchors]
+        found = self.postprocess_detections(by_level, by_image, prepared.sizes)
         result: list[JsonDict] = self.transform.postprocess(found, prepared.sizes, original_sizes)
         return result
 
     def _run(self, prepared: Prepared, levels: Maps) -> tuple[dict[str, Tensor], list[Tensor]]:
-        return in_float32(self.head(levels)), self.anchor_generator(_batch(prepared), levels)
+        images = ImageList(prepared.tensors, prepared.sizes)
+        return in_float32(self.head(levels)), self.anchor_generator(images, levels)
 
 
 class MaskRCNNBoxes(MaskRCNN):
@@ -172,15 +164,15 @@ class MaskRCNNBoxes(MaskRCNN):
     def losses(self, prepared: Prepared, levels: Maps) -> dict[str, Tensor]:
         """Return the losses of proposals (two), of boxes (two) and of masks."""
         targets = _targets(prepared, levels[0], background=1)
-        named, images = _named(levels), _batch(prepared)
-        proposals, first = self.rpn(images, named, targets)
+        named = _named(levels)
+        proposals, first = self.rpn(ImageList(prepared.tensors, prepared.sizes), named, targets)
         _, second = self.roi_heads(named, proposals, prepared.sizes, targets)
         return {**first, **second}
 
     def predict(self, prepared: Prepared, levels: Maps, original_sizes: Sizes) -> list[JsonDict]:
         """Return `boxes`, `scores`, `labels` and `masks` (N, H, W) of each image, at its original size."""
         named = _named(levels)
-        proposals, _ = self.rpn(_batch(prepared), named)
+        proposals, _ = self.rpn(ImageList(prepared.tensors, prepared.sizes), named)
         found, _ = self.roi_heads(named, proposals, prepared.sizes)
         found = self.transform.postprocess(found, prepared.sizes, original_sizes)
         return [{**each, "labels": each["labels"] - 1, "masks": each["masks"][:, 0] > 0.5} for each in found]

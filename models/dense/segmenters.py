@@ -14,11 +14,10 @@ from torch import Tensor, nn
 from torchvision.ops import Conv2dNormActivation
 
 from ..errors import JsonDict
+from . import IGNORED
 from .backbone import Levels, Maps, Prepared, resized
 from .detectors import Sizes, in_float32
 
-IGNORED = 255
-"""The label of a pixel that no loss and no score counts."""
 BINS = (1, 2, 3, 6)
 """The grids of UPerNet's pyramid pooling."""
 AUXILIARY_WEIGHT = 0.4

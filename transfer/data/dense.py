@@ -19,11 +19,12 @@ from torchvision.transforms.v2 import functional as F
 from typing_extensions import Unpack
 
 from ...checkpoints.class_names import difference
+from ...models.dense import IGNORED
 from ...models.errors import ConfigError, DataError
 from ..config import DataConfig
 from ..mode_config import DenseConfig
 from ..setting import setting
-from .dense_sets import IGNORED, DenseSource, open_dense
+from .dense_sets import DenseSource, open_dense
 from .loaders import EvalLoader, TrainLoader, train_subset
 from .loading import BadImage, BadImages, Batch, EvalBatches, Fetcher, TrainBatches, attempted
 from .sampler import BatchRequest, Indices, Ranks

@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 from ...checkpoints.files import read_if_there
+from ...models.dense import IGNORED
 from ...models.errors import DataError, counted, did_you_mean
 from ..config import DataConfig
 from ..first_checks import check_folder
@@ -25,8 +26,6 @@ DENSE_SETS = {"coco": "detection", "ade20k": "segmentation", "cityscapes": "segm
 """What the labels of a data set are."""
 FOLDERS = {"ade20k": ("images", "annotations"), "cityscapes": ("leftImg8bit", "gtFine")}
 """Where images and their labels lie, in a folder for each split."""
-IGNORED = 255
-"""The label of a pixel that no class claims."""
 ADE20K_CLASSES = 150
 CITYSCAPES = {
     7: "road", 8: "sidewalk", 11: "building", 12: "wall", 13: "fence", 17: "pole", 19: "traffic light",

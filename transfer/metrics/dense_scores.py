@@ -12,13 +12,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ...models.dense import IGNORED
 from ...models.dense.dense_model import DETECTION, DenseModel
 from ...models.errors import ConfigError, DataError, kind_of
 from ...models.families import evaluating
 from ..config import DataConfig
 from ..data.coco import require_coder
 from ..data.dense import DenseAugment, DenseBatch, create_dense_eval_loader
-from ..data.dense_sets import IGNORED, check_dense
+from ..data.dense_sets import check_dense
 
 Gather = Callable[[Any], list[Any]]
 """Returns the objects of all ranks, in their order."""
