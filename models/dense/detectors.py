@@ -85,15 +85,7 @@ class RetinaNetBoxes(RetinaNet):
 
     Anchors are `anchor_scale` times the stride times 1, 2^(1/3) and 2^(2/3). The losses of an image are divided by its
     positive anchors, then averaged over the images. 1,000 boxes of a level above `score_threshold` go to the
-    suppression of overlaps of .5, and the best `detections` are left.
-
-    Args:
-        levels: what the head gets.
-        width: of the levels.
-        num_classes: without background.
-        anchor_scale: the smallest anchor, in strides.
-        score_threshold: of boxes.
-        detections: the most boxes of an image.
+    suppression of overlaps of .5, and the best `detections` are left. Arguments are those of `create_dense`.
     """
 
     def __init__(
@@ -137,7 +129,7 @@ class MaskRCNNBoxes(MaskRCNN):
     Three anchors a token, of `anchor_scale` times the stride: 256 are sampled of an image, half of them positive, and
     1,000 proposals are left. 512 of these are sampled, a quarter positive. Box head of two layers of four times
     `width`, mask head of four convolutions and one that doubles 14 x 14 to 28 x 28, one mask for each class. Arguments
-    are those of `RetinaNetBoxes`.
+    are those of `create_dense`.
     """
 
     def __init__(

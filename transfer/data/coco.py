@@ -95,16 +95,10 @@ class CocoImages:
     `iscrowd` (N,), `masks` (N, H, W) if they are asked for, `image_id` and `original_size` (height, width).
 
     In training there are no crowds, no empty boxes, no images without an object or with a side below `LEAST_SIDE`.
+    Arguments are those of `open_dense`; masks need faster-coco-eval.
 
-    Args:
-        root: The folder of the data set.
-        split: The split, or a word for it: `train` also finds `train2017`.
-        training: Whether to train on the images.
-        masks: Whether items have masks, which needs faster-coco-eval.
-
-    Raises:
-        DataError: files are missing or damaged, objects belong to no image or category, boxes are wrong, or there is
-            no object.
+    Raises DataError: files are missing or damaged, objects belong to no image or category, boxes are wrong, or there is
+    no object.
     """
 
     task = "detection"

@@ -114,7 +114,7 @@ def open_dense(config: DataConfig, split: str, *, training: bool, masks: bool = 
 
     Args:
         config: The data set and its folder.
-        split: Its split, or a word for it.
+        split: Its split, or a word for it: `train` also finds `train2017`.
         training: Whether to train on it: images of COCO without objects are then left out.
         masks: Whether objects have masks.
 
