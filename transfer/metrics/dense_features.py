@@ -14,12 +14,13 @@ from torch import Tensor, nn
 from torchvision.transforms.v2 import functional as V
 
 from ...checkpoints.preprocessing import Preprocessing
+from ...models.dense import IGNORED
 from ...models.dense.backbone import resized
 from ...models.dense.dense_model import prepare
 from ...models.errors import ConfigError, DataError, UnsupportedModelError
 from ..config import DataConfig
 from ..data.dense import DenseAugment, DenseBatch, DenseEvalLoader, Target
-from ..data.dense_sets import IGNORED, check_dense, open_dense
+from ..data.dense_sets import check_dense, open_dense
 from ..data.loaders import train_subset
 from ..setting import setting
 from .dense_scores import MeanIoU
