@@ -39,7 +39,8 @@ from ..data.dense import (
 )
 from ..data.dense_sets import check_dense
 from ..data.sampler import Ranks, preserved
-from ..methods.dual import DualViT
+from ..methods.dual import DualViT, check_teaches_parts
+from ..methods.loss_terms import term_methods
 from ..metrics.dense_scores import score_dense
 from . import deadline
 from .goals import Goal, Models
@@ -179,6 +180,8 @@ class Dense(Goal):
             raise ConfigError(
                 f"dense.head changes nothing with mode={self.config.mode}, which learns without labels: leave it out"
             )
+        for method in term_methods(self.config.transfer) if self.config.facts.transfers else ():
+            check_teaches_parts(method)
 
     def fitted(self, how: TeacherConfig) -> TeacherConfig:
         """Return the settings of a teacher with which it takes images of any size."""

@@ -58,7 +58,7 @@ from .loss_terms import (
     term_methods,
 )
 from .map_loss import MapLoss
-from .method import Pairing, TransferPlan
+from .method import Pairing, TransferMethod, TransferPlan
 from .standardize import Batch, Measured, fit, mark_ready
 from .taught_layer import Changes, begin_lesson, check_free, end_lesson, freeze_unused
 
@@ -259,11 +259,7 @@ class DualViT(nn.Module):
             DataError: the images do not fit the student.
         """
         for term in self._terms:
-            if not term.method.loss_within_blocks:
-                raise TransferError(
-                    f"transfer.method={term.method.name} teaches a whole classifier, and a part of another model "
-                    "learns from layers: use attention_output, block_output or distill"
-                )
+            check_teaches_parts(term.method)
         self._check_step(images)
         lesson = Lesson(torch.zeros((), device=images.device, dtype=torch.float32))
         try:
@@ -637,6 +633,15 @@ def _learner(student: Model) -> nn.Module:
         raise TransferError("the student is a DualViT, which would stop to teach it: give its release()")
     model = as_model(student, "student")
     return model.requires_grad_(True) if isinstance(student, Pretrained) else model
+
+
+def check_teaches_parts(method: TransferMethod) -> None:
+    """Raise TransferError for a method that cannot teach a backbone, which gives neither features nor classes."""
+    if not method.loss_within_blocks:
+        raise TransferError(
+            f"transfer.method={method.name} teaches a classifier, and a part of another model learns from layers: "
+            "use attention_output, distill, or block_output, of a pyramid with transfer.layers that end its stages"
+        )
 
 
 @check_types()

@@ -26,6 +26,8 @@ from graftvit.transfer.engine.train import train
 from graftvit.transfer.methods.dual import DualOutput, DualViT
 from graftvit.transfer.verdict import read_verdict
 from support.hub.ports import free_ports
+from support.runs.dense_runs import run as dense_run
+from support.runs.dense_runs import small_coco
 from support.runs.engine_runs import config, differences, make_convnext, make_teacher, several_losses, state
 from support.runs.patience import until
 
@@ -87,11 +89,11 @@ def disturb(run: RunConfig, children: list[int], target: int, number: int, pause
             os.kill(child, number)
 
 
-def interrupted(scenario: str, run: Callable[..., RunConfig], ranks: int) -> dict[str, Any]:
+def interrupted(scenario: str, run: Callable[..., RunConfig], ranks: int, most: int = 10) -> dict[str, Any]:
     """Kills (or terminates) a run again and again and compares it with an undisturbed one."""
     assert wait(start(run("whole"), ranks)) == [0] * ranks, "the undisturbed run failed"
     kills = scenario == "kill"
-    total, times = lines(run("whole")), (10 if ranks == 1 else 4) if kills else 2
+    total, times = lines(run("whole")), (most if ranks == 1 else 4) if kills else 2
     number = signal.SIGKILL if kills else signal.SIGTERM
     expected = -signal.SIGKILL if kills else STOPPED + signal.SIGTERM
     ends, chance = [], random.Random()
@@ -191,6 +193,16 @@ def rewrapped(run: Callable[..., RunConfig], ranks: int) -> dict[str, Any]:
 
 def main(scenario: str, path: str, ranks: int, wrap: str) -> dict[str, Any]:
     folder = Path(path)
+    if wrap == "dense":
+        images = small_coco(folder / "coco")
+        engine = {"log_interval": 1, "save_every": 3, "eval_every": 2}
+        sizes = {"batch_size": 4 // ranks, "eval_batch_size": 4}
+        return interrupted(
+            scenario,
+            lambda name: dense_run(folder / name, images, engine=engine, data=sizes, optim={"epochs": 6}),
+            ranks,
+            4,
+        )
     teacher = make_teacher(folder / "teacher")
     several = scenario == "kill" and ranks > 1
     losses = several_losses(make_convnext(folder / "convnext")) if several else {}

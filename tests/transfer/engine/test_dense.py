@@ -12,7 +12,7 @@ import torch
 from graftvit.checkpoints.dense_models import load_dense, save_dense
 from graftvit.checkpoints.state import read_state
 from graftvit.models.dense.dense_model import create_dense
-from graftvit.models.errors import ConfigError, DataError
+from graftvit.models.errors import ConfigError, DataError, TransferError
 from graftvit.models.families import create_timm_model
 from graftvit.transfer.engine.dry_run import dry_run
 from graftvit.transfer.engine.train import train
@@ -85,11 +85,25 @@ def test_a_detector_is_converted_aligned_and_trained_on(tmp_path: Path, coco: Pa
     assert records(tmp_path / "tuned")[-1]["train_transfer"] > 0
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_detector_that_is_killed_four_times_leaves_no_trace(
+    run_scenario: Any, tmp_path: Path, ranks: int
+) -> None:
+    report = run_scenario("engine_killer", "kill", tmp_path, ranks, "dense")
+    assert report["disturbed"] == 4, report
+    assert report["last"] == [0] * ranks, report
+    assert report["differences"] == []
+
+
 def test_a_dry_run_builds_it_without_weights(tmp_path: Path, coco: Path) -> None:
     found = dry_run(run(tmp_path, coco), 1, here=True)
     assert found.footprint.activations > 0
     assert found.parts.choice is not None
     assert found.parts.choice.key == "box_ap"
+
+
+TAUGHT: dict[str, Any] = {"mode": "transfer", "teacher": {"source": "no-such"}}
 
 
 @pytest.mark.parametrize(
@@ -101,6 +115,10 @@ def test_a_dry_run_builds_it_without_weights(tmp_path: Path, coco: Path) -> None
         ({"data": {"data_path": "/nowhere"}}, DataError),
         ({"dense": {"norms": [7]}}, ConfigError),
         ({"dense": {"head": None}}, ConfigError),
+        (
+            {"mode": "transfer", "teacher": {"source": "no-such"}, "transfer": {"method": "feature"}},
+            TransferError,
+        ),
     ],
 )
 def test_what_does_not_go_together_is_refused(
