@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.ops import Conv2dNormActivation
 
-from ..errors import JsonDict
+from ..errors import DataError, JsonDict
 from . import IGNORED
 from .backbone import Levels, Maps, Prepared, resized
 from .detectors import Sizes, in_float32
@@ -133,6 +133,10 @@ class UPerNetHead(Segmenter):
 
     def forward(self, levels: Maps) -> Tensor:
         *finer, last = levels
+        if self.training and len(last) == 1:
+            raise DataError(
+                "UPerNet learns from two images or more in a batch: the grid of 1 has one token an image"
+            )
         pooled = [resized(pool(last), last.shape[2:]) for pool in self.pools]
         found = [self.bottleneck(torch.cat([last, *pooled], 1))]
         merged = found[0]

@@ -131,13 +131,25 @@ class DenseAugment(DenseConfig):
 
 
 class Distortion(v2.RandomPhotometricDistort):
-    """Changes brightness, contrast, saturation and hue, each with probability 1/2, and leaves the channels in order."""
+    """Changes an image of bytes as the published code of segmentation does, each of these with probability 1/2.
+
+    Brightness: -32 to 32 are added. Contrast, before or after the rest: times 0.5 to 1.5. Saturation: times 0.5 to 1.5.
+    Hue: a tenth of the circle at most.
+    """
 
     def __init__(self) -> None:
-        super().__init__(hue=(-0.1, 0.1))
+        super().__init__(brightness=(-32, 32), hue=(-0.1, 0.1))
 
-    def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
-        return {**super().make_params(flat_inputs), "channel_permutation": None}
+    def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
+        """Return an image with these changes; other tensors as they are."""
+        if not isinstance(inpt, tv_tensors.Image):
+            return inpt
+        shift, factor = params["brightness_factor"] or 0.0, params["contrast_factor"]
+        first = factor if params["contrast_before"] else None
+        added = (inpt.int() + round(shift)).clamp(0, 255).to(inpt.dtype)
+        rest = {**params, "brightness_factor": first, "contrast_factor": None, "channel_permutation": None}
+        found = super().transform(tv_tensors.wrap(added, like=inpt), rest)  # its brightness is a product
+        return found if factor is None or first is not None else F.adjust_brightness(found, factor)
 
 
 def _as_tensors(image: Image.Image, target: Target) -> Target:

@@ -156,7 +156,7 @@ def build(
     plan = mode.plan(head.num_classes, teacher, spec, whole)
     plan = replace(plan, label_names=head.label_names)
     student, init, warnings = _student(mode, plan, origin, group, weights=weights)
-    images = _calibration(mode, spec, teachers, group, weights=weights)
+    images = _calibration(mode, spec, teachers, student, group, weights=weights)
     task = mode.task(Models(student, teachers, spec, images, train_loader.head()))
     mode.freeze(task.trainable)
     check_adapters(task.trainable, config.optim)
@@ -492,6 +492,7 @@ def _calibration(
     mode: Mode,
     spec: Preprocessing,
     teachers: Mapping[str, Pretrained],
+    student: nn.Module,
     group: dist.ProcessGroup | None,
     *,
     weights: bool,
@@ -507,6 +508,6 @@ def _calibration(
         for teacher in teachers.values():
             receive(teacher.model, group)
         with preserved():
-            return mode.goal.first_images(mode.config.data, spec)
+            return mode.goal.first_images(mode.config.data, spec, student)
 
     return first_images

@@ -174,7 +174,7 @@ def _batch(config: RunConfig, parts: Parts) -> tuple[Tensor, Tensor]:
         targets = torch.empty(count, classes)
     else:
         targets = torch.zeros(count, dtype=torch.long)
-    channels, size = parts.spec.input_size[0], goal_of(config).image_size(parts.spec)
+    channels, size = parts.spec.input_size[0], goal_of(config).image_size(parts.spec, parts.task.backbone)
     return torch.empty(count, channels, *size), targets
 
 

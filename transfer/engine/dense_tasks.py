@@ -47,8 +47,6 @@ from .goals import Goal, Models
 from .tasks import AlignTask, Losses, Task
 
 logger = logging.getLogger(__name__)
-DIVISOR = 32
-"""The sides of a rehearsed batch are multiples of it."""
 BEST = {"retinanet": "box_ap", "mask_rcnn": "mask_ap", "semantic_fpn": "miou", "upernet": "miou"}
 """What picks the best state, by head."""
 
@@ -168,17 +166,22 @@ class Dense(Goal):
     def best(self) -> str | None:
         return None if self.config.facts.aligns else BEST[str(self.config.dense.head)]
 
-    def image_size(self, spec: Preprocessing) -> tuple[int, int]:
+    def image_size(self, spec: Preprocessing, model: nn.Module) -> tuple[int, int]:
         dense = self.config.dense
         factor = dense.scale[1] if dense.scale else 1
         sides = (min(factor * side, dense.crop or math.inf) for side in (max(dense.short), dense.long))
-        height, width = (math.ceil(side / DIVISOR) * DIVISOR for side in sides)
+        divisor = divisor_of(model)
+        height, width = (math.ceil(side / divisor) * divisor for side in sides)
         return height, width
 
     def check(self) -> None:
         if not self.config.facts.classifies:
             raise ConfigError(
                 f"dense.head changes nothing with mode={self.config.mode}, which learns without labels: leave it out"
+            )
+        if self.config.dense.head == "upernet" and self.config.data.batch_size == 1:
+            raise ConfigError(
+                "data.batch_size=1 has no statistics of the one token of UPerNet's pooling: give 2 or more"
             )
         for method in term_methods(self.config.transfer) if self.config.facts.transfers else ():
             check_teaches_parts(method)
@@ -217,15 +220,15 @@ class Dense(Goal):
     ) -> DenseEvalLoader | None:
         return None if self.best is None else create_dense_eval_loader(data, **self._how, **ranks)
 
-    def sample(self, data: DataConfig, spec: Preprocessing, count: int) -> Tensor:
+    def sample(self, data: DataConfig, spec: Preprocessing, count: int, model: nn.Module) -> Tensor:
         """Return the first training images, padded to one batch."""
         plain = data.model_copy(update={"batch_size": count, "workers": 0})
         with preserved():
             batch: Any = next(self.train_loader(plain, spec).epoch(0))[0]
-        return prepare(batch.images, spec.mean, spec.std, DIVISOR).tensors
+        return prepare(batch.images, spec.mean, spec.std, divisor_of(model)).tensors
 
-    def first_images(self, data: DataConfig, spec: Preprocessing) -> Tensor:
-        return self.sample(data, spec, data.batch_size)
+    def first_images(self, data: DataConfig, spec: Preprocessing, model: nn.Module) -> Tensor:
+        return self.sample(data, spec, data.batch_size, model)
 
     def head(self, found: Head) -> Head:
         return Head()

@@ -113,7 +113,7 @@ def fit_student(
     starts = config.starting_source is not None
     teacher = parts.loaded.model if parts.loaded is not None and starts else None
     student.to(device)
-    images = goal_of(config).sample(config.data, parts.spec, config.student.calibrate).to(device)
+    images = goal_of(config).sample(config.data, parts.spec, config.student.calibrate, student).to(device)
     if starts:
         for layer in layers.values():
             if not layer.operator.fitted:

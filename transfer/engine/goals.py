@@ -80,8 +80,8 @@ class Goal:
         """Return the arguments of timm's constructor of `name` that a student of this goal has."""
         return {}
 
-    def image_size(self, spec: Preprocessing) -> tuple[int, int]:
-        """Return the height and width of the largest batch."""
+    def image_size(self, spec: Preprocessing, model: nn.Module) -> tuple[int, int]:
+        """Return the height and width of the largest batch for a model."""
         return spec.input_size[1:]
 
     def check_data(self, data: DataConfig) -> None:
@@ -99,11 +99,11 @@ class Goal:
         create = create_eval_loader if self.config.needs_labels else find_eval_loader
         return create(data, spec, **ranks)
 
-    def sample(self, data: DataConfig, spec: Preprocessing, count: int) -> Tensor:
-        """Return training images (count, C, H, W) to calibrate on, as `sample_images`."""
+    def sample(self, data: DataConfig, spec: Preprocessing, count: int, model: nn.Module) -> Tensor:
+        """Return training images (count, C, H, W) to calibrate a model on, as `sample_images`."""
         return sample_images(data, spec, count, seed=self.config.seed)
 
-    def first_images(self, data: DataConfig, spec: Preprocessing) -> Tensor:
+    def first_images(self, data: DataConfig, spec: Preprocessing, model: nn.Module) -> Tensor:
         """Return the images (B, C, H, W) of the first batch of a run of one process."""
         images: Tensor = next(self.train_loader(data, spec, labels=False).epoch(0))[0]
         return images

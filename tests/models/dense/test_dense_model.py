@@ -196,3 +196,10 @@ def test_what_does_not_fit_is_refused() -> None:
         create_dense("yolo", body("pvt"), 3)  # type: ignore[arg-type]
     with pytest.raises(ConfigError):
         create_dense("retinanet", body("pvt"), 0)
+
+
+def test_upernet_learns_from_two_images_or_more() -> None:
+    model = made("upernet")
+    with pytest.raises(DataError):
+        model.train()(images()[:1], targets("segmentation")[:1])
+    assert model.eval()(images()[:1])[0]["labels"].shape == images()[0].shape[1:]

@@ -16,6 +16,7 @@ from graftvit.transfer.data.augment import seed_generators
 from graftvit.transfer.data.dense import (
     DenseAugment,
     DenseBatch,
+    Distortion,
     create_dense_eval_loader,
     create_dense_train_loader,
     grouped_order,
@@ -379,3 +380,16 @@ def test_distortion_changes_colors_and_not_the_order_of_channels() -> None:
         colors.append(augment.train(red, nothing)[0].mean((1, 2)))
     assert all(color.argmax() == 0 for color in colors)
     assert len({tuple(color.tolist()) for color in colors}) > 20
+
+
+def test_distortion_adds_brightness_and_multiplies_contrast(monkeypatch: pytest.MonkeyPatch) -> None:
+    gray = Image.fromarray(np.arange(0, 256, 4, np.uint8).reshape(8, 8, 1).repeat(3, 2))
+    pixels = np.asarray(gray).astype(int).transpose(2, 0, 1)
+    augment, nothing = DenseAugment(short=[8], long=8, hflip=0, distort=True), {"labels": torch.zeros(8, 8)}
+    off = {"saturation_factor": None, "hue_factor": None, "channel_permutation": None}
+    for shift, factor, before in ((32.0, None, True), (-20.0, 1.5, True), (None, 0.5, False)):
+        drawn = {"brightness_factor": shift, "contrast_factor": factor, "contrast_before": before, **off}
+        monkeypatch.setattr(Distortion, "make_params", lambda self, inputs, drawn=drawn: drawn)
+        wanted = ((pixels + (shift or 0)).clip(0, 255) * (factor or 1)).clip(0, 255)
+        found = augment.train(gray, dict(nothing))[0]
+        assert torch.allclose(found, torch.from_numpy(wanted).float() / 255, atol=1 / 255)

@@ -6,6 +6,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+import graftvit
 import pytest
 import timm
 import torch
@@ -96,6 +97,18 @@ def test_a_detector_that_is_killed_four_times_leaves_no_trace(
     assert report["differences"] == []
 
 
+def test_layers_are_fitted_on_images_padded_to_the_patches(tmp_path: Path, coco: Path) -> None:
+    size = {**VIT, "patch_size": 14, "img_size": 56, "dynamic_img_size": True}
+    teacher = graftvit.save(timm.create_model("vit_tiny_patch16_224", **size), tmp_path / "teacher")
+    student = {"model": "auto", "model_args": {}, "drop_path": 0.0, "plan": "*: hedgehog", "calibrate": 2}
+    settings = run(
+        tmp_path / "run", coco, mode="align", teacher=teacher_of(teacher), student=student,
+        optim={"ema": None, "epochs": 1},
+    )  # fmt: skip
+    assert dry_run(settings, 1, here=True).footprint.activations > 0
+    assert train(settings).finished
+
+
 def test_a_dry_run_builds_it_without_weights(tmp_path: Path, coco: Path) -> None:
     found = dry_run(run(tmp_path, coco), 1, here=True)
     assert found.footprint.activations > 0
@@ -115,6 +128,7 @@ TAUGHT: dict[str, Any] = {"mode": "transfer", "teacher": {"source": "no-such"}}
         ({"data": {"data_path": "/nowhere"}}, DataError),
         ({"dense": {"norms": [7]}}, ConfigError),
         ({"dense": {"head": None}}, ConfigError),
+        ({"dense": {"head": "upernet"}, "data": {"batch_size": 1}}, ConfigError),
         (
             {"mode": "transfer", "teacher": {"source": "no-such"}, "transfer": {"method": "feature"}},
             TransferError,
