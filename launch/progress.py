@@ -16,6 +16,10 @@ INTERVALS = 5
 """How many of the last records give the speed."""
 
 
+SCORES = {"top1": "top-1", "mask_ap": "mask AP", "box_ap": "box AP", "miou": "mIoU"}
+"""What picks the best state of a run, and its words: in percent, or, of detectors and segmenters, of 1."""
+
+
 @dataclass(frozen=True)
 class Progress:
     """The progress of the run, or of the current stage of a recipe with stages."""
@@ -30,8 +34,10 @@ class Progress:
     images_per_second: float | None = None
     seconds_left: float | None = None
     """The seconds left in this stage: from now if it trains, else from its start."""
-    last_top1: float | None = None
-    best_top1: float | None = None
+    metric: str = ""
+    """What is scored, as in `SCORES`."""
+    last_score: float | None = None
+    best_score: float | None = None
 
 
 def read_progress(folder: Path, training_since: float | None = None) -> Progress:
@@ -56,8 +62,9 @@ def read_progress(folder: Path, training_since: float | None = None) -> Progress
     # what the attempt has done since its last record; before its first one it starts, and has done nothing
     age = time.time() - written if training_since is not None and written > training_since else 0.0
     speeds = [float(record["images_per_second"]) for record in records if "images_per_second" in record]
-    tops = (record.get("test_ema_top1", record.get("test_top1")) for record in epochs)
-    scores = [float(top) for top in tops if top is not None]
+    metric = next((each for each in SCORES if any(f"test_{each}" in record for record in epochs)), "")
+    found = (record.get(f"test_ema_{metric}", record.get(f"test_{metric}")) for record in epochs)
+    scores = [float(score) for score in found if score is not None]
     left = None if total is None or pace is None else max(0.0, (total - step) * pace - max(0.0, age))
     return Progress(
         stage=stage,
@@ -67,8 +74,9 @@ def read_progress(folder: Path, training_since: float | None = None) -> Progress
         epochs=max(epoch, math.ceil(total * epoch / steps)) if total and steps else None,
         images_per_second=speeds[-1] if speeds else None,
         seconds_left=left,
-        last_top1=scores[-1] if scores else None,
-        best_top1=max(scores, default=None),
+        metric=metric,
+        last_score=scores[-1] if scores else None,
+        best_score=max(scores, default=None),
     )
 
 

@@ -21,11 +21,11 @@ from ..models.errors import ConfigError, GraftError, counted
 from ..transfer.analysis.report.ink import legend_beside, new_plots, to_png
 from ..transfer.analysis.report.tables import Table
 from ..transfer.metrics.intervals import Interval, accuracy_interval
-from .progress import current_stage, read_progress
+from .progress import SCORES, current_stage, read_progress
 from .slurm.folder import JobFolder
 from .sweep import SWEEP_FILE, load_sweep
 
-ACCURACIES = ("test_top1", "test_ema_top1")
+ACCURACIES = tuple(f"test_{of}{name}" for name in reversed(SCORES) for of in ("", "ema_"))
 LOSS, DIVERGENCE = "train_loss", "map_divergence"
 SAMPLES = "test_samples"
 NUMBERS = (*(f"{best}{name}" for name in ACCURACIES for best in ("", "best_")), LOSS, DIVERGENCE)
@@ -291,7 +291,9 @@ def _short(value: str, length: int = 40) -> str:
 
 
 def _words(name: str, rows: Sequence[Row]) -> str:
-    words = {"test_top1": "top-1, %", "test_ema_top1": "top-1 of the average, %"}
+    units = {name: f"{text}, %" if name == "top1" else text for name, text in SCORES.items()}
+    words = {f"test_{metric}": text for metric, text in units.items()}
+    words |= {f"test_ema_{metric}": text.replace(",", " of the average,") for metric, text in units.items()}
     several = any(len(row.values(name)) > 1 for row in rows)
     return words.get(name, "training loss") + " (mean ± standard deviation over seeds)" * several
 

@@ -13,6 +13,7 @@ from ...transfer.engine.stages import chain, check_stages, train_stages
 from ...transfer.first_checks import check_first, check_places
 from ..flags import command_parser, parse_command
 from ..load_config import Setting, dump_config, load_config, load_stages, read_recipe
+from ..progress import SCORES
 from ..say import say, say_aside
 
 if TYPE_CHECKING:
@@ -98,6 +99,9 @@ def _describe_result(metrics: Mapping[str, float]) -> str:
     """Describe the student of a stage: its accuracy, or its distance from the teacher."""
     if "test_top1" in metrics:
         return f"top-1 {metrics['test_top1']:.2f} %, "
+    for name, words in SCORES.items():
+        if f"test_{name}" in metrics:
+            return f"{words} {metrics[f'test_{name}']:.3f}, "
     error = metrics.get("test_relative_error")
     return "" if error is None else f"relative error {error:.4f}, "
 

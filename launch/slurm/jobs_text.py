@@ -13,13 +13,13 @@ from typing import Any, TextIO
 
 from ...models.errors import counted, escaped
 from ...transfer.analysis.report.tables import aligned
-from ..progress import Progress
+from ..progress import SCORES, Progress
 from ..say import hint
 from .folder import JobFolder, read_output
 from .jobs import Status
 from .scheduler import clock, usage_of
 
-COLUMNS = ("run", "job", "state", "nodes", "progress", "left", "img/s", "top-1", "restarts")
+COLUMNS = ("run", "job", "state", "nodes", "progress", "left", "img/s", "score", "restarts")
 WIDEST_WHY = 60
 
 
@@ -63,6 +63,7 @@ def describe(run: Status) -> str:
     limit = f"; its limit ends it at {clock(run.ends)}" if run.ends else ""
     others = f"job {', '.join(run.others)} of this folder: it was submitted several times"
     progress, output = run.progress, read_output(run.run)
+    best, last = (_score(progress, value) for value in (progress.best_score, progress.last_score))
     written = f"{output}, and what it printed: " if output else ""
     printed = f"{written}`{hint('jobs', 'logs', run.run)}`"
     lines = [
@@ -77,7 +78,7 @@ def describe(run: Status) -> str:
         ("progress", _progress(progress, long=True)),
         ("left", _left(run)),
         ("speed", _number(progress.images_per_second, "{:.0f} images/s")),
-        ("top-1", _number(progress.best_top1, "best {:.2f}") + _number(progress.last_top1, ", last {:.2f}")),
+        (SCORES.get(progress.metric, ""), f"best {best}, last {last}" if best else ""),
         ("restarts", str(run.restarts or "")),
     ]
     text = "".join(f"{name:<10}{value}\n" for name, value in lines if value)
@@ -141,7 +142,7 @@ def _row(run: Status, name: str) -> tuple[str, ...]:
         _progress(run.progress),
         duration(run.progress.seconds_left) if run.active else "",
         _number(run.progress.images_per_second, "{:.0f}"),
-        _number(run.progress.best_top1, "{:.2f}"),
+        f"{SCORES.get(run.progress.metric, '')} {_score(run.progress, run.progress.best_score)}".strip(),
         str(run.restarts or ""),
     )
     return tuple(map(escaped, row))
@@ -157,6 +158,10 @@ def _progress(progress: Progress, *, long: bool = False) -> str:
     if long and progress.epochs:
         words.append(f"{progress.epoch} of {counted(progress.epochs, 'epoch')} done")
     return (f"{progress.stage}: " if progress.stage else "") + ", ".join(words)
+
+
+def _score(progress: Progress, value: float | None) -> str:
+    return _number(value, "{:.2f}" if progress.metric == "top1" else "{:.3f}")
 
 
 def _number(value: float | None, form: str) -> str:

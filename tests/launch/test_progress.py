@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from graftvit.launch.progress import read_progress
+from graftvit.launch.progress import SCORES, read_progress
+from graftvit.launch.summary import _numbers
 
 TIMED = {"seconds": 20.0, "images_per_second": 64.0}
 EPOCH = {"n_parameters": 5, "total_steps": 100, **TIMED}
@@ -36,8 +37,26 @@ def test_the_numbers_of_the_last_records_and_the_time_left(tmp_path: Path) -> No
     )
     found = read_progress(tmp_path)
     assert (found.step, found.total_steps, found.epoch, found.epochs) == (25, 100, 2, 10)
-    assert (found.last_top1, found.best_top1, found.images_per_second) == (45.0, 50.0, 64.0)
+    assert (found.metric, found.last_score, found.best_score) == ("top1", 45.0, 50.0)
+    assert found.images_per_second == 64.0
     assert found.seconds_left == pytest.approx(150)
+
+
+@pytest.mark.parametrize(
+    ("metric", "words"), [("mask_ap", "mask AP"), ("box_ap", "box AP"), ("miou", "mIoU")]
+)
+def test_a_detector_or_segmenter_is_scored_by_what_picks_its_best_state(
+    tmp_path: Path, metric: str, words: str
+) -> None:
+    others = {"test_box_ap": 0.9} if metric == "mask_ap" else {}
+    for epoch, score in enumerate((0.25, 0.5, 0.4)):
+        scored = {f"test_{metric}": score, **others}
+        earlier = (tmp_path / "log.jsonl").read_text().splitlines()[:-1] if epoch else []
+        log(tmp_path, *map(json.loads, earlier), {"epoch": epoch, "step": epoch + 1, **scored, **EPOCH})
+    found = read_progress(tmp_path)
+    assert (SCORES[found.metric], found.last_score, found.best_score) == (words, 0.4, 0.5)
+    results = _numbers([json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()[:-1]])
+    assert (results[f"test_{metric}"], results[f"best_test_{metric}"]) == (0.4, 0.5)
 
 
 def test_a_run_that_was_stopped_at_the_end_of_an_epoch_is_no_fast_one(tmp_path: Path) -> None:
