@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from timm.utils.misc import natural_key
 from torch import Tensor, nn
 
-from ..checkpoints.class_names import comparable, difference, same_classes
+from ..checkpoints.class_names import comparable, same_classes
 from ..checkpoints.class_names import places as columns_of
 from ..checkpoints.dense_models import find_dense, load_dense
 from ..checkpoints.model_folders import last_stage
@@ -25,7 +25,6 @@ from ..models.errors import ConfigError, Json
 from ..models.families import pooling_of
 from ..transfer.config import DataConfig, RunConfig, TeacherConfig
 from ..transfer.data.augment import with_settings
-from ..transfer.data.dense_sets import check_dense
 from ..transfer.data.labels import check_num_classes, imagenet_names
 from ..transfer.data.loaders import (
     EvalLoader,
@@ -35,7 +34,6 @@ from ..transfer.data.loaders import (
     create_reference_loader,
 )
 from ..transfer.engine.fit_operators import stage_together
-from ..transfer.engine.modes import goal_of
 from ..transfer.engine.parallel import create_accelerator, host_group
 from ..transfer.metrics.distance import ComparedLayers, Reader, compared_layers, describe_features
 from ..transfer.metrics.measure import OF_PATCHES, PROBES, Against, Family, check_folders, measure
@@ -304,8 +302,6 @@ class Evaluation:
         if {"data.dataset", "data.data_path"} & {each.key for each in others}:
             own["num_classes"] = None if _is_folder(others, own) else own["num_classes"]
         inherited = {f"data.{name}": value for name, value in own.items()}
-        if self.dense:
-            inherited |= {"dense.short": runs[0].dense.short, "dense.long": runs[0].dense.long}
         return load_config(None, [*(Setting(name, inherited[name], name) for name in inherited), *others])
 
     def check(self, *, here: bool = True) -> DataConfig:
@@ -401,31 +397,18 @@ def _evaluate_dense(sources: Sequence[str], config: RunConfig) -> dict[str, dict
     Raises GraftError: they have other classes than the images.
     """
     from ..transfer.engine.dense_tasks import DenseTask  # here: a classifier needs no detector of torchvision
+    from ..transfer.metrics.dense_scores import loader_for
 
     accelerator = create_accelerator(config)
     data = stage_together(config.data, host_group(accelerator) if config.data.stage is not None else None)
-    ranks = {"rank": accelerator.process_index, "world_size": accelerator.num_processes}
-    task = check_dense(data, (data.val_split,))
     models = {source: load_dense(source) for source in sources}
+    loaders = {}
     for source, model in models.items():
-        if model.task != task:
-            raise ConfigError(f"{source!r} does {model.task}, and data.dataset={data.dataset} is of {task}")
-    results = {}
-    for source, model in models.items():
-        dense = config.dense.model_copy(update={"head": model.kind})
-        goal = goal_of(config.model_copy(update={"dense": dense}))
-        loader = goal.eval_loader(data, Preprocessing.of(model.backbone.body), **ranks)
-        if loader is None:
-            raise ConfigError("data.val_split=none, and this needs images to evaluate on: name a split")
-        known, found = model.class_names, loader.class_names or ()
-        if model.num_classes != len(found) or (known and list(known) != list(found)):
-            shown = known or [f"class {number}" for number in range(model.num_classes)]
-            raise ConfigError(
-                f"{source!r} does not have the classes of the images: {difference(shown, found)}"
-            )
-        loader.shown = f"evaluation of {source}"
-        results[source] = DenseTask(model.to(accelerator.device).eval()).evaluate(loader, accelerator)
-    return results
+        rank, count = accelerator.process_index, accelerator.num_processes
+        loaders[source] = loader_for(model, data, config.dense, repr(source), rank=rank, world_size=count)
+        loaders[source].shown = f"evaluation of {source}"
+    tasks = {source: DenseTask(model.to(accelerator.device).eval()) for source, model in models.items()}
+    return {source: task.evaluate(loaders[source], accelerator) for source, task in tasks.items()}
 
 
 def _evaluate_patches(asked: Evaluation, config: RunConfig) -> dict[str, dict[str, float]]:

@@ -74,7 +74,9 @@ def test_a_saved_detector_is_evaluated_on_the_data_of_the_flags(
         "--batch_size",
         "4",
     )
+    known = scores(typed, tmp_path, str(folder), *words[:4])
     found = scores(typed, tmp_path, str(folder), *words)
+    assert known == found
     assert found[str(folder)] == pytest.approx(scores(typed, tmp_path, detectors[0])[detectors[0]])
 
 

@@ -96,6 +96,12 @@ class DenseAugment(DenseConfig):
         "share of the labeled pixels of a square crop that one class may have, unless ten crops have more",
     )
 
+    @classmethod
+    def to_evaluate(cls, sides: tuple[int, int], given: DenseConfig | None = None) -> DenseAugment:
+        """Return how images are resized to the sides of a model, where `given` does not name others."""
+        told = {} if given is None else given.model_dump(include=given.model_fields_set & {"short", "long"})
+        return cls(**{"short": [sides[0]], "long": sides[1]} | told)
+
     def train(self, image: Image.Image, target: Target) -> tuple[Tensor, Target]:
         """Return an image (3, H, W) of 0 to 1 and its target, augmented by draws from torch's generator."""
         item = _as_tensors(image, {key: target[key] for key in target if key not in SCORED})

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from typing_extensions import Unpack
 
 from ...models.dense import IGNORED
 from ...models.dense.dense_model import DETECTION, DenseModel
@@ -18,8 +19,10 @@ from ...models.errors import ConfigError, DataError, kind_of
 from ...models.families import evaluating
 from ..config import DataConfig
 from ..data.coco import require_coder
-from ..data.dense import DenseAugment, DenseBatch, create_dense_eval_loader
+from ..data.dense import DenseAugment, DenseBatch, DenseEvalLoader, create_dense_eval_loader
 from ..data.dense_sets import check_dense
+from ..data.sampler import Ranks
+from ..mode_config import DenseConfig
 
 Gather = Callable[[Any], list[Any]]
 """Returns the objects of all ranks, in their order."""
@@ -190,25 +193,33 @@ def score_dense(
 
 def evaluate_dense(model: DenseModel, data: str | Path | DataConfig | Iterable[Any]) -> dict[str, float]:
     """Return the scores of a detector or segmenter, where it is, as `graftvit.evaluate`."""
-    batches: Iterable[DenseBatch]
     if isinstance(data, str | Path):
         data = DataConfig(data_path=str(data), dataset=_kind_of(Path(data), model.task))
-    if isinstance(data, DataConfig):
-        task, names = check_dense(data, (data.val_split,)), model.class_names or None
-        if task != model.task:
-            raise ConfigError(f"the model does {model.task}, and data.dataset={data.dataset} is of {task}")
-        resized = DenseAugment(short=[model.sides[0]], long=model.sides[1])
-        loader = create_dense_eval_loader(data, resized, masks=model.kind == "mask_rcnn", names=names)
-        if loader.num_classes != model.num_classes:
-            raise DataError(
-                f"{data.data_path} has {loader.num_classes} classes, and the model {model.num_classes}: give the data "
-                "that it was trained for"
-            )
-        batches = loader  # type: ignore[assignment]
-    else:
-        batches = _batches(data, model)
+    batches: Any = loader_for(model, data) if isinstance(data, DataConfig) else _batches(data, model)
     with evaluating(model):
         return score_dense(model, batches, next(model.parameters()).device)
+
+
+def loader_for(
+    model: DenseModel, data: DataConfig, sizes: DenseConfig | None = None, name: str = "the model",
+    **ranks: Unpack[Ranks],
+) -> DenseEvalLoader:  # fmt: skip
+    """Return the images of `data.val_split`, as large as the model or `sizes` says.
+
+    Raises ConfigError: the model does something else. DataError: it has other classes, or as `open_dense`.
+    """
+    task, names = check_dense(data, (data.val_split,)), model.class_names or None
+    if task != model.task:
+        raise ConfigError(f"{name} does {model.task}, and data.dataset={data.dataset} is of {task}")
+    augment = DenseAugment.to_evaluate(model.sides, sizes)
+    masks = model.kind == "mask_rcnn"
+    loader = create_dense_eval_loader(data, augment, masks=masks, names=names, **ranks)
+    if loader.num_classes != model.num_classes:
+        raise DataError(
+            f"{data.data_path} has {loader.num_classes} classes, and {name} {model.num_classes}: give the data that it "
+            "was trained for"
+        )
+    return loader
 
 
 def _kind_of(folder: Path, task: str) -> str:

@@ -39,11 +39,11 @@ def visualize_detections(source: str, config: RunConfig, out: Path) -> Path:
     """
     model = load_dense(source)
     images = open_dense(config.data, config.data.val_split or config.data.train_split, training=False)
-    sides = max(config.dense.short), config.dense.long
+    augment = DenseAugment.to_evaluate(model.sides, config.dense)
     figures = []
     for place in range(min(SHOWN, len(images))):
         name = Path(images.path(place)).stem
-        figures.append(draw_image(model, f"{place:02}_{name}", images.read(place)[0], sides))
+        figures.append(draw_image(model, f"{place:02}_{name}", images.read(place)[0], augment))
     return write_figures(figures, f"What {source} finds", out)
 
 
@@ -57,19 +57,16 @@ def write_figures(figures: Sequence[Figure], title: str, out: Path) -> Path:
 
 @torch.no_grad()
 def draw_image(
-    model: DenseModel, name: str, picture: Image.Image | Tensor, sides: tuple[int, int] | None = None
+    model: DenseModel, name: str, picture: Image.Image | Tensor, augment: DenseAugment | None = None
 ) -> Figure:
-    """Return what is found in a picture, resized to at most these sides, or in a tensor (3, H, W) of 0..1 as it is."""
+    """Return what is found in a picture, resized by `augment` or as the model says, or in a tensor as it is."""
     image = picture if isinstance(picture, Tensor) else to_image(picture)
-    pixels, size = (
-        to_dtype(image, torch.uint8, scale=True).permute(1, 2, 0).numpy(force=True),
-        image.shape[-2:],
-    )
+    pixels = to_dtype(image, torch.uint8, scale=True).permute(1, 2, 0).numpy(force=True)
     if not isinstance(picture, Tensor):
-        short, long = sides or model.sides
-        image = DenseAugment(short=[short], long=long).evaluate(picture, {"labels": torch.empty(0)})[0]
+        augment = augment or DenseAugment.to_evaluate(model.sides)
+        image = augment.evaluate(picture, {"labels": torch.empty(0)})[0]
     prepared = model.prepare([image.to(next(model.parameters()).device)])
-    (found,) = model.predict(prepared, model.backbone(prepared.tensors), [(size[0], size[1])])
+    (found,) = model.predict(prepared, model.backbone(prepared.tensors), [pixels.shape[:2]])
     found = {key: value.cpu() for key, value in found.items()}
     draw = partial(draw_found, pixels, found, names_of(model))
     return Figure(name, name, _caption(model, found), f"What is found in {name}", draw)
