@@ -63,6 +63,11 @@ OF_SEGMENTERS = Need(
     "with dense.head={run.dense.head}, which labels no pixels: leave it out",
 )
 
+OF_MASKS = Need(
+    lambda run: run.dense.head == "mask_rcnn",
+    "with dense.head={run.dense.head}, which has no proposals: leave it out",
+)
+
 
 class DenseConfig(Section):
     """Detection and segmentation: the head on the student's maps, and how images are resized and cropped."""
@@ -83,6 +88,9 @@ class DenseConfig(Section):
     )
     anchor_scale: float | None = setting(
         None, "smallest anchor in strides; 4 of retinanet, 8 of mask_rcnn", HEADED, OF_DETECTORS, gt=0
+    )
+    samples: int | None = setting(
+        None, "proposals of mask_rcnn that teach an image; 512, fewer are faster", HEADED, OF_MASKS, gt=0
     )
     short: list[int] = setting(
         [800],

@@ -161,6 +161,7 @@ def _padded(tensor: Tensor, height: int, width: int, value: float = 0) -> Tensor
 RANGES: dict[str, tuple[float, float]] = {
     "num_classes": (1, 1_000_000), "width": (2, 1_000_000), "size_divisor": (1, 10_000), "short": (1, 100_000),
     "long": (1, 100_000), "anchor_scale": (1e-3, 1e3), "score_threshold": (0, 1), "detections": (1, 1_000_000),
+    "samples": (1, 1_000_000),
     "dropout": (0, 0.999),
 }  # fmt: skip
 
@@ -186,7 +187,8 @@ def create_dense(
     kind: Kind, body: nn.Module, num_classes: int, *, width: int | None = None, norms: Sequence[int] = (),
     class_names: Sequence[str] = (), mean: Sequence[float] | None = None, std: Sequence[float] | None = None,
     size_divisor: int | None = None, short: int = 800, long: int = 1333, anchor_scale: float | None = None,
-    score_threshold: float | None = None, detections: int | None = None, dropout: float | None = None,
+    score_threshold: float | None = None, detections: int | None = None, samples: int | None = None,
+    dropout: float | None = None,
 ) -> DenseModel:  # fmt: skip
     """Return a detector or segmenter with a fresh neck and head on a timm model, whose weights are kept.
 
@@ -206,6 +208,7 @@ def create_dense(
         anchor_scale: of detection, the smallest anchor in strides; 4, and 8 of Mask R-CNN.
         score_threshold: of detection, the least score of a box; .05.
         detections: of detection, the most boxes of an image; 100.
+        samples: of Mask R-CNN, the proposals that teach an image; 512.
         dropout: of segmentation, the part of the channels that is dropped before the classifier; .1.
 
     Raises:

@@ -127,14 +127,14 @@ class MaskRCNNBoxes(MaskRCNN):
     """Proposals, boxes and masks of Mask R-CNN (He et al. 2017, arXiv:1703.06870) on levels, the last one subsampled.
 
     Three anchors a token, of `anchor_scale` times the stride: 256 are sampled of an image, half of them positive, and
-    1,000 proposals are left. 512 of these are sampled, a quarter positive. Box head of two layers of four times
-    `width`, mask head of four convolutions and one that doubles 14 x 14 to 28 x 28, one mask for each class. Arguments
-    are those of `create_dense`.
+    1,000 proposals are left. `samples` of these teach an image, a quarter positive. Box head of two layers of four
+    times `width`, mask head of four convolutions and one that doubles 14 x 14 to 28 x 28, one mask for each class.
+    Arguments are those of `create_dense`.
     """
 
     def __init__(
         self, levels: Levels, width: int, num_classes: int, anchor_scale: float = 8.0,
-        score_threshold: float = 0.05, detections: int = 100,
+        score_threshold: float = 0.05, detections: int = 100, samples: int = 512,
     ) -> None:  # fmt: skip
         strides = levels.strides
         super().__init__(
@@ -148,6 +148,7 @@ class MaskRCNNBoxes(MaskRCNN):
             box_predictor=_precise(FastRCNNPredictor(4 * width, num_classes + 1)),
             box_score_thresh=score_threshold,
             box_detections_per_img=detections,
+            box_batch_size_per_image=samples,
             mask_roi_pool=_pool(strides[:-1], 14),
             mask_head=MaskRCNNHeads(width, (width,) * 4, 1),
             mask_predictor=_precise(MaskRCNNPredictor(width, width, num_classes + 1)),

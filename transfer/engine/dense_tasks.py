@@ -250,7 +250,7 @@ class Dense(Goal):
         model = create_dense(
             dense.head, models.student, models.classes.num_classes, width=dense.width, norms=dense.norms,
             class_names=models.classes.label_names or (), mean=models.spec.mean, std=models.spec.std,
-            short=max(dense.short), long=dense.long, anchor_scale=dense.anchor_scale,
+            short=max(dense.short), long=dense.long, anchor_scale=dense.anchor_scale, samples=dense.samples,
         )  # fmt: skip
         if dense.source is not None:
             _take_head(model, dense.source)

@@ -187,6 +187,7 @@ def test_what_does_not_fit_is_refused() -> None:
         {"width": "wide"},
         {"size_divisor": 48},
         {"detections": 0},
+        {"samples": 64},
         {"score_threshold": float("nan")},
         {"std": (0.1, 0.1)},
     ):

@@ -330,6 +330,9 @@ def test_the_settings_of_mask_rcnn_are_the_published_ones() -> None:
     assert rpn._pre_nms_top_n == {"training": 2000, "testing": 1000}  # type: ignore[union-attr]
     assert rpn._post_nms_top_n == {"training": 1000, "testing": 1000}  # type: ignore[union-attr]
     assert heads.detections_per_img == 100  # type: ignore[union-attr]
+    assert heads.fg_bg_sampler.batch_size_per_image == 512  # type: ignore[union-attr]
+    fewer = model_of("mask_rcnn", samples=64).head.roi_heads
+    assert fewer.fg_bg_sampler.batch_size_per_image == 64  # type: ignore[union-attr]
     assert heads.box_coder.weights == (10.0, 10.0, 5.0, 5.0)  # type: ignore[union-attr]
 
 
