@@ -13,6 +13,7 @@ from graftvit.checkpoints.dense_models import load_dense
 from graftvit.checkpoints.files import read_records
 from graftvit.launch.cli import main
 from graftvit.launch.load_config import load_config, load_stages, read_recipe, recipe_names
+from graftvit.models.conversion import plan_of
 from graftvit.transfer.config import RunConfig
 from graftvit.transfer.data.dense import DenseAugment, create_dense_eval_loader
 from graftvit.transfer.metrics.dense_scores import BoxScores, MeanIoU
@@ -121,6 +122,26 @@ def test_a_dense_recipe_on_photographs(recipe: str, scenes: dict[str, Path], tmp
         ran = load_config(folder)
         assert {key for key in KEPT if value(ran, key) != value(wanted, key)} == set()
     check_numbers(stages[-1], load_config(stages[-1]))
+    if recipe == "recover_detector":
+        check_recovered(tmp_path / "detector", run)
+
+
+def check_recovered(detector: Path, run: Path) -> None:
+    """The backbone is linear and has learned; neck and head are those of the detector, a few small steps on."""
+    models = load_dense(detector), load_dense(run)
+    assert [plan_of(each.backbone.body) for each in models] == [None, "*: linear"]
+    for in_backbone in (True, False):
+        before, after = (
+            torch.cat(
+                [
+                    each.flatten()
+                    for name, each in model.named_parameters()
+                    if name.startswith("backbone.") == in_backbone and each.ndim > 1
+                ]
+            )
+            for model in models
+        )
+        assert 0 < (before - after).norm() < 0.1 * before.norm()
 
 
 def value(config: RunConfig, key: str) -> Any:
