@@ -25,8 +25,8 @@ from ..config import DataConfig
 from ..mode_config import DenseConfig
 from ..setting import setting
 from .dense_sets import DenseSource, open_dense
-from .loaders import EvalLoader, TrainLoader, train_subset
-from .loading import BadImage, BadImages, Batch, EvalBatches, Fetcher, TrainBatches, attempted
+from .loaders import EvalLoader, TrainLoader
+from .loading import BadImage, Batch, EvalBatches, TrainBatches, attempted
 from .sampler import BatchRequest, Indices, Ranks
 
 Target = dict[str, Any]
@@ -264,18 +264,9 @@ class DenseTrainLoader(TrainLoader):
     As `TrainLoader`, but an epoch yields `(DenseBatch,)`, which is what a task takes.
     """
 
-    def __init__(
-        self, source: Any, config: DataConfig, augment: Any, *, seed: int, rank: int = 0, world_size: int = 1
-    ) -> None:
-        subset = train_subset(config, source, labels=False)
-        self.class_names, self.num_classes = source.class_names, len(source.class_names)
-        self._divide(config, len(subset), seed, rank, world_size)
+    def _create_batches(self, source: Any, subset: Indices, spec: Any, **how: int) -> TrainBatches:
         self._wide = None if source.wide is None else source.wide[subset]
-        bad = BadImages(config.max_bad_images, self.num_samples)
-        self.batches = DenseTrainBatches(
-            source, subset, augment.train, seed=seed, mixing=None, tries=bad.limit + 1
-        )
-        self._fetcher = Fetcher(self.batches, config, bad)
+        return DenseTrainBatches(source, subset, spec.train, mixing=None, **how)
 
     def epoch_from(self, epoch: int, position: int) -> Iterator[Any]:
         """Return the batches of this rank from a global number of samples on."""
@@ -291,16 +282,9 @@ class DenseEvalLoader(EvalLoader):
     As `EvalLoader`, but it yields a `DenseBatch`.
     """
 
-    def __init__(
-        self, source: Any, config: DataConfig, augment: Any, *, rank: int = 0, world_size: int = 1
-    ) -> None:
-        self.class_names, self.num_classes = source.class_names, len(source.class_names)
-        self.source, self.num_samples = source, len(source)
-        self._batch_size = config.eval_batch_size or config.batch_size
-        self._rank, self._world_size = rank, world_size
-        size = (3, max(augment.short), max(augment.short))
-        self.batches = DenseEvalBatches(source, augment.evaluate, size, None)
-        self._fetcher = Fetcher(self.batches, config, BadImages(config.max_bad_images, self.num_samples))
+    def _create_batches(self, source: Any, spec: Any, accepted: Tensor | None) -> EvalBatches:
+        self.source, side = source, max(spec.short)
+        return DenseEvalBatches(source, spec.evaluate, (3, side, side), accepted)
 
     def _read(self) -> Iterator[Any]:
         return (batch.images for batch in self._fetcher.fetch_batches(self._requests()))
@@ -311,7 +295,7 @@ def create_dense_train_loader(
 ) -> DenseTrainLoader:
     """Return the training loader of `config.train_split`; objects have masks if asked for. Raises DataError."""
     source = open_dense(config, config.train_split, training=True, masks=masks)
-    return DenseTrainLoader(source, config, augment, seed=seed, **ranks)
+    return DenseTrainLoader(source, config, augment, seed=seed, labels=False, **ranks)  # type: ignore[arg-type]
 
 
 def create_dense_eval_loader(
@@ -329,4 +313,4 @@ def create_dense_eval_loader(
         raise DataError(
             f"split {config.val_split!r} of {config.data_path} has {difference(source.class_names, names)} of the model"
         )
-    return DenseEvalLoader(source, config, augment, **ranks)
+    return DenseEvalLoader(source, config, augment, labels=False, **ranks)  # type: ignore[arg-type]

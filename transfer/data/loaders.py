@@ -61,8 +61,8 @@ class TrainLoader:
         spec: Preprocessing,
         *,
         seed: int,
-        rank: int,
-        world_size: int,
+        rank: int = 0,
+        world_size: int = 1,
         labels: bool = True,
     ) -> None:
         self.class_names = source.class_names
@@ -75,17 +75,22 @@ class TrainLoader:
             BadImages, config.max_bad_images, self.num_samples, labels_of, source.class_names
         )
         bad = self._new_account()
-        self.batches = TrainBatches(
+        self.batches = self._create_batches(source, subset, spec, seed=seed, tries=bad.limit + 1)
+        self._fetcher = Fetcher(self.batches, config, bad)
+
+    def _create_batches(
+        self, source: ImageSource, subset: Indices, spec: Preprocessing, *, seed: int, tries: int
+    ) -> TrainBatches:
+        return TrainBatches(
             source,
             subset,
-            train_transform(config, spec),
+            train_transform(self._config, spec),
             seed=seed,
-            mixing=create_mixing(config, self.num_classes),
-            tries=bad.limit + 1,
-            views=config.views,
+            mixing=create_mixing(self._config, self.num_classes),
+            tries=tries,
+            views=self._config.views,
             repeats=self.repeats,
         )
-        self._fetcher = Fetcher(self.batches, config, bad)
 
     def _divide(self, config: DataConfig, samples: int, seed: int, rank: int, world_size: int) -> None:
         """Set what follows from the number of samples. Raises DataError: they are fewer than the ranks."""
@@ -225,8 +230,8 @@ class EvalLoader:
         config: DataConfig,
         spec: Preprocessing,
         *,
-        rank: int,
-        world_size: int,
+        rank: int = 0,
+        world_size: int = 1,
         real: bool = False,
         labels: bool = True,
     ) -> None:
@@ -238,11 +243,16 @@ class EvalLoader:
         )
         self._batch_size = config.eval_batch_size or config.batch_size
         self._rank, self._world_size = rank, world_size
-        self.batches = EvalBatches(source, eval_transform(spec), spec.input_size, accepted)
+        self.batches = self._create_batches(source, spec, accepted)
         own = [index for request in self._requests() for index in request.indices[: request.valid]]
         labels_of = () if source.targets is None else [source.targets[index] for index in own]
         bad = BadImages(config.max_bad_images, self.num_samples, labels_of, source.class_names)
         self._fetcher = Fetcher(self.batches, config, bad)
+
+    def _create_batches(
+        self, source: ImageSource, spec: Preprocessing, accepted: Tensor | None
+    ) -> EvalBatches:
+        return EvalBatches(source, eval_transform(spec), spec.input_size, accepted)
 
     def _requests(self) -> Iterator[BatchRequest]:
         return eval_requests(

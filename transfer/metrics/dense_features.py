@@ -135,12 +135,10 @@ class PatchProbe:
     def _loader(self, split: str | None) -> DenseEvalLoader:
         if split is None:
             raise ConfigError("data.val_split=none, and this needs images to evaluate on: name a split")
-        source, augment = (
-            open_dense(self._data, split, training=False),
-            Squashed(size=self._spec.input_size[1:]),
-        )
+        source: Any = open_dense(self._data, split, training=False)
+        augment: Any = Squashed(size=self._spec.input_size[1:])
         ranks = {"rank": self._accelerator.process_index, "world_size": self._accelerator.num_processes}
-        return DenseEvalLoader(source, self._data, augment, **ranks)
+        return DenseEvalLoader(source, self._data, augment, labels=False, **ranks)
 
     def _images(self, batches: Iterable[Any]) -> Iterable[tuple[Tensor, Target]]:
         batch: DenseBatch
