@@ -19,8 +19,8 @@ from ...models.dense.backbone import resized
 from ...models.dense.dense_model import prepare
 from ...models.errors import ConfigError, DataError, UnsupportedModelError
 from ..config import DataConfig
-from ..data.dense import DenseAugment, DenseBatch, DenseEvalLoader, Target
-from ..data.dense_sets import check_dense, open_dense
+from ..data.dense import DenseAugment, DenseBatch, DenseEvalLoader, Target, create_dense_eval_loader
+from ..data.dense_sets import check_dense
 from ..data.loaders import train_subset
 from ..setting import setting
 from .dense_scores import MeanIoU
@@ -133,12 +133,9 @@ class PatchProbe:
         return [each[0].float() for each in maps]
 
     def _loader(self, split: str | None) -> DenseEvalLoader:
-        if split is None:
-            raise ConfigError("data.val_split=none, and this needs images to evaluate on: name a split")
-        source: Any = open_dense(self._data, split, training=False)
-        augment: Any = Squashed(size=self._spec.input_size[1:])
+        data = self._data.model_copy(update={"val_split": split})
         ranks = {"rank": self._accelerator.process_index, "world_size": self._accelerator.num_processes}
-        return DenseEvalLoader(source, self._data, augment, labels=False, **ranks)
+        return create_dense_eval_loader(data, Squashed(size=self._spec.input_size[1:]), **ranks)
 
     def _images(self, batches: Iterable[Any]) -> Iterable[tuple[Tensor, Target]]:
         batch: DenseBatch

@@ -119,11 +119,10 @@ class BoxScores:
     def _numbered(self, images: Sequence[Any], place: int, kind: str) -> list[dict[str, Any]]:
         """Return objects or predictions; the area of a mask is that of its pixels, so it comes without a box."""
         rows = [{**row, "image_id": number} for number, image in enumerate(images) for row in image[place]]
-        left_out = {"segm": "bbox", "bbox": "segmentation"}[kind]
-        return [
-            {key: value for key, value in {**row, "id": number}.items() if key != left_out}
-            for number, row in enumerate(rows, 1)
-        ]
+        for number, row in enumerate(rows, 1):
+            row.update(id=number)
+            row.pop({"segm": "bbox", "bbox": "segmentation"}[kind], None)
+        return rows
 
 
 class MeanIoU:
