@@ -53,7 +53,8 @@ GOLDEN = {
         "--mode is 'distill', a value of the attention-transfer code: give --mode transfer --method distill",
     "evaluate": "the following arguments are required: CHECKPOINT; see `graftvit evaluate --help`",
     "evaluate teacher --metrics top --dataset digits":
-        "--metrics is 'top', and 'top' is not a metric; did you mean 'top1'? valid: distance, knn, probe, top1",
+        "--metrics is 'top', and 'top' is not a metric; did you mean 'top1'? valid: distance, knn, probe, seg_knn, "
+        "seg_probe, top1",
     "jobs logs ''":
         "argument RUN: '' is not a folder: give the folder of a run or of a sweep; see `graftvit jobs logs "
         "--help`",
