@@ -251,7 +251,10 @@ def match(
     rules = KeyRules(
         role, frozenset(target), frozenset(tensors), classifiers, getattr(model, "num_classes", 0), head_fits
     )
-    missing, absent = sort_keys((key for key in target if key not in present), rules.missing)
+    missing, absent = sort_keys(
+        (key for key in target if key not in present),
+        lambda key: "a backbone has none" if key.rpartition(".")[0] in weights.fresh else rules.missing(key),
+    )
     unexpected, foreign = sort_keys((key for key in tensors if key not in present), rules.unexpected)
     return Match(present, missing, unexpected, absent, foreign, _wrong(present, target), resampled)
 

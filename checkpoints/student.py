@@ -144,7 +144,7 @@ def save(
     dense: Any = import_module(DENSE)
     whole = dense.dense_of(model)
     if whole is not None:
-        given = next((name for name, value in how.items() if value), None)
+        given = next((name for name, value in how.items() if value not in (None, False, {}, "timm")), None)
         if given is not None:
             raise ConfigError(
                 f"{given} is of classifiers, and a detector or segmenter is written as it is: leave it out"

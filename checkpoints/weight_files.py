@@ -95,6 +95,8 @@ class Weights:
     """The provenance of a student of this package: teacher, recipe, results (`provenance.py`)."""
     left_out: Mapping[str, str] = field(default_factory=dict)
     """Keys of the source that its format has no use for, and why."""
+    fresh: tuple[str, ...] = ()
+    """Modules that the source lacks on purpose, and that stay fresh: the last norm of a backbone."""
     tree: JsonDict = field(default_factory=dict)
     """The content of a file as it is: a tree of dicts of a torch file, flat tensors of others."""
     metadata: Mapping[str, str] = field(default_factory=dict)

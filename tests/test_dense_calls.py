@@ -81,6 +81,16 @@ def test_a_run_is_loaded_measured_and_saved_as_a_detector(tmp_path: Path, coco: 
     assert scores["whole"] == graftvit.evaluate(result, data) == graftvit.evaluate(folder, coco)
 
 
+def test_the_backbone_of_a_state_is_a_plain_model(tmp_path: Path, coco: Path) -> None:
+    arguments = {"depth": 2, "embed_dim": 24, "num_heads": 3, "patch_size": 8, "img_size": 64}
+    student = {"model": "vit_tiny_patch16_224", "model_args": arguments, "drop_path": 0.0}
+    folder = graftvit.train(run(tmp_path / "run", coco, student=student, optim={"epochs": 1})).output_dir
+    for source in (f"{folder}#best", folder / "checkpoints" / "last.safetensors", folder):
+        loaded = graftvit.load_pretrained(source)
+        assert loaded.model(torch.rand(1, 3, 64, 64)).shape == (1, 24)
+        assert isinstance(graftvit.load(source), DenseModel)
+
+
 def test_batches_of_images_and_targets_are_scored() -> None:
     model, images = detector(), shown()
     model.head.score_thresh = 0.0

@@ -166,6 +166,8 @@ def _of_transfer(weights: Weights, part: str, settings: Any) -> Weights:
 
 BODY = "backbone.body."
 """Before the names of the model inside a detector or segmenter."""
+LAST_NORMS = ("norm", "fc_norm", "head.norm")
+"""What it does not have there."""
 TABLES = (
     "", "student", "student.model_args", "student.dense", "config", "config.student", "config.student.model_args",
     "config.data",
@@ -187,6 +189,7 @@ def read_state_weights(content: Weights, part: Part) -> Weights:
     Raises CheckpointError: the state has no such part, or is damaged.
     """
     tensors = tensors_in_state(content, part)
+    fresh = LAST_NORMS if any(name.startswith(BODY) for name in tensors) else ()
     for inner in ("encoder.", BODY):
         if any(name.startswith(inner) for name in tensors):
             tensors = {name.removeprefix(inner): t for name, t in tensors.items() if name.startswith(inner)}
@@ -212,6 +215,7 @@ def read_state_weights(content: Weights, part: Part) -> Weights:
         dict(entry.get("model_args") or {}),
         config,
         provenance=provenance,
+        fresh=fresh,
     )
 
 
