@@ -260,22 +260,17 @@ class Evaluation:
             if sizes:
                 raise ConfigError(f"{sizes[0].origin} is of detectors and segmenters: leave it out")
             return
-        named = {source: find_dense(source) is not None for source in self.sources}
-        other = next((source for source, is_dense in named.items() if not is_dense), None)
+        detectors = [source for source in self.sources if find_dense(source) is not None]
+        other = next((source for source in self.sources if source not in detectors), None)
         if other is not None:
             raise ConfigError(
-                f"{other!r} is no detector or segmenter, as {next(iter(named))!r} is: evaluate them one by one"
+                f"{other!r} is no detector or segmenter, as {detectors[0]!r} is: evaluate them one by one"
             )
-        flags = {"metrics": self.metrics, "against": self.against, "subset": self.subset, "real": self.real}
-        flag = next((flag for flag, value in flags.items() if value), None)
-        given = (
-            f"--{flag}"
-            if flag
-            else next((each.origin for each in self.settings if each.key in CLASSIFIED), None)
-        )
-        if given is not None:
+        given = [f"--{name}" for name in ("metrics", "against", "subset", "real") if getattr(self, name)]
+        given += [each.origin for each in self.settings if each.key in CLASSIFIED]
+        if given:
             raise ConfigError(
-                f"{given} is of classifiers, and {self.sources[0]!r} is a detector or segmenter: leave it out"
+                f"{given[0]} is of classifiers, and {self.sources[0]!r} is a detector or segmenter: leave it out"
             )
 
     def check_own_head(self, metrics: Collection[Family]) -> None:

@@ -91,6 +91,7 @@ def test_evaluate_refuses_what_does_not_go_together(
         ("--dataset", "digits"): "digits",
     }.items():  # fmt: skip
         assert named in typed("evaluate", first, *words, *HERE, code=2).err
+    assert first in typed("evaluate", "vit_tiny_patch16_224", first, *HERE, code=2).err
     assert "--short" in typed("evaluate", "vit_tiny_patch16_224", "--short", 64, code=2).err
 
 
