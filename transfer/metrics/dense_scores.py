@@ -175,9 +175,8 @@ def score_dense(
     gather: Gather = lambda part: [part],
 ) -> dict[str, float]:
     """Return average precision, or mean IoU and pixel accuracy, of a model in eval mode on the valid images."""
-    boxes = model.task == DETECTION
     scores: BoxScores | MeanIoU = MeanIoU(model.num_classes)
-    if boxes:
+    if model.task == DETECTION:
         scores = BoxScores(model.num_classes, masks=model.kind == "mask_rcnn")
     for batch in batches:
         rows = batch.valid.nonzero()[:, 0].tolist()
