@@ -24,7 +24,7 @@ GROUPS = {
     "train": {
         "train": "train a student: transfer a teacher's attention, fine-tune, pretrain, or start from scratch",
         "convert": "replace the attention of a model by a plan, and write the folder that recovery starts from",
-        "layers": "find the layers of a converted student to keep as softmax, and what each choice costs",
+        "hybrid": "choose the attention of each layer of a teacher, so that it errs least at the cost that you allow",
         "compare": "compare many attention operators on one teacher and one budget: accuracy, cost, tables, plots",
     },
     "models": {

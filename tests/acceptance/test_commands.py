@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -110,11 +111,13 @@ def test_evaluate_somebody_elses_model_as_it_wants_to_be(
     assert anybody["loss"] == pytest.approx(found[teacher]["loss"], rel=1e-5)
 
 
-def test_layers(teacher: str, converted: str, photos: Path, typed: Typed) -> None:
-    words = ["--data_path", str(photos), "--batch_size", "8", "--workers", "0", "--keep", "2"]
-    _, none, one, both, *_ = typed("layers", converted, "--teacher", teacher, *words).out.splitlines()
-    errors = [float(line.split()[1]) for line in (none, one, both)]
-    assert errors[0] > errors[1] > errors[2] == 0
+def test_hybrid(teacher: str, converted: str, photos: Path, tmp_path: Path, typed: Typed) -> None:
+    words = ["--data_path", photos, "--batch_size", "8", "--workers", "0", "--keep", "2,1", "--device", "cpu"]
+    out = tmp_path / "mix"
+    said = typed("hybrid", teacher, "--student", f"linear={converted}", *words, "--output_dir", out).out
+    numbers = dict(re.findall(r"^(\*: linear|keep 1|keep 2) +([\d.e-]+)", said, re.MULTILINE))
+    assert float(numbers["*: linear"]) > float(numbers["keep 1"]) > float(numbers["keep 2"])
+    assert (out / "keep-1" / "model.safetensors").exists()
 
 
 def test_benchmark(converted: str, tmp_path: Path, typed: Typed) -> None:

@@ -51,7 +51,9 @@ COMMANDS: dict[str, tuple[str, ...]] = {
     "`optim.layer_decay`": (f"{CONTINUED} --layer_decay 0.7 {RUN}",),
     "`optim.lora`": (f"{CONTINUED} --lora 2 {RUN}",),
     "`train --mode align`": (f"{TAUGHT} --mode align {RUN}",),
-    "`layers`": (f"layers {{student}} --teacher {{teacher}} --keep 1 --batches 1 {DATA}",),
+    "`hybrid`": (
+        f"hybrid {{teacher}} --student own={{student}} --macs 0.999 --images 2 {DATA} --output_dir {{out}}",
+    ),
     "`train --mode transfer`, of each method but the copies ([docs/transfer.md](transfer.md#pyramids))": (
         *(f"{TAUGHT} --method {method} {RUN}" for method in ("attention_output", "feature", "logits")),
     ),

@@ -326,11 +326,11 @@ def load_model(source: str, img_size: int) -> nn.Module:
         model = load_pretrained(source, img_size=img_size).model
     if image_size(model) is None:  # it takes images of any size, and does not know this one
         resize(model, img_size)
-    _check_size(model, img_size)
+    check_fills(model, img_size)
     return model
 
 
-def _check_size(model: nn.Module, img_size: int) -> None:
+def check_fills(model: nn.Module, img_size: int) -> None:
     """Raise ConfigError where patches do not fill the image: timm ignores the rest silently."""
     patch = patch_size(model)
     if img_size % patch[0]:

@@ -1,0 +1,282 @@
+"""`graftvit hybrid TEACHER`: choose the operator of each layer of a teacher, under a budget of time or memory."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ...models.errors import ConfigError
+from ...transfer.analysis.report.tables import aligned
+from ..flags import SOURCE_HELP, command_parser, parse_command, source_keywords, whole
+from ..load_config import Setting, load_config
+from ..say import hint, say, tell
+from ..submitted import Work, check_here
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from ...checkpoints.provenance import Pretrained
+    from ...transfer.config import RunConfig
+    from ...transfer.hybrid_search import Budget, Hybrid, HybridSearch, Measure, Mix, Palette
+
+EXAMPLES = (
+    "graftvit hybrid deit_small_patch16_224.fb_in1k --latency 0.8,0.6 --img_size 448 --data_path D --output_dir mix",
+    "graftvit hybrid runs/teacher --macs 0.5 --operators 'linear, window(window=3)' --dataset digits --output_dir mix",
+    "graftvit hybrid runs/teacher --memory 0.7 --dataset digits --output_dir mix    # trains nothing again",
+    "graftvit hybrid runs/teacher --keep 3 --student linear=runs/linear/1-align --dataset digits --output_dir keep",
+)
+MEASURES: dict[Measure, str] = {
+    "latency": "seconds of a forward pass on this device (on a CPU, processor time)",
+    "macs": "multiplications",
+    "energy": "energy of multiplications and additions",
+    "memory": "memory that a forward pass of training needs",
+    "keep": "layers that keep the teacher's attention",
+}
+OPERATORS = ("linear", "hedgehog", "focused", "window")
+DEFAULTS = {
+    "optim.max_steps": 200,
+    "optim.lr": 1e-3,
+    "optim.weight_decay": 0.0,
+    "optim.clip_grad": 3.0,
+    "engine.report": False,
+    "engine.evaluate_teacher": False,
+}
+"""What an alignment of an operator is where nobody says otherwise; ours."""
+SECTIONS = (
+    *("teacher.model", "teacher.model_args", "teacher.revision", "data", "optim", "align", "engine", "seed"),
+    *("student.calibrate", "student.without"),
+)
+
+
+def run(argv: list[str]) -> int:
+    """Align what is not aligned yet, measure, choose, and write a folder for each budget."""
+    arguments, config = _parse(argv)
+    from ...checkpoints.atomic import write_bytes
+    from ...checkpoints.pretrained import load_pretrained
+    from ...transfer.analysis.report.ink import to_png
+    from ...transfer.hybrid_search import KEEP
+
+    teacher = load_pretrained(str(config.teacher.source), identified=True, **source_keywords(config.teacher))
+    students = _library(arguments, config)
+    search = _search(arguments, config, teacher, students)
+    budgets = _budgets(arguments) or _spread(search)
+    found = {budget: search.best(budget) for budget in budgets}
+    uniform = {name: search.palette.single(range(search.palette.depth), name) for name in students}
+    others = {"teacher": search.palette.kept, **{f"*: {name}": mix for name, mix in uniform.items()}}
+    say(_table(search, found, others))
+    write_bytes(arguments.output_dir / "front.png", to_png(_draw(search, found, others), ground="white"))
+    for budget, hybrid in found.items():
+        if any(name != KEEP for name in hybrid.mix):
+            say(
+                _write(
+                    search.palette, teacher, hybrid.mix, arguments.output_dir / str(budget).replace(" ", "-")
+                )
+            )
+    return 0
+
+
+def check(argv: list[str], *, here: bool = True) -> Work:
+    """Check the arguments and, with `here`, the models and the images."""
+    arguments, config = _parse(argv)
+    if here:
+        check_here(str(config.teacher.source), *arguments.student.values(), data=config.data)
+    return Work(arguments.output_dir, workers=config.data.workers)
+
+
+def _parse(argv: list[str]) -> tuple[argparse.Namespace, RunConfig]:
+    parser = command_parser(
+        "hybrid",
+        "Choose which layers of a teacher become which cheaper attention, so that the model stays nearest to the "
+        "teacher at the cost that you allow. Each operator is aligned once in every layer, on images without labels; "
+        "each replacement alone has an error and a cost, and the best mix by their sums is built, measured, and "
+        "corrected by what was measured. What is known stays in the output folder: another budget or image size "
+        "trains nothing, and a stopped command resumes.",
+        EXAMPLES,
+        usage="TEACHER [--latency SHARE[,SHARE]] --output_dir DIR [--flag value ...]",
+    )
+    parser.add_argument("teacher", metavar="TEACHER", help=SOURCE_HELP)
+    for measure, what in MEASURES.items():
+        counted = measure == "keep"
+        text = f"budgets of {what}" + ("" if counted else ", as shares of the teacher's")
+        kind, metavar = (_counts, "K") if counted else (_shares, "SHARES")
+        parser.flag(f"--{measure}", text, type=kind, default=(), metavar=metavar)
+    text = f"operators to choose from, separated by commas; {', '.join(OPERATORS)} by default"
+    parser.flag("--operators", text, type=_operators, default=None, metavar="NAMES")
+    text = "a student of this teacher that is aligned already, to choose layers from; may be repeated"
+    parser.flag("--student", text, action="append", type=_named, default=[], metavar="NAME=SOURCE")
+    parser.flag(
+        "--img_size", "side of the images that costs are measured at", type=whole(1), metavar="PIXELS"
+    )
+    parser.flag("--cost_batch", "images in a batch of the costs", type=whole(1), default=1, metavar="N")
+    parser.flag(
+        "--images", "training images that errors are measured on", type=whole(1), default=64, metavar="N"
+    )
+    parser.output_dir("folder of the library, of what was measured, and of the hybrids")
+    arguments, settings = parse_command(parser, argv, only=SECTIONS)
+    if arguments.output_dir is None:
+        raise ConfigError(
+            "--output_dir is missing: give a folder, in which everything that is measured stays"
+        )
+    arguments.student = dict(arguments.student)
+    if arguments.operators is None:
+        arguments.operators = () if arguments.student else OPERATORS
+    twice = set(arguments.operators) & set(arguments.student)
+    if twice:
+        raise ConfigError(f"--student {twice.pop()}: an operator has this name; give another one")
+    below = [
+        Setting(key, value, "graftvit hybrid", layer="graftvit hybrid") for key, value in DEFAULTS.items()
+    ]
+    source = Setting("teacher.source", arguments.teacher, "TEACHER")
+    mode = [Setting("mode", "align", "graftvit hybrid", layer="graftvit hybrid")]
+    plan = Setting("student.plan", f"*: {next(iter(arguments.operators), 'linear')}", "--operators")
+    return arguments, load_config(None, [*mode, *below, *settings, source, plan])
+
+
+def _shares(text: str) -> tuple[float, ...]:
+    try:
+        found = tuple(float(word) for word in text.split(","))
+    except ValueError:
+        found = ()
+    if not found or not all(0 < share < 1 for share in found):
+        raise argparse.ArgumentTypeError(
+            f"{text!r}: give shares of the teacher's between 0 and 1, such as 0.8,0.6"
+        )
+    return found
+
+
+def _counts(text: str) -> tuple[float, ...]:
+    if not all(word.strip().isdecimal() for word in text.split(",")):
+        raise argparse.ArgumentTypeError(f"{text!r}: give numbers of layers, such as 3 or 1,2,3")
+    return tuple(float(word) for word in text.split(","))
+
+
+def _operators(text: str) -> tuple[str, ...]:
+    found = tuple(word.strip() for word in re.split(r",(?![^()]*\))", text) if word.strip())
+    if not found:
+        raise argparse.ArgumentTypeError(f"{text!r}: give operators, such as 'linear, window(window=3)'")
+    return found
+
+
+def _named(text: str) -> tuple[str, str]:
+    name, equals, source = text.partition("=")
+    if not (name and equals and source):
+        raise argparse.ArgumentTypeError(
+            f"{text!r}: give a name and a source, such as linear=runs/linear/1-align"
+        )
+    return name, source
+
+
+def _budgets(arguments: argparse.Namespace) -> list[Budget]:
+    from ...transfer.hybrid_search import Budget
+
+    return [
+        Budget(measure, limit)
+        for measure in MEASURES
+        for limit in sorted(getattr(arguments, measure), reverse=True)
+    ]
+
+
+def _spread(search: HybridSearch, count: int = 5) -> list[Budget]:
+    """Return budgets of latency from the teacher's down to that of the cheapest mix."""
+    from ...transfer.hybrid_search import Budget
+
+    cost = search.cost_sum("latency")
+    least = cost.of(search.cheapest(cost))
+    return [Budget("latency", round(1 - (1 - least) * step / count, 3)) for step in range(1, count + 1)]
+
+
+# The library: the teacher's layers with each operator, aligned.
+
+
+def _library(arguments: argparse.Namespace, config: RunConfig) -> dict[str, Pretrained]:
+    """Return the aligned students by name; what is not aligned yet is."""
+    from ...checkpoints.pretrained import load_pretrained
+    from ...transfer.cells import StoppedError
+    from ...transfer.engine.train import train
+
+    folders = dict(arguments.student)
+    for name in arguments.operators:
+        folder = arguments.output_dir / "library" / re.sub(r"\W+", "_", name).strip("_")
+        student = config.student.model_copy(update={"plan": f"*: {name}"})
+        result = train(config.model_copy(update={"student": student, "output_dir": folder}))
+        if result.signal is not None:
+            raise StoppedError(result.signal, f"while {name} was aligned")
+        folders[name] = str(folder)
+    return {name: load_pretrained(folder, identified=True) for name, folder in folders.items()}
+
+
+def _search(
+    arguments: argparse.Namespace, config: RunConfig, teacher: Pretrained, students: Mapping[str, Pretrained]
+) -> HybridSearch:
+    import torch
+
+    from ...models.families import image_size
+    from ...transfer.analysis.benchmark import check_fills
+    from ...transfer.cells import digest
+    from ...transfer.data.survey import sample_images
+    from ...transfer.hybrid_search import HybridSearch, Journal, Palette, Scale
+
+    cuda = torch.cuda.is_available() and config.engine.device != "cpu"
+    device = torch.device("cuda" if cuda else "cpu")
+    images = sample_images(config.data, teacher.preprocessing, arguments.images, seed=config.seed + 1)
+    models = {name: each.model.to(device) for name, each in students.items()}
+    palette = Palette(
+        teacher.model.to(device), models, {name: str(each.digest) for name, each in students.items()}
+    )
+    height, width = image_size(teacher.model) or teacher.preprocessing.input_size[1:]
+    size = (arguments.img_size or height, arguments.img_size or width)
+    if arguments.img_size:
+        check_fills(teacher.model, arguments.img_size)
+    journal = Journal(
+        arguments.output_dir / "hybrid.jsonl",
+        digest([teacher.digest, images.double().sum((1, 2, 3)).tolist()]),
+    )
+    batches = images.to(device).split(config.data.batch_size)
+    return HybridSearch(palette, batches, Scale(size, arguments.cost_batch, device), journal, tell)
+
+
+# What comes out.
+
+
+def _table(search: HybridSearch, found: Mapping[Budget, Hybrid], others: Mapping[str, Mix]) -> str:
+    from ...models.converted import whole_plan
+
+    measure = next(iter(found)).measure
+    rows = [["", "error", "by the sum", measure, "by the sum", "plan"]]
+    for name, mix in others.items():
+        rows.append([name, f"{search.error(mix):.4g}", "", f"{search.cost(measure, mix):.3f}", "", ""])
+    for budget, each in found.items():
+        numbers = [f"{number:.4g}" for number in (each.error, each.predicted_error)]
+        costs = [f"{number:.3f}" for number in (each.cost, each.predicted_cost)]
+        rows.append([str(budget), *numbers, *costs, whole_plan(search.palette.model(each.mix))])
+    kind = "KL of the classes, nats" if search.has_head else "squared distance of the final tokens / variance"
+    height, width = search.scale.size
+    return aligned(rows, right=(1, 2, 3, 4)) + (
+        f"error: {kind}, on {sum(map(len, search.batches))} training images, before recovery\n"
+        f"costs: shares of the teacher's, at {height}x{width}, batch {search.scale.batch}, {search.scale.device}\n"
+    )
+
+
+def _write(palette: Palette, teacher: Pretrained, mix: Mix, folder: Path) -> str:
+    """Write a hybrid as a model folder; return the command that recovers it."""
+    from ...checkpoints.student import write_converted
+
+    student = palette.model(mix).cpu().requires_grad_(True)
+    write_converted(student, folder, teacher, weights="all", overwrite=True)
+    words = ["--mode", "transfer", "--method", "block_output", "--layers", "last:1", "--task_weight", 0]
+    models = ["--student.model", f"local-dir:{folder}", "--teacher", teacher.source]
+    return f"{folder}\n  recover it: {hint('train', *words, *models, '--data_path', 'FOLDER')}\n"
+
+
+def _draw(search: HybridSearch, found: Mapping[Budget, Hybrid], others: Mapping[str, Mix]) -> Figure:
+    from ...transfer.analysis.report.ink import INK, Line, color_of, draw_lines
+
+    measure = next(iter(found)).measure
+    chosen = sorted((each.cost, each.error) for budget, each in found.items() if budget.measure == measure)
+    lines = [Line("hybrids", [cost for cost, _ in chosen], [error for _, error in chosen], INK["light"])]
+    for place, (name, mix) in enumerate(others.items()):
+        lines.append(Line(name, [search.cost(measure, mix)], [search.error(mix)], color_of(place)))
+    return draw_lines({"": lines}, "light", (f"{measure}, share of the teacher's", "error"), ticks=False)

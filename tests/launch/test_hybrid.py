@@ -1,0 +1,127 @@
+"""`graftvit hybrid`, as typed."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import graftvit
+import pytest
+import torch
+from graftvit.models.conversion import converted_layers, plan_of
+from graftvit.transfer.hybrid_search import Scale
+from support.runs.engine_runs import make_teacher
+from support.runs.patience import until
+from support.runs.typed import Typed
+from torch import nn
+
+WORDS = (
+    "--operators", "linear,uniform", "--dataset", "digits", "--batch_size", "8", "--workers", "0", "--device", "cpu",
+    "--max_steps", "4", "--images", "16",
+)  # fmt: skip
+
+
+@pytest.fixture
+def teacher(tmp_path: Path) -> str:
+    return f"local-dir:{make_teacher(tmp_path / 'teacher')}"
+
+
+def test_hybrids_are_written_and_another_budget_trains_nothing(
+    tmp_path: Path, teacher: str, typed: Typed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    said = typed("hybrid", teacher, "--macs", "0.91,0.82", *WORDS, "--output_dir", out).out
+    first, second = (graftvit.load(out / f"macs-{share}") for share in ("0.91", "0.82"))
+    assert plan_of(first) != plan_of(second)
+    assert str(plan_of(first)) in said
+    assert (out / "front.png").read_bytes().startswith(b"\x89PNG")
+    for layer, own in converted_layers(first).items():
+        aligned = graftvit.load(out / "library" / own.choice.operator)
+        theirs = converted_layers(aligned)[layer].state_dict()
+        assert all(torch.equal(tensor, theirs[name]) for name, tensor in own.state_dict().items())
+    monkeypatch.setattr("graftvit.transfer.engine.loop.Loop._backward", None)
+    known = (out / "hybrid.jsonl").read_text()
+    typed("hybrid", teacher, "--keep", "1", *WORDS, "--output_dir", out)
+    assert (out / "hybrid.jsonl").read_text().startswith(known)
+    assert len(converted_layers(graftvit.load(out / "keep-1"))) == 1
+
+
+def plan_text(folder: Path) -> str:
+    return str(plan_of(graftvit.load(folder)))
+
+
+def test_without_a_budget_latencies_from_the_teacher_to_the_cheapest(
+    tmp_path: Path, teacher: str, typed: Typed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def costs(self: Scale, measure: str, models: dict[str, nn.Module]) -> dict[str, float]:
+        return {name: 1.0 - len(converted_layers(each)) / 4 for name, each in models.items()}
+
+    monkeypatch.setattr("graftvit.transfer.hybrid_search.Scale.costs", costs)
+    graftvit.save(graftvit.convert(teacher, "*: uniform"), tmp_path / "cheap")
+    out = tmp_path / "out"
+    words = ["--student", f"cheap={tmp_path / 'cheap'}", *WORDS[2:], "--output_dir", out]
+    typed("hybrid", teacher, *words)
+    assert not (out / "library").exists()
+    found = {path.name: len(converted_layers(graftvit.load(path))) for path in out.glob("latency-*")}
+    assert found == {"latency-0.9": 1, "latency-0.8": 1, "latency-0.7": 2, "latency-0.6": 2, "latency-0.5": 2}
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        (["--macs", "1.5"], "--macs"),
+        (["--macs", "x"], "--macs"),
+        (["--keep", "-1"], "--keep"),
+        (["--macs", "0.9", "--operators", "nosuch"], "nosuch"),
+        (["--macs", "0.9", "--student", "linear"], "--student"),
+        (["--macs", "0.9", "--student", "linear=x"], "linear"),
+        (["--macs", "0.01"], "cheapest"),
+    ],
+)
+def test_mistakes_are_named(words: list[str], named: str, tmp_path: Path, teacher: str, typed: Typed) -> None:
+    said = typed("hybrid", teacher, *WORDS, *words, "--output_dir", tmp_path / "out", code=2)
+    assert named in said.err
+
+
+@pytest.mark.slow
+def test_a_search_that_is_killed_in_each_phase_gives_the_same_plan(tmp_path: Path, teacher: str) -> None:
+    def start(out: Path) -> subprocess.Popen[bytes]:
+        words = ["hybrid", teacher, "--macs", "0.91,0.82", *WORDS, "--output_dir", str(out)]
+        return subprocess.Popen(
+            [sys.executable, "-m", "graftvit.launch", *words], env={**os.environ, "OMP_NUM_THREADS": "1"}
+        )
+
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    assert start(whole).wait() == 0
+    log, journal = cut / "library" / "linear" / "log.jsonl", cut / "hybrid.jsonl"
+    lines = len((whole / "hybrid.jsonl").read_text().splitlines())
+    moments = [
+        lambda: log.exists() and log.stat().st_size > 0,
+        lambda: (cut / "library" / "uniform").exists(),
+        lambda: journal.exists() and journal.read_text().count("\n") >= 2,
+        lambda: journal.read_text().count("\n") >= lines // 2,
+        lambda: journal.read_text().count("\n") >= lines - 2,
+    ]
+    for moment in moments:
+        process = start(cut)
+        until(
+            lambda moment=moment, process=process: moment() or process.poll() is not None,
+            "the moment",
+            every=0.01,
+        )
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    assert start(cut).wait() == 0
+    for name in ("macs-0.91", "macs-0.82"):
+        assert plan_text(whole / name) == plan_text(cut / name)
+        own, theirs = (graftvit.load(folder / name).state_dict() for folder in (cut, whole))
+        assert own.keys() == theirs.keys()
+        assert all(torch.equal(own[key], theirs[key]) for key in own)
+    records = [[json.loads(line) for line in (folder / "hybrid.jsonl").open()] for folder in (whole, cut)]
+    assert {each["key"]: each["value"] for each in records[0]} == {
+        each["key"]: each["value"] for each in records[1]
+    }
