@@ -40,7 +40,7 @@ OPERATORS = ("linear", "window(window=3)", "hedgehog", "focused")
 SHARES = (0.1, 0.3, 0.5, 0.7, 0.9)
 """Budgets: how far from the cheapest mix to the teacher."""
 SIDE = {"digits": 48, "photographs": 48, "swin": 64}
-"""Pixels of the images that costs are measured at: the teachers see 12, 24 and 32, where attention costs little."""
+"""Pixels of the images that costs are measured at: the teachers see 12, 16 and 32, where attention costs little."""
 TEACHERS = {"digits": "digits_teacher", "photographs": "digits_teacher", "swin": "digits_lit_teacher"}
 
 
@@ -97,7 +97,7 @@ def study(data: str, seed: int, out: Path) -> list[Outcome]:
     """Train the teacher, let `graftvit hybrid` align the operators, and compare its choices with every mix."""
     teacher, folder, words = out / data / "teacher", out / data / f"seed{seed}", data_words(data, out)
     color = (
-        ["--student.model_args.in_chans", "3", "--student.img_size", "24"] if data == "photographs" else []
+        ["--student.model_args.in_chans", "3", "--student.img_size", "16"] if data == "photographs" else []
     )
     if not (teacher / "student").is_dir():
         run(["train", TEACHERS[data], *words, *color, "--output_dir", str(teacher), "--no-progress"])
