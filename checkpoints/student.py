@@ -396,6 +396,7 @@ def write_converted(
     weights: str,
     calibration: str | None = None,
     overwrite: bool = False,
+    beside: Callable[[Path], None] | None = None,
 ) -> None:
     """Write `student`, a conversion of `teacher`'s model, to `folder`.
 
@@ -403,6 +404,7 @@ def write_converted(
         weights: which of the teacher's weights it has (`models/converted.py`).
         calibration: the images that its operators were calibrated on, in words.
         overwrite: replace a model folder that is there.
+        beside: as of `write_student`.
 
     Raises:
         ConfigError: no layer of it is converted.
@@ -433,6 +435,7 @@ def write_converted(
         provenance=made,
         label_names=teacher.label_names if student.num_classes == teacher.model.num_classes else None,
         check=partial(refuse_to_convert, folder, overwrite=overwrite),
+        beside=beside,
     )
 
 

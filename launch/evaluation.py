@@ -203,9 +203,9 @@ def predictor(candidate: Candidate, spec: Preprocessing) -> Callable[[Tensor], T
 
 CLASSIFIED = (
     "data.num_classes", "data.interpolation", "data.crop_pct", "data.crop_mode", "data.train_samples",
-    "data.label_seed",
+    "data.label_seed", "teacher.",
 )  # fmt: skip
-"""Settings of images and labels that a detector or segmenter does not read."""
+"""How settings begin of images, labels and weights that a detector or segmenter does not read."""
 RANDOM = "random weights"
 """The row of a model that learned nothing: what distances and CKA are worth is seen beside it."""
 
@@ -267,7 +267,7 @@ class Evaluation:
                 f"{other!r} is no detector or segmenter, as {detectors[0]!r} is: evaluate them one by one"
             )
         given = [f"--{name}" for name in ("metrics", "against", "subset", "real") if getattr(self, name)]
-        given += [each.origin for each in self.settings if each.key in CLASSIFIED]
+        given += [each.origin for each in self.settings if each.key.startswith(CLASSIFIED)]
         if given:
             raise ConfigError(
                 f"{given[0]} is of classifiers, and {self.sources[0]!r} is a detector or segmenter: leave it out"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -119,14 +120,28 @@ def _write(
     say(source + _describe_tokens(teacher.model, student) + table)
     if arguments.dry_run or out is None:
         return 0
+    from ...checkpoints.dense_models import dense_of, write_beside
     from ...checkpoints.student import write_converted
 
-    write_converted(student, out, teacher, weights=weights, calibration=seen, overwrite=arguments.force)
-    recovers = not plan_of(teacher.model)
+    dense = dense_of(arguments.source)
+    beside = None if dense is None else partial(write_beside, dense, dense.state_dict())
+    how = {"weights": weights, "calibration": seen, "overwrite": arguments.force}
+    write_converted(student, out, teacher, beside=beside, **how)
+    recovery = ""
+    if dense is not None:
+        flags = {
+            "--teacher": arguments.source,
+            "--dense.source": arguments.source,
+            "--dense.head": dense.kind,
+        }
+        flags |= {"--plan": arguments.plan, "--dataset": SETS[dense.task], "--data_path": "FOLDER"}
+        words = [word for flag in flags.items() for word in flag]
+        recovery = f"recover it: {hint('train', 'recover_detector', *words)}\n"
+    elif not plan_of(teacher.model):
+        recovery = _format_recovery(out, teacher, student, config)
     say(
         f"{out / 'model.safetensors'}  {sum(file.stat().st_size for file in out.iterdir()):,} bytes with config.json\n"
-        f'load it: graftvit.load("{out}")\n'
-        + (_format_recovery(out, teacher, student, config) if recovers else "")
+        f'load it: graftvit.load("{out}")\n' + recovery
     )
     return 0
 
@@ -251,6 +266,8 @@ def _list_grids(model: nn.Module) -> str:
 # The table of a conversion: for each layer its operator, its cost and its initial weights.
 
 STARTS = {"all": "copied", "mlp": "attention fresh, rest copied", "none": "fresh"}
+SETS = {"detection": "coco", "segmentation": "ade20k"}
+"""Where the recovery of a detector or segmenter begins, which the user may change."""
 KEPT = {"all": "copied", "mlp": "copied", "none": "fresh"}
 
 

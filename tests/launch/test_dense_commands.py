@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from graftvit.checkpoints.dense_models import load_dense, save_dense
+from graftvit.models.conversion import plan_of
 from graftvit.transfer.engine.train import train
 from support.runs.dense_runs import run, small_ade20k, small_coco
 from support.runs.engine_runs import records
@@ -86,7 +87,7 @@ def test_evaluate_refuses_what_does_not_go_together(
     first = detectors[0]
     for words, named in {
         ("--metrics", "knn"): "--metrics", ("--against", first): "--against", ("--real",): "--real",
-        ("--subset", "imagenet-a"): "--subset", ("--crop_pct", "1"): "--crop_pct",
+        ("--subset", "imagenet-a"): "--subset", ("--crop_pct", "1"): "--crop_pct", ("--img_size", "64"): "--img_size",
         ("vit_tiny_patch16_224",): "vit_tiny_patch16_224", (segmenter,): segmenter,
         ("--dataset", "digits"): "digits",
     }.items():  # fmt: skip
@@ -133,6 +134,19 @@ def test_commands_of_classifiers_say_so(
     assert "detection" in typed("layers", first, "--teacher", first, *data, code=2).err
     compare = ("digits_compare", "--dense.head", "retinanet", "--output_dir", tmp_path / "out")
     assert "dense.head=retinanet" in typed("compare", *compare, code=2).err
+
+
+def test_convert_keeps_neck_and_head(tmp_path: Path, typed: Typed, detectors: list[str], coco: Path) -> None:
+    first, out, words = detectors[0], tmp_path / "cheap", ("--plan", "stage3: linear", "--output_dir")
+    told = typed("convert", first, *words, out).out
+    assert "recover_detector" in told
+    assert "--mode align" not in told
+    model, made = load_dense(first), load_dense(out)
+    assert plan_of(made.backbone.body) == "0-1: keep; 2: linear; 3: keep"
+    rest = {name: each for name, each in model.state_dict().items() if not name.startswith("backbone.")}
+    assert all(torch.equal(each, made.state_dict()[name]) for name, each in rest.items())
+    scores(typed, tmp_path, str(out), "--dataset", "coco", "--data_path", str(coco))
+    typed("convert", first, *words, out, "--force", "--weights", "mlp")
 
 
 def test_the_lines_of_the_page_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
