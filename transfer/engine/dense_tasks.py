@@ -247,36 +247,43 @@ class Dense(Goal):
         """Return the detector or segmenter on the student, with the neck and head of `dense.source` if it is given."""
         dense = self.config.dense
         assert dense.head is not None
+        other = None if dense.source is None else load_dense(dense.source)
+        if other is not None and other.kind != dense.head:
+            raise ConfigError(
+                f"dense.source={dense.source} is a {other.kind}, and dense.head={dense.head}: give one kind"
+            )
+        old: JsonDict = {} if other is None else other.settings
         model = create_dense(
-            dense.head, models.student, models.classes.num_classes, width=dense.width, norms=dense.norms,
+            dense.head, models.student, models.classes.num_classes,
+            width=dense.width or old.get("width"), norms=dense.norms or old.get("norms", ()),
             class_names=models.classes.label_names or (), mean=models.spec.mean, std=models.spec.std,
-            short=max(dense.short), long=dense.long, anchor_scale=dense.anchor_scale, samples=dense.samples,
+            short=max(dense.short), long=dense.long, samples=dense.samples or old.get("samples"),
+            anchor_scale=dense.anchor_scale or old.get("anchor_scale"),
         )  # fmt: skip
-        if dense.source is not None:
-            _take_head(model, dense.source)
+        if other is not None:
+            _take_head(model, other, f"dense.source={dense.source}")
         if dense.frozen:
             for name, parameter in model.named_parameters():
                 parameter.requires_grad_(name.startswith(DenseTask.prefix))
         return model
 
 
-def _take_head(model: DenseModel, source: str) -> None:
+def _take_head(model: DenseModel, other: DenseModel, source: str) -> None:
     """Load the neck and the head of another detector or segmenter; a head of other classes stays fresh.
 
-    Raises ConfigError: it is of another kind, or of other sizes.
+    Raises ConfigError: it is of other sizes.
     """
-    other, own = load_dense(source), model.state_dict()
-    if other.kind != model.kind:
-        raise ConfigError(
-            f"dense.source={source} is a {other.kind}, and dense.head={model.kind}: give one kind"
-        )
-    parts = {name: each for name, each in other.state_dict().items() if not name.startswith(DenseTask.prefix)}
-    fresh = [name for name, each in parts.items() if name not in own or own[name].shape != each.shape]
+    parts, own = (
+        {name: each for name, each in one.state_dict().items() if not name.startswith(DenseTask.prefix)}
+        for one in (other, model)
+    )
+    both = parts.keys() & own.keys()
+    fresh = [name for name in {**parts, **own} if name not in both or own[name].shape != parts[name].shape]
     for name in fresh:  # other classes are other rows
-        of_classes = name in own and own[name].shape[1:] == parts[name].shape[1:]
+        of_classes = name in both and own[name].shape[1:] == parts[name].shape[1:]
         if other.num_classes == model.num_classes or not of_classes:
             raise ConfigError(
-                f"dense.source={source} does not fit: {name} is of another size here: give it the same backbone, "
+                f"{source} does not fit: {name} is of another size here: give it the same backbone, "
                 "dense.width and dense.norms"
             )
     model.load_state_dict({name: each for name, each in parts.items() if name not in fresh}, strict=False)

@@ -143,6 +143,23 @@ def test_what_does_not_go_together_is_refused(
     assert not (tmp_path / "out" / "checkpoints").exists()
 
 
+def test_a_head_is_built_as_that_of_its_source(tmp_path: Path, coco: Path) -> None:
+    body = create_timm_model("pvt_v2_b0", **PVT)
+    source = save_dense(
+        create_dense("mask_rcnn", body, 3, width=24, norms=[1], anchor_scale=2, samples=32),
+        tmp_path / "source",
+    )
+    dense = {"width": None, "source": str(source)}
+    found = load_dense(
+        train(run(tmp_path / "run", coco, "mask_rcnn", dense=dense, optim={"epochs": 1})).output_dir
+    )
+    built = {name: found.settings[name] for name in ("width", "norms", "anchor_scale", "samples")}
+    assert built == {"width": 24, "norms": [1], "anchor_scale": 2, "samples": 32}
+    for name, value in {"width": 16, "norms": [0, 1]}.items():
+        with pytest.raises(ConfigError, match="does not fit"):
+            train(run(tmp_path / name, coco, "mask_rcnn", dense=dense | {name: value}))
+
+
 def test_the_head_of_other_classes_stays_fresh_and_one_of_another_width_is_refused(
     tmp_path: Path, coco: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
