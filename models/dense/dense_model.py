@@ -14,7 +14,7 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
 from torchvision.transforms.v2.functional import to_dtype
 
-from ..errors import ConfigError, DataError, JsonDict, check_types, did_you_mean
+from ..errors import ConfigError, DataError, JsonDict, check_types, did_you_mean, kind_of
 from . import IGNORED
 from .backbone import FINEST, Backbone, Levels, Maps, Prepared, Pyramid, SimplePyramid, divisor_of
 from .detectors import MaskRCNNBoxes, RetinaNetBoxes, Sizes
@@ -88,19 +88,47 @@ class DenseModel(nn.Module):
     ) -> Prepared:
         """Return one batch of images and targets, as `prepare`, with labels padded by 255.
 
-        Raises DataError: there is no image, or not one target for each.
+        Raises DataError: there is no image, or not one target for each that fits it.
         """
         if targets is not None and len(targets) != len(images):
             raise DataError(f"{len(images)} images are given, and {len(targets)} targets")
         made = prepare(images, self.mean, self.std, self.size_divisor, next(self.parameters()).dtype)
         if targets is None:
             return made
-        known = [dict(each) for each in targets]
+        known = [self.checked(*each) for each in zip(targets, images, strict=True)]
         if self.task == SEGMENTATION:
             height, width = made.tensors.shape[2:]
             for each in known:
-                each["labels"] = _padded(each["labels"], height, width, IGNORED)
+                each["labels"] = _padded(each["labels"].long(), height, width, IGNORED)
+        elif any(not ((each["boxes"][:, 2:] - each["boxes"][:, :2]) > 0).all() for each in known):
+            raise DataError(
+                "a target has an empty box, which teaches nothing: leave it out; boxes are x1, y1, x2, y2"
+            )
         return replace(made, targets=known)
+
+    def checked(self, target: Mapping[str, Any], image: Tensor) -> JsonDict:
+        """Return a copy of the target of an image. Raises DataError: it lacks something, or does not fit."""
+        detects, size = self.task == DETECTION, tuple(image.shape[-2:])
+        wanted = [*(["boxes"] if detects else []), "labels", *(["masks"] if self.kind == "mask_rcnn" else [])]
+        missing = [name for name in wanted if name not in target] if isinstance(target, Mapping) else wanted
+        if missing:
+            raise DataError(f"a target has no {missing[0]!r}: that of a {self.kind} has {', '.join(wanted)}")
+        labels = target["labels"]
+        count = len(labels)
+        shapes = {"boxes": (count, 4), "labels": (count,) if detects else size, "masks": (count, *size)}
+        for name in wanted:
+            found = tuple(getattr(target[name], "shape", ()))
+            if found != shapes[name]:
+                raise DataError(f"{name} of a target have the shape {found}, and not {shapes[name]}")
+        if labels.is_floating_point() and labels.numel():
+            raise DataError(f"labels of a target are {labels.dtype}, and not whole numbers")
+        counted = labels if detects else labels[labels != IGNORED].cpu()
+        if counted.numel() and not 0 <= counted.min() <= counted.max() < self.num_classes:
+            raise DataError(
+                f"labels are from {counted.min()} to {counted.max()}, and the model's classes from 0 to "
+                f"{self.num_classes - 1}"
+            )
+        return dict(target) | ({"labels": labels.long()} if detects else {})
 
     def losses(self, prepared: Prepared, maps: Maps) -> dict[str, Tensor]:
         """Return the losses by name, scalars, of a batch with targets and its maps of the backbone."""
@@ -141,10 +169,14 @@ def prepare(
 
     The sides are the smallest multiples of `divisor` that all images fit into.
 
-    Raises DataError: there is no image.
+    Raises DataError: there is no image, or one has another shape.
     """
-    if not images:
+    if not len(images):
         raise DataError("images holds no image")
+    for each in images:
+        if not isinstance(each, Tensor) or each.ndim != 3 or len(each) != 3 or not each.numel():
+            found = tuple(each.shape) if isinstance(each, Tensor) else kind_of(each)
+            raise DataError(f"images holds {found}: give a tensor (3, H, W) for each image")
     sizes = [(int(each.shape[-2]), int(each.shape[-1])) for each in images]
     height, width = (-(-max(sides) // divisor) * divisor for sides in zip(*sizes, strict=True))
     center, scale = (

@@ -33,21 +33,21 @@ LEAST_SIDE = 32
 """Pixels of the shorter side of an image to train on, as published recipes have it."""
 WRONG_SHARE = 0.01
 """Share of the boxes that may be empty or outside their images; COCO's own files have a few."""
-Count = Annotated[int, Field(ge=0)]
+Id = Annotated[int, Field(ge=-(1 << 63), lt=1 << 63)]
 Side = Annotated[int, Field(gt=0, lt=1 << 20)]
 Pixels = Annotated[float, Field(ge=-1e6, le=1e12)]
 
 
 class _Image(TypedDict):
-    id: Count
+    id: Annotated[Id, Field(ge=0)]
     file_name: str
     height: Side
     width: Side
 
 
 class _Object(TypedDict):
-    image_id: int
-    category_id: int
+    image_id: Id
+    category_id: Id
     bbox: tuple[Pixels, Pixels, Pixels, Pixels]
     area: NotRequired[Pixels]
     iscrowd: NotRequired[Annotated[int, Field(ge=0, le=1)]]
@@ -58,7 +58,7 @@ class _Outlined(_Object):
 
 
 class _Category(TypedDict):
-    id: int
+    id: Id
     name: str
 
 

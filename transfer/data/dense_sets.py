@@ -16,6 +16,7 @@ from ...models.dense import IGNORED
 from ...models.errors import DataError, counted, did_you_mean
 from ..config import DataConfig
 from ..first_checks import check_folder
+from .augment import reason_of
 from .coco import CocoImages, find_split, require_coder
 from .digits import split_folder, synonyms
 from .image_folder import find_images, open_image
@@ -71,7 +72,10 @@ class LabelMaps:
         with open_image(labels) as file:
             if file.mode not in ("L", "P", "I;16", "I"):
                 raise DataError(f"{labels} has pixels of mode {file.mode}, and no number of a class each")
-            numbers = np.asarray(file)
+            try:
+                numbers = np.asarray(file)
+            except (OSError, SyntaxError, ValueError) as error:  # as Pillow's decoders raise them
+                raise DataError(f"{labels} is damaged: {reason_of(error)}") from error
         if numbers.shape[::-1] != image.size:
             sizes = [f"{width} x {height}" for width, height in (image.size, numbers.shape[::-1])]
             raise DataError(f"{place} has {sizes[0]} pixels, and {labels} {sizes[1]}")

@@ -234,25 +234,10 @@ def _batches(data: Iterable[Any], model: DenseModel) -> Iterator[DenseBatch]:
                 f"data holds {kind_of(batch)}, and not pairs: give [(images, targets)], with a target for each image"
             )
         images = list(batch[0])
-        targets = [_checked(target, model) for target in batch[1]]
+        if not images:
+            continue
+        targets = [model.checked(*each) for each in zip(batch[1], images, strict=True)]
         for image, target in zip(images, targets, strict=True):
             target.update(image_id=seen, original_size=tuple(image.shape[-2:]))
             seen += 1
         yield DenseBatch(images, targets, torch.ones(len(images), dtype=torch.bool))
-
-
-def _checked(target: Any, model: DenseModel) -> dict[str, Any]:
-    """Return a copy of a target. Raises DataError: it lacks something, or has a class that the model has not."""
-    wanted = ["boxes", "labels"] if model.task == DETECTION else ["labels"]
-    wanted += ["masks"] if model.kind == "mask_rcnn" else []
-    missing = next((name for name in wanted if name not in target), None)
-    if missing is not None:
-        raise DataError(f"a target has no {missing!r}: that of a {model.kind} has {', '.join(wanted)}")
-    labels = target["labels"]
-    counted = labels if model.task == DETECTION else labels[labels != IGNORED]
-    if counted.numel() and not 0 <= counted.min() <= counted.max() < model.num_classes:
-        raise DataError(
-            f"labels are from {counted.min()} to {counted.max()}, and the model's classes from 0 to "
-            f"{model.num_classes - 1}"
-        )
-    return dict(target)

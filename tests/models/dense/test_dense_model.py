@@ -199,6 +199,36 @@ def test_what_does_not_fit_is_refused() -> None:
         create_dense("retinanet", body("pvt"), 0)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_wrong_images_and_targets_are_one_sentence(kind: str) -> None:
+    model, task = made(kind), "detection" if kind in ("retinanet", "mask_rcnn") else "segmentation"
+    for shape in ((3, 64, 64), (2, 1, 64, 64), (1, 4, 64, 64), (1, 3, 0, 64)):
+        with pytest.raises(DataError, match=r"give a tensor \(3, H, W\)"):
+            model.prepare(torch.zeros(shape))  # type: ignore[arg-type]
+    model.prepare(torch.rand(2, 3, 64, 64))  # type: ignore[arg-type]
+    first, *others = targets(task)
+    labels = first["labels"]
+    wrong = {
+        "from -1": {"labels": labels * 0 - 1},
+        "to 3": {"labels": labels * 0 + 3},
+        "whole numbers": {"labels": labels.float()},
+        "shape": {"labels": labels[:-1]},
+        "no 'labels'": None,
+    }
+    if task == "detection":
+        wrong["empty box"] = {"boxes": first["boxes"][:, [2, 3, 0, 1]]}
+        wrong["boxes of a target"] = {"boxes": first["boxes"][0]}
+    if kind == "mask_rcnn":
+        wrong["masks of a target"] = {"masks": first["masks"][..., 1:]}
+    for words, changed in wrong.items():
+        given = {name: each for name, each in first.items() if name != "labels"} if changed is None else first
+        with pytest.raises(DataError, match=words):
+            model(images(), [{**given, **(changed or {})}, *others])
+    with pytest.raises(DataError, match="a target has no"):
+        model(images(), [None, *others])
+    model(images(), [{**first, "labels": labels.int()}, *others])
+
+
 def test_upernet_learns_from_two_images_or_more() -> None:
     model = made("upernet")
     with pytest.raises(DataError):

@@ -137,6 +137,8 @@ DAMAGE: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "a path out": (_set("images", file_name="../a.png"), "leads out"),
     "missing files": (_set("images", file_name="a.png"), "a.png"),
     "ids twice": (_set("images", id=10), "several images"),
+    "a large id": (_set("categories", id=1 << 63), "id"),
+    "a large category": (_set("annotations", category_id=1 << 63), "category_id"),
     "categories twice": (_set("categories", id=1), "several categories"),
 }
 
@@ -245,6 +247,9 @@ def test_wrong_labels_are_one_sentence(tmp_path: Path, scenes: list[Scene]) -> N
         source.read(0)
     Image.fromarray(scenes[0].pixels[:9, :, 0]).save(label)
     with pytest.raises(DataError, match="128 x 9"):
+        source.read(0)
+    label.write_bytes(label.read_bytes()[:60])
+    with pytest.raises(DataError, match=f"{label.name} is damaged"):
         source.read(0)
     label.unlink()
     with pytest.raises(DataError, match="have no labels"):
