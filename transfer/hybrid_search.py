@@ -419,31 +419,30 @@ class HybridSearch:
                     parts |= {(layer, name): added for layer in layers}
         return Sum(self.cost(measure, self.palette.kept), parts)
 
-    def best(self, budget: Budget, *, width: int = 4, rounds: int = 12) -> Hybrid:
+    def best(self, budget: Budget, *, width: int = 4, rounds: int = 40) -> Hybrid:
         """Return the measured mix of the least error within the budget.
 
-        Each round measures the `width` best mixes by the sums; the last one finds all of them measured.
+        Each round measures the `width` best mixes by the sums, until all of them are measured. Then the best one is
+        taken; where it was timed, only if a second measurement agrees, which counts from then on.
 
         Raises ConfigError: no mix is as cheap.
         """
         first_error, first_cost = self.error_sum(), self.cost_sum(budget.measure)
+        costs, is_timed = self.costs[budget.measure], budget.measure == "latency"
         for _ in range(rounds):
-            error = first_error.corrected(self.errors)
-            cost = first_cost.corrected(self.costs[budget.measure])
-            chosen: list[Mix] = []
-            while len(chosen) < width:
-                mix = choose(error, cost, budget.limit, self.palette.depth, chosen)
-                if mix is None:
-                    break
-                chosen.append(mix)
-            if set(chosen) <= set(self._measured(budget)):
-                break
-            for mix in chosen:
+            error, cost = first_error.corrected(self.errors), first_cost.corrected(costs)
+            known = costs.keys() & self.errors.keys()
+            dear = [mix for mix in known if costs[mix] > budget.limit]
+            proposed = set(self._proposed(error, cost, budget.limit, width, dear)) - known
+            for mix in sorted(proposed):
                 self.error(mix), self.cost(budget.measure, mix)
-        fitting = [mix for mix in self._measured(budget) if self.cost(budget.measure, mix) <= budget.limit]
-        for mix in sorted(fitting, key=self.error):
-            is_timed = budget.measure == "latency"
-            found = self._confirmed(mix) if is_timed else self.cost(budget.measure, mix)
+            fitting = [mix for mix in known if costs[mix] <= budget.limit]
+            if proposed:
+                continue
+            if not fitting:
+                break
+            mix = min(fitting, key=lambda mix: (self.error(mix), mix))
+            found = costs[mix] = self._confirmed(mix) if is_timed else costs[mix]
             if found <= budget.limit * (SLACK if is_timed else 1):
                 return Hybrid(mix, self.error(mix), found, first_error.of(mix), first_cost.of(mix))
         cheapest = first_cost.of(self.cheapest(first_cost))
@@ -452,13 +451,20 @@ class HybridSearch:
             "or give cheaper operators"
         )
 
+    def _proposed(self, error: Sum, cost: Sum, limit: float, width: int, dear: Sequence[Mix]) -> list[Mix]:
+        """Return the `width` best mixes by the sums, the best first, without those that were measured as too `dear`."""
+        found: list[Mix] = []
+        while len(found) < width:
+            mix = choose(error, cost, limit, self.palette.depth, [*dear, *found])
+            if mix is None:
+                break
+            found.append(mix)
+        return found
+
     def _confirmed(self, mix: Mix) -> float:
         """Return the latency of a mix, measured again: the best of many that were measured once was lucky, too."""
         key = f"{self._where('latency')} again {self.palette.key(mix)}"
         return self.journal.known(key, partial(self.measure, "latency", mix))
-
-    def _measured(self, budget: Budget) -> list[Mix]:
-        return [mix for mix in self.costs[budget.measure] if mix in self.errors]
 
     def cheapest(self, cost: Sum) -> Mix:
         names = [KEEP, *self.palette.layers]
