@@ -311,7 +311,9 @@ class DataConfig(Section):
     """The data set and its augmentation."""
 
     dataset: str = setting(
-        "", "timm data set name (folder by default): torch/cifar10, hfds/..., wds/..., or digits"
+        "",
+        "timm data set name (folder by default): torch/cifar10, hfds/..., wds/..., or digits; for a detector or "
+        "segmenter coco, ade20k or cityscapes",
     )
     data_path: str | None = setting(
         None, "root folder of the data set", IN_A_FOLDER, outside=True, also=("data_dir",)

@@ -37,8 +37,24 @@ def check_places(run: RunConfig) -> None:
     for source in sources:
         if source not in (None, TEACHER):
             check_there(str(source))
+    check_head(run)
     if run.data.dataset in ("", "folder"):
         check_folder(run.data)
+
+
+def check_head(run: RunConfig) -> None:
+    """Raise ConfigError for a `dense.source` that is not there or is no detector or segmenter."""
+    source = run.dense.source
+    if source is None:
+        return
+    from ..checkpoints.dense_models import find_dense
+
+    try:
+        found = find_dense(source)
+    except GraftError as error:
+        raise ConfigError(f"dense.source: {error}") from error
+    if found is None:
+        raise ConfigError(f"dense.source={source} is no run or folder of a detector or segmenter: give one")
 
 
 def check_folder(data: DataConfig) -> None:

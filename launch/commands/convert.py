@@ -135,6 +135,7 @@ def _write(
             "--dense.head": dense.kind,
         }
         flags |= {"--plan": arguments.plan, "--dataset": SETS[dense.task], "--data_path": "FOLDER"}
+        flags |= {"--short": str(dense.sides[0]), "--long": str(dense.sides[1])}
         words = [word for flag in flags.items() for word in flag]
         recovery = f"recover it: {hint('train', 'recover_detector', *words)}\n"
     elif not plan_of(teacher.model):

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from ...models.errors import counted
 from ...transfer.config import RunConfig
 from ...transfer.engine.stages import chain, check_stages, train_stages
-from ...transfer.first_checks import check_first, check_places
+from ...transfer.first_checks import check_first, check_head, check_places
 from ..flags import command_parser, parse_command
 from ..load_config import Setting, dump_config, load_config, load_stages, read_recipe
 from ..progress import SCORES
@@ -76,7 +76,8 @@ def _run_stages(arguments: argparse.Namespace, settings: Sequence[Setting]) -> i
         say("---\n".join(f"# stage {stage.name}\n{dump_config(stage.config)}" for stage in shown))
         return 0
     if arguments.dry_run:
-        check_stages(stages)
+        for stage in check_stages(stages):
+            check_head(stage.config)
         say("".join(f"stage {stage.name}: mode {stage.config.mode}, {_describe_length(stage.config)}, "
                                  f"in {stage.config.output_dir}\n" for stage in shown))  # fmt: skip
         from ..plan_text import describe_plan

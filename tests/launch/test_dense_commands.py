@@ -192,3 +192,20 @@ def test_other_classes_are_refused(tmp_path: Path, typed: Typed, detectors: list
     model.settings["class_names"] = ["coin", "saucer", "dahlia"]
     folder = save_dense(model, tmp_path / "saved")
     assert "dahlia" in typed("evaluate", folder, "--dataset", "coco", "--data_path", coco, *HERE, code=2).err
+
+
+@pytest.mark.parametrize("dry", [(), ("--dry_run",)])
+def test_a_head_that_is_not_there_stops_before_the_first_stage(
+    tmp_path: Path, typed: Typed, detectors: list[str], coco: Path, dry: tuple[str, ...]
+) -> None:
+    words = (
+        "recover_detector",
+        "--teacher",
+        detectors[0],
+        "--data_path",
+        coco,
+        "--output_dir",
+        tmp_path / "run",
+    )
+    assert "dense.source" in typed("train", *words, *HERE, *dry, code=2).err
+    assert not (tmp_path / "run").exists()

@@ -21,7 +21,7 @@ from ...checkpoints.files import safe_name
 from ...checkpoints.sources import STUDENTS
 from ...models.errors import ConfigError, GraftError, JsonDict
 from ..config import RunConfig
-from ..first_checks import check_first
+from ..first_checks import check_first, check_head
 from ..setting import find_unread, without
 from .resume_check import refuse_existing
 
@@ -125,6 +125,7 @@ def train_stages(stages: Sequence[Stage]) -> StagesResult:
     Raises GraftError as `train`.
     """
     chained = check_stages(stages)
+    _check_each(chained, check_head)
     from ...checkpoints.model_folders import STAGES_FILE
     from .train import train
 
