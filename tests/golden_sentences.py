@@ -35,7 +35,8 @@ GOLDEN = {
         "revision='v1' is of the hub, and 'teacher' is on this disk: leave it out",
     "checkpoint stripp teacher":
         "unknown action 'stripp'; did you mean 'strip'? valid: convert, info, inspect, save, strip",
-    "layers student --dataset digits": "--teacher is missing: give the model that the student was converted from",
+    "hybrid teacher --dataset digits":
+        "--output_dir is missing: give a folder, in which everything that is measured stays",
     "data": "data.data_path is not set: give the data set's folder, or data.dataset=digits to try",
     "data digits --out no/look.png":
         "argument --out: 'no/look.png' cannot be written: its folder does not exist; create it first; "

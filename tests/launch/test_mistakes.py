@@ -54,12 +54,12 @@ MISTAKES = [
     ("checkpoint save teacher x --blr 1", "--blr has no effect on this command"),
     ("convert teacher --plan '*: linear' --num_workers 0", "`graftvit convert --help` lists the valid flags"),
     ("checkpoint inspect none.pth", "none.pth cannot be read: No such file"),
+    ("hybrid teacher --macs 1.9 --dataset digits --output_dir x", "--macs"),
+    ("hybrid teacher --keep x --dataset digits --output_dir x", "--keep"),
     (
-        "layers student --teacher teacher --keep 9 --dataset digits",
-        "keep=9: the student has 2 converted layers",
+        "hybrid teacher --student own=teacher --keep 1 --dataset digits --output_dir x",
+        "own converts no layer",
     ),
-    ("layers student --teacher teacher --batches 0 --dataset digits", "--batches"),
-    ("layers teacher --teacher teacher --dataset digits", "no layer of the student is converted"),
     ("train --mode scratch --dataset digits --model vit_tiny_patch16_224.nope --dry_run", "no tag 'nope'"),
     ("train --mode scratch --dataset digits --batch_size 9223372036854775807 --dry_run", "--batch_size is"),
     (

@@ -233,7 +233,7 @@ VIT = "vit_tiny_patch16_224"
         ("export teacher out.pt2 --opset 18", "opset 18 is of ONNX"),
         ("benchmark operators --operators linaer", "did you mean 'linear'"),
         ("benchmark models gone/it --plan *:linear", "gone/it"),
-        ("layers teacher --teacher gone/it --dataset digits", "gone/it"),
+        ("hybrid gone/it --macs 0.9 --dataset digits --output_dir mix", "gone/it"),
         ("data digits --images 0", "--images: give a whole number, 1 or more"),
     ],
 )
@@ -251,7 +251,7 @@ def test_wrong_words_are_refused_before_anything_is_written(folder: Path, words:
         ("convert teacher --plan *:linear --output_dir new --calibrate 4 --dataset digits", "new", 1),
         ("export teacher out.pt2", "out.pt2", 1),
         ("benchmark operators --operators linear --tokens 16", "benchmark/operators", 1),
-        ("layers teacher --teacher teacher --dataset digits --workers 1", None, 2),
+        ("hybrid teacher --macs 0.9 --dataset digits --workers 1 --output_dir mix", "mix", 2),
         ("data images --out look.png", "look.png", 1),
     ],
 )
@@ -273,7 +273,7 @@ def test_what_lies_on_the_nodes_alone_is_not_looked_for(folder: Path) -> None:
         "evaluate /node/run --data_path /node/data --metrics top1",
         "convert /node/model --plan *:linear --output_dir new",
         "export /node/model out.pt2",
-        "layers /node/student --teacher /node/teacher --data_path /node/data",
+        "hybrid /node/teacher --student own=/node/own --data_path /node/data --output_dir new",
         "benchmark models /node/model --plan *:linear",
         "data /node/data",
     ):
