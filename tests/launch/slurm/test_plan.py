@@ -241,7 +241,8 @@ def test_wrong_words_are_refused_before_anything_is_written(folder: Path, words:
     make_teacher(folder / "teacher")
     with pytest.raises(GraftError, match=re.escape(sentence)):
         plan_work(words.split(), folder / "jobs_here", LOCAL)
-    assert sorted(path.name for path in folder.iterdir()) == ["teacher"]
+    kept = {"teacher", "xdg"}  # the settings of libraries, which the first import may write
+    assert {path.name for path in folder.iterdir()} <= kept
 
 
 @pytest.mark.parametrize(
