@@ -32,7 +32,7 @@ from ..models.cost import count_operations
 from ..models.errors import ConfigError, TransferError
 from ..models.families import classifier_of, family_of, image_channels, image_size, sites
 from .align import check_alike
-from .analysis.benchmark_cases import Prices, Step, peak_bytes, step_of, time_steps
+from .analysis.benchmark_cases import Prices, Step, machine, peak_bytes, step_of, time_steps
 
 KEEP = "keep"
 """The teacher's own attention."""
@@ -182,7 +182,9 @@ def end_of(model: nn.Module, images: Tensor) -> Tensor:
     """Return the logarithms of the probabilities of classes (B, C), or the final tokens (B, N, D) without a head."""
     if isinstance(classifier_of(model), nn.Linear):
         logits: Tensor = model(images)
-        return logits.float().log_softmax(-1)
+        return logits.double().log_softmax(
+            -1
+        )  # the error of a mix near the teacher is below float32's rounding
     family = family_of(model)
     return family.tokens(family.features(model, images)).float()
 
@@ -217,9 +219,8 @@ class Scale:
     def costs(self, measure: Measure, models: Mapping[str, nn.Module]) -> dict[str, float]:
         """Return the cost of each model: seconds, multiplications, pJ or bytes of a batch, or layers kept.
 
-        Bytes are the most that a forward pass of training holds at once.
-
-        Seconds are processor time of all threads on a CPU, and are measured in turn.
+        Seconds are measured in turn, and are processor time of all threads on a CPU. Bytes are the most that a
+        forward pass of training holds at once.
         """
         if measure == "latency":
             times = time_steps(
@@ -280,8 +281,8 @@ class Journal:
         for record in read_records(self.path, refusal=ConfigError):
             if record.get("settings") != self.settings:
                 raise ConfigError(
-                    f"{self.path} has numbers of another teacher, of other images or students: take another "
-                    "--output_dir, or remove it"
+                    f"{self.path} has numbers of another teacher or of other images: take another --output_dir, or "
+                    "remove it"
                 )
             if record.get("key") == key:
                 found: T = record["value"]
@@ -382,7 +383,8 @@ class HybridSearch:
 
     def _where(self, measure: Measure) -> str:
         scale = self.scale
-        return f"{measure} {scale.size[0]}x{scale.size[1]} batch {scale.batch} {scale.device.type}"
+        where = f" on {machine()}" if measure == "latency" else ""
+        return f"{measure} {scale.size[0]}x{scale.size[1]} batch {scale.batch} {scale.device.type}{where}"
 
     def measure(self, measure: Measure, mix: Mix) -> float:
         """Return what `cost` does, measured now."""
@@ -467,6 +469,7 @@ class HybridSearch:
         return self.journal.known(key, partial(self.measure, "latency", mix))
 
     def cheapest(self, cost: Sum) -> Mix:
+        """Return the mix of the least cost, by a sum."""
         names = [KEEP, *self.palette.layers]
         return tuple(
             min(names, key=lambda name: cost.parts.get((layer, name), 0.0 if name == KEEP else np.inf))

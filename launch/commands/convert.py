@@ -192,7 +192,13 @@ def _format_recovery(out: Path, teacher: Pretrained, student: nn.Module, config:
 
     merged = bool(new_merges(teacher.model, student))
     mode = ["align"] if converted_layers(student) and not merged else ["transfer", "--method", "feature"]
-    models = ["--student.model", f"local-dir:{out}", "--teacher.source", teacher.source, *_reading(config)]
+    models = [
+        "--student.model",
+        f"local-dir:{out}",
+        "--teacher.source",
+        teacher.source,
+        *reading_flags(config),
+    ]
     return (
         f"recover it: {hint('train', '--mode', *mode, *models, '--data_path', 'FOLDER')}\n"
         + "the merges are new, and alignment trains layers alone: the command trains the whole student\n"
@@ -200,7 +206,7 @@ def _format_recovery(out: Path, teacher: Pretrained, student: nn.Module, config:
     )
 
 
-def _reading(config: RunConfig) -> list[str]:
+def reading_flags(config: RunConfig) -> list[str]:
     """Return the flags that the source was read by, as a run's teacher has them."""
     given = config.teacher.model_dump(exclude_defaults=True)
     texts = {name: text if isinstance(text, str) else json.dumps(text) for name, text in given.items()}

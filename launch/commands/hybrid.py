@@ -14,6 +14,7 @@ from ..flags import SOURCE_HELP, command_parser, parse_command, source_keywords,
 from ..load_config import Setting, load_config
 from ..say import hint, say, tell
 from ..submitted import Work, check_here
+from .convert import reading_flags
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -54,6 +55,7 @@ SECTIONS = (
 def run(argv: list[str]) -> int:
     """Align what is not aligned yet, measure, choose, and write a folder for each budget."""
     arguments, config = _parse(argv)
+    check_here(str(config.teacher.source), *arguments.student.values(), data=config.data)
     from ...checkpoints.atomic import write_bytes
     from ...checkpoints.pretrained import load_pretrained
     from ...transfer.analysis.report.ink import to_png
@@ -66,15 +68,19 @@ def run(argv: list[str]) -> int:
     found = {budget: search.best(budget) for budget in budgets}
     uniform = {name: search.palette.single(range(search.palette.depth), name) for name in students}
     others = {"teacher": search.palette.kept, **{f"*: {name}": mix for name, mix in uniform.items()}}
-    say(_table(search, found, others))
-    write_bytes(arguments.output_dir / "front.png", to_png(_draw(search, found, others), ground="white"))
+    by_measure: dict[Measure, dict[Budget, Hybrid]] = {}
+    for budget in budgets:
+        by_measure.setdefault(budget.measure, {})[budget] = found[budget]
+    say(
+        "\n".join(_table(search, measure, own, others) for measure, own in by_measure.items())
+        + _notes(search)
+    )
+    write_bytes(arguments.output_dir / "front.png", to_png(_draw(search, by_measure, others), ground="white"))
     for budget, hybrid in found.items():
         if any(name != KEEP for name in hybrid.mix):
-            say(
-                _write(
-                    search.palette, teacher, hybrid.mix, arguments.output_dir / str(budget).replace(" ", "-")
-                )
-            )
+            folder = arguments.output_dir / str(budget).replace(" ", "-")
+            _write(search.palette, teacher, hybrid.mix, folder)
+            say(f"{folder}\n  recover it: {_recovery(folder, config)}\n")
     return 0
 
 
@@ -241,10 +247,12 @@ def _search(
 # What comes out.
 
 
-def _table(search: HybridSearch, found: Mapping[Budget, Hybrid], others: Mapping[str, Mix]) -> str:
+def _table(
+    search: HybridSearch, measure: Measure, found: Mapping[Budget, Hybrid], others: Mapping[str, Mix]
+) -> str:
+    """Return the table of the hybrids under budgets of one measure, below the teacher and the uniform plans."""
     from ...models.converted import whole_plan
 
-    measure = next(iter(found)).measure
     rows = [["", "error", "by the sum", measure, "by the sum", "plan"]]
     for name, mix in others.items():
         rows.append([name, f"{search.error(mix):.4g}", "", f"{search.cost(measure, mix):.3f}", "", ""])
@@ -252,31 +260,45 @@ def _table(search: HybridSearch, found: Mapping[Budget, Hybrid], others: Mapping
         numbers = [f"{number:.4g}" for number in (each.error, each.predicted_error)]
         costs = [f"{number:.3f}" for number in (each.cost, each.predicted_cost)]
         rows.append([str(budget), *numbers, *costs, whole_plan(search.palette.model(each.mix))])
+    return aligned(rows, right=(1, 2, 3, 4))
+
+
+def _notes(search: HybridSearch) -> str:
     kind = "KL of the classes, nats" if search.has_head else "squared distance of the final tokens / variance"
     height, width = search.scale.size
-    return aligned(rows, right=(1, 2, 3, 4)) + (
+    return (
         f"error: {kind}, on {sum(map(len, search.batches))} training images, before recovery\n"
-        f"costs: shares of the teacher's, at {height}x{width}, batch {search.scale.batch}, {search.scale.device}\n"
+        f"costs: shares of the teacher's, at {height}x{width}, batch {search.scale.batch}, {search.scale.device}; of "
+        "keep the number of layers\n"
     )
 
 
-def _write(palette: Palette, teacher: Pretrained, mix: Mix, folder: Path) -> str:
-    """Write a hybrid as a model folder; return the command that recovers it."""
+def _write(palette: Palette, teacher: Pretrained, mix: Mix, folder: Path) -> None:
+    """Write a hybrid as a model folder."""
     from ...checkpoints.student import write_converted
 
     student = palette.model(mix).cpu().requires_grad_(True)
     write_converted(student, folder, teacher, weights="all", overwrite=True)
-    words = ["--mode", "transfer", "--method", "block_output", "--layers", "last:1", "--task_weight", 0]
-    models = ["--student.model", f"local-dir:{folder}", "--teacher", teacher.source]
-    return f"{folder}\n  recover it: {hint('train', *words, *models, '--data_path', 'FOLDER')}\n"
 
 
-def _draw(search: HybridSearch, found: Mapping[Budget, Hybrid], others: Mapping[str, Mix]) -> Figure:
+def _recovery(folder: Path, config: RunConfig) -> str:
+    """Return the command that recovers a hybrid. It has the word FOLDER where the user writes the folder of images."""
+    how = ["--mode", "transfer", "--method", "block_output", "--layers", "last:1", "--task_weight", 0]
+    models = ["--student.model", f"local-dir:{folder}", *reading_flags(config)]
+    return hint("train", *how, *models, "--data_path", "FOLDER")
+
+
+def _draw(
+    search: HybridSearch, found: Mapping[Measure, Mapping[Budget, Hybrid]], others: Mapping[str, Mix]
+) -> Figure:
+    """Draw error against cost, a plot for each measure."""
     from ...transfer.analysis.report.ink import INK, Line, color_of, draw_lines
 
-    measure = next(iter(found)).measure
-    chosen = sorted((each.cost, each.error) for budget, each in found.items() if budget.measure == measure)
-    lines = [Line("hybrids", [cost for cost, _ in chosen], [error for _, error in chosen], INK["light"])]
-    for place, (name, mix) in enumerate(others.items()):
-        lines.append(Line(name, [search.cost(measure, mix)], [search.error(mix)], color_of(place)))
-    return draw_lines({"": lines}, "light", (f"{measure}, share of the teacher's", "error"), ticks=False)
+    panels: dict[str, list[Line]] = {}
+    for measure, hybrids in found.items():
+        chosen = sorted((each.cost, each.error) for each in hybrids.values())
+        lines = [Line("hybrids", [cost for cost, _ in chosen], [error for _, error in chosen], INK["light"])]
+        for place, (name, mix) in enumerate(others.items()):
+            lines.append(Line(name, [search.cost(measure, mix)], [search.error(mix)], color_of(place)))
+        panels[measure] = lines
+    return draw_lines(panels, "light", ("cost", "error"), ticks=False)

@@ -70,6 +70,16 @@ def test_without_a_budget_latencies_from_the_teacher_to_the_cheapest(
     assert found == {"latency-0.9": 1, "latency-0.8": 1, "latency-0.7": 2, "latency-0.6": 2, "latency-0.5": 2}
 
 
+def test_each_measure_has_a_table_of_its_own(tmp_path: Path, teacher: str, typed: Typed) -> None:
+    graftvit.save(graftvit.convert(teacher, "*: uniform"), tmp_path / "cheap")
+    words = ["--student", f"cheap={tmp_path / 'cheap'}", *WORDS[2:], "--output_dir", tmp_path / "out"]
+    first, second, *_ = typed("hybrid", teacher, "--macs", "0.95", "--keep", "1", *words).out.split("\n\n")
+    assert "macs 0.95" in first
+    assert "keep" not in first.splitlines()[0]
+    assert "keep 1" in second
+    assert "macs" not in second.splitlines()[0]
+
+
 @pytest.mark.parametrize(
     ("words", "named"),
     [
@@ -78,13 +88,17 @@ def test_without_a_budget_latencies_from_the_teacher_to_the_cheapest(
         (["--keep", "-1"], "--keep"),
         (["--macs", "0.9", "--operators", "nosuch"], "nosuch"),
         (["--macs", "0.9", "--student", "linear"], "--student"),
+        (["--macs", "0.9", "--student", "own=/nowhere/at/all"], "/nowhere/at/all"),
         (["--macs", "0.9", "--student", "linear=x"], "linear"),
         (["--macs", "0.01"], "cheapest"),
     ],
 )
 def test_mistakes_are_named(words: list[str], named: str, tmp_path: Path, teacher: str, typed: Typed) -> None:
-    said = typed("hybrid", teacher, *WORDS, *words, "--output_dir", tmp_path / "out", code=2)
-    assert named in said.err
+    out = tmp_path / "out"
+    assert named in typed("hybrid", teacher, *WORDS, *words, "--output_dir", out, code=2).err
+    assert out.exists() == (named in ("cheapest", "nosuch")), (
+        "what can be known first is refused before anything is trained"
+    )
 
 
 @pytest.mark.slow

@@ -61,7 +61,7 @@ def scored(model: Any, folder: Path, *wanted: str) -> dict[str, float]:
 
 
 def read(folder: Path, split: str, model: Any) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Each image as the model takes it, (1, 3, H, W), and its labels (h, w), 255 where there is none."""
+    """Each image as the model takes it, (1, 3, H, W), and the labels of its pixels (h, w); 255 has no class."""
     found = []
     spec = Preprocessing.of(model)
     mean, std = (torch.tensor(each)[:, None, None] for each in (spec.mean, spec.std))
