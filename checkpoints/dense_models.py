@@ -13,7 +13,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..models.conversion import sharing_copy, with_own_plan
-from ..models.dense.dense_model import DETECTION, SEGMENTATION, DenseModel, create_dense
+from ..models.dense import DETECTION, SEGMENTATION
+from ..models.dense.dense_model import DenseModel, create_dense
 from ..models.errors import CheckpointError, GraftError, JsonDict, check_types
 from ..models.small import without_memory
 from .architecture import build, one_line

@@ -7,6 +7,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import ValidationInfo, field_validator
 
+from ..models.dense import DESIGNS, DETECTION, SEGMENTATION, Kind
 from .setting import LOCAL, Need, Section, in_mode, setting
 
 MatchName = Literal["output", "map", "probes", "rows"]
@@ -48,23 +49,20 @@ class PretrainConfig(Section):
     )
 
 
-HeadName = Literal["retinanet", "mask_rcnn", "semantic_fpn", "upernet"]
-DETECTORS = ("retinanet", "mask_rcnn")
+DETECTORS, SEGMENTERS = (
+    ", ".join(kind for kind, each in DESIGNS.items() if each.task == task)
+    for task in (DETECTION, SEGMENTATION)
+)
 HEADED = Need(
     lambda run: run.dense.head is not None,
     "without dense.head, which makes the student a detector or a segmenter: leave it out, or set dense.head",
 )
 OF_DETECTORS = Need(
-    lambda run: run.dense.head in DETECTORS,
+    lambda run: run.dense.task == DETECTION,
     "with dense.head={run.dense.head}, which finds no objects: leave it out",
 )
-OF_SEGMENTERS = Need(
-    lambda run: run.dense.head not in DETECTORS,
-    "with dense.head={run.dense.head}, which labels no pixels: leave it out",
-)
-
 OF_MASKS = Need(
-    lambda run: run.dense.head == "mask_rcnn",
+    lambda run: run.dense.head is None or DESIGNS[run.dense.head].has_masks,
     "with dense.head={run.dense.head}, which has no proposals: leave it out",
 )
 
@@ -72,9 +70,9 @@ OF_MASKS = Need(
 class DenseConfig(Section):
     """Detection and segmentation: the head on the student's maps, and how images are resized and cropped."""
 
-    head: HeadName | None = setting(
+    head: Kind | None = setting(
         None,
-        "head that makes the student a detector (retinanet, mask_rcnn) or a segmenter (semantic_fpn, upernet); a "
+        f"head that makes the student a detector ({DETECTORS}) or a segmenter ({SEGMENTERS}); a "
         "classifier by default",
         see="[dense tasks](dense.md)",
     )
@@ -125,6 +123,4 @@ class DenseConfig(Section):
     @property
     def task(self) -> Literal["classification", "detection", "segmentation"]:
         """What the student is to do."""
-        if self.head is None:
-            return "classification"
-        return "detection" if self.head in DETECTORS else "segmentation"
+        return "classification" if self.head is None else DESIGNS[self.head].task

@@ -20,10 +20,9 @@ from torchvision.ops import feature_pyramid_network as fpn
 from ..errors import ConfigError, GraftError, JsonDict, UnsupportedModelError
 from ..families import any_family, create_timm_model, image_size
 from ..small import without_memory
+from . import FINEST
 
 Maps: TypeAlias = list[Tensor]
-FINEST = 4
-"""The smallest stride of a map that is used: convolutional networks have larger maps, which no head reads."""
 ANY_SIZE: tuple[JsonDict, ...] = ({}, {"strict_img_size": False}, {"dynamic_img_size": True})
 """Arguments of timm's constructors with which a model takes images of any size; the first that do are used."""
 PROBE = (448, 672)

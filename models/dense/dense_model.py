@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from inspect import signature
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -15,41 +15,18 @@ from torch import Tensor, nn
 from torchvision.transforms.v2.functional import to_dtype
 
 from ..errors import ConfigError, DataError, JsonDict, check_types, did_you_mean, kind_of
-from . import IGNORED
-from .backbone import FINEST, Backbone, Levels, Maps, Prepared, Pyramid, SimplePyramid, divisor_of
-from .detectors import MaskRCNNBoxes, RetinaNetBoxes, Sizes
-from .segmenters import SemanticFPNHead, UPerNetHead
-
-Kind = Literal["retinanet", "mask_rcnn", "semantic_fpn", "upernet"]
-DETECTION, SEGMENTATION = "detection", "segmentation"
+from . import DESIGNS, DETECTION, IGNORED, SEGMENTATION, Design, Kind, detectors, segmenters
+from .backbone import Backbone, Levels, Maps, Prepared, Pyramid, SimplePyramid, divisor_of
+from .detectors import Sizes
 
 
-@dataclass(frozen=True)
-class Design:
-    """What a kind of model is made of."""
-
-    task: str
-    head: Callable[..., nn.Module]
-    finest: int = FINEST
-    """The smallest stride of the levels."""
-    extra: int = 0
-    """The number of levels beyond those of the backbone, as of `backbone.Pyramid`."""
-    width: int = 256
-    has_neck: bool = True
-    """Whether a pyramid gets a neck; the one map of a plain vision transformer always does."""
-
-    @property
-    def settings(self) -> list[str]:
-        """The settings of the head, besides its levels, width and classes."""
-        return list(signature(self.head).parameters)[3:]
+def _head_of(kind: Kind) -> Callable[..., nn.Module]:
+    return vars(detectors if DESIGNS[kind].task == DETECTION else segmenters)[DESIGNS[kind].head]  # type: ignore[no-any-return]
 
 
-DESIGNS: dict[str, Design] = {
-    "retinanet": Design(DETECTION, RetinaNetBoxes, finest=8, extra=2),
-    "mask_rcnn": Design(DETECTION, MaskRCNNBoxes, extra=1),
-    "semantic_fpn": Design(SEGMENTATION, SemanticFPNHead),
-    "upernet": Design(SEGMENTATION, UPerNetHead, width=512, has_neck=False),
-}
+def _settings(kind: Kind) -> list[str]:
+    """Return the settings of a head, besides its levels, width and classes."""
+    return list(signature(_head_of(kind)).parameters)[3:]
 
 
 class DenseModel(nn.Module):
@@ -61,10 +38,10 @@ class DenseModel(nn.Module):
     """
 
     def __init__(
-        self, kind: str, backbone: Backbone, neck: nn.Module, head: nn.Module, settings: JsonDict
+        self, kind: Kind, backbone: Backbone, neck: nn.Module, head: nn.Module, settings: JsonDict
     ) -> None:
         super().__init__()
-        self.kind, self.task = kind, DESIGNS[kind].task
+        self.kind, self.design, self.task = kind, DESIGNS[kind], DESIGNS[kind].task
         self.backbone, self.neck, self.head = backbone, neck, head
         self.settings = settings
         """The arguments of `create_dense` except the body; JSON."""
@@ -109,7 +86,7 @@ class DenseModel(nn.Module):
     def checked(self, target: Mapping[str, Any], image: Tensor) -> JsonDict:
         """Return a copy of the target of an image. Raises DataError: it lacks something, or does not fit."""
         detects, size = self.task == DETECTION, tuple(image.shape[-2:])
-        wanted = [*(["boxes"] if detects else []), "labels", *(["masks"] if self.kind == "mask_rcnn" else [])]
+        wanted = [*(["boxes"] if detects else []), "labels", *(["masks"] if self.design.has_masks else [])]
         missing = [name for name in wanted if name not in target] if isinstance(target, Mapping) else wanted
         if missing:
             raise DataError(f"a target has no {missing[0]!r}: that of a {self.kind} has {', '.join(wanted)}")
@@ -198,8 +175,8 @@ RANGES: dict[str, tuple[float, float]] = {
 }  # fmt: skip
 
 
-def _check_ranges(kind: str, given: Mapping[str, float]) -> None:
-    valid = ("num_classes", "width", "size_divisor", "short", "long", *DESIGNS[kind].settings)
+def _check_ranges(kind: Kind, given: Mapping[str, float]) -> None:
+    valid = ("num_classes", "width", "size_divisor", "short", "long", *_settings(kind))
     for name, value in given.items():
         if name not in valid:
             raise ConfigError(f"{kind} has no setting {name!r}; {did_you_mean(name, valid)}")
@@ -225,7 +202,7 @@ def create_dense(
     """Return a detector or segmenter with a fresh neck and head on a timm model, whose weights are kept.
 
     Args:
-        kind: "retinanet", "mask_rcnn", "semantic_fpn" or "upernet".
+        kind: a name in `models.dense.DESIGNS`, as `dense.head`.
         body: a pyramid or a plain vision transformer, of timm or converted, for images of any size
             (`any_size_arguments`); its classifier and last norm are removed.
         num_classes: without background.
@@ -252,7 +229,7 @@ def create_dense(
     if class_names and len(class_names) != num_classes:
         raise ConfigError(f"{len(class_names)} class names are given for num_classes={num_classes}")
     design, described = DESIGNS[kind], getattr(body, "pretrained_cfg", None) or {}
-    head = {name: given[name] for name in design.settings if name in given}
+    head = {name: given[name] for name in _settings(kind) if name in given}
     width = width or design.width
     backbone, divisor = Backbone(body, norms), divisor_of(body)
     if size_divisor is not None and size_divisor % divisor:
@@ -266,7 +243,7 @@ def create_dense(
         "size_divisor": size_divisor or divisor,
     }
     levels, neck = _neck(design, backbone, width)
-    made = design.head(levels, width, num_classes, **head)
+    made = _head_of(kind)(levels, width, num_classes, **head)
     return DenseModel(kind, backbone, neck, made, settings)
 
 

@@ -24,6 +24,7 @@ from ...checkpoints.pretrained import read_outline
 from ...models.conversion import ARCHITECTURE as CONVERTED
 from ...models.conversion import converted_layers
 from ...models.copying.teacher_view import ShownImages
+from ...models.dense import DESIGNS, Design
 from ...models.dense.backbone import Maps, Prepared, any_size_arguments, divisor_of
 from ...models.dense.dense_model import DenseModel, create_dense, prepare
 from ...models.errors import ConfigError, JsonDict
@@ -47,8 +48,6 @@ from .goals import Goal, Models
 from .tasks import AlignTask, Losses, Task
 
 logger = logging.getLogger(__name__)
-BEST = {"retinanet": "box_ap", "mask_rcnn": "mask_ap", "semantic_fpn": "miou", "upernet": "miou"}
-"""What picks the best state, by head."""
 
 
 class DenseTask(Task):
@@ -164,7 +163,12 @@ class Dense(Goal):
 
     @property
     def best(self) -> str | None:
-        return None if self.config.facts.aligns else BEST[str(self.config.dense.head)]
+        return None if self.config.facts.aligns else self._design.best
+
+    @property
+    def _design(self) -> Design:
+        assert self.config.dense.head is not None
+        return DESIGNS[self.config.dense.head]
 
     def image_size(self, spec: Preprocessing, model: nn.Module) -> tuple[int, int]:
         dense = self.config.dense
@@ -201,7 +205,7 @@ class Dense(Goal):
     def _how(self) -> JsonDict:
         dense = self.config.dense
         augment = DenseAugment(**dict(dense), hflip=self.config.data.hflip)
-        return {"augment": augment, "masks": dense.head == "mask_rcnn"}
+        return {"augment": augment, "masks": self._design.has_masks}
 
     def check_data(self, data: DataConfig) -> None:
         task, dense = check_dense(data, (data.train_split, data.val_split)), self.config.dense

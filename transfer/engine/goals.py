@@ -1,6 +1,6 @@
 """What a student is to do. A goal says which images are read, what a step learns from them, and what is measured.
 
-A goal is one class in a file of its own, with the heads of `dense.head` that it has; classification has none.
+A goal is one class in a file of its own. Runs with a `dense.head` have `Dense`, others classify.
 """
 
 from __future__ import annotations

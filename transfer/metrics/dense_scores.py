@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
-from ...models.dense import IGNORED
-from ...models.dense.dense_model import DETECTION, DenseModel
+from ...models.dense import DETECTION, IGNORED
+from ...models.dense.dense_model import DenseModel
 from ...models.errors import ConfigError, DataError, kind_of
 from ...models.families import evaluating
 from ..config import DataConfig
@@ -177,7 +177,7 @@ def score_dense(
     """Return average precision, or mean IoU and pixel accuracy, of a model in eval mode on the valid images."""
     scores: BoxScores | MeanIoU = MeanIoU(model.num_classes)
     if model.task == DETECTION:
-        scores = BoxScores(model.num_classes, masks=model.kind == "mask_rcnn")
+        scores = BoxScores(model.num_classes, masks=model.design.has_masks)
     for batch in batches:
         rows = batch.valid.nonzero()[:, 0].tolist()
         seen = batch.only(rows or [0]).to(device)  # a sharded model runs on every process
@@ -210,7 +210,7 @@ def loader_for(
     if task != model.task:
         raise ConfigError(f"{name} does {model.task}, and data.dataset={data.dataset} is of {task}")
     augment = DenseAugment.to_evaluate(model.sides, sizes)
-    masks = model.kind == "mask_rcnn"
+    masks = model.design.has_masks
     loader = create_dense_eval_loader(data, augment, masks=masks, names=names, **ranks)
     if loader.num_classes != model.num_classes:
         raise DataError(

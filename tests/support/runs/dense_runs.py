@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from graftvit.models.dense import DESIGNS, SEGMENTATION, Kind
 from graftvit.transfer.config import RunConfig
 from support.files.dense_scenes import composed, write_ade20k, write_coco
 from support.runs.engine_runs import config
@@ -30,9 +31,9 @@ def small_ade20k(folder: Path) -> Path:
     return write_ade20k(folder, {"training": splits["train"], "validation": splits["validation"]})
 
 
-def run(folder: Path, images: Path, head: str = "retinanet", **sections: Any) -> RunConfig:
+def run(folder: Path, images: Path, head: Kind = "retinanet", **sections: Any) -> RunConfig:
     """Two epochs of three steps on images of several sizes."""
-    segments = head in ("semantic_fpn", "upernet")
+    segments = DESIGNS[head].task == SEGMENTATION
     student = {"model": "pvt_v2_b0", "model_args": PVT, "drop_path": 0.1}
     base: dict[str, Any] = {
         "student": student,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import graftvit
 import pytest
@@ -12,6 +12,7 @@ import timm
 import torch
 from graftvit.checkpoints.dense_models import load_dense, save_dense
 from graftvit.checkpoints.state import read_state
+from graftvit.models.dense import DESIGNS, DETECTION, Kind
 from graftvit.models.dense.dense_model import create_dense
 from graftvit.models.errors import ConfigError, DataError, TransferError
 from graftvit.models.families import create_timm_model
@@ -31,16 +32,15 @@ def ade20k(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return small_ade20k(tmp_path_factory.mktemp("ade20k"))
 
 
-@pytest.mark.parametrize("head", ["retinanet", "mask_rcnn", "semantic_fpn", "upernet"])
+@pytest.mark.parametrize("head", get_args(Kind))
 def test_a_run_learns_measures_resumes_and_leaves_its_model(
-    tmp_path: Path, coco: Path, ade20k: Path, head: str
+    tmp_path: Path, coco: Path, ade20k: Path, head: Kind
 ) -> None:
-    segments = head in ("semantic_fpn", "upernet")
-    folder = resume_cut(lambda folder: run(folder, ade20k if segments else coco, head), tmp_path)
+    images = coco if DESIGNS[head].task == DETECTION else ade20k
+    folder = resume_cut(lambda folder: run(folder, images, head), tmp_path)
     last = records(folder)[-1]
-    best = {"retinanet": "box_ap", "mask_rcnn": "mask_ap"}.get(head, "miou")
-    assert 0 <= last[f"test_{best}"] <= 1
-    assert 0 <= last[f"test_ema_{best}"] <= 1
+    assert 0 <= last[f"test_{DESIGNS[head].best}"] <= 1
+    assert 0 <= last[f"test_ema_{DESIGNS[head].best}"] <= 1
     assert math.isfinite(last["train_loss"])
     model = load_dense(folder)
     state = read_state(folder / "checkpoints" / "last.safetensors").tensors

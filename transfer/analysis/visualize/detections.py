@@ -17,7 +17,8 @@ from torchvision.transforms.v2.functional import to_dtype, to_image
 
 from ....checkpoints.atomic import write_text
 from ....checkpoints.dense_models import load_dense
-from ....models.dense.dense_model import DETECTION, DenseModel
+from ....models.dense import DETECTION
+from ....models.dense.dense_model import DenseModel
 from ....models.errors import JsonDict
 from ...config import RunConfig
 from ...data.dense import DenseAugment
