@@ -61,6 +61,10 @@ OF_DETECTORS = Need(
     lambda run: run.dense.task == DETECTION,
     "with dense.head={run.dense.head}, which finds no objects: leave it out",
 )
+OF_ANCHORS = Need(
+    lambda run: run.dense.head is None or DESIGNS[run.dense.head].has_anchors,
+    "with dense.head={run.dense.head}, which has no anchors: leave it out",
+)
 OF_MASKS = Need(
     lambda run: run.dense.head is None or DESIGNS[run.dense.head].has_masks,
     "with dense.head={run.dense.head}, which has no proposals: leave it out",
@@ -85,7 +89,7 @@ class DenseConfig(Section):
         [], "outputs of the backbone, from 0, that go through a LayerNorm of their own", HEADED
     )
     anchor_scale: float | None = setting(
-        None, "smallest anchor in strides; 4 of retinanet, 8 of mask_rcnn", HEADED, OF_DETECTORS, gt=0
+        None, "smallest anchor in strides; 4 of retinanet, 8 of mask_rcnn", HEADED, OF_ANCHORS, gt=0
     )
     samples: int | None = setting(
         None, "proposals of mask_rcnn that teach an image; 512, fewer are faster", HEADED, OF_MASKS, gt=0

@@ -9,7 +9,7 @@ FINEST = 4
 """The smallest stride of a map that is used: convolutional networks have larger maps, which no head reads."""
 DETECTION: Final = "detection"
 SEGMENTATION: Final = "segmentation"
-Kind = Literal["retinanet", "mask_rcnn", "semantic_fpn", "upernet"]
+Kind = Literal["retinanet", "mask_rcnn", "fcos", "semantic_fpn", "upernet"]
 
 
 @dataclass(frozen=True)
@@ -28,12 +28,14 @@ class Design:
     width: int = 256
     has_neck: bool = True
     """Whether a pyramid gets a neck; the one map of a plain vision transformer always does."""
+    has_anchors: bool = False
     has_masks: bool = False
 
 
 DESIGNS: dict[Kind, Design] = {
-    "retinanet": Design("RetinaNetBoxes", "box_ap", finest=8, extra=2),
-    "mask_rcnn": Design("MaskRCNNBoxes", "mask_ap", extra=1, has_masks=True),
+    "retinanet": Design("RetinaNetBoxes", "box_ap", finest=8, extra=2, has_anchors=True),
+    "mask_rcnn": Design("MaskRCNNBoxes", "mask_ap", extra=1, has_anchors=True, has_masks=True),
+    "fcos": Design("FCOSBoxes", "box_ap", finest=8, extra=2),
     "semantic_fpn": Design("SemanticFPNHead", "miou", SEGMENTATION),
     "upernet": Design("UPerNetHead", "miou", SEGMENTATION, width=512, has_neck=False),
 }

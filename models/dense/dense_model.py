@@ -214,7 +214,7 @@ def create_dense(
         size_divisor: images are padded to multiples of it; the largest stride.
         short: the shorter side of an image of a file when it is evaluated or shown.
         long: at most the longer one.
-        anchor_scale: of detection, the smallest anchor in strides; 4, and 8 of Mask R-CNN.
+        anchor_scale: of RetinaNet and Mask R-CNN, the smallest anchor in strides; 4, and 8 of Mask R-CNN.
         score_threshold: of detection, the least score of a box; .05.
         detections: of detection, the most boxes of an image; 100.
         samples: of Mask R-CNN, the proposals that teach an image; 512.

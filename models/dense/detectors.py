@@ -1,4 +1,4 @@
-"""RetinaNet and Mask R-CNN of torchvision's parts, with the published settings of detectors on pyramids.
+"""RetinaNet, FCOS and Mask R-CNN of torchvision's parts, with the published settings of detectors on pyramids.
 
 Matching, sampling, losses and the choice of boxes are torchvision's; boxes are (x1, y1, x2, y2) in pixels.
 """
@@ -7,14 +7,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map  # as torchvision does
-from torchvision.models.detection import MaskRCNN, RetinaNet
+from torchvision.models.detection import FCOS, MaskRCNN, RetinaNet
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
+from torchvision.models.detection.fcos import FCOSClassificationHead, FCOSHead, FCOSRegressionHead
 from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
 from torchvision.models.detection.retinanet import RetinaNetHead
@@ -33,8 +35,10 @@ Sizes = Sequence[tuple[int, int]]
 class ExactAnchors(AnchorGenerator):
     """Anchors of the published sizes and strides, where torchvision rounds both; in float32 under autocast, too."""
 
-    def __init__(self, sizes: Sequence[tuple[float, ...]], strides: Sequence[int]) -> None:
-        super().__init__(tuple(sizes), (RATIOS,) * len(sizes))
+    def __init__(
+        self, sizes: Sequence[tuple[float, ...]], strides: Sequence[int], ratios: tuple[float, ...] = RATIOS
+    ) -> None:
+        super().__init__(tuple(sizes), (ratios,) * len(sizes))
         self.strides = strides
 
     def generate_anchors(self, scales: Any, aspect_ratios: Any, *_: Any, **__: Any) -> Tensor:
@@ -80,7 +84,33 @@ def _targets(prepared: Prepared, like: Tensor, background: int = 0) -> list[Json
     ]
 
 
-class RetinaNetBoxes(RetinaNet):
+class _OneStage(nn.Module):
+    """What torchvision's detectors without proposals share."""
+
+    def losses(self: Any, prepared: Prepared, levels: Maps) -> dict[str, Tensor]:
+        """Return the losses of classes and of boxes, and of the centerness of FCOS."""
+        outputs, anchors, counts = self._run(prepared, levels)
+        more = (counts,) if isinstance(self, FCOS) else ()
+        found: dict[str, Tensor] = self.compute_loss(_targets(prepared, levels[0]), outputs, anchors, *more)
+        return found
+
+    def predict(self: Any, prepared: Prepared, levels: Maps, original_sizes: Sizes) -> list[JsonDict]:
+        """Return `boxes`, `scores` and `labels` of each image, at its original size."""
+        outputs, anchors, counts = self._run(prepared, levels)
+        by_level = {name: each.split(counts, 1) for name, each in outputs.items()}
+        by_image = [each.split(counts) for each in anchors]
+        found = self.postprocess_detections(by_level, by_image, prepared.sizes)
+        result: list[JsonDict] = self.transform.postprocess(found, prepared.sizes, original_sizes)
+        return result
+
+    def _run(self: Any, prepared: Prepared, levels: Maps) -> tuple[Any, list[Tensor], list[int]]:
+        """Return the outputs of the head, the anchors of each image, and the number of those of each level."""
+        anchors = self.anchor_generator(ImageList(prepared.tensors, prepared.sizes), levels)
+        per_token = self.anchor_generator.num_anchors_per_location()[0]
+        return in_float32(self.head(levels)), anchors, [per_token * each[0, 0].numel() for each in levels]
+
+
+class RetinaNetBoxes(_OneStage, RetinaNet):
     """The head of RetinaNet (Lin et al. 2017, arXiv:1708.02002): 9 anchors a token of each level, focal loss and L1.
 
     Anchors are `anchor_scale` times the stride times 1, 2^(1/3) and 2^(2/3). The losses of an image are divided by its
@@ -102,25 +132,31 @@ class RetinaNetBoxes(RetinaNet):
             detections_per_img=detections,
         )
 
-    def losses(self, prepared: Prepared, levels: Maps) -> dict[str, Tensor]:
-        """Return the losses of classes and of boxes."""
-        outputs, anchors = self._run(prepared, levels)
-        found: dict[str, Tensor] = self.compute_loss(_targets(prepared, levels[0]), outputs, anchors)
-        return found
 
-    def predict(self, prepared: Prepared, levels: Maps, original_sizes: Sizes) -> list[JsonDict]:
-        """Return `boxes`, `scores` and `labels` of each image, at its original size."""
-        outputs, anchors = self._run(prepared, levels)
-        counts = [9 * each.shape[2] * each.shape[3] for each in levels]
-        by_level = {name: each.split(counts, 1) for name, each in outputs.items()}
-        by_image = [each.split(counts) for each in anchors]
-        found = self.postprocess_detections(by_level, by_image, prepared.sizes)
-        result: list[JsonDict] = self.transform.postprocess(found, prepared.sizes, original_sizes)
-        return result
+class FCOSBoxes(_OneStage, FCOS):
+    """The head of FCOS (Tian et al. 2019, arXiv:1904.01355): four distances and a centerness of each token, no anchors.
 
-    def _run(self, prepared: Prepared, levels: Maps) -> tuple[dict[str, Tensor], list[Tensor]]:
-        images = ImageList(prepared.tensors, prepared.sizes)
-        return in_float32(self.head(levels)), self.anchor_generator(images, levels)
+    A token learns the smallest box around it whose center is within 1.5 strides, and whose largest distance is from 4
+    to 8 strides; the finest level also has smaller ones, the coarsest larger ones. Focal loss, GIoU, and cross-entropy
+    of the centerness are divided by the positive tokens of the batch. A score is the root of class times centerness;
+    overlaps of .6 are suppressed. Arguments are those of `create_dense`.
+    """
+
+    def __init__(
+        self, levels: Levels, width: int, num_classes: int, score_threshold: float = 0.05, detections: int = 100,
+    ) -> None:  # fmt: skip
+        norm = partial(nn.GroupNorm, math.gcd(32, width, max(1, width // 8)))  # 32 of 256 channels
+        head = FCOSHead(width, 1, num_classes, num_convs=0)  # its norms refuse 16 channels
+        head.classification_head = FCOSClassificationHead(width, 1, num_classes, norm_layer=norm)
+        head.regression_head = FCOSRegressionHead(width, 1, norm_layer=norm)
+        super().__init__(
+            _Outside(width),
+            num_classes,
+            anchor_generator=ExactAnchors([(stride,) for stride in levels.strides], levels.strides, (1.0,)),
+            head=head,
+            score_thresh=score_threshold,
+            detections_per_img=detections,
+        )
 
 
 class MaskRCNNBoxes(MaskRCNN):

@@ -11,6 +11,7 @@ import pytest
 import torch
 from graftvit.checkpoints.dense_models import load_dense, save_dense
 from graftvit.models.conversion import plan_of
+from graftvit.models.dense import Kind
 from graftvit.transfer.engine.train import train
 from support.runs.dense_runs import run, small_ade20k, small_coco
 from support.runs.engine_runs import records
@@ -28,7 +29,7 @@ def coco(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def detectors(tmp_path_factory: pytest.TempPathFactory, coco: Path) -> list[str]:
     folder = tmp_path_factory.mktemp("runs")
-    heads = ("retinanet", "mask_rcnn")
+    heads: tuple[Kind, ...] = ("retinanet", "mask_rcnn", "fcos")
     return [str(train(run(folder / head, coco, head, optim=SHORT)).output_dir) for head in heads]
 
 

@@ -12,13 +12,22 @@ from graftvit.models.small import without_memory
 from torch import nn
 
 REGISTERED = (attnzero, cswin_models, lit)
-RETINANET, MASK_RCNN, SEMANTIC_FPN, UPERNET = "retinanet", "mask_rcnn", "semantic_fpn", "upernet"
+RETINANET, MASK_RCNN, FCOS, SEMANTIC_FPN, UPERNET = (
+    "retinanet",
+    "mask_rcnn",
+    "fcos",
+    "semantic_fpn",
+    "upernet",
+)
 OPEN = {"strict_img_size": False}
 AT_800, AT_512 = ({**OPEN, "img_size": side} for side in (800, 512))
 BACKGROUND = 4 * 1025 + 257
 """torchvision has boxes and a mask of the background, too: four rows of 1,024 weights and a bias, one of 256."""
 CLASS_POSITION = 512
 """The published LIT-Ti keeps the position of its class token, which its detectors do not have."""
+
+OF_TORCHVISION = 32_269_600 - 23_454_912 - 3_868_672
+"""The FCOS that torchvision published, with 91 classes, without its ResNet-50 and its neck."""
 
 # (timm's name, arguments, kind, outputs with a norm, published parameters)
 PUBLISHED: list[tuple[str, dict[str, Any], str, tuple[int, ...], int]] = [
@@ -45,6 +54,7 @@ PUBLISHED: list[tuple[str, dict[str, Any], str, tuple[int, ...], int]] = [
 ]
 PARTS: list[tuple[str, dict[str, Any], str, int, int]] = [
     ("pvt_small", {}, RETINANET, 3_786_752, 6_463_220),
+    ("pvt_small", {}, FCOS, 3_786_752, OF_TORCHVISION - 11 * 2_305),
     ("pvt_small", {}, SEMANTIC_FPN, 2_623_488, 1_643_158),
     ("swin_base_patch4_window7_224", OPEN, RETINANET, 5_179_392, 6_463_220),
     ("swin_tiny_patch4_window7_224", OPEN, UPERNET, 0, 31_497_366 + 923_798),
@@ -59,7 +69,7 @@ def count(model: nn.Module) -> int:
 
 
 def made(name: str, arguments: dict[str, Any], kind: str, norms: tuple[int, ...]) -> Any:
-    classes = 80 if kind in (RETINANET, MASK_RCNN) else 150
+    classes = 80 if kind in (RETINANET, MASK_RCNN, FCOS) else 150
     with without_memory():
         return create_dense(kind, create_timm_model(name, **arguments), classes, norms=norms)  # type: ignore[arg-type]
 

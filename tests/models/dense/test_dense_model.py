@@ -96,7 +96,7 @@ def test_predictions_have_the_size_of_the_images(kind: Kind) -> None:
             assert one["masks"].dtype == torch.bool
 
 
-@pytest.mark.parametrize("kind", ["retinanet", "mask_rcnn"])
+@pytest.mark.parametrize("kind", ["retinanet", "mask_rcnn", "fcos"])
 def test_an_image_where_nothing_is_found_has_empty_predictions(kind: str) -> None:
     with torch.no_grad():
         found = made(kind, score_threshold=1.0).eval()(images())[0]
@@ -201,8 +201,8 @@ def test_what_does_not_fit_is_refused() -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_wrong_images_and_targets_are_one_sentence(kind: str) -> None:
-    model, task = made(kind), "detection" if kind in ("retinanet", "mask_rcnn") else "segmentation"
+def test_wrong_images_and_targets_are_one_sentence(kind: Kind) -> None:
+    model, task = made(kind), DESIGNS[kind].task
     for shape in ((3, 64, 64), (2, 1, 64, 64), (1, 4, 64, 64), (1, 3, 0, 64)):
         with pytest.raises(DataError, match=r"give a tensor \(3, H, W\)"):
             model.prepare(torch.zeros(shape))  # type: ignore[arg-type]

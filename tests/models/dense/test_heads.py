@@ -12,6 +12,7 @@ from graftvit.models.dense.backbone import Pyramid, SimplePyramid
 from graftvit.models.dense.dense_model import DenseModel, create_dense
 from support.models.dense_bodies import body, images, targets
 from torch import Tensor
+from torchvision.models.detection import FCOS
 from torchvision.models.detection.image_list import ImageList
 from torchvision.ops import box_iou, nms, roi_align
 
@@ -267,6 +268,35 @@ def test_the_boxes_of_retinanet_are_at_the_original_size() -> None:
         torch.testing.assert_close(found[i]["boxes"], box[keep] * scale, rtol=1e-6, atol=1e-6)
         close(found[i]["scores"], score[keep])
         assert found[i]["labels"].tolist() == label[keep].tolist()
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_fcos_is_that_of_torchvision(training: bool) -> None:
+    """On images for which torchvision's rounded strides are exact, of the published width."""
+    model = create_dense("fcos", body("pvt"), CLASSES).double().train(training)
+    for each in model.head.parameters():
+        if each.dim() == 4:
+            torch.nn.init.normal_(each, std=0.02)
+    shown = [torch.rand(3, 128, 256), torch.rand(3, 128, 128)]
+    known = [{**each, "boxes": each["boxes"].double() * 2} for each in targets("detection")]
+    prepared = model.prepare(shown, known)
+    levels = [torch.randn(2, 256, 128 // each, 256 // each).double() for each in model.neck.levels.strides]  # type: ignore[union-attr]
+    outside = torch.nn.Identity()
+    outside.out_channels = 256  # type: ignore[assignment]
+    theirs = FCOS(outside, CLASSES, score_thresh=0.05)
+    theirs.double().load_state_dict(model.head.state_dict())
+    theirs.train(training)
+    theirs.transform.forward = lambda images, targets: (  # type: ignore[method-assign]
+        ImageList(prepared.tensors, prepared.sizes), targets,
+    )  # fmt: skip
+    theirs.backbone.forward = lambda images: {str(i): each for i, each in enumerate(levels)}
+    head: Any = model.head
+    if training:
+        close(head.losses(prepared, levels), theirs(shown, known))
+    else:
+        found, wanted = head.predict(prepared, levels, prepared.sizes), theirs(shown)
+        assert [len(each["boxes"]) for each in found] == [100, 100]
+        close(found, wanted)
 
 
 # Mask R-CNN.

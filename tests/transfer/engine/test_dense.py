@@ -127,6 +127,7 @@ TAUGHT: dict[str, Any] = {"mode": "transfer", "teacher": {"source": "no-such"}}
         ({"data": {"dataset": "digits", "data_path": None}}, DataError),
         ({"data": {"data_path": "/nowhere"}}, DataError),
         ({"dense": {"norms": [7]}}, ConfigError),
+        ({"dense": {"head": "fcos", "anchor_scale": 4.0}}, ConfigError),
         ({"dense": {"head": None}}, ConfigError),
         ({"dense": {"head": "upernet"}, "data": {"batch_size": 1}}, ConfigError),
         (
