@@ -48,6 +48,11 @@ class Parser(argparse.ArgumentParser):
         path = None if default is None else Path(default)
         self.flag("--output_dir", text, type=output_folder, default=path, required=required, metavar="DIR")
 
+    def share(self, text: str) -> None:
+        """Add the flag of the share of the work that this process does, which jobs of an array divide."""
+        text = f"{text}; used by jobs of `graftvit submit --shares N`"
+        self.add_argument("--share", default="1/1", metavar="I/N", help=text)
+
     def switch(self, name: str, text: str) -> None:
         """Add a flag without a value."""
         self.add_argument(name, action="store_true", help=text)

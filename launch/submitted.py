@@ -2,7 +2,7 @@
 
 To add a command, add its name to `SUBMITTED` and a function `check(argv, here)` to its module. The function checks the
 arguments, raises their errors and returns the `Work`. These commands save no state: a restarted job starts from the
-beginning, except for the layers and cells that `convert` and `programs search` keep.
+beginning, except for what `convert`, `hybrid` and `programs search` keep.
 """
 
 from __future__ import annotations

@@ -331,6 +331,37 @@ def run_in_turn(cells: Sequence[T], run: Callable[[T], str], tell: Callable[[str
         tell(f"    {result}; {left:.0f} s to go")
 
 
+# Shares of work that several processes or jobs do at the same time.
+
+
+@dataclass(frozen=True)
+class Share:
+    """One of `count` shares of work that processes or jobs divide."""
+
+    index: int = 0
+    count: int = 1
+
+    def order(self, slots: int) -> list[int]:
+        """Return the places of all pieces, its own first; the others from the last on, where their owners come late."""
+        own = range(self.index, slots, self.count)
+        return [*own, *(slot for slot in reversed(range(slots)) if slot not in own)]
+
+    def part(self, index: int, count: int) -> Share:
+        """Return one of `count` parts of this share."""
+        return Share(self.index + self.count * index, self.count * count)
+
+    def __str__(self) -> str:
+        return f"{self.index + 1}/{self.count}"
+
+
+def parse_share(text: str) -> Share:
+    """Read `2/4`, the second of four shares. Raises ConfigError: it is not a share."""
+    index, slash, count = text.partition("/")
+    if slash and index.isdecimal() and count.isdecimal() and 1 <= int(index) <= int(count):
+        return Share(int(index) - 1, int(count))
+    raise ConfigError(f"--share {text}: give a share, such as 2/4 for the second of four")
+
+
 # The threads of torch, on which the rounding of its sums depends, and the cores for processes.
 
 

@@ -33,6 +33,8 @@ from ..models.errors import ConfigError, TransferError
 from ..models.families import classifier_of, family_of, image_channels, image_size, sites
 from .align import check_alike
 from .analysis.benchmark_cases import Prices, Step, machine, peak_bytes, step_of, time_steps
+from .cells import digest
+from .metrics.measure import evaluate
 
 KEEP = "keep"
 """The teacher's own attention."""
@@ -120,7 +122,7 @@ class Palette:
     Args:
         teacher: the model that all students were converted from.
         students: by name, each a conversion of the teacher whose layers were aligned.
-        digests: of the students' weights, by name: what is known of a mix is known of these weights.
+        digests: of the students' weights, by name: the error of a mix is that of these weights.
 
     Raises:
         TransferError: a student converts no layer, or was not converted from this teacher.
@@ -166,9 +168,13 @@ class Palette:
         """Return what tells a mix from all others, of other weights too."""
         return " ".join(f"{name}@{self.digests[name][:12]}" if name in self.digests else name for name in mix)
 
+    def plan(self, mix: Mix) -> dict[int, str]:
+        """Return the operator of each converted layer, on which the cost of a mix depends."""
+        return {layer: str(self.layers[name][layer].choice) for layer, name in enumerate(mix) if name != KEEP}
+
     def model(self, mix: Mix) -> nn.Module:
         """Return the model of a mix: the teacher, with these layers of the students."""
-        plan = {layer: str(self.layers[name][layer].choice) for layer, name in enumerate(mix) if name != KEEP}
+        plan = self.plan(mix)
         if not plan:
             return self.teacher
         without = ("bias",) if "bias" in family_of(self.teacher).gives_up else ()
@@ -324,6 +330,7 @@ class HybridSearch:
         scale: where costs are measured.
         journal: keeps every number.
         tell: gets a line about what is measured.
+        labeled: batches of validation images, normalized for the teacher, and their labels, to measure top-1 on.
     """
 
     def __init__(
@@ -333,11 +340,16 @@ class HybridSearch:
         scale: Scale,
         journal: Journal,
         tell: Callable[[str], None] = lambda line: None,
+        labeled: Sequence[tuple[Tensor, Tensor]] = (),
     ) -> None:
-        self.palette, self.batches, self.scale = palette, batches, scale
+        self.palette, self.batches, self.scale, self.labeled = palette, batches, scale, labeled
         self.journal, self.tell = journal, tell
         self.errors: dict[Mix, float] = {}
         self.costs: dict[Measure, dict[Mix, float]] = {}
+
+    def of(self, palette: Palette) -> HybridSearch:
+        """Return the same search with other students."""
+        return HybridSearch(palette, self.batches, self.scale, self.journal, self.tell, self.labeled)
 
     @property
     def has_head(self) -> bool:
@@ -373,13 +385,27 @@ class HybridSearch:
         self.tell(f"error {error:.4g}: {' '.join(mix)}")
         return error
 
+    def top1(self, mix: Mix) -> float:
+        """Return the accuracy of a mix on the labeled images, in percent.
+
+        Raises DataError: the labels are not classes of the teacher, or there are none.
+        """
+        images = torch.cat(
+            [images.double().mean((1, 2, 3)) for images, _ in self.labeled] or [torch.empty(0)]
+        )
+        key = f"top1 {digest(images.tolist())} {self.palette.key(mix)}"
+        return self.journal.known(key, lambda: evaluate(self.palette.model(mix), self.labeled).top1)
+
     def cost(self, measure: Measure, mix: Mix) -> float:
         """Return the cost of a mix as a share of the teacher's, or the number of layers that are kept."""
         found = self.costs.setdefault(measure, {})
         if mix not in found:
-            key = f"{self._where(measure)} {self.palette.key(mix)}"
-            found[mix] = self.journal.known(key, partial(self.measure, measure, mix))
+            found[mix] = self.journal.known(self._key(measure, mix), partial(self.measure, measure, mix))
         return found[mix]
+
+    def _key(self, measure: Measure, mix: Mix) -> str:
+        plan = "; ".join(f"{layer}: {choice}" for layer, choice in self.palette.plan(mix).items())
+        return f"{self._where(measure)} {plan or KEEP}"
 
     def _where(self, measure: Measure) -> str:
         scale = self.scale
@@ -447,10 +473,19 @@ class HybridSearch:
             found = costs[mix] = self._confirmed(mix) if is_timed else costs[mix]
             if found <= budget.limit * (SLACK if is_timed else 1):
                 return Hybrid(mix, self.error(mix), found, first_error.of(mix), first_cost.of(mix))
-        cheapest = first_cost.of(self.cheapest(first_cost))
-        raise ConfigError(
-            f"--{budget.measure} {budget.limit:g}: the cheapest mix of these operators has {cheapest:.3g}: raise it, "
-            "or give cheaper operators"
+        raise self._too_little(budget, self.cheapest(first_cost))
+
+    def check(self, budget: Budget) -> None:
+        """Raise ConfigError where no mix is as cheap. Weights do not matter, so that it can be known beforehand."""
+        cheapest = self.cheapest(self.cost_sum(budget.measure))
+        slack = SLACK if budget.measure == "latency" else 1
+        if self.cost(budget.measure, cheapest) > budget.limit * slack:
+            raise self._too_little(budget, cheapest)
+
+    def _too_little(self, budget: Budget, cheapest: Mix) -> ConfigError:
+        return ConfigError(
+            f"--{budget.measure} {budget.limit:g}: the cheapest mix of these operators has "
+            f"{self.cost(budget.measure, cheapest):.3g}: raise it, or give cheaper operators"
         )
 
     def _proposed(self, error: Sum, cost: Sum, limit: float, width: int, dear: Sequence[Mix]) -> list[Mix]:
@@ -465,8 +500,7 @@ class HybridSearch:
 
     def _confirmed(self, mix: Mix) -> float:
         """Return the latency of a mix, measured again: the best of many that were measured once was lucky, too."""
-        key = f"{self._where('latency')} again {self.palette.key(mix)}"
-        return self.journal.known(key, partial(self.measure, "latency", mix))
+        return self.journal.known(f"again {self._key('latency', mix)}", partial(self.measure, "latency", mix))
 
     def cheapest(self, cost: Sum) -> Mix:
         """Return the mix of the least cost, by a sum."""

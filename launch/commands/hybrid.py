@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import argparse
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ...models.errors import ConfigError
+from filelock import FileLock
+
+from ...models.errors import ConfigError, DataError
 from ...transfer.analysis.report.tables import aligned
 from ..flags import SOURCE_HELP, command_parser, parse_command, source_keywords, whole
 from ..load_config import Setting, load_config
@@ -17,10 +20,12 @@ from ..submitted import Work, check_here
 from .convert import reading_flags
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+    import torch
+    from torch import Tensor
 
     from ...checkpoints.provenance import Pretrained
-    from ...transfer.config import RunConfig
+    from ...transfer.cells import Share
+    from ...transfer.config import DataConfig, RunConfig
     from ...transfer.hybrid_search import Budget, Hybrid, HybridSearch, Measure, Mix, Palette
 
 EXAMPLES = (
@@ -56,17 +61,39 @@ def run(argv: list[str]) -> int:
     """Align what is not aligned yet, measure, choose, and write a folder for each budget."""
     arguments, config = _parse(argv)
     check_here(str(config.teacher.source), *arguments.student.values(), data=config.data)
-    from ...checkpoints.atomic import write_bytes
     from ...checkpoints.pretrained import load_pretrained
-    from ...transfer.analysis.report.ink import to_png
+    from ...transfer.cells import parse_share
+
+    share = parse_share(arguments.share)
+    teacher = load_pretrained(str(config.teacher.source), identified=True, **source_keywords(config.teacher))
+    students = {name: load_pretrained(source, identified=True) for name, source in arguments.student.items()}
+    search = _search(arguments, config, teacher, students)
+    for budget in _budgets(arguments):
+        search.check(budget)
+    missing = _align(arguments, config, share)
+    for name in arguments.operators:
+        if name not in missing:
+            students[name] = load_pretrained(str(_folder(arguments, name)), identified=True)
+    search = search.of(_palette(teacher, students, search.scale.device))
+    search.error_sum()
+    if missing:
+        tell(f"{', '.join(missing)}: not aligned yet by other shares; the last one chooses")
+        return 0
+    with FileLock(arguments.output_dir / ".choosing"):  # the last two shares may end together
+        return _choose(arguments, config, teacher, search)
+
+
+def _choose(
+    arguments: argparse.Namespace, config: RunConfig, teacher: Pretrained, search: HybridSearch
+) -> int:
+    """Choose a mix for each budget; say, draw and write what comes out."""
     from ...transfer.hybrid_search import KEEP
 
-    teacher = load_pretrained(str(config.teacher.source), identified=True, **source_keywords(config.teacher))
-    students = _library(arguments, config)
-    search = _search(arguments, config, teacher, students)
     budgets = _budgets(arguments) or _spread(search)
     found = {budget: search.best(budget) for budget in budgets}
-    uniform = {name: search.palette.single(range(search.palette.depth), name) for name in students}
+    uniform = {
+        name: search.palette.single(range(search.palette.depth), name) for name in search.palette.layers
+    }
     others = {"teacher": search.palette.kept, **{f"*: {name}": mix for name, mix in uniform.items()}}
     by_measure: dict[Measure, dict[Budget, Hybrid]] = {}
     for budget in budgets:
@@ -75,7 +102,7 @@ def run(argv: list[str]) -> int:
         "\n".join(_table(search, measure, own, others) for measure, own in by_measure.items())
         + _notes(search)
     )
-    write_bytes(arguments.output_dir / "front.png", to_png(_draw(search, by_measure, others), ground="white"))
+    _draw(search, by_measure, others, arguments.output_dir)
     for budget, hybrid in found.items():
         if any(name != KEEP for name in hybrid.mix):
             folder = arguments.output_dir / str(budget).replace(" ", "-")
@@ -89,7 +116,7 @@ def check(argv: list[str], *, here: bool = True) -> Work:
     arguments, config = _parse(argv)
     if here:
         check_here(str(config.teacher.source), *arguments.student.values(), data=config.data)
-    return Work(arguments.output_dir, workers=config.data.workers)
+    return Work(arguments.output_dir, workers=config.data.workers, divisible=True)
 
 
 def _parse(argv: list[str]) -> tuple[argparse.Namespace, RunConfig]:
@@ -120,6 +147,9 @@ def _parse(argv: list[str]) -> tuple[argparse.Namespace, RunConfig]:
     parser.flag(
         "--images", "training images that errors are measured on", type=whole(1), default=64, metavar="N"
     )
+    text = "validation images that top-1 is measured on, where they have labels; 0 for none"
+    parser.flag("--validation", text, type=whole(0), default=1000, metavar="N")
+    parser.share("align the I-th of N shares of the operators; the last share that ends chooses")
     parser.output_dir("folder of the library, of what was measured, and of the hybrids")
     arguments, settings = parse_command(parser, argv, only=SECTIONS)
     if arguments.output_dir is None:
@@ -197,28 +227,40 @@ def _spread(search: HybridSearch, count: int = 5) -> list[Budget]:
 # The library: the teacher's layers with each operator, aligned.
 
 
-def _library(arguments: argparse.Namespace, config: RunConfig) -> dict[str, Pretrained]:
-    """Return the aligned students by name; what is not aligned yet is."""
-    from ...checkpoints.pretrained import load_pretrained
+def _folder(arguments: argparse.Namespace, name: str) -> Path:
+    folder: Path = arguments.output_dir / "library" / re.sub(r"\W+", "_", name).strip("_")
+    return folder
+
+
+def _align(arguments: argparse.Namespace, config: RunConfig, share: Share) -> list[str]:
+    """Align what is not aligned yet of this share's operators; return those that other shares have still to align."""
     from ...transfer.cells import StoppedError
     from ...transfer.engine.train import train
 
-    folders = dict(arguments.student)
-    for name in arguments.operators:
-        folder = arguments.output_dir / "library" / re.sub(r"\W+", "_", name).strip("_")
+    for name in arguments.operators[share.index :: share.count]:
         student = config.student.model_copy(update={"plan": f"*: {name}"})
-        result = train(config.model_copy(update={"student": student, "output_dir": folder}))
+        own = config.model_copy(update={"student": student, "output_dir": _folder(arguments, name)})
+        result = train(own)
         if result.signal is not None:
             raise StoppedError(result.signal, f"while {name} was aligned")
-        folders[name] = str(folder)
-    return {name: load_pretrained(folder, identified=True) for name, folder in folders.items()}
+    return [name for name in arguments.operators if not (_folder(arguments, name) / "student").is_dir()]
+
+
+def _palette(teacher: Pretrained, students: Mapping[str, Pretrained], device: torch.device) -> Palette:
+    from ...transfer.hybrid_search import Palette
+
+    models = {name: each.model.to(device) for name, each in students.items()}
+    digests = {name: str(each.digest) for name, each in students.items()}
+    return Palette(teacher.model.to(device), models, digests)
 
 
 def _search(
     arguments: argparse.Namespace, config: RunConfig, teacher: Pretrained, students: Mapping[str, Pretrained]
 ) -> HybridSearch:
+    """Return the search with operators that are not aligned, which cost what aligned ones do."""
     import torch
 
+    from ...models.conversion import convert
     from ...models.families import image_size
     from ...transfer.analysis.benchmark import check_fills
     from ...transfer.cells import digest
@@ -227,21 +269,50 @@ def _search(
 
     cuda = torch.cuda.is_available() and config.engine.device != "cpu"
     device = torch.device("cuda" if cuda else "cpu")
-    images = sample_images(config.data, teacher.preprocessing, arguments.images, seed=config.seed + 1)
     models = {name: each.model.to(device) for name, each in students.items()}
-    palette = Palette(
-        teacher.model.to(device), models, {name: str(each.digest) for name, each in students.items()}
-    )
+    for name in arguments.operators:
+        models[name] = convert(teacher.model, f"*: {name}", without=config.student.without).to(device)
+    palette = Palette(teacher.model.to(device), models)
     height, width = image_size(teacher.model) or teacher.preprocessing.input_size[1:]
     size = (arguments.img_size or height, arguments.img_size or width)
     if arguments.img_size:
         check_fills(teacher.model, arguments.img_size)
+    images = sample_images(config.data, teacher.preprocessing, arguments.images, seed=config.seed + 1)
     journal = Journal(
         arguments.output_dir / "hybrid.jsonl",
         digest([teacher.digest, images.double().sum((1, 2, 3)).tolist()]),
     )
     batches = images.to(device).split(config.data.batch_size)
-    return HybridSearch(palette, batches, Scale(size, arguments.cost_batch, device), journal, tell)
+    labeled = _labeled(config.data, teacher, arguments.validation, device)
+    scale = Scale(size, arguments.cost_batch, device)
+    return HybridSearch(palette, batches, scale, journal, tell, labeled)
+
+
+def _labeled(
+    data: DataConfig, teacher: Pretrained, count: int, device: torch.device
+) -> list[tuple[Tensor, Tensor]]:
+    """Return `count` images from all over the validation split, and their labels; none that are no classes."""
+    import torch
+
+    from ...models.families import classifier_of
+    from ...transfer.data.loaders import create_eval_loader
+    from ...transfer.metrics.measure import check_classes
+
+    head = classifier_of(teacher.model)
+    if not count or not isinstance(head, torch.nn.Linear):
+        return []
+    one = data.model_copy(update={"eval_batch_size": 1})
+    try:
+        whole = create_eval_loader(one, teacher.preprocessing)
+        check_classes(str(teacher.source), head.out_features, whole)
+    except DataError as error:
+        tell(f"top-1 is not measured: {error}")
+        return []
+    steps = -(-whole.num_samples // count)
+    read = create_eval_loader(one, teacher.preprocessing, world_size=steps) if steps > 1 else whole
+    found = [(images.to(device), labels.to(device)) for images, labels, valid in read if valid]
+    images, labels = (torch.cat(each).split(data.batch_size) for each in zip(*found, strict=True))
+    return list(zip(images, labels, strict=True))
 
 
 # What comes out.
@@ -253,21 +324,27 @@ def _table(
     """Return the table of the hybrids under budgets of one measure, below the teacher and the uniform plans."""
     from ...models.converted import whole_plan
 
-    rows = [["", "error", "by the sum", measure, "by the sum", "plan"]]
+    scored = ["top-1"] if search.labeled else []
+    rows = [["", *scored, "error", "by the sum", measure, "by the sum", "plan"]]
     for name, mix in others.items():
-        rows.append([name, f"{search.error(mix):.4g}", "", f"{search.cost(measure, mix):.3f}", "", ""])
+        top1 = [f"{search.top1(mix):.1f}" for _ in scored]
+        rows.append([name, *top1, f"{search.error(mix):.4g}", "", f"{search.cost(measure, mix):.3f}", "", ""])
     for budget, each in found.items():
+        top1 = [f"{search.top1(each.mix):.1f}" for _ in scored]
         numbers = [f"{number:.4g}" for number in (each.error, each.predicted_error)]
         costs = [f"{number:.3f}" for number in (each.cost, each.predicted_cost)]
-        rows.append([str(budget), *numbers, *costs, whole_plan(search.palette.model(each.mix))])
-    return aligned(rows, right=(1, 2, 3, 4))
+        plan = whole_plan(search.palette.model(each.mix))
+        rows.append([str(budget), *top1, *numbers, *costs, plan])
+    return aligned(rows, right=range(1, len(rows[0]) - 1))
 
 
 def _notes(search: HybridSearch) -> str:
     kind = "KL of the classes, nats" if search.has_head else "squared distance of the final tokens / variance"
     height, width = search.scale.size
+    count = sum(len(labels) for _, labels in search.labeled)
+    top1 = f"top-1: in percent, on {count} validation images, before recovery\n" if count else ""
     return (
-        f"error: {kind}, on {sum(map(len, search.batches))} training images, before recovery\n"
+        f"{top1}error: {kind}, on {sum(map(len, search.batches))} training images, before recovery\n"
         f"costs: shares of the teacher's, at {height}x{width}, batch {search.scale.batch}, {search.scale.device}; of "
         "keep the number of layers\n"
     )
@@ -289,16 +366,30 @@ def _recovery(folder: Path, config: RunConfig) -> str:
 
 
 def _draw(
-    search: HybridSearch, found: Mapping[Measure, Mapping[Budget, Hybrid]], others: Mapping[str, Mix]
-) -> Figure:
-    """Draw error against cost, a plot for each measure."""
-    from ...transfer.analysis.report.ink import INK, Line, color_of, draw_lines
+    search: HybridSearch,
+    found: Mapping[Measure, Mapping[Budget, Hybrid]],
+    others: Mapping[str, Mix],
+    folder: Path,
+) -> None:
+    """Draw error against cost, a plot for each measure, into `front.png`; and top-1 into `front_top1.png`."""
+    from ...checkpoints.atomic import write_bytes
+    from ...transfer.analysis.report.ink import FAINT, INK, Line, color_of, draw_lines, to_png
 
-    panels: dict[str, list[Line]] = {}
-    for measure, hybrids in found.items():
-        chosen = sorted((each.cost, each.error) for each in hybrids.values())
-        lines = [Line("hybrids", [cost for cost, _ in chosen], [error for _, error in chosen], INK["light"])]
-        for place, (name, mix) in enumerate(others.items()):
-            lines.append(Line(name, [search.cost(measure, mix)], [search.error(mix)], color_of(place)))
-        panels[measure] = lines
-    return draw_lines(panels, "light", ("cost", "error"), ticks=False)
+    def draw(name: str, value: Callable[[Mix], float], file: str, *, every: bool) -> None:
+        panels: dict[str, list[Line]] = {}
+        for measure, hybrids in found.items():
+            cost = partial(search.cost, measure)
+            known = [mix for mix in search.errors if every and mix in search.costs[measure]]
+            chosen = sorted({each.mix: each for each in hybrids.values()}, key=cost)
+            panels[measure] = [
+                Line("measured", [*map(cost, known)], [*map(value, known)], FAINT["light"], ""),
+                Line("hybrids", [*map(cost, chosen)], [*map(value, chosen)], INK["light"]),
+            ][not every :]
+            for place, (other, mix) in enumerate(others.items()):
+                panels[measure].append(Line(other, [cost(mix)], [value(mix)], color_of(place)))
+        figure = draw_lines(panels, "light", ("cost", name), ticks=False)
+        write_bytes(folder / file, to_png(figure, ground="white"))
+
+    draw("error", search.error, "front.png", every=True)
+    if search.labeled:
+        draw("top-1", search.top1, "front_top1.png", every=False)

@@ -46,8 +46,8 @@ def run(argv: list[str]) -> int:
     if argv and argv[0] in ACTIONS:
         return ACTIONS[argv[0]].run(argv[1:])
     arguments, config = _parse(argv)
-    from ...transfer.cells import StoppedError, usable_cores
-    from ...transfer.search.program_search import parse_share, run_search
+    from ...transfer.cells import StoppedError, parse_share, usable_cores
+    from ...transfer.search.program_search import run_search
 
     share = parse_share(arguments.share)
     workers = min(arguments.workers or usable_cores(), arguments.population)
@@ -135,12 +135,7 @@ def _parse(argv: list[str]) -> tuple[argparse.Namespace, RunConfig]:
     )  # fmt: skip
     text = "processes that evaluate at the same time (default: one per core); no effect on the archive"
     parser.flag("--workers", text, type=whole(1), metavar="N")
-    parser.add_argument(
-        "--share",
-        default="1/1",
-        metavar="I/N",
-        help="evaluate the I-th of N shares first, then what is missing; used by jobs of `graftvit submit`",
-    )
+    parser.share("evaluate the I-th of N shares first, then what is missing")
     arguments, settings = parse_command(parser, argv, only=(*SOURCE_SETTINGS, *IMAGE_SETTINGS))
     config = load_config(None, settings)
     if not (config.data.dataset or config.data.data_path):

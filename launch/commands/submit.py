@@ -91,7 +91,7 @@ def _submit_work(argv: list[str]) -> int:
     )
     text = f"folder of the job for `graftvit jobs` (default: runs/{command.split()[-1]}-NAME)"
     parser.flag("--job_dir", text, type=output_folder, metavar="DIR")
-    text = "divide the work among N jobs of an array; `programs search` alone can be divided"
+    text = "divide the work among N jobs of an array, of `programs search` or `hybrid`"
     parser.flag("--shares", text, type=int, default=1, metavar="N")
     parser.switch("--dry_run", "print the sbatch script and stop")
     add_cluster_flags(parser)

@@ -186,7 +186,7 @@ def _divided(task: Task, shares: int, work: Work) -> list[Task]:
         return [task]
     if shares < 1 or not work.divisible:
         raise ConfigError(
-            f"--shares {shares}: only `graftvit submit programs search` can be divided, into 1 or more"
+            f"--shares {shares}: only `programs search` and `hybrid` can be divided, into 1 or more"
         )
     cells = task.output_dir / "cells"
     return [

@@ -13,6 +13,7 @@ import graftvit
 import pytest
 import torch
 from graftvit.models.conversion import converted_layers, plan_of
+from graftvit.transfer.config import DataConfig
 from graftvit.transfer.hybrid_search import Scale
 from support.runs.engine_runs import make_teacher
 from support.runs.patience import until
@@ -80,6 +81,44 @@ def test_each_measure_has_a_table_of_its_own(tmp_path: Path, teacher: str, typed
     assert "macs" not in second.splitlines()[0]
 
 
+def test_shares_align_their_own_operators_and_the_last_one_chooses(
+    tmp_path: Path, teacher: str, typed: Typed
+) -> None:
+    words = ["hybrid", teacher, "--macs", "0.91", *WORDS, "--output_dir"]
+    whole, shared = tmp_path / "whole", tmp_path / "shared"
+    typed(*words, whole)
+    typed(*words, shared, "--share", "1/2")
+    assert [path.name for path in (shared / "library").iterdir()] == ["linear"]
+    assert not (shared / "macs-0.91").exists()
+    typed(*words, shared, "--share", "2/2")
+    assert plan_text(shared / "macs-0.91") == plan_text(whole / "macs-0.91")
+    records = [
+        {record["key"]: record["value"] for record in map(json.loads, (folder / "hybrid.jsonl").open())}
+        for folder in (whole, shared)
+    ]
+    assert records[0] == records[1]
+
+
+def test_top1_is_told_of_validation_images_of_the_teachers_classes(
+    tmp_path: Path, teacher: str, typed: Typed
+) -> None:
+    graftvit.save(graftvit.convert(teacher, "*: uniform"), tmp_path / "cheap")
+    words = ["--macs", "0.95", "--student", f"cheap={tmp_path / 'cheap'}", *WORDS[2:], "--output_dir"]
+    said = typed("hybrid", teacher, *words, tmp_path / "ten", "--validation", "100").out
+    data = DataConfig(dataset="digits", workers=0)
+    told = float(next(line for line in said.splitlines() if line.startswith("teacher")).split()[1])
+    assert abs(told - graftvit.evaluate(graftvit.load(teacher), data).top1) < 20, "100 of the images"
+    assert (tmp_path / "ten" / "front_top1.png").exists()
+    three = graftvit.load(teacher)
+    three.reset_classifier(3)
+    graftvit.save(three, tmp_path / "three")
+    graftvit.save(graftvit.convert(three, "*: uniform"), tmp_path / "cheap", overwrite=True)
+    shown = typed("hybrid", tmp_path / "three", *words, tmp_path / "out")
+    assert "top-1 is not measured" in shown.err
+    assert "top-1" not in shown.out
+    assert not (tmp_path / "out" / "front_top1.png").exists()
+
+
 @pytest.mark.parametrize(
     ("words", "named"),
     [
@@ -91,14 +130,13 @@ def test_each_measure_has_a_table_of_its_own(tmp_path: Path, teacher: str, typed
         (["--macs", "0.9", "--student", "own=/nowhere/at/all"], "/nowhere/at/all"),
         (["--macs", "0.9", "--student", "linear=x"], "linear"),
         (["--macs", "0.01"], "cheapest"),
+        (["--macs", "0.9", "--share", "3/2"], "--share"),
     ],
 )
 def test_mistakes_are_named(words: list[str], named: str, tmp_path: Path, teacher: str, typed: Typed) -> None:
     out = tmp_path / "out"
     assert named in typed("hybrid", teacher, *WORDS, *words, "--output_dir", out, code=2).err
-    assert out.exists() == (named in ("cheapest", "nosuch")), (
-        "what can be known first is refused before anything is trained"
-    )
+    assert not (out / "library").exists(), "what can be known first is refused before anything is trained"
 
 
 @pytest.mark.slow

@@ -23,6 +23,7 @@ from ...models.programs.program import FOUND, LINEAR, Program, ProgramError, par
 from ...models.programs.program_checks import CHECKS, check
 from ..cells import (
     Ending,
+    Share,
     State,
     StoppedError,
     Whole,
@@ -418,34 +419,6 @@ def controls(search: Search) -> dict[str, tuple[float, int]]:
 
 
 # A search by several processes or jobs: each evaluates its share of a generation first, then what is missing.
-
-
-@dataclass(frozen=True)
-class Share:
-    """One of `count` shares of each generation."""
-
-    index: int = 0
-    count: int = 1
-
-    def order(self, slots: int) -> list[int]:
-        """Return all slots, its own first; the others from the last on, where their owners come late."""
-        own = range(self.index, slots, self.count)
-        return [*own, *(slot for slot in reversed(range(slots)) if slot not in own)]
-
-    def part(self, index: int, count: int) -> Share:
-        """Return one of `count` parts of this share."""
-        return Share(self.index + self.count * index, self.count * count)
-
-    def __str__(self) -> str:
-        return f"{self.index + 1}/{self.count}"
-
-
-def parse_share(text: str) -> Share:
-    """Read `2/4`, the second of four shares. Raises ConfigError: it is not a share."""
-    index, slash, count = text.partition("/")
-    if slash and index.isdecimal() and count.isdecimal() and 1 <= int(index) <= int(count):
-        return Share(int(index) - 1, int(count))
-    raise ConfigError(f"--share {text}: give a share, such as 2/4 for the second of four")
 
 
 @dataclass(frozen=True)

@@ -298,11 +298,13 @@ def test_the_folder_of_a_run_is_refused(folder: Path) -> None:
         plan_work(["export", "teacher", "out.pt2"], folder / "run", LOCAL)
 
 
-def test_only_a_search_is_divided(folder: Path) -> None:
+def test_searches_of_programs_and_of_hybrids_are_divided(folder: Path) -> None:
     search = ["programs", "search", VIT, "--dataset", "digits", "--output_dir", "found"]
     shares = plan_work(search, None, LOCAL, shares=2, unchecked=True)
     assert [task.words[-2:] for task in shares.tasks] == [["--share", "1/2"], ["--share", "2/2"]]
     assert [task.output_dir.parent for task in shares.tasks] == [shares.folder / "cells"] * 2
+    hybrid = ["hybrid", VIT, "--macs", "0.9", "--dataset", "digits", "--output_dir", "mix"]
+    assert len(plan_work(hybrid, None, LOCAL, shares=3, unchecked=True).tasks) == 3
     for words, count in ((search, 0), (["export", VIT, "out.pt2"], 2)):
         with pytest.raises(ConfigError, match=f"--shares {count}: "):
             plan_work(words, None, LOCAL, shares=count, unchecked=True)

@@ -11,17 +11,15 @@ import pytest
 import torch
 from graftvit.models.errors import ConfigError
 from graftvit.models.programs.program import parse_program
-from graftvit.transfer.cells import save_first
+from graftvit.transfer.cells import Share, parse_share, save_first
 from graftvit.transfer.search import program_search
 from graftvit.transfer.search.program_search import (
     ARCHIVE,
     LAYERS,
     Evaluation,
-    Share,
     front,
     hypervolume,
     open_search,
-    parse_share,
     propose,
     recorded_generations,
     run_search,
