@@ -191,15 +191,17 @@ def _with_local(operator: AttentionOperator, heads: Heads, out: Tensor) -> Tenso
 
 
 def kernel(operator: AttentionOperator, heads: Heads) -> Tensor:
-    """φ(q) (φ(k)ᵀ v), divided by φ(q) · Σ φ(k), or in the form of InLine or of MALA."""
+    """φ(q) (φ(k)ᵀ v), divided by φ(q) · Σ φ(k), or in the form of InLine or of MALA; RALA weighs φ(k) first."""
     own = cast(KernelAttention, operator)
     q, k, v = heads.qkv()
     if own.center:
         k = k - k.mean(2, keepdim=True)
     q, k = own.feature(heads.with_qkv(q, k, v))
+    if own.normalizer.weighs_keys:
+        k = k * k.shape[2] * (heads.scale * q.mean(2, keepdim=True) @ k.mT).softmax(-1).mT
     products: Tensor = q @ (k.transpose(2, 3) @ v)
     sums: Tensor = q @ k.sum(2, keepdim=True).transpose(2, 3)
-    if own.normalizer == NORMALIZERS["sum"]:
+    if own.normalizer in (NORMALIZERS["sum"], NORMALIZERS["rala"]):
         return products / sums
     tokens, mean = v.shape[2], v.mean(2, keepdim=True)
     signed: Tensor = heads.scale * (products - sums * mean) / tokens

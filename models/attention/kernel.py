@@ -185,6 +185,8 @@ class Normalizer:
     """It divides by φ(q)·φ̄(k), which can be zero for features of both signs."""
     extra: int
     """The number of columns of L and R beyond the features."""
+    weighs_keys: bool = False
+    """Every φ(k_j) is first multiplied by N α_j, see `rank_weights`."""
 
 
 def by_sum(q_BHNF: Tensor, k_BHNF: Tensor, mean_BH1F: Tensor, scale: float) -> Factors:
@@ -205,6 +207,18 @@ def mala(q_BHNF: Tensor, k_BHNF: Tensor, mean_BH1F: Tensor, scale: float) -> Fac
     left, right = by_sum(q_BHNF, k_BHNF, mean_BH1F, scale)
     shift = -scale * _sums(q_BHNF, mean_BH1F)
     return torch.cat([left + scale * q_BHNF, shift], -1), _with_ones(right)
+
+
+def rank_weights(q_BHNF: Tensor, k_BHNF: Tensor, heads: Heads) -> Tensor:
+    """Return N α_j (B, H, N, 1) with α = softmax_j(s φ̄(q)·φ(k_j)), which raises the rank of Σ φ(k_j) v_jᵀ.
+
+    With it, `by_sum` is A_ij = α_j φ(q_i)·φ(k_j) / Σ_j α_j φ(q_i)·φ(k_j): RALA (Fan et al. 2025, arXiv 2411.07635).
+    The paper also multiplies the output by a projection of the layer's input, which operators do not get.
+    """
+    logits = heads.scale * k_BHNF @ mean_of_keys(without_padding(q_BHNF, heads), heads).mT
+    if heads.key_mask is not None:
+        logits = logits.masked_fill(~heads.key_mask[:, None, :, None], torch.finfo(logits.dtype).min)
+    return logits.softmax(2) * _num_keys(k_BHNF, heads)
 
 
 def sum_output(q_BHNF: Tensor, sums: Sums, scale: float) -> Tensor:
@@ -231,6 +245,7 @@ NORMALIZERS = {
     "sum": Normalizer(by_sum, sum_output, nonnegative=True, divides=True, extra=0),
     "inline": Normalizer(inline, inline_output, nonnegative=False, divides=False, extra=1),
     "mala": Normalizer(mala, mala_output, nonnegative=False, divides=True, extra=1),
+    "rala": Normalizer(by_sum, sum_output, nonnegative=True, divides=True, extra=0, weighs_keys=True),
 }
 
 
@@ -341,7 +356,7 @@ class KernelAttention(AttentionOperator):
             return [LowRank(*self._factors(heads))]
 
     def features(self, heads: Heads) -> tuple[Tensor, Tensor]:
-        """Return φ(q) and φ(k), (B, H, N, F), in float32 or better; φ(k) is zero at padding."""
+        """Return φ(q) and φ(k), (B, H, N, F), in float32 or better; φ(k) is weighted, and zero at padding."""
         q, k, v = heads.qkv()
         q, k = precise(q), without_padding(precise(k), heads)
         if self.center:
@@ -350,11 +365,14 @@ class KernelAttention(AttentionOperator):
             q = q + self.q_conv(without_padding(q, heads), heads.tokens())
             k = without_padding(k + self.k_conv(k, heads.tokens()), heads)
         q, k = self.feature(heads.with_qkv(q, k, v))
+        if self.normalizer.weighs_keys:
+            k = k * rank_weights(q, k, heads)
         return q, without_padding(k, heads)
 
     def macs(self, geometry: Geometry) -> int:
         features = self.feature.num_features(geometry)
         sums = 2 * (features + self.normalizer.extra) * self.shape.head_dim + features
+        sums += 3 * features * self.normalizer.weighs_keys
         a_token = sums + 2 * self.feature.macs_per_token
         convolutions = [conv for conv in (self.v_conv, self.q_conv, self.k_conv) if conv is not None]
         local = sum(conv.macs(geometry) for conv in convolutions)
@@ -445,4 +463,5 @@ OPERATORS: dict[str, Callable[..., AttentionOperator]] = {
         KernelAttention, feature="identity", normalizer="inline", local="v", local_size=3, center=True
     ),
     "mala": partial(KernelAttention, feature="elu", normalizer="mala", local="v", center=True),
+    "rala": partial(KernelAttention, feature="elu", normalizer="rala", local="v", center=True),
 }

@@ -12,7 +12,7 @@ import torch
 from graftvit.models.attention import chunked, features
 from graftvit.models.attention.base import Geometry, Heads, LayerShape
 from graftvit.models.attention.features import Favor, default_features, orthogonal_features
-from graftvit.models.attention.kernel import FEATURES, KernelAttention
+from graftvit.models.attention.kernel import FEATURES, NORMALIZERS, KernelAttention
 from graftvit.models.attention.softmax import SoftmaxAttention
 from graftvit.models.calibration import calibrate
 from graftvit.models.layer_plan import Choice, create_operator
@@ -21,7 +21,7 @@ from torch import Tensor
 
 GEOMETRY = Geometry(2, (3, 5))
 SHAPE = LayerShape(HEADS, WIDTH, GEOMETRY)
-PRESETS = ["linear", "performer", "hedgehog", "t2r", "focused", "cosformer", "inline", "mala"]
+PRESETS = ["linear", "performer", "hedgehog", "t2r", "focused", "cosformer", "inline", "mala", "rala"]
 
 
 def pairs(q: Tensor, k: Tensor) -> Tensor:
@@ -106,7 +106,9 @@ EQUATIONS: dict[str, Callable[[Any, Tensor, Tensor], Tensor]] = {
 
 def normalized(weights: Tensor, normalizer: str, scale: float) -> Tensor:
     tokens = weights.shape[-1]
-    if normalizer == "sum":
+    if normalizer == "rala":  # every key by the mean of its column
+        weights = weights * tokens * (scale * weights.mean(-2, keepdim=True)).softmax(-1)
+    if normalizer in ("sum", "rala"):
         return weights / weights.sum(-1, keepdim=True).clamp_min(1e-6 * tokens)
     weights = scale * weights
     z = weights.mean(-1, keepdim=True)
@@ -128,7 +130,7 @@ def test_every_feature_map_has_its_equation() -> None:
     [
         (feature, normalizer)
         for feature in EQUATIONS
-        for normalizer in ("sum", "inline", "mala")
+        for normalizer in NORMALIZERS
         if feature != "identity" or normalizer == "inline"  # the others are refused, see below
     ],
 )

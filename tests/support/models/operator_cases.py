@@ -217,7 +217,7 @@ CASES = [
     Case("kernel", {"feature": "favor", "num_features": 11}),
     Case("kernel", {"feature": "favor", "normalizer": "mala", "center": True}),
     Case("performer"), Case("hedgehog"), Case("t2r"), Case("focused"), Case("cosformer"), Case("inline"),
-    Case("mala"),
+    Case("mala"), Case("rala"), Case("kernel", {"feature": "relu", "normalizer": "rala", "center": True}),
     Case("linformer"), Case("linformer", {"num_keys": 6, "sharing": "key-value"}),
     Case("linformer", {"num_keys": 6, "sharing": "layerwise", "stochastic": True}),
     Case("linformer", {"stochastic": True}),
