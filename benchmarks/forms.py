@@ -199,6 +199,13 @@ def kernel(operator: AttentionOperator, heads: Heads) -> Tensor:
     q, k = own.feature(heads.with_qkv(q, k, v))
     if own.normalizer.weighs_keys:
         k = k * k.shape[2] * (heads.scale * q.mean(2, keepdim=True) @ k.mT).softmax(-1).mT
+    if own.feature.opposed:
+        halves = zip((q, q.roll(q.shape[3] // 2, 3)), v.chunk(2, -1), strict=True)
+        return torch.cat([_normalized(own, heads, side, k, half) for side, half in halves], -1)
+    return _normalized(own, heads, q, k, v)
+
+
+def _normalized(own: KernelAttention, heads: Heads, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     products: Tensor = q @ (k.transpose(2, 3) @ v)
     sums: Tensor = q @ k.sum(2, keepdim=True).transpose(2, 3)
     if own.normalizer in (NORMALIZERS["sum"], NORMALIZERS["rala"]):

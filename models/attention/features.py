@@ -17,6 +17,9 @@ from .base import Geometry, Heads, LayerShape
 from .chunked import LOG2_E, Chunk, ChunkedFeatures
 from .kernels import precise
 
+MOST_POLA = 4
+NALA = 3
+
 
 class FeatureMap(nn.Module, ABC):
     """φ for queries and keys. Only maps with `sizes_features` take the option `num_features`."""
@@ -26,6 +29,8 @@ class FeatureMap(nn.Module, ABC):
     """No query has φ(q) = 0, which would make its row of the map zero."""
     needs_grid = False
     sizes_features = False
+    opposed = False
+    """φ(x) is [x₊, x₋], and the second half of the values has the map of opposite signs, by [q₋, q₊]."""
     candidates: tuple[float, ...] = ()
     """The arguments of `adjust` that calibration tries for each head. One of them changes nothing."""
 
@@ -93,6 +98,64 @@ class Identity(FeatureMap):
     def forward(self, heads: Heads) -> tuple[Tensor, Tensor]:
         q, k = heads.qk()
         return q, k
+
+
+class Pola(FeatureMap):
+    """φ(x) = [x₊, x₋] with x± = relu(±x / softplus(t))ᵖ and p = 1 + 4 σ(w) (Meng et al. 2025, arXiv 2501.15061).
+
+    PolaFormer: q₊·k₊ + q₋·k₋, of equal signs, weighs the first half of each head's channels, q₋·k₊ + q₊·k₋, of
+    opposite signs, the second, so that a head has two maps. t and w, one a channel, start at zero. The paper adds a
+    position embedding to the keys, which belongs to one grid, and multiplies the output by a projection of the layer's
+    input, which operators do not get.
+    """
+
+    opposed = True
+
+    def __init__(self, shape: LayerShape, num_features: int | None = None) -> None:
+        super().__init__(shape, num_features)
+        size = (shape.num_heads, 1, shape.head_dim)
+        self.temperature, self.power = (nn.Parameter(torch.zeros(size)) for _ in range(2))
+
+    def num_features(self, geometry: Geometry) -> int:
+        return 2 * self.shape.head_dim
+
+    @property
+    def macs_per_token(self) -> int:
+        return 4 * self.shape.head_dim
+
+    def forward(self, heads: Heads) -> tuple[Tensor, Tensor]:
+        q, k = heads.qk()
+        scale = F.softplus(self.temperature.to(q.dtype))
+        power = 1 + MOST_POLA * self.power.to(q.dtype).sigmoid()
+        return _by_sign((q.abs() / scale) ** power, q), _by_sign((k.abs() / scale) ** power, k)
+
+
+class Nala(FeatureMap):
+    """φ(q) = [d₊ᵖ, d₋ᵖ] with d = q / ‖q‖ and p = 3 (1/2 + tanh ‖q‖), φ(k) = [k₊³, k₋³], x± = relu(±x).
+
+    NaLaFormer (Meng et al. 2025, arXiv 2506.21137) in the form of its released code: a longer query attends more
+    sharply, which the division by the row's sum would otherwise take away. The code also multiplies the output by a
+    projection of the layer's input, which operators do not get.
+    """
+
+    def num_features(self, geometry: Geometry) -> int:
+        return 2 * self.shape.head_dim
+
+    @property
+    def macs_per_token(self) -> int:
+        return 4 * self.shape.head_dim
+
+    def forward(self, heads: Heads) -> tuple[Tensor, Tensor]:
+        q, k = heads.qk()
+        norm = torch.linalg.vector_norm(q, dim=-1, keepdim=True)
+        power = NALA * (0.5 + norm.tanh())
+        directions = q.abs() / norm.clamp_min(torch.finfo(norm.dtype).tiny)
+        return _by_sign(directions**power, q), _by_sign((k * k * k).abs(), k)
+
+
+def _by_sign(x_BHND: Tensor, signed_BHND: Tensor) -> Tensor:
+    """Return [x₊, x₋] (B, H, N, 2 D): x where `signed_BHND` is positive, and where it is negative."""
+    return torch.cat([x_BHND * (signed_BHND > 0), x_BHND * (signed_BHND < 0)], -1)
 
 
 class Cosine(FeatureMap):

@@ -62,6 +62,8 @@ class HybridAttention(AttentionOperator):
             TileTables(blocks, shape.geometry, window, dilations[name]) for name in names if name != "kernel"
         )
         self.kernel = KernelAttention(shape, feature=feature) if self.has_kernel else None
+        if self.kernel is not None and self.kernel.feature.opposed:
+            raise ConfigError(f"plan: feature={feature} has two maps a head, and hybrid has one; use another")
         if combine == "joint":
             self.inside = nn.Parameter(torch.full((shape.num_heads, 1, 1), RARE))
         else:

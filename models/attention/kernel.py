@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ..errors import ConfigError, did_you_mean
 from .base import AttentionOperator, Geometry, Heads, LayerShape, LowRank, Term, Traits
 from .chunked import ChunkedFeatures, chunked_attention, in_chunks
-from .features import Cosine, Elu, Favor, FeatureMap, Identity, Relu
+from .features import Cosine, Elu, Favor, FeatureMap, Identity, Nala, Pola, Relu
 from .kernels import precise
 from .local import DepthwiseConv
 
@@ -171,6 +171,13 @@ class Sums(NamedTuple):
     values: Tensor | None
     """Of v_j, (B, H, 1, D), if the normalizer has an extra column."""
 
+    def by_signs(self) -> list[Sums]:
+        """Return the sums for the first half of the values, and for the second, with the halves of φ(q) exchanged."""
+        half, width = -(-self.products.shape[3] // 2), self.products.shape[2] // 2
+        values = (None, None) if self.values is None else (self.values[..., :half], self.values[..., half:])
+        opposite = self.products[..., half:].roll(width, 2), self.keys.roll(width, 3), values[1]
+        return [Sums(self.products[..., :half], self.keys, values[0]), Sums(*opposite)]
+
 
 @dataclass(frozen=True)
 class Normalizer:
@@ -270,6 +277,8 @@ FEATURES: dict[str, type[FeatureMap]] = {
     "hedgehog": Hedgehog,
     "hedgehog_joint": JointHedgehog,
     "focused": Focused,
+    "pola": Pola,
+    "nala": Nala,
     "favor": Favor,
     "cosine": Cosine,
 }
@@ -323,12 +332,17 @@ class KernelAttention(AttentionOperator):
     @property
     def traits(self) -> Traits:
         return Traits(
+            linear_in_v=not self.feature.opposed,
             nonnegative=self.feature.nonnegative and self.normalizer.nonnegative,
             row_stochastic=self.feature.positive or not self.normalizer.divides,
             needs_grid=self.feature.needs_grid or self.v_conv is not None or self.q_conv is not None,
             key_mask=True,
             graph_any_grid=not self.feature.needs_grid,
         )
+
+    @property
+    def why_no_map(self) -> str:
+        return "each half of a head's channels has its own map" if self.feature.opposed else ""
 
     def attend(self, heads: Heads) -> Tensor:
         v_BHND = heads.values()
@@ -341,7 +355,9 @@ class KernelAttention(AttentionOperator):
             products = k_BHNF.transpose(2, 3) @ values / num
             mean = mean_of_keys(without_padding(values, heads), heads) if self.normalizer.extra else None
             sums = Sums(products, mean_of_keys(k_BHNF, heads), mean)
-            out = self.normalizer.output(q_BHNF, sums, heads.scale)
+            parts = sums.by_signs() if self.feature.opposed else [sums]
+            outs = [self.normalizer.output(q_BHNF, part, heads.scale) for part in parts]
+            out = torch.cat(outs, -1) if self.feature.opposed else outs[0]
         return out.to(v_BHND.dtype)
 
     def local(self, heads: Heads) -> Tensor | None:
@@ -351,6 +367,8 @@ class KernelAttention(AttentionOperator):
         return local
 
     def terms(self, heads: Heads) -> list[Term]:
+        if self.feature.opposed:
+            return super().terms(heads)
         q, _ = heads.qk()
         with torch.autocast(q.device.type, enabled=False):
             return [LowRank(*self._factors(heads))]
@@ -372,7 +390,7 @@ class KernelAttention(AttentionOperator):
     def macs(self, geometry: Geometry) -> int:
         features = self.feature.num_features(geometry)
         sums = 2 * (features + self.normalizer.extra) * self.shape.head_dim + features
-        sums += 3 * features * self.normalizer.weighs_keys
+        sums += features * (3 * self.normalizer.weighs_keys + self.feature.opposed)
         a_token = sums + 2 * self.feature.macs_per_token
         convolutions = [conv for conv in (self.v_conv, self.q_conv, self.k_conv) if conv is not None]
         local = sum(conv.macs(geometry) for conv in convolutions)
@@ -458,6 +476,8 @@ OPERATORS: dict[str, Callable[..., AttentionOperator]] = {
     "hedgehog": partial(KernelAttention, feature="hedgehog", center=True),
     "t2r": partial(KernelAttention, feature="t2r", center=True),
     "focused": partial(KernelAttention, feature="focused", local="v", center=True),
+    "pola": partial(KernelAttention, feature="pola", local="v", center=True),
+    "nala": partial(KernelAttention, feature="nala", local="v", center=True),
     "cosformer": partial(KernelAttention, feature="cosine", center=True),
     "inline": partial(
         KernelAttention, feature="identity", normalizer="inline", local="v", local_size=3, center=True

@@ -147,7 +147,14 @@ def test_an_operator_of_one_grid_is_refused(operator: str, suffix: str, tmp_path
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "plan",
-    ["0: linear; 1: mala", "0: focused; 1: ttt", "0: monarch; 1: uniform", "0: attnzero_105; 1: hash"],
+    [
+        "0: linear; 1: mala",
+        "0: focused; 1: ttt",
+        "0: monarch; 1: uniform",
+        "0: rala; 1: nala",
+        "0: pola",
+        "0: attnzero_105; 1: hash",
+    ],
 )
 def test_an_operator_of_any_grid_is_right_on_grids_it_was_not_traced_on(plan: str, tmp_path: Path) -> None:
     model, path = convert(small(dynamic_img_size=True, depth=2), plan), tmp_path / "model.pt2"

@@ -15,13 +15,26 @@ from graftvit.models.attention.features import Favor, default_features, orthogon
 from graftvit.models.attention.kernel import FEATURES, NORMALIZERS, KernelAttention
 from graftvit.models.attention.softmax import SoftmaxAttention
 from graftvit.models.calibration import calibrate
+from graftvit.models.errors import UnsupportedModelError
 from graftvit.models.layer_plan import Choice, create_operator
 from support.models.operator_cases import HEADS, WIDTH, Case, check_against_map, draw
 from torch import Tensor
 
 GEOMETRY = Geometry(2, (3, 5))
 SHAPE = LayerShape(HEADS, WIDTH, GEOMETRY)
-PRESETS = ["linear", "performer", "hedgehog", "t2r", "focused", "cosformer", "inline", "mala", "rala"]
+PRESETS = [
+    "linear",
+    "performer",
+    "hedgehog",
+    "t2r",
+    "focused",
+    "cosformer",
+    "inline",
+    "mala",
+    "rala",
+    "pola",
+    "nala",
+]
 
 
 def pairs(q: Tensor, k: Tensor) -> Tensor:
@@ -98,9 +111,17 @@ def cosine(feature: Any, q: Tensor, k: Tensor) -> Tensor:
     return weights * relu(feature, q, k)
 
 
+def nala(feature: Any, q: Tensor, k: Tensor) -> Tensor:
+    """Pairs of equal signs: a product to the powers of the query and of the key."""
+    norm = (q * q).sum(-1).sqrt()[..., None]
+    power = 1.5 + 3 * norm.tanh()
+    weights = (q / norm).abs()[:, :, :, None] ** power[:, :, :, None] * k.abs()[:, :, None] ** 3
+    return (weights * (q.sign()[:, :, :, None] == k.sign()[:, :, None])).sum(-1)
+
+
 EQUATIONS: dict[str, Callable[[Any, Tensor, Tensor], Tensor]] = {
     each.__name__: each
-    for each in (elu, relu, identity, t2r, hedgehog, hedgehog_joint, focused, favor, cosine)
+    for each in (elu, relu, identity, t2r, hedgehog, hedgehog_joint, focused, favor, cosine, nala)
 }
 
 
@@ -122,7 +143,7 @@ def build(**options: Any) -> Any:
 
 
 def test_every_feature_map_has_its_equation() -> None:
-    assert set(EQUATIONS) == set(FEATURES)
+    assert {*EQUATIONS, "pola"} == set(FEATURES)
 
 
 @pytest.mark.parametrize(
@@ -140,6 +161,25 @@ def test_the_map_is_the_equation(feature: str, normalizer: str) -> None:
     weights = normalized(EQUATIONS[feature](operator.feature, q, k), normalizer, heads.scale)
     torch.testing.assert_close(operator.matrix(heads), weights, rtol=1e-8, atol=1e-11)
     torch.testing.assert_close(operator(heads), weights @ v, rtol=1e-8, atol=1e-10)
+
+
+@pytest.mark.parametrize("normalizer", NORMALIZERS)
+def test_each_half_of_the_channels_has_the_map_of_its_signs(normalizer: str) -> None:
+    operator, heads = build(feature="pola", normalizer=normalizer), draw(GEOMETRY, seed=4)
+    (q, k, v), feature = heads.qkv(), operator.feature
+    scale, power = (1 + feature.temperature.exp()).log(), 1 + 4 / (1 + (-feature.power).exp())
+    products = ((q / scale).abs() ** power)[:, :, :, None] * ((k / scale).abs() ** power)[:, :, None]
+    same = (q > 0)[:, :, :, None] == (k > 0)[:, :, None]
+    weights = [(products * same).sum(-1), (products * ~same).sum(-1)]
+    if normalizer == "rala":  # both halves weigh the keys by the pairs of equal signs
+        columns = GEOMETRY.num_tokens * (heads.scale * weights[0].mean(-2, keepdim=True)).softmax(-1)
+        weights, normalizer = [columns * each for each in weights], "sum"
+    maps = [normalized(each, normalizer, heads.scale) for each in weights]
+    wanted = torch.cat([each @ half for each, half in zip(maps, v.chunk(2, -1), strict=True)], -1)
+    torch.testing.assert_close(operator(heads), wanted, rtol=1e-8, atol=1e-10)
+    torch.testing.assert_close(operator.matrix(heads), sum(maps) / 2, rtol=1e-8, atol=1e-11)
+    with pytest.raises(UnsupportedModelError, match="each half of a head's channels has its own map"):
+        operator.terms(heads)
 
 
 @pytest.mark.parametrize("name", PRESETS)

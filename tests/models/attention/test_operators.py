@@ -263,6 +263,7 @@ def test_another_grid_is_met_on_the_way_and_resampled_to(case: Case, other: Geom
     ("hybrid", {"branches": "window+window"}, "two or three different ones"),
     ("hybrid", {"branches": "window+dilated", "combine": "joint"}, "combine=joint needs the kernel"),
     ("hybrid", {"window": 0}, "window=0"),
+    ("hybrid", {"feature": "pola"}, "feature=pola has two maps a head"),
     ("hybrid", {"feature": "reluu"}, "did you mean 'relu'"),
     ("kernel", {"feature": "elu1"}, "feature=elu1; did you mean 'elu'"),
     ("kernel", {"normalizer": "summ"}, "normalizer=summ; did you mean 'sum'"),
