@@ -20,6 +20,7 @@ from graftvit.models.attention.linformer import LinformerAttention
 from graftvit.models.attention.monarch import MonarchAttention
 from graftvit.models.attention.nystrom import NystromAttention, pseudo_inverse
 from graftvit.models.attention.pooling import PooledAttention, mean_weights
+from graftvit.models.attention.sla import BlockAttention
 from graftvit.models.attention.softmax import UniformAttention
 from graftvit.models.attention.ttt import NORM_EPSILON, TTTAttention
 from graftvit.models.attention.window import TileTables, WindowAttention
@@ -295,6 +296,29 @@ def monarch(operator: AttentionOperator, heads: Heads) -> Tensor:
     return torch.einsum("bhjlk,bhkjd->bhljd", blocks, within @ v).flatten(2, 3)
 
 
+def chosen_blocks(operator: AttentionOperator, heads: Heads) -> Tensor:
+    """softmax(s q·k, masked) v + φ(q) φ(k)ᵀ (1 - mask) v W, with a mask of the best blocks of keys."""
+    own = cast(BlockAttention, operator)
+    q, k, v = heads.qkv()
+    (tokens, _, _, place), _ = own.tables(heads.tokens(), q.device)
+    block = place // tokens.shape[1]
+    member = F.one_hot(block, len(tokens)).to(q)
+    means = (member / member.sum(0)).T
+    scores = (means @ q) @ (means @ k).mT
+    best = torch.sort(scores, dim=-1, descending=True, stable=True).indices[
+        ..., : max(1, int(own.part * len(tokens)))
+    ]
+    mask = torch.zeros_like(scores).scatter(3, best, 1.0)[:, :, block][..., block]
+    exact = (heads.scale * q @ k.mT).masked_fill(mask == 0, -torch.inf).softmax(-1) @ v
+    if own.linear == "none" or best.shape[3] == len(tokens):
+        return exact
+    weights = (q.softmax(-1) @ k.softmax(-1).mT) * (1 - mask)
+    far = (weights / weights.sum(-1, keepdim=True)) @ v
+    if own.linear == "mixed":
+        return torch.lerp(exact, far, own.gate.sigmoid())
+    return exact + far @ own.projection
+
+
 def uniform(operator: AttentionOperator, heads: Heads) -> Tensor:
     """Return the mean of the values, for every token."""
     v = heads.values()
@@ -310,6 +334,7 @@ FORMS: dict[type[AttentionOperator], Callable[[AttentionOperator, Heads], Tensor
     HybridAttention: hybrid,
     TTTAttention: ttt,
     MonarchAttention: monarch,
+    BlockAttention: chosen_blocks,
     UniformAttention: uniform,
 }
 

@@ -13,7 +13,7 @@ from graftvit.models.errors import ConfigError
 from graftvit.models.layer_plan import FASTER_FROM, OPERATORS, Choice, create_operator
 from graftvit.transfer.analysis.benchmark import Layer
 from graftvit.transfer.analysis.benchmark_cases import SOFTMAX
-from support.models.operator_cases import HEADS, WIDTH, Case, draw
+from support.models.operator_cases import CASES, HEADS, WIDTH, Case, draw
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT))
@@ -29,9 +29,12 @@ def test_every_operator_that_claims_to_be_fast_has_a_form() -> None:
     assert set(FASTER_FROM) <= FORMED
 
 
-@pytest.mark.parametrize("name", sorted(FORMED))
-def test_the_straight_line_form_is_the_operator(name: str) -> None:
-    operator, heads = Case(name).build(GRID), draw(GRID)
+FORMED_CASES = [*map(Case, sorted(FORMED)), *(case for case in CASES if case.operator in ("sla", "topk"))]
+
+
+@pytest.mark.parametrize("case", FORMED_CASES, ids=str)
+def test_the_straight_line_form_is_the_operator(case: Case) -> None:
+    operator, heads = case.build(GRID), draw(GRID)
     form = straight_form(operator)
     assert form is not None
     torch.testing.assert_close(form(heads), operator(heads), rtol=1e-5, atol=1e-7)

@@ -120,17 +120,20 @@ def inner(a: Term, b: Term) -> Tensor:
         rows = min(a.weights.shape[2], b.weights.shape[2])
         return (a.weights[:, :, :rows] * b.weights[:, :, :rows]).sum((2, 3))
     if isinstance(a, Sparse) and isinstance(b, Sparse):
-        same_NST = (a.index[:, :, None] == b.index[:, None, :]).to(a.weights.dtype)
-        return torch.einsum("bhns,nst,bhnt->bh", a.weights, same_NST, b.weights)
+        if a is b and a.unique:
+            return a.weights.square().sum((2, 3))
+        same = (a.index[..., :, None] == b.index[..., None, :]).to(a.weights.dtype)
+        shape = "nst" if same.dim() == 3 else "bhnst"
+        return torch.einsum(f"bhns,{shape},bhnt->bh", a.weights, same, b.weights)
     if isinstance(b, LowRank) or isinstance(a, FirstRows):
         return inner(b, a)
     if isinstance(a, LowRank):
         if isinstance(b, FirstRows):
             rows = b.weights.shape[2]
             return (a.left[:, :, :rows] * (b.weights @ a.right)).sum((2, 3))
-        return torch.einsum("bhns,bhnr,bhnsr->bh", b.weights, a.left, a.right[:, :, b.index])
+        return torch.einsum("bhns,bhnr,bhnsr->bh", b.weights, a.left, b.pick(a.right))
     rows = b.weights.shape[2]
-    picked = b.weights.gather(3, a.index[:rows].expand(*b.weights.shape[:2], -1, -1))
+    picked = b.weights.gather(3, a.columns()[:, :, :rows])
     return (a.weights[:, :, :rows] * picked).sum((2, 3))
 
 
@@ -143,21 +146,22 @@ def _with_teacher(teacher: Heads, lse_BHN: Tensor, term: Term) -> Tensor:
     if isinstance(term, FirstRows):
         rows = torch.arange(term.weights.shape[2], device=q_BHND.device)
         return (term.weights * softmax_rows(teacher, rows)).sum((2, 3))
-    logits_BHNS = _logits_at(teacher, term.index, lse_BHN.dtype)
+    logits_BHNS = _logits_at(teacher, term, lse_BHN.dtype)
     return (term.weights * (logits_BHNS - lse_BHN[..., None]).exp()).sum((2, 3))
 
 
-def _logits_at(teacher: Heads, index_NS: Tensor, dtype: torch.dtype) -> Tensor:
-    """s q_i·k_j + b_ij for the keys j of `index_NS`, of what the kernel takes q, k and b for, yet summed precisely:
+def _logits_at(teacher: Heads, term: Sparse, dtype: torch.dtype) -> Tensor:
+    """s q_i·k_j + b_ij for the columns j of the term, of what the kernel takes q, k and b for, yet summed precisely:
     exp(logit − lse) is at most 1 only where both are rounded alike."""
     q_BHND, k_BHND = teacher.qk()
     q_BHND, k_BHND, _, bias = same_dtype(q_BHND, k_BHND, k_BHND, teacher.bias)
-    keys_BHNSD = k_BHND[:, :, index_NS].to(dtype)
+    keys_BHNSD = term.pick(k_BHND).to(dtype)
     with torch.autocast(q_BHND.device.type, enabled=False):
         logits = teacher.scale * torch.einsum("bhnd,bhnsd->bhns", q_BHND.to(dtype), keys_BHNSD)
     if bias is None:
         return logits
-    return logits + bias.gather(3, index_NS.expand(*bias.shape[:2], -1, -1))
+    columns = term.columns()
+    return logits + bias.expand(len(columns), -1, -1, -1).gather(3, columns)
 
 
 def _logsumexp(teacher: Heads, factor: float) -> Tensor:
@@ -171,7 +175,7 @@ def _precise(term: Term) -> Term:
     if isinstance(term, LowRank):
         return LowRank(precise(term.left), precise(term.right))
     if isinstance(term, Sparse):
-        return Sparse(precise(term.weights), term.index)
+        return Sparse(precise(term.weights), term.index, term.unique)
     return FirstRows(precise(term.weights))
 
 

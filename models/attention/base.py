@@ -136,10 +136,27 @@ class LowRank:
 
 @dataclass
 class Sparse:
-    """Row i has `weights` (B, H, N, S) at the columns `index` (N, S); a column may repeat."""
+    """Row i has `weights` (B, H, N, S) at the columns `index`, (N, S), or (B, H, N, S) where images and heads differ.
+
+    A column may repeat; with `unique` it does so only with a weight of zero.
+    """
 
     weights: Tensor
     index: Tensor
+    unique: bool = False
+
+    def columns(self) -> Tensor:
+        """Return `index` of each image and head, (B, H, N, S)."""
+        return self.index.expand_as(self.weights)
+
+    def pick(self, x_BHND: Tensor) -> Tensor:
+        """Return the tokens at the columns of each row, (B, H, N, S, D)."""
+        if self.index.dim() == 2:
+            return x_BHND[:, :, self.index]
+        flat = self.index.flatten(2)[..., None].expand(-1, -1, -1, x_BHND.shape[3])
+        picked = x_BHND.expand(*self.index.shape[:2], -1, -1).gather(2, flat)
+        tokens: Tensor = picked.unflatten(2, self.index.shape[2:])
+        return tokens
 
 
 @dataclass
@@ -160,8 +177,7 @@ def term_rows(term: Term, index: Tensor, heads: Heads) -> Tensor:
     batch, num_heads, tokens = *weights.shape[:2], heads.known.shape[2]
     rows = weights.new_zeros(batch, num_heads, len(index), tokens)
     if isinstance(term, Sparse):
-        columns = term.index[index].expand(batch, num_heads, -1, -1)
-        return rows.scatter_add(3, columns, weights[:, :, index])
+        return rows.scatter_add(3, term.columns()[:, :, index], weights[:, :, index])
     rows[:, :, index < weights.shape[2]] = weights[:, :, index[index < weights.shape[2]]]
     return rows
 

@@ -104,7 +104,11 @@ def test_our_own_export_is_read_back_with_its_architecture(ours: Path) -> None:
     assert all(torch.equal(tensor, student[name]) for name, tensor in teacher.model.state_dict().items())
 
 
-CONVERTED = ["0: linear; 1: nystrom", "0: hilo(window=2); 1: agent"]
+CONVERTED = [
+    "0: linear; 1: nystrom",
+    "0: hilo(window=2); 1: agent",
+    "0: sla(block=2,share=0.2); 1: topk(block=2)",
+]
 
 
 @pytest.mark.parametrize("plan", CONVERTED)

@@ -75,7 +75,7 @@ def apply_term(term: Term, v_BHND: Tensor) -> Tensor:
     if isinstance(term, LowRank):
         return term.left @ (term.right.transpose(2, 3) @ v_BHND)
     if isinstance(term, Sparse):
-        return torch.einsum("bhns,bhnsd->bhnd", term.weights, v_BHND[:, :, term.index])
+        return torch.einsum("bhns,bhnsd->bhnd", term.weights, term.pick(v_BHND))
     out = term.weights @ v_BHND
     return torch.cat([out, torch.zeros_like(v_BHND[:, :, out.shape[2] :])], 2)
 
@@ -307,6 +307,11 @@ def test_another_grid_is_met_on_the_way_and_resampled_to(case: Case, other: Geom
     ("window", {"dilation": 1.5}, "dilation=1.5; give a whole number"),
     ("linear", {"featur": "relu"}, "linear has no option 'featur'; did you mean 'feature'"),
     ("linear", {"feature": "gelu"}, "feature=gelu; did you mean 'elu'"),
+    ("sla", {"block": 0}, "block=0; give a whole number of tokens, 1 or more"),
+    ("sla", {"block": True}, "sla has block=true; give a number"),
+    ("sla", {"share": 1.5}, "share=1.5; give the share of blocks, a number from 0 to 1"),
+    ("topk", {"share": "all"}, "share=all; give"),
+    ("sla", {"linear": "mix"}, "linear=mix; did you mean 'mixed'"),
     ("softmax", {"x": 1}, "softmax has no option 'x'; it has none"),
     ("linaer", {}, "unknown operator 'linaer'; did you mean 'linear'"),
 ])  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -201,6 +202,46 @@ def dense_stripes(_: Any, heads: Heads, width: int = 7, local_size: int = 3) -> 
     return out
 
 
+def dense_blocks(
+    operator: Any, heads: Heads, block: int = 8, share: float = 0.1, linear: str = "projected"
+) -> Tensor:
+    """Return the output one query at a time, from the definition."""
+    (q, k, v), geometry, out = heads.qkv(), heads.tokens(), torch.zeros_like(heads.values())
+    prefix, (rows, columns) = geometry.num_prefix, geometry.grid
+    ends = [
+        [sum(side // count + (i < side % count) for i in range(window + 1)) for window in range(count)]
+        for side, count in ((rows, -(-rows // block)), (columns, -(-columns // block)))
+    ]
+    at = [
+        tuple(next(i for i, end in enumerate(ends[axis]) if place < end) for axis, place in ((0, y), (1, x)))
+        for y in range(rows)
+        for x in range(columns)
+    ]
+    members = {name: [prefix + i for i, own in enumerate(at) if own == name] for name in sorted(set(at))}
+    count = max(1, int(share * len(members)))
+    for image, head in itertools.product(*map(range, q.shape[:2])):
+        own_q, own_k, own_v = (x[image, head] for x in (q, k, v))
+        for i in range(geometry.num_tokens):
+            best = list(members)
+            if i >= prefix:
+                mean = own_q[members[at[i - prefix]]].mean(0)
+                scores = {name: float(mean @ own_k[tokens].mean(0)) for name, tokens in members.items()}
+                best = sorted(members, key=lambda name: (-scores[name], name))[:count]
+            near = [*range(prefix), *(token for name in best for token in members[name])]
+            exact = (heads.scale * own_k[near] @ own_q[i]).softmax(0) @ own_v[near]
+            far = [token for token in range(geometry.num_tokens) if token not in near]
+            out[image, head, i] = exact
+            if far and linear != "none":
+                weights = own_k[far].softmax(1) @ own_q[i].softmax(0)
+                kernel = weights @ own_v[far] / weights.sum()
+                if linear == "mixed":
+                    share_of = operator.gate[head].sigmoid()
+                    out[image, head, i] = (1 - share_of[0]) * exact + share_of[0] * kernel
+                else:
+                    out[image, head, i] = exact + kernel @ operator.projection[head]
+    return out
+
+
 CASES = [
     Case("stripes", dense=dense_stripes), Case("stripes", {"width": 2, "local_size": 0}, dense=dense_stripes),
     Case("stripes", {"width": 4, "local_size": 5}, dense=dense_stripes),
@@ -241,5 +282,9 @@ CASES = [
     Case("program", {"prefix": "program"}), Case("program", {"bias": 2}),
     *(Case(name) for name in FOUND),
     Case("attnzero_105", {"prefix": "program", "bias": 7}),
+    Case("sla", {"block": 2, "share": 0.2}, dense=dense_blocks),
+    Case("sla", {"block": 3, "share": 0.34, "linear": "mixed"}, dense=dense_blocks),
+    Case("topk", {"block": 2, "share": 0.3}, dense=partial(dense_blocks, linear="none")),
+    Case("topk", {"block": 9}, dense=partial(dense_blocks, linear="none")),
     Case("hash"), Case("hash", {"bits": 5, "anchors": 7, "mode": "reference"}),
 ]  # fmt: skip
