@@ -107,7 +107,7 @@ def test_our_own_export_is_read_back_with_its_architecture(ours: Path) -> None:
 CONVERTED = [
     "0: linear; 1: nystrom",
     "0: hilo(window=2); 1: agent",
-    "0: sla(block=2,share=0.2); 1: topk(block=2)",
+    "0: sla(block=1,share=0.3); 1: topk(block=1)",
 ]
 
 
