@@ -17,6 +17,7 @@ from graftvit.models.attention.base import AttentionOperator, Heads
 from graftvit.models.attention.hybrid import HybridAttention
 from graftvit.models.attention.kernel import NORMALIZERS, KernelAttention
 from graftvit.models.attention.linformer import LinformerAttention
+from graftvit.models.attention.local import DynamicConv
 from graftvit.models.attention.monarch import MonarchAttention
 from graftvit.models.attention.nystrom import NystromAttention, pseudo_inverse
 from graftvit.models.attention.pooling import PooledAttention, mean_weights
@@ -187,7 +188,8 @@ def straight_form(operator: AttentionOperator) -> Form | None:
 
 
 def _with_local(operator: AttentionOperator, heads: Heads, out: Tensor) -> Tensor:
-    local = operator.local(heads)
+    conv = getattr(operator, "v_conv", None)
+    local = operator.local(heads) if not isinstance(conv, DynamicConv) else _dynamic(conv, heads)
     return out if local is None else out + local
 
 
@@ -216,6 +218,19 @@ def _normalized(own: KernelAttention, heads: Heads, q: Tensor, k: Tensor, v: Ten
     if own.normalizer == NORMALIZERS["inline"]:
         return signed + mean
     return products / sums + signed
+
+
+def _dynamic(conv: DynamicConv, heads: Heads) -> Tensor:
+    """Convolve each image with the weights that its mean value gives."""
+    v, grid = heads.values(), heads.tokens().grid
+    generated = conv.generate(F.silu(conv.squeeze(v.mean(2).flatten(1))))
+    images = v.transpose(2, 3).flatten(1, 2).unflatten(2, grid)
+    weights = conv.static.weight + generated.unflatten(1, conv.static.weight.shape)
+    pairs = zip(images, weights, strict=True)
+    outs = [
+        F.conv2d(image[None], each, padding=conv.static.size // 2, groups=len(image)) for image, each in pairs
+    ]
+    return torch.cat(outs).flatten(2).unflatten(1, v.shape[1::2]).mT
 
 
 def linformer(operator: AttentionOperator, heads: Heads) -> Tensor:

@@ -40,6 +40,11 @@ def test_the_straight_line_form_is_the_operator(case: Case) -> None:
     torch.testing.assert_close(form(heads), operator(heads), rtol=1e-5, atol=1e-7)
 
 
+def test_the_straight_line_form_of_a_dynamic_convolution_is_the_operator() -> None:
+    operator, heads = Case("kernel", {"local": "dynamic"}).build(GRID), draw(GRID)
+    torch.testing.assert_close(straight_form(operator)(heads), operator(heads), rtol=1e-5, atol=1e-7)
+
+
 @pytest.mark.parametrize("name", sorted(PUBLIC))
 @pytest.mark.parametrize("grid", [(6, 8), (7, 7)], ids=str)
 def test_public_implementations_take_the_same_projections(name: str, grid: tuple[int, int]) -> None:

@@ -17,7 +17,7 @@ from .base import AttentionOperator, Geometry, Heads, LayerShape, LowRank, Term,
 from .chunked import ChunkedFeatures, chunked_attention, in_chunks
 from .features import Cosine, Elu, Favor, FeatureMap, Identity, Nala, Pola, Relu
 from .kernels import precise
-from .local import DepthwiseConv
+from .local import DepthwiseConv, DynamicConv
 
 # Feature maps with parameters: T2R, both forms of Hedgehog, and the focused map of FLatten.
 
@@ -282,8 +282,8 @@ FEATURES: dict[str, type[FeatureMap]] = {
     "favor": Favor,
     "cosine": Cosine,
 }
-LOCAL = ("none", "v", "qk")
-LOCAL_SIZES = {"v": 5, "qk": 3}
+LOCAL = ("none", "v", "qk", "dynamic")
+LOCAL_SIZES = {"v": 5, "qk": 3, "dynamic": 3}
 
 
 class KernelAttention(AttentionOperator):
@@ -293,8 +293,9 @@ class KernelAttention(AttentionOperator):
 
     feature:    φ, one of FEATURES; `num_features` sets its width if the map allows it.
     normalizer: how to compute A from φ(q)·φ(k), one of NORMALIZERS.
-    local:      "v" adds a depthwise convolution of the values to A V; "qk" adds to queries and keys a convolution of
-                themselves before φ. `local_size` is the side of its window (default: 5 for v, 3 for qk).
+    local:      "v" adds a depthwise convolution of the values to A V, "dynamic" one whose weights depend on their mean
+                (`DynamicConv`); "qk" adds to queries and keys a convolution of themselves before φ. `local_size` is
+                the side of its window (default: 5 for v, else 3).
     center:     subtract the mean key from all keys first. Softmax attention is invariant to it, a kernel is not, and
                 keys of pretrained models have a large common mean.
 
@@ -363,7 +364,12 @@ class KernelAttention(AttentionOperator):
     def local(self, heads: Heads) -> Tensor | None:
         if self.v_conv is None:
             return None
-        local: Tensor = self.v_conv(without_padding(heads.values(), heads), heads.tokens())
+        values = without_padding(heads.values(), heads)
+        if isinstance(self.v_conv, DynamicConv):
+            mean = mean_of_keys(precise(values), heads).to(values.dtype)
+            dynamic: Tensor = self.v_conv(values, mean, heads.tokens())
+            return dynamic
+        local: Tensor = self.v_conv(values, heads.tokens())
         return local
 
     def terms(self, heads: Heads) -> list[Term]:
@@ -457,16 +463,18 @@ def _check(option: str, value: str, table: Collection[str]) -> None:
         raise ConfigError(f"plan: {option}={value}; {did_you_mean(str(value), table)}")
 
 
-def _convolutions(shape: LayerShape, local: str, size: int | None) -> list[DepthwiseConv | None]:
+def _convolutions(
+    shape: LayerShape, local: str, size: int | None
+) -> tuple[DepthwiseConv | DynamicConv | None, DepthwiseConv | None, DepthwiseConv | None]:
     """Return the convolutions of values, queries and keys."""
     if local == "none":
         if size is not None:
-            raise ConfigError(f"plan: local_size={size} needs local=v or local=qk")
-        return [None, None, None]
-    wanted = (local == "v", local == "qk", local == "qk")
-    return [
-        DepthwiseConv(shape, LOCAL_SIZES[local] if size is None else size) if has else None for has in wanted
-    ]
+            raise ConfigError(f"plan: local_size={size} needs local=v, qk or dynamic")
+        return None, None, None
+    size = LOCAL_SIZES[local] if size is None else size
+    if local == "qk":
+        return None, DepthwiseConv(shape, size), DepthwiseConv(shape, size)
+    return DepthwiseConv(shape, size) if local == "v" else DynamicConv(shape, size), None, None
 
 
 OPERATORS: dict[str, Callable[..., AttentionOperator]] = {

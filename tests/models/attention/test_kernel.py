@@ -229,6 +229,46 @@ def test_values_get_their_neighbours_by_a_convolution_of_the_grid_alone() -> Non
     torch.testing.assert_close(operator(heads), operator.attend(heads) + wanted)
 
 
+def test_a_dynamic_convolution_has_its_weights_from_the_mean_value() -> None:
+    operator, heads = build(local="dynamic"), draw(GEOMETRY)
+    v, conv, channels = heads.values(), operator.v_conv, HEADS * WIDTH
+    places = [(row, column) for row in range(3) for column in range(5)]
+    wanted = torch.zeros_like(v)
+    for image in range(2):
+        hidden = conv.squeeze.weight @ v[image].mean(1).reshape(channels)
+        weight = conv.generate.weight @ (hidden / (1 + (-hidden).exp())) + conv.static.weight.flatten()
+        weight = weight.reshape(HEADS, WIDTH, 3, 3)
+        for token, (row, column) in enumerate(places):
+            for other, (its_row, its_column) in enumerate(places):
+                down, right = its_row - row, its_column - column
+                if max(abs(down), abs(right)) <= 1:
+                    tap = weight[:, :, down + 1, right + 1]
+                    wanted[image, :, 2 + token] += tap * v[image, :, 2 + other]
+    torch.testing.assert_close(operator.local(heads), wanted)
+    torch.testing.assert_close(operator(heads), operator.attend(heads) + wanted)
+    macs = operator.macs(GEOMETRY) - build().macs(GEOMETRY)
+    assert macs == 9 * 15 * channels + (channels + 9 * channels) * (channels // 8)
+
+
+def test_a_dynamic_convolution_does_not_see_padding() -> None:
+    operator, heads = build(local="dynamic"), draw(GEOMETRY)
+    kept = 2 + 10  # the prefix and the first two rows
+    heads.key_mask = (torch.arange(GEOMETRY.num_tokens) < kept).expand(2, -1)
+    q, k, v = (x[:, :, :kept] for x in heads.qkv())
+    alone = Heads(q, k, v, None, heads.scale, geometry=Geometry(2, (2, 5)))
+    torch.testing.assert_close(operator(heads)[:, :, :kept], operator(alone), rtol=1e-8, atol=1e-10)
+
+
+def test_weights_of_each_image_are_the_same_without_torchs_convolution(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As a compiled or exported model computes them, and a GPU."""
+    operator, heads = build(local="dynamic", local_size=5), draw(GEOMETRY)
+    wanted = operator.local(heads)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    torch.testing.assert_close(operator.local(heads), wanted)
+
+
 def test_queries_and_keys_get_their_neighbours_before_the_features() -> None:
     operator, heads = build(local="qk", local_size=3), draw(GEOMETRY)
     q, k, v = heads.qkv()
@@ -238,7 +278,7 @@ def test_queries_and_keys_get_their_neighbours_before_the_features() -> None:
     assert operator.local(heads) is None
 
 
-@pytest.mark.parametrize("local", ["v", "qk"])
+@pytest.mark.parametrize("local", ["v", "qk", "dynamic"])
 def test_local_terms_start_at_nothing(local: str) -> None:
     heads = draw(GEOMETRY)
     torch.testing.assert_close(

@@ -269,7 +269,7 @@ def test_another_grid_is_met_on_the_way_and_resampled_to(case: Case, other: Geom
     ("kernel", {"normalizer": "summ"}, "normalizer=summ; did you mean 'sum'"),
     ("kernel", {"local": "kv"}, "local=kv"),
     ("kernel", {"local": "v", "local_size": 4}, "local_size=4 is not an odd number"),
-    ("kernel", {"local_size": 3}, "local_size=3 needs local=v or local=qk"),
+    ("kernel", {"local_size": 3}, "local_size=3 needs local=v, qk or dynamic"),
     ("kernel", {"num_features": 4}, "num_features=4: this feature map"),
     ("kernel", {"feature": "favor", "num_features": 0}, "num_features=0 is not a positive whole number"),
     ("kernel", {"feature": "identity"}, "use normalizer=inline"),

@@ -251,7 +251,7 @@ CASES = [
     Case("kernel", {"feature": "relu"}),
     Case("kernel", {"feature": "relu", "normalizer": "inline", "center": True}),
     Case("kernel", {"feature": "relu", "normalizer": "mala"}), Case("kernel", {"local": "v", "local_size": 3}),
-    Case("kernel", {"local": "qk", "center": True}),
+    Case("kernel", {"local": "qk", "center": True}), Case("kernel", {"feature": "relu", "local": "dynamic"}),
     Case("kernel", {"feature": "cosine", "local": "qk", "local_size": 5}),
     Case("kernel", {"feature": "hedgehog", "num_features": 5}), Case("kernel", {"feature": "hedgehog_joint"}),
     Case("kernel", {"feature": "t2r", "num_features": 12, "normalizer": "inline"}),
