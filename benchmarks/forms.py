@@ -24,6 +24,7 @@ from graftvit.models.attention.pooling import PooledAttention, mean_weights
 from graftvit.models.attention.sla import BlockAttention
 from graftvit.models.attention.softmax import UniformAttention
 from graftvit.models.attention.ttt import NORM_EPSILON, TTTAttention
+from graftvit.models.attention.vit3 import RATE, ViT3Attention
 from graftvit.models.attention.window import TileTables, WindowAttention
 from graftvit.models.errors import ConfigError
 from torch import Tensor, nn
@@ -294,6 +295,27 @@ def ttt(operator: AttentionOperator, heads: Heads) -> Tensor:
     return out
 
 
+def vit3(operator: AttentionOperator, heads: Heads) -> Tensor:
+    """f_{W + c(g)}(q): x W₁ ⊙ silu(x W₂), and in the last head a depthwise convolution."""
+    own, (q, k, v), grid = cast(ViT3Attention, operator), heads.qkv(), heads.tokens().grid
+    error = v * RATE / v.shape[2]
+    q, k, v = q[:, :-1], k[:, :-1], error[:, :-1]
+    gate = k @ own.gated
+    sigmoid = gate.sigmoid()
+    linear = k.mT @ (v * gate * sigmoid)
+    gated = k.mT @ (v * (k @ own.linear) * sigmoid * (1 + gate * (1 - sigmoid)))
+    linear, gated = (x / (x.norm(dim=-2, keepdim=True) + 1) for x in (linear, gated))
+    out = (q @ (own.linear + linear)) * F.silu(q @ (own.gated + gated))
+    queries, keys, errors = (x[:, -1].mT.unflatten(2, grid) for x in (*heads.qk(), error))
+    padded = F.pad(keys, (1, 1, 1, 1))
+    moved = [padded[:, :, y : y + grid[0], x : x + grid[1]] for y in range(3) for x in range(3)]
+    step = torch.stack([(x * errors).sum((2, 3)) for x in moved], -1)
+    taps = cast(Tensor, own.taps) + (step / (step.norm(dim=-1, keepdim=True) + 1)).unflatten(2, (1, 3, 3))
+    pairs = zip(queries, taps, strict=True)
+    local = torch.cat([F.conv2d(x[None], each, padding=1, groups=len(x)) for x, each in pairs])
+    return torch.cat([out, local.flatten(2).mT[:, None]], 1)
+
+
 def monarch(operator: AttentionOperator, heads: Heads) -> Tensor:
     """Σ_k L(j, l, k) Σ_i R(k, j, i) v(k, i): the best R for L, then the best L for R, from L = 1."""
     own = cast(MonarchAttention, operator)
@@ -348,6 +370,7 @@ FORMS: dict[type[AttentionOperator], Callable[[AttentionOperator, Heads], Tensor
     WindowAttention: window,
     HybridAttention: hybrid,
     TTTAttention: ttt,
+    ViT3Attention: vit3,
     MonarchAttention: monarch,
     BlockAttention: chosen_blocks,
     UniformAttention: uniform,

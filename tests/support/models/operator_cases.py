@@ -9,6 +9,7 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from graftvit.models.attention.base import AttentionOperator, Geometry, Heads, LayerShape
 from graftvit.models.layer_plan import Choice, create_operator
 from graftvit.models.programs.program import FOUND
@@ -242,6 +243,46 @@ def dense_blocks(
     return out
 
 
+def dense_vit3(operator: Any, heads: Heads) -> Tensor:
+    """Return the output with autograd's gradients of the inner networks, one image and head at a time."""
+    (q, k, v), geometry = heads.qkv(), heads.tokens()
+    outs = [
+        [
+            _inner_matrices(operator, *(x[image, head] for x in (q, k, v)), head)
+            if head < operator.matrices
+            else _inner_taps(operator, *(x[image, head] for x in (q, k, v)), geometry)
+            for head in range(q.shape[1])
+        ]
+        for image in range(q.shape[0])
+    ]
+    return torch.stack([torch.stack(each) for each in outs])
+
+
+def _inner_matrices(operator: Any, q_ND: Tensor, k_ND: Tensor, v_ND: Tensor, head: int) -> Tensor:
+    def apply(x: Tensor, linear: Tensor, gated: Tensor) -> Tensor:
+        gate: Tensor = x @ gated
+        return (x @ linear) * gate / (1 + (-gate).exp())
+
+    weights = [operator.linear[head], operator.gated[head]]
+    steps = _ascent((v_ND * apply(k_ND, *weights)).sum() / (3 * len(q_ND)), weights)
+    first, second = (w + g / (g.square().sum(0).sqrt() + 1) for w, g in zip(weights, steps, strict=True))
+    return apply(q_ND, first, second)
+
+
+def _inner_taps(operator: Any, q_ND: Tensor, k_ND: Tensor, v_ND: Tensor, geometry: Geometry) -> Tensor:
+    prefix, width = geometry.num_prefix, q_ND.shape[1]
+    q, k, v = (x[prefix:].T.unflatten(1, geometry.grid)[None] for x in (q_ND, k_ND, v_ND))
+    objective = (v * F.conv2d(k, operator.taps, padding=1, groups=width)).sum() / (3 * geometry.num_patches)
+    (step,) = _ascent(objective, [operator.taps])
+    taps = operator.taps + step / (step.square().sum((1, 2, 3), keepdim=True).sqrt() + 1)
+    grid = F.conv2d(q, taps, padding=1, groups=width)[0].flatten(1).T
+    return torch.cat([q_ND[:prefix] * taps[:, 0, 1, 1], grid])
+
+
+def _ascent(objective: Tensor, weights: list[Tensor]) -> tuple[Tensor, ...]:
+    return torch.autograd.grad(objective, weights, create_graph=True)
+
+
 CASES = [
     Case("stripes", dense=dense_stripes), Case("stripes", {"width": 2, "local_size": 0}, dense=dense_stripes),
     Case("stripes", {"width": 4, "local_size": 5}, dense=dense_stripes),
@@ -274,7 +315,7 @@ CASES = [
     Case("hybrid", {"window": 4, "branches": "window+dilated"}),
     Case("hybrid", {"combine": "joint", "window": 4}),
     Case("hybrid", {"combine": "joint", "window": 3, "branches": "window+kernel", "feature": "relu"}),
-    Case("ttt"),
+    Case("ttt"), Case("vit3", dense=dense_vit3),
     Case("monarch"), Case("monarch", {"steps": 1}), Case("monarch", {"steps": 3, "block": 5}),
     Case("uniform", dense=dense_uniform),
     Case("program"), Case("program", {"code": "mm(softmax(nt(scale(q) k)) v)", "local_size": 0}),
