@@ -22,7 +22,7 @@ from graftvit.models.attention.monarch import MonarchAttention
 from graftvit.models.attention.nystrom import NystromAttention, pseudo_inverse
 from graftvit.models.attention.pooling import PooledAttention, mean_weights
 from graftvit.models.attention.sla import BlockAttention
-from graftvit.models.attention.softmax import UniformAttention
+from graftvit.models.attention.softmax import DifferentialAttention, ManhattanAttention, UniformAttention
 from graftvit.models.attention.ttt import NORM_EPSILON, TTTAttention
 from graftvit.models.attention.vit3 import RATE, ViT3Attention
 from graftvit.models.attention.window import TileTables, WindowAttention
@@ -333,6 +333,24 @@ def monarch(operator: AttentionOperator, heads: Heads) -> Tensor:
     return torch.einsum("bhjlk,bhkjd->bhljd", blocks, within @ v).flatten(2, 3)
 
 
+def manhattan(operator: AttentionOperator, heads: Heads) -> Tensor:
+    """softmax(s q·k + log γ d) v with the distances d of all tokens."""
+    q, k, v = heads.qkv()
+    height, width = heads.tokens().grid
+    place = torch.cartesian_prod(torch.arange(height), torch.arange(width)).to(q)
+    distance = torch.cdist(place, place, p=1)
+    logits = heads.scale * q @ k.mT + cast(ManhattanAttention, operator).log_decay * distance
+    return logits.softmax(-1) @ v
+
+
+def differential(operator: AttentionOperator, heads: Heads) -> Tensor:
+    """(softmax(s q·k) - λ softmax(s q W·k)) v."""
+    own = cast(DifferentialAttention, operator)
+    q, k, v = heads.qkv()
+    first, second = ((heads.scale * x @ k.mT).softmax(-1) for x in (q, q @ own.weight))
+    return (first - own.amount * second) @ v
+
+
 def chosen_blocks(operator: AttentionOperator, heads: Heads) -> Tensor:
     """softmax(s q·k, masked) v + φ(q) φ(k)ᵀ (1 - mask) v W, with a mask of the best blocks of keys."""
     own = cast(BlockAttention, operator)
@@ -373,6 +391,8 @@ FORMS: dict[type[AttentionOperator], Callable[[AttentionOperator, Heads], Tensor
     ViT3Attention: vit3,
     MonarchAttention: monarch,
     BlockAttention: chosen_blocks,
+    ManhattanAttention: manhattan,
+    DifferentialAttention: differential,
     UniformAttention: uniform,
 }
 

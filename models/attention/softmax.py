@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from .base import (
     QKV,
@@ -13,6 +15,7 @@ from .base import (
     FirstRows,
     Geometry,
     Heads,
+    LayerShape,
     LowRank,
     Operations,
     Term,
@@ -104,6 +107,100 @@ def prefix_term(heads: Heads) -> Term:
     return FirstRows(softmax_rows(heads, slice(heads.tokens().num_prefix)))
 
 
+# Softmax with a decay, and the difference of two softmaxes.
+
+
+class ManhattanAttention(SoftmaxAttention):
+    """softmax(s q_i·k_j + log γ · d(i, j)) with the Manhattan distance d of two patches on the grid, and one γ a head:
+    the decay of RMT (Fan et al. 2024, arXiv 2309.11523) inside the softmax, as its authors released it.
+
+    A prefix token has no place: its distance to every token is 0. log γ is learned: it starts at 0 in a conversion,
+    where the map is the teacher's, and at RMT's log(1 - 2^(-2 - 4 h / H)) of head h with fresh weights. RMT's
+    decomposition along rows and columns is left out. 2 N² D multiply-adds per head, and a bias (H, N, N).
+    """
+
+    def __init__(self, shape: LayerShape) -> None:
+        super().__init__(shape)
+        self.log_decay = nn.Parameter(torch.zeros(shape.num_heads, 1, 1))
+
+    @property
+    def traits(self) -> Traits:
+        return Traits(linear_cost=False, needs_grid=True, key_mask=True, bias=True, dropout=True)
+
+    def attend(self, heads: Heads) -> Tensor:
+        decayed = self._decayed(heads)
+        if torch.is_grad_enabled() and self.log_decay.requires_grad:
+            # The fused kernels have no gradient for a bias: torch would form the map, too, and take longer.
+            maps, v = softmax_rows(decayed, slice(None)), heads.values()
+            return F.dropout(maps.to(v.dtype), heads.dropout) @ v
+        return super().attend(decayed)
+
+    def terms(self, heads: Heads) -> list[Term]:
+        return super().terms(self._decayed(heads))
+
+    def rows(self, heads: Heads, index: Tensor) -> Tensor:
+        return super().rows(self._decayed(heads), index)
+
+    def start_fresh(self) -> None:
+        place = torch.arange(self.shape.num_heads) / self.shape.num_heads
+        self.log_decay.data[:, 0, 0] = torch.log1p(-(2.0 ** (-2 - 4 * place)))
+
+    def _decayed(self, heads: Heads) -> Heads:
+        """Return the heads with the decay in their bias."""
+        q, _ = heads.qk()
+        distance = manhattan_distances(heads.tokens(), q.device)
+        bias = (self.log_decay * distance).to(q.dtype)[None]
+        return heads.each(lambda x: x, bias if heads.bias is None else heads.bias + bias)
+
+
+def manhattan_distances(geometry: Geometry, device: torch.device) -> Tensor:
+    """Return the distances |Δrow| + |Δcolumn| of all tokens, (N, N); 0 where one is a prefix token."""
+    axes = [torch.arange(side, device=device) for side in geometry.grid]
+    rows, columns = ((axis[:, None] - axis).abs() for axis in axes)
+    distance = rows[:, None, :, None] + columns[None, :, None, :]
+    prefix = geometry.num_prefix
+    return F.pad(distance.flatten(2).flatten(0, 1), (prefix, 0, prefix, 0))
+
+
+class DifferentialAttention(SoftmaxAttention):
+    """softmax(s q·k) - λ softmax(s (q W)·k): a second map takes noise out of the first.
+
+    From Ye et al. 2025, arXiv 2410.05258. The paper's two maps read one half of the channels each, and a norm follows
+    each head. Here the first map is the teacher's, so that a conversion starts from it: λ is one number a head and
+    starts at 0, W is D x D and starts at the identity, and there is no norm. Rows sum to 1 - λ. 4 N² D multiply-adds
+    per head.
+    """
+
+    def __init__(self, shape: LayerShape) -> None:
+        super().__init__(shape)
+        self.amount = nn.Parameter(torch.zeros(shape.num_heads, 1, 1))
+        self.weight = nn.Parameter(torch.eye(shape.head_dim).repeat(shape.num_heads, 1, 1))
+
+    @property
+    def traits(self) -> Traits:
+        first = super().traits
+        return replace(first, nonnegative=False, row_stochastic=False)
+
+    def attend(self, heads: Heads) -> Tensor:
+        first, second = super().attend(heads), super().attend(self._second(heads))
+        return first - self.amount.to(first.dtype) * second
+
+    def terms(self, heads: Heads) -> list[Term]:
+        return [FirstRows(self.rows(heads, torch.arange(heads.known.shape[2], device=heads.known.device)))]
+
+    def rows(self, heads: Heads, index: Tensor) -> Tensor:
+        first, second = softmax_rows(heads, index), softmax_rows(self._second(heads), index)
+        return first - self.amount.to(first.dtype) * second
+
+    def macs(self, geometry: Geometry) -> int:
+        width = self.shape.head_dim
+        return 2 * super().macs(geometry) + geometry.num_tokens * width**2 * self.shape.num_heads
+
+    def _second(self, heads: Heads) -> Heads:
+        q, k, v = heads.qkv()
+        return heads.with_qkv(q @ self.weight.to(q.dtype), k, v)
+
+
 # Uniform attention: every token takes the mean of all values.
 
 
@@ -144,4 +241,9 @@ def _weights(heads: Heads) -> Tensor:
     return keys / keys.sum(2, keepdim=True)
 
 
-OPERATORS = {"softmax": SoftmaxAttention, "uniform": UniformAttention}
+OPERATORS = {
+    "softmax": SoftmaxAttention,
+    "manhattan": ManhattanAttention,
+    "differential": DifferentialAttention,
+    "uniform": UniformAttention,
+}

@@ -108,6 +108,21 @@ def dense_softmax(_: Any, heads: Heads) -> Tensor:
     return (heads.scale * q @ k.transpose(2, 3)).softmax(-1) @ v
 
 
+def dense_manhattan(operator: Any, heads: Heads) -> Tensor:
+    (q, k, v), (prefix, grid) = heads.qkv(), (heads.tokens().num_prefix, heads.tokens().grid)
+    logits = heads.scale * q @ k.transpose(2, 3)
+    for i, j in itertools.product(range(grid[0] * grid[1]), repeat=2):
+        distance = abs(i // grid[1] - j // grid[1]) + abs(i % grid[1] - j % grid[1])
+        logits[:, :, prefix + i, prefix + j] += operator.log_decay[:, 0, 0] * distance
+    return logits.softmax(-1) @ v
+
+
+def dense_difference(operator: Any, heads: Heads) -> Tensor:
+    q, k, v = heads.qkv()
+    first, second = ((heads.scale * x @ k.mT).softmax(-1) for x in (q, q @ operator.weight))
+    return (first - operator.amount * second) @ v
+
+
 def dense_uniform(_: Any, heads: Heads) -> Tensor:
     return heads.values().mean(2, keepdim=True).expand_as(heads.values())
 
@@ -326,6 +341,7 @@ CASES = [
     Case("sla", {"block": 2, "share": 0.2}, dense=dense_blocks),
     Case("sla", {"block": 3, "share": 0.34, "linear": "mixed"}, dense=dense_blocks),
     Case("topk", {"block": 2, "share": 0.3}, dense=partial(dense_blocks, linear="none")),
+    Case("manhattan", dense=dense_manhattan), Case("differential", dense=dense_difference),
     Case("topk", {"block": 9}, dense=partial(dense_blocks, linear="none")),
     Case("hash"), Case("hash", {"bits": 5, "anchors": 7, "mode": "reference"}),
 ]  # fmt: skip
