@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from ..checkpoints.files import NOT_A_URL, is_file, is_there, is_url, read_regular
+from ..checkpoints.files import NOT_A_URL, is_file, is_there, is_url, read_regular, safe_name
 from ..models.errors import ConfigError, Json, JsonDict, check_types, did_you_mean
 from ..models.plain_yaml import MAX_BYTES, YamlError, parse_yaml, write_yaml
 from ..transfer.config import RunConfig
@@ -176,23 +176,36 @@ def load_stages(source: str | Path | None, overrides: Iterable[str | Setting] = 
     Raises ConfigError as `load_config` does, and for a stage without a name.
     """
     recipe = Recipe([]) if source is None else read_recipe(source)
-    if not recipe.stages:
-        return []
+    loaded = _load_parts(recipe.settings, recipe.stages, "stage", overrides)
+    return [Stage(name, config) for name, config in loaded.items()]
+
+
+def load_students(source: str | Path | None, overrides: Iterable[str | Setting] = ()) -> dict[str, RunConfig]:
+    """Load the students of a recipe or YAML file that has `students:`, by name, as `load_stages` loads stages."""
+    recipe = Recipe([]) if source is None else read_recipe(source)
+    return _load_parts(recipe.settings, recipe.students, "student", overrides)
+
+
+def _load_parts(
+    common: Sequence[Setting],
+    parts: Sequence[tuple[str, list[Setting]]],
+    kind: str,
+    overrides: Iterable[str | Setting],
+) -> dict[str, RunConfig]:
+    """Return the configuration of each part of a recipe: a stage or a student."""
     given = [entry if isinstance(entry, Setting) else parse_override(entry) for entry in overrides]
-    names = [name for name, _ in recipe.stages]
-    for setting in given:
+    names = [name for name, _ in parts]
+    for setting in given if parts else ():
         if setting.stage and setting.stage not in names:
             raise ConfigError(
-                f"{setting.origin}: there is no stage {setting.stage!r}; {did_you_mean(setting.stage, names)}"
+                f"{setting.origin}: there is no {kind} {setting.stage!r}; {did_you_mean(setting.stage, names)}"
             )
     settings, configs = dict[str, list[Setting]](), dict[str, RunConfig]()
-    for name, own in recipe.stages:
-        mine = [*recipe.settings, *own, *(each for each in given if each.stage in ("", name))]
+    for name, own in parts:
+        mine = [*common, *own, *(each for each in given if each.stage in ("", name))]
         settings[name] = without_overridden(mine, partial(_validate, stage=name))
         configs[name] = _validate(settings[name], name)
-    return [
-        Stage(name, _validate(read_elsewhere(own, name, configs), name)) for name, own in settings.items()
-    ]
+    return {name: _validate(read_elsewhere(own, name, configs), name) for name, own in settings.items()}
 
 
 def dump_config(config: RunConfig) -> str:
@@ -222,10 +235,11 @@ def parse_setting(name: str, text: str, origin: str) -> Setting:
 
 @dataclass(frozen=True)
 class Recipe:
-    """The content of a recipe or YAML file: settings, and for each stage its name and its own settings."""
+    """The content of a recipe or YAML file: settings, and for each stage or student its name and its own settings."""
 
     settings: list[Setting]
     stages: list[tuple[str, list[Setting]]] = field(default_factory=list)
+    students: list[tuple[str, list[Setting]]] = field(default_factory=list)
     compare: JsonDict | None = None
     """The section `compare`, which only `graftvit compare` reads."""
     attnbench: JsonDict | None = None
@@ -235,9 +249,12 @@ class Recipe:
 def read_settings(source: str | Path) -> list[Setting]:
     """Return the settings of a recipe or YAML file of one run, after the settings of its `base:`, if any."""
     recipe = read_recipe(source)
-    if recipe.stages:
-        names = ", ".join(name for name, _ in recipe.stages)
-        raise ConfigError(f"{source} has several stages ({names}): only `graftvit train` takes such a recipe")
+    for kind, parts in {"stages": recipe.stages, "students": recipe.students}.items():
+        if parts:
+            names = ", ".join(name for name, _ in parts)
+            raise ConfigError(
+                f"{source} has several {kind} ({names}): only `graftvit train` takes such a recipe"
+            )
     return recipe.settings
 
 
@@ -259,10 +276,15 @@ def read_recipe(source: str | Path, seen: tuple[str, ...] = ()) -> Recipe:
         raise ConfigError(f"{label}: 'base' must be the name of a recipe or a file, not {base!r}")
     inherited = Recipe([]) if base is None else read_recipe(_base_path(base, folder), (*seen, label))
     stages = _stages(content.pop("stages", None), label) or inherited.stages
+    students = _students(content.pop("students", None), label) or inherited.students
+    if stages and students:
+        raise ConfigError(
+            f"{label}: 'stages' and 'students' do not go together: give each student its recipe of stages"
+        )
     compare = content.pop("compare", inherited.compare)
     attnbench = content.pop("attnbench", inherited.attnbench)
     own = _layer(content, label, label)
-    return Recipe(inherited.settings + own, stages, compare, attnbench)
+    return Recipe(inherited.settings + own, stages, students, compare, attnbench)
 
 
 def _stages(content: Any, label: str) -> list[tuple[str, list[Setting]]]:
@@ -286,6 +308,23 @@ def _stages(content: Any, label: str) -> list[tuple[str, list[Setting]]]:
             )
         stages.append((name, _layer(settings, f"{label}: stages.{name}", name)))
     return stages
+
+
+def _students(content: Any, label: str) -> list[tuple[str, list[Setting]]]:
+    if content is None:
+        return []
+    if not isinstance(content, dict) or not all(isinstance(own, dict) for own in content.values()):
+        raise ConfigError(
+            f"{label}: 'students' must be a mapping of names and settings, such as "
+            "'linear: {student.plan: \"*: linear\"}'"
+        )
+    return [
+        (
+            safe_name(str(name), f"{label}: students"),
+            _layer(own, f"{label}: students.{name}", str(name)),
+        )
+        for name, own in content.items()
+    ]
 
 
 def _layer(content: JsonDict, label: str, layer: str) -> list[Setting]:

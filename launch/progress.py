@@ -81,13 +81,16 @@ def read_progress(folder: Path, training_since: float | None = None) -> Progress
 
 
 def current_stage(folder: Path) -> Path:
-    """Return the folder `<i>-<name>` of the last started stage; the run folder itself without stages."""
+    """Return the folder `<i>-<name>` of the last started stage, or of the first student; else the run folder itself."""
     stages = [
         (int(found[1]), path)
         for path in folder.glob("*-*")
         if (found := re.match(r"(\d+)-", path.name)) and (path / "config.yaml").is_file()
     ]
-    return folder if (folder / "config.yaml").is_file() or not stages else max(stages)[1]
+    if (folder / "config.yaml").is_file():
+        return folder
+    students = sorted(path.parent for path in folder.glob("*/config.yaml") if path.parent.name != "jobs")
+    return max(stages)[1] if stages else next(iter(students), folder)
 
 
 def _seconds_a_step(records: list[dict[str, Any]], epochs: list[dict[str, Any]]) -> float | None:

@@ -23,7 +23,7 @@ from ..models.errors import CheckpointError, ConfigError
 from ..models.plain_yaml import write_yaml
 from ..transfer.config import RunConfig
 from .fields import find_key, leaves, unknown
-from .load_config import Setting, dump_config, load_config, load_stages, parse_setting
+from .load_config import Setting, dump_config, load_config, load_stages, load_students, parse_setting
 from .say import hint
 
 SWEEP_FILE = "sweep.json"
@@ -225,14 +225,18 @@ def cell_settings(sweep: Sweep, cell: Path, overrides: Sequence[Setting]) -> lis
 
 
 def run_configs(recipe: str | Path | None, settings: Sequence[Setting]) -> list[RunConfig]:
-    """Return the configuration of a run, or of each of its stages. Raises ConfigError."""
-    stages = [] if recipe is None else load_stages(recipe, settings)
-    return [stage.config for stage in stages] or [load_config(recipe, settings)]
+    """Return the configuration of a run, or of each of its stages or students. Raises ConfigError."""
+    stages = [stage.config for stage in load_stages(recipe, settings)]
+    return stages or [*load_students(recipe, settings).values()] or [load_config(recipe, settings)]
 
 
 def frozen_text(recipe: str | Path | None, settings: Sequence[Setting]) -> str:
-    """Return the YAML of all settings of a run; stages stay stages. Raises ConfigError."""
-    stages = [] if recipe is None else load_stages(recipe, settings)
+    """Return the YAML of all settings of a run; stages stay stages, and students students. Raises ConfigError."""
+    stages, students = load_stages(recipe, settings), load_students(recipe, settings)
+    if students:
+        return write_yaml(
+            {"students": {name: config.model_dump(mode="json") for name, config in students.items()}}
+        )
     if not stages:
         return dump_config(load_config(recipe, settings))
     return write_yaml(

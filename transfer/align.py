@@ -7,7 +7,7 @@ layers learn independently of one another and no gradient passes between them; n
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -27,7 +27,7 @@ from ..models.copying.teacher_view import (
     shallow,
     truncated,
 )
-from ..models.errors import TransferError, check_types, did_you_mean
+from ..models.errors import JsonDict, TransferError, check_types, did_you_mean
 from ..models.families import (
     Site,
     TokenLayout,
@@ -290,23 +290,26 @@ def can_learn(name: str, operator: AttentionOperator) -> bool:
     )
 
 
-class AlignedLayer(nn.Module):
-    """The teacher's layer, which lets the student's layer of the same depth learn from what passes through."""
+class LayerLesson(NamedTuple):
+    """What a layer of the teacher is given on a batch, which the student's layer is given too, and what it does."""
 
-    def __init__(self, native: AttentionHost, student: ConvertedAttention, loss: LayerLoss) -> None:
+    inputs: tuple[Any, ...]
+    keywords: JsonDict
+    target: LayerTarget
+
+
+class AlignedLayer(nn.Module):
+    """The teacher's layer, which keeps what the student's layer of the same depth learns from."""
+
+    def __init__(self, native: AttentionHost) -> None:
         super().__init__()
         self.native = native
-        self.pupil = (student,)  # in a tuple: not a part of the teacher
-        self.loss = loss
-        self.last_loss: Tensor | None = None
+        self.lesson: LayerLesson | None = None
 
     def forward(self, *inputs: Any, **keywords: Any) -> Any:
         heads = self.native.heads_of(*inputs, **keywords)
         target = LayerTarget(heads, self.native.attend(heads))
-        (student,) = self.pupil
-        with torch.enable_grad():
-            own = student.heads_of(*inputs, **keywords)
-            self.last_loss = self.loss(student.operator, own, target)
+        self.lesson = LayerLesson(inputs, keywords, target)
         out = self.native.with_local(target.output, heads)
         return self.native.merge(out, next(iter((*inputs, *keywords.values()))))
 
@@ -355,42 +358,50 @@ class Alignment(nn.Module):
                 "of the student"
             )
         self.student = student
+        self._loss = LAYER_LOSSES[loss]
         self._hosts: dict[int, AlignedLayer] = {}
-        self._view = (self._teach(teacher, layers, LAYER_LOSSES[loss]),)
+        self._view = (self._viewed(teacher, layers),)
 
     @property
     def layers(self) -> list[int]:
         """Return the numbers of the layers that learn."""
         return list(self._hosts)
 
-    def _teach(
-        self, teacher: nn.Module, layers: dict[int, ConvertedAttention], loss: LayerLoss
-    ) -> TokensOnly:
+    def _viewed(self, teacher: nn.Module, layers: dict[int, ConvertedAttention]) -> TokensOnly:
         """Return the teacher up to its last layer that teaches."""
         blocks: list[nn.Module] = []
         for index, block in enumerate(blocks_of(teacher)[: max(layers) + 1]):
             twin = shallow(whole_grid(block) if index in layers else block)
             if index in layers:
-                self._hosts[index] = AlignedLayer(
-                    family_of(teacher).host(teacher, block), layers[index], loss
-                )
+                self._hosts[index] = AlignedLayer(family_of(teacher).host(teacher, block))
                 twin._modules[attention_place(twin)] = self._hosts[index]
             blocks.append(twin)
         return truncated(teacher, blocks).eval()
 
-    def forward(self, images: Tensor) -> dict[int, Tensor]:
-        """Return the loss of each converted layer, a float32 scalar with a gradient for that layer alone."""
+    def forward(self, images: Tensor, taught: Mapping[int, LayerLesson] | None = None) -> dict[int, Tensor]:
+        """Return the loss of each converted layer, a float32 scalar with a gradient for that layer alone.
+
+        With `taught`, which `teach` of an alignment of the same layers gave for these images, the teacher does not run.
+        """
         (view,) = self._view
         check_images(images, self.student)
         check_size(self.student, (images.shape[-2], images.shape[-1]))
         self._take_grid(view.model, (images.shape[-2], images.shape[-1]))
-        with torch.no_grad():
-            view(images)
-        losses = {}
-        for index, host in self._hosts.items():
-            assert host.last_loss is not None
-            losses[index], host.last_loss = host.last_loss, None
+        layers, losses = converted_layers(self.student), {}
+        for index, (inputs, keywords, target) in (self.teach(images) if taught is None else taught).items():
+            heads = layers[index].heads_of(*inputs, **keywords)
+            losses[index] = self._loss(layers[index].operator, heads, target)
         return losses
+
+    def teach(self, images: Tensor) -> dict[int, LayerLesson]:
+        """Return what passes through the teacher's layers, by layer, on images (B, C, H, W) as it wants them."""
+        with torch.no_grad():
+            self._view[0](images)
+        lessons = {}
+        for index, host in self._hosts.items():
+            assert host.lesson is not None
+            lessons[index], host.lesson = host.lesson, None
+        return lessons
 
     def _take_grid(self, teacher: nn.Module, images: tuple[int, int]) -> None:
         """Give the grid of these images to the student's operators that read it from their model, which does not run.

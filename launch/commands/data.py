@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..flags import command_parser, output_file, parse_command, whole
-from ..load_config import Setting, load_config, load_stages
+from ..load_config import Setting
 from ..say import say
 from ..submitted import Work, check_data
+from ..sweep import run_configs
 
 if TYPE_CHECKING:
     from ...transfer.config import DataConfig, RunConfig
@@ -114,9 +115,8 @@ def _read_source(word: str | None) -> list[Setting]:
 
 
 def _load_config(recipe: str | None, settings: list[Setting]) -> RunConfig:
-    """Load the configuration; of several stages take the last, which trains the student."""
-    stages = [] if recipe is None else load_stages(recipe, settings)
-    return stages[-1].config if stages else load_config(recipe, settings)
+    """Load the configuration; of several stages or students take the last, which trains the student."""
+    return run_configs(recipe, settings)[-1]
 
 
 def _draw_picture(config: RunConfig, count: int) -> bytes:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from filelock import FileLock
 
-from ...models.errors import ConfigError, DataError
+from ...models.errors import ConfigError, DataError, RunFailedError
 from ...transfer.analysis.report.tables import aligned
 from ..flags import SOURCE_HELP, command_parser, parse_command, source_keywords, whole
 from ..load_config import Setting, load_config
@@ -235,14 +235,23 @@ def _folder(arguments: argparse.Namespace, name: str) -> Path:
 def _align(arguments: argparse.Namespace, config: RunConfig, share: Share) -> list[str]:
     """Align what is not aligned yet of this share's operators; return those that other shares have still to align."""
     from ...transfer.cells import StoppedError
-    from ...transfer.engine.train import train
+    from ...transfer.engine.stages import train_students
 
-    for name in arguments.operators[share.index :: share.count]:
-        student = config.student.model_copy(update={"plan": f"*: {name}"})
-        own = config.model_copy(update={"student": student, "output_dir": _folder(arguments, name)})
-        result = train(own)
-        if result.signal is not None:
-            raise StoppedError(result.signal, f"while {name} was aligned")
+    names = arguments.operators[share.index :: share.count]
+    students = {
+        _folder(arguments, name).name: config.model_copy(
+            update={
+                "student": config.student.model_copy(update={"plan": f"*: {name}"}),
+                "output_dir": _folder(arguments, name).parent,
+            }
+        )
+        for name in names
+    }
+    done = train_students(students) if students else None
+    if done is not None and done.signal is not None:
+        raise StoppedError(done.signal, "while operators were aligned")
+    for name, error in {} if done is None else done.failures.items():
+        raise RunFailedError(f"library/{name}: {error}")
     return [name for name in arguments.operators if not (_folder(arguments, name) / "student").is_dir()]
 
 

@@ -7,12 +7,12 @@ import signal
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from ...models.errors import counted
+from ...models.errors import RunFailedError, counted
 from ...transfer.config import RunConfig
-from ...transfer.engine.stages import chain, check_stages, train_stages
+from ...transfer.engine.stages import chain, check_stages, check_students, train_stages, train_students
 from ...transfer.first_checks import check_first, check_head, check_places
 from ..flags import command_parser, parse_command
-from ..load_config import Setting, dump_config, load_config, load_stages, read_recipe
+from ..load_config import Setting, dump_config, load_config, load_stages, load_students, read_recipe
 from ..progress import SCORES
 from ..say import say, say_aside
 
@@ -52,8 +52,11 @@ def run(argv: list[str]) -> int:
     parser.switch("--print_config", "print the resolved configuration as YAML and stop")
     parser.switch("--dry_run", "print the resolved plan and a memory estimate and stop")
     arguments, settings = parse_command(parser, argv)
-    if arguments.recipe is not None and read_recipe(arguments.recipe).stages:
+    recipe = None if arguments.recipe is None else read_recipe(arguments.recipe)
+    if recipe is not None and recipe.stages:
         return _run_stages(arguments, settings)
+    if recipe is not None and recipe.students:
+        return _run_students(arguments, settings)
     config = load_config(arguments.recipe, settings)
     if arguments.print_config:
         say(dump_config(config))
@@ -94,6 +97,31 @@ def _run_stages(arguments: argparse.Namespace, settings: Sequence[Setting]) -> i
     for name, result in done.results.items():
         say(f"{name}: {_describe_result(result.metrics)}{result.output_dir}\n")
     return 0 if done.signal is None else _report_stop(last, done.signal, shown[0].config)
+
+
+def _run_students(arguments: argparse.Namespace, settings: Sequence[Setting]) -> int:
+    """Show the students of a recipe, or run them side by side."""
+    students = load_students(arguments.recipe, settings)
+    shown = check_students(students)
+    if arguments.print_config:
+        say("---\n".join(f"# student {name}\n{dump_config(config)}" for name, config in shown.items()))
+        return 0
+    if arguments.dry_run:
+        from ..plan_text import describe_plan
+
+        say("\n".join(f"the student {name}:\n{describe_plan(config)}" for name, config in shown.items()))
+        return 0
+    for config in shown.values():
+        check_places(config)
+    done = train_students(students)
+    for name, result in done.results.items():
+        say(f"{name}: {_describe_result(result.metrics)}{result.output_dir}\n")
+    if done.signal is not None:
+        last = [each for each in done.results.values() if each.signal is not None][-1]
+        return _report_stop(last, done.signal, next(iter(shown.values())))
+    if done.failures:
+        raise RunFailedError("; ".join(f"student {name}: {error}" for name, error in done.failures.items()))
+    return 0
 
 
 def _describe_result(metrics: Mapping[str, float]) -> str:

@@ -116,6 +116,12 @@ class Tape(threading.local):
         """Begin a step; what the step before gave is forgotten here, and kept where its backward pass needs it."""
         self.step, self.losses, self.features = Step(grids), {}, {}
 
+    def take(self, given: Step) -> None:
+        """Let the teacher's side of this step be what `given` has."""
+        own = self._step
+        own.heads, own.outputs = dict(given.heads), dict(given.outputs)
+        own.blocks, own.whole = dict(given.blocks), dict(given.whole)
+
     def fill(self, shares: Tensor) -> None:
         """Say how much of the rows and columns of the batch its images fill (B, 2)."""
         self._step.filled = shares

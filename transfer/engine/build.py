@@ -6,8 +6,9 @@ The dry run builds the same without weights: parameters that have a shape and no
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Collection, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -375,6 +376,9 @@ def load_teacher(
 
     Raises CheckpointError.
     """
+    known, key = _known.get({}), (how.model_dump_json(), size, commit, weights, starts)
+    if key in known:
+        return known[key]
     source = open_source(str(how.source), commit or how.revision)
     check_published(source.found, how.model_args)
     of_timm = {"model": how.model, "model_args": how.model_args}
@@ -389,7 +393,21 @@ def load_teacher(
         keep=starts,
     )
     teacher.model.to(DTYPES[how.dtype])
+    known[key] = teacher
     return teacher
+
+
+_known: ContextVar[dict[object, Pretrained]] = ContextVar("_known")
+
+
+@contextmanager
+def one_teacher() -> Iterator[None]:
+    """Let the runs that are built within the block share the model of each teacher."""
+    token = _known.set({})
+    try:
+        yield
+    finally:
+        _known.reset(token)
 
 
 def identify_teachers(*configs: RunConfig) -> list[str]:

@@ -140,6 +140,9 @@ class DenseAlignTask(AlignTask):
         super().__init__(alignment, shown)
         self._prepare = prepare
 
+    def needs(self, size: tuple[int, int]) -> object:
+        return None
+
     def forward(self, batch: DenseBatch) -> Losses:  # type: ignore[override]
         """Return the losses of the layers, which see the padding as their teacher does."""
         return super().forward(self._prepare(batch.images).tensors, torch.empty(0))

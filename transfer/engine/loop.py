@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections.abc import Generator, Iterator
 from contextlib import closing, nullcontext
@@ -12,8 +13,10 @@ from accelerate import Accelerator
 from accelerate.utils import send_to_device
 from torch import Tensor
 
-from ...models.errors import DataError, JsonDict, RunFailedError, counted
+from ...checkpoints.preprocessing import Preprocessing
+from ...models.errors import ConfigError, DataError, JsonDict, RunFailedError, counted
 from ..config import RunConfig
+from ..data.loaders import TrainLoader
 from ..data.sampler import seed_batch
 from .build import Parts
 from .optim import Schedule, set_learning_rate
@@ -22,12 +25,70 @@ from .run_state import RunState, SaveClock
 from .runlog import CommunicationTimer, LossHealth, Recorder, describe, peak_memory, stacked, weights_finite
 from .scoring import best_value, score
 from .signals import StopSignals
-from .tasks import check_learns
+from .tasks import Task, check_learns
 
 logger = logging.getLogger(__name__)
 
 Batch = tuple[Any, ...]
 """What a task takes: images, labels and, where they are kept, the teachers' targets by name; or one `DenseBatch`."""
+
+
+class SharedBatches:
+    """The batches of several loops that take turns: each is read once, and the teachers run on it once.
+
+    The batches of one step are kept, with what teachers gave for them. A loop behind the others reads its own again.
+    """
+
+    def __init__(
+        self, loader: TrainLoader, spec: Preprocessing, accelerator: Accelerator, accum: int
+    ) -> None:
+        self.loader, self.spec, self.accelerator, self.accum = loader, spec, accelerator, accum
+        self._batches: Iterator[Batch] = iter(())
+        self._next: tuple[int, int] | None = None
+        """The epoch and number of what `_batches` yields next."""
+        self._kept: dict[tuple[int, int], tuple[Batch, list[tuple[object, object]]]] = {}
+
+    def check(self, spec: Preprocessing, name: str) -> None:
+        """Raise ConfigError where the student `name` takes other images."""
+        if spec != self.spec:
+            raise ConfigError(
+                f"students.{name} takes images as {spec.described()}, and the first student as "
+                f"{self.spec.described()}: all students of a run share their images, so give models that take the same"
+            )
+
+    def epoch(self, epoch: int, start: int) -> Iterator[Batch]:
+        """Yield the batches of an epoch on the device, from batch `start`."""
+        for number in itertools.count(start):
+            batch = self._take((epoch, number))
+            if batch is None:
+                return
+            yield batch
+
+    def taught(self, task: Task, batch: Batch) -> Batch:
+        """Return the batch that was yielded last, with what the teachers of a task give for it."""
+        needs = task.needs(self.spec.input_size[1:])
+        if needs is None:
+            return batch
+        for others, lesson in self._lessons:
+            if others == needs:
+                return (*batch, lesson)
+        with self.accelerator.autocast():
+            self._lessons.append((needs, task.teach(batch[0])))
+        return (*batch, self._lessons[-1][1])
+
+    def _take(self, place: tuple[int, int]) -> Batch | None:
+        if place not in self._kept:
+            if self._next != place:
+                self._batches = self.loader.epoch(*place)
+            self._next = (place[0], place[1] + 1)
+            batch = next(self._batches, None)
+            if batch is None:
+                return None
+            while len(self._kept) >= self.accum:
+                del self._kept[next(iter(self._kept))]
+            self._kept[place] = send_to_device(batch, self.accelerator.device, non_blocking=True), []
+        batch, self._lessons = self._kept[place]
+        return batch
 
 
 @dataclass(frozen=True)
@@ -52,6 +113,8 @@ class Loop:
     recorder: Recorder
     signals: StopSignals
     position: Position
+    shared: SharedBatches | None = None
+    """Where the batches come from, and what the teachers give for them, beside other loops."""
 
     def __post_init__(self) -> None:
         self.health = LossHealth()
@@ -73,8 +136,11 @@ class Loop:
         exhausted = patience is not None and self.position.stale >= patience
         return exhausted or self.position.step >= self.schedule.total_steps
 
-    def run(self) -> int | None:
-        """Train to the end, or until all processes agree on a stop signal; then save and return the signal."""
+    def run(self) -> Generator[int, None, int | None]:
+        """Train to the end, or until all processes agree on a stop signal; then save and return the signal.
+
+        Yield before each step the number of steps done, so that several loops can take turns.
+        """
         self.run_state.model.train()
         self.clock.restart()  # the teacher may have been evaluated before
         timer = CommunicationTimer(self.run_state.model, self.config.engine.log_interval)
@@ -82,7 +148,7 @@ class Loop:
         for kind in self.run_state.meters:
             self.recorder.start(kind)
         while not self.finished:
-            stopped = self._epoch_steps()
+            stopped = yield from self._epoch_steps()
             if stopped is not None:
                 self._save()
                 return stopped
@@ -112,11 +178,12 @@ class Loop:
                 self.position.epoch, self.position.epoch_step = epoch + 1, 0
         return self._last
 
-    def _epoch_steps(self) -> int | None:
+    def _epoch_steps(self) -> Generator[int, None, int | None]:
         """Do the remaining steps of this epoch. Return the signal that stopped them, or None."""
         self._last = None
         with closing(self._batches()) as batches:
             while self._steps_left:
+                yield self.position.step
                 self._step(batches)
                 stopped, due = self.signals.agreed(save=self.clock.due())
                 self.due |= due
@@ -138,14 +205,16 @@ class Loop:
         """Yield the batches of this epoch on the device, from the position of the run."""
         start = self.position.epoch_step * self.schedule.accum
         loader, epoch = self.parts.train_loader, self.position.epoch
+        source = self.shared or loader
         cached = self.parts.targets is not None
-        batches: Iterator[Batch] = loader.full_epoch(epoch, start) if cached else loader.epoch(epoch, start)
+        batches: Iterator[Batch] = loader.full_epoch(epoch, start) if cached else source.epoch(epoch, start)
         while True:
             with self.recorder.waiting():
                 batch = next(batches, None)
             if batch is None:
                 raise DataError(f"the data set ended in the middle of epoch {self.position.epoch}")
-            yield send_to_device(batch, self.accelerator.device, non_blocking=True)
+            batch = send_to_device(batch, self.accelerator.device, non_blocking=True)
+            yield batch if self.shared is None else self.shared.taught(self.parts.task, batch)
 
     def _step(self, batches: Iterator[Batch]) -> None:
         """Do one optimizer step over `accum` batches, without waiting for the device."""

@@ -1,5 +1,6 @@
-"""Stages: runs one after another on one student, each with its own losses, optimizer and length.
+"""Recipes of several runs: stages one after another on one student, or students side by side on one teacher.
 
+Each stage has its own losses, optimizer and length.
 A stage is a run with its own folder, so it resumes like every run, and a finished stage is not repeated.
 The first stage creates the student; each other stage starts from the student of the one before, and converts it if its
 plan is another one. Torch is imported when a stage is built, so that `--print_config` does without.
@@ -10,7 +11,8 @@ from __future__ import annotations
 import json
 import logging
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -19,10 +21,10 @@ from typing import TYPE_CHECKING
 from ...checkpoints.atomic import write_folder, write_text
 from ...checkpoints.files import safe_name
 from ...checkpoints.sources import STUDENTS
-from ...models.errors import ConfigError, GraftError, JsonDict
+from ...models.errors import ConfigError, GraftError, JsonDict, RunFailedError
 from ..config import RunConfig
 from ..first_checks import check_first, check_head
-from ..setting import find_unread, without
+from ..setting import fields_of, find_unread, value_of, without
 from .resume_check import refuse_existing
 
 if TYPE_CHECKING:
@@ -110,12 +112,12 @@ def check_stages(stages: Sequence[Stage]) -> list[Stage]:
     return chained
 
 
-def _check_each(stages: Sequence[Stage], check: Callable[[RunConfig], None]) -> None:
+def _check_each(stages: Sequence[Stage], check: Callable[[RunConfig], None], kind: str = "stage") -> None:
     for stage in stages:
         try:
             check(stage.config)
         except GraftError as error:
-            raise type(error)(f"stage {stage.name}: {error}") from error
+            raise type(error)(f"{kind} {stage.name}: {error}") from error
 
 
 def train_stages(stages: Sequence[Stage]) -> StagesResult:
@@ -161,3 +163,118 @@ def _publish(last: Path, folder: Path) -> None:
 def _copy(source: Path, folder: Path) -> None:
     for path in source.iterdir():
         shutil.copyfile(path, folder / path.name)
+
+
+# Students: runs side by side on the same images and teachers, each with its own folder `output_dir/<name>`.
+#
+# A batch is read once, and the teachers run on it once. Otherwise each student is the run that it would be alone, bit
+# for bit on a CPU: it is resumed, loaded and evaluated as one. The run with the fewest steps is next, so that after
+# a restart from different states those ahead wait.
+
+OWN = ("student.", "transfer.", "align.", "optim.")
+"""Beginnings of the settings that may differ between students."""
+SHARED = ("student.img_size", "optim.epochs", "optim.max_steps", "optim.accum_iter")
+"""Settings among these that may not."""
+
+
+@dataclass(frozen=True)
+class StudentsResult:
+    """The results of the students, and the errors of those that could not continue."""
+
+    results: dict[str, RunResult]
+    failures: dict[str, RunFailedError]
+    signal: int | None
+
+
+def check_students(students: Mapping[str, RunConfig]) -> dict[str, RunConfig]:
+    """Return the runs of the students, with their folders.
+
+    Raises ConfigError: a name is no part of a path, the students do not agree on what they share, or a setting does not
+    go with several students. Raises a GraftError for settings that one of the runs cannot have.
+    """
+    if not students:
+        raise ConfigError("students is empty; give a mapping of names and settings, one of each student")
+    runs = {
+        name: config.model_copy(update={"output_dir": config.output_dir / safe_name(name, "students")})
+        for name, config in students.items()
+    }
+    first, *_ = students
+    for name, config in students.items():
+        _check_alone(name, config)
+        _check_shared(name, config, first, students[first])
+    refuse_existing(students[first].output_dir, "auto")
+    _check_each([Stage(name, config) for name, config in runs.items()], check_first, "student")
+    return runs
+
+
+def _check_shared(name: str, config: RunConfig, other_name: str, other: RunConfig) -> None:
+    """Raise ConfigError for a setting that decides what both students see, and differs."""
+    for key in fields_of(RunConfig):
+        value, theirs = value_of(config, key), value_of(other, key)
+        if value != theirs and (key in SHARED or not key.startswith(OWN)):
+            raise ConfigError(
+                f"students.{name}.{key}={value}, and {theirs} for {other_name}: all students of a run share it, so set "
+                "it above them"
+            )
+    if config.needs_labels != other.needs_labels:
+        raise ConfigError(
+            f"students.{name}.transfer.task_weight={config.transfer.task_weight}, and {other.transfer.task_weight} for "
+            f"{other_name}: either all students of a run learn from labels, or none"
+        )
+
+
+def _check_alone(name: str, config: RunConfig) -> None:
+    """Raise ConfigError for a setting of runs that have a process for themselves."""
+    refused = {
+        "engine.fsdp=true": config.engine.fsdp,
+        "engine.trackers=wandb": "wandb" in config.engine.trackers,
+        "teacher.shard=true": any(each.shard for each in (config.teacher, *config.teachers.values())),
+        "transfer.cache": config.transfer.cache is not None,
+        "student.compile=true": config.student.compile,
+    }
+    for setting in (setting for setting, given in refused.items() if given):
+        raise ConfigError(
+            f"students.{name}: {setting} does not go with several students in one run: leave it out"
+        )
+
+
+def train_students(students: Mapping[str, RunConfig]) -> StudentsResult:
+    """Run all students to their ends, side by side; resume those that were started.
+
+    One whose loss or weights are no longer finite stops alone. Raises GraftError as `train`, before the first step.
+    """
+    runs = check_students(students)
+    from .build import one_teacher
+    from .parallel import create_accelerator
+    from .train import company, training
+
+    results: dict[str, RunResult] = {}
+    failures: dict[str, RunFailedError] = {}
+    steps = dict.fromkeys(runs, -1)
+    accelerators = {name: create_accelerator(config) for name, config in runs.items()}
+    first = next(iter(runs))
+
+    def take_turn() -> None:
+        name = min(steps, key=steps.__getitem__)
+        if steps.pop(name) < 0:
+            logger.warning("student %s in %s", name, runs[name].output_dir)
+        try:
+            steps[name] = next(going[name])
+        except StopIteration as end:
+            results[name] = end.value
+        except RunFailedError as error:
+            failures[name] = error.with_traceback(None)  # which would keep the student in memory
+            logger.error("student %s stops alone: %s", name, error)
+
+    with company(runs[first], accelerators[first], several=True) as others, ExitStack() as stack:
+        going = {
+            name: stack.enter_context(closing(training(config, accelerators[name], others)))
+            for name, config in runs.items()
+        }
+        with one_teacher():
+            while -1 in steps.values():
+                take_turn()
+        while steps:
+            take_turn()
+    signal = next((each.signal for each in results.values() if each.signal is not None), None)
+    return StudentsResult(results, failures, signal)

@@ -12,11 +12,12 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+from ...models.copying.tape import Step
 from ...models.copying.teacher_view import ShownImages
 from ...models.errors import ConfigError, JsonDict
 from ...models.families import blocks_of
 from ...models.mae import MaskedAutoencoder
-from ..align import Alignment
+from ..align import Alignment, LayerLesson
 from ..data.loaders import EvalLoader
 from ..methods.dual import DualViT
 from ..methods.standardize import Batch, mark_ready
@@ -99,6 +100,17 @@ class Task(nn.Module, ABC):
     forward: Callable[..., Losses]
     """The losses of a batch: of images (B, C, H, W) with class indices (B,) or probabilities (B, classes)."""
 
+    def needs(self, size: tuple[int, int]) -> object:
+        """Return what a step on images of a height and width reads of the teachers.
+
+        One pass of them, `teach`, serves all tasks that need the same. None: a task runs its teachers itself, if any.
+        """
+        return None
+
+    def teach(self, images: Tensor) -> object:
+        """Return what the teachers give for images: the last argument of `forward` of a task that needs the same."""
+        return None
+
     def evaluate(self, loader: EvalLoader, accelerator: Accelerator) -> dict[str, float] | None:
         """Return the numbers of the test images by name; None where they are those of a classifier."""
         return None
@@ -163,7 +175,13 @@ class TransferTask(Task):
     def saved(self) -> nn.Module:
         return self.dual
 
-    def forward(self, images: Tensor, targets: Tensor, *taught: Mapping[str, Tensor]) -> Losses:
+    def needs(self, size: tuple[int, int]) -> object:
+        return self.dual.needs(size)
+
+    def teach(self, images: Tensor) -> dict[str, Step]:
+        return self.dual.show(images)
+
+    def forward(self, images: Tensor, targets: Tensor, *taught: Mapping[str, Tensor | Step]) -> Losses:
         """Return losses of images; with `taught`, which the teachers gave for them before, no teacher runs."""
         output = self.dual(images, *taught)
         if self.task_weight == 0:
@@ -216,8 +234,14 @@ class AlignTask(Task):
     def saved(self) -> nn.Module:
         return self.alignment
 
-    def forward(self, images: Tensor, targets: Tensor) -> Losses:
-        losses = self.alignment(self.teacher_input(images))
+    def needs(self, size: tuple[int, int]) -> object:
+        return self.alignment.layers, self.teacher_input.teacher_size(size)
+
+    def teach(self, images: Tensor) -> dict[int, LayerLesson]:
+        return self.alignment.teach(self.teacher_input(images))
+
+    def forward(self, images: Tensor, targets: Tensor, *taught: Mapping[int, LayerLesson]) -> Losses:
+        losses = self.alignment(self.teacher_input(images), *taught)
         parts = {f"layer{layer:02d}": loss for layer, loss in losses.items()}
         return {"loss": torch.stack(list(parts.values())).sum(), **parts}
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -33,7 +33,7 @@ from .cached_targets import prepare_targets
 from .elastic import GlobalBatch, describe, settle
 from .fence import Fence
 from .fit_operators import fit_operators, leave_to_us, measure_features, stage_together
-from .loop import Loop
+from .loop import Loop, SharedBatches
 from .modes import mode_of
 from .optim import Schedule, WeightAverage, create_optimizer, describe_batch
 from .parallel import (
@@ -168,12 +168,41 @@ def train(config: RunConfig) -> RunResult:
     """
     RunConfig.model_validate(config.model_dump(warnings=False))  # what `model_copy` made was never checked
     accelerator = create_accelerator(config)
+    with company(config, accelerator) as alone:
+        steps = training(config, accelerator, alone)
+        while True:
+            try:
+                next(steps)
+            except StopIteration as end:
+                result: RunResult = end.value
+                return result
+
+
+@dataclass
+class Company:
+    """What the runs that take turns in a process have in common; a run alone is one of these, too."""
+
+    group: dist.ProcessGroup | None
+    signals: StopSignals
+    stack: ExitStack
+    """What ends after the last run."""
+    several: bool
+    shared: SharedBatches | None = None
+    """The batches of several runs, once the first one is built."""
+
+
+@contextmanager
+def company(config: RunConfig, accelerator: Accelerator, *, several: bool = False) -> Iterator[Company]:
+    """Listen to stop signals within the block, in which one run or several take turns."""
     group = host_group(accelerator)
-    with (
-        StopSignals(group, config.engine.stop_grace) as signals,
-        _fence(config, accelerator, group) as fence,
-        ExitStack() as stack,
-    ):
+    with StopSignals(group, config.engine.stop_grace) as signals, ExitStack() as stack:
+        yield Company(group, signals, stack, several)
+
+
+def training(config: RunConfig, accelerator: Accelerator, others: Company) -> Generator[int, None, RunResult]:
+    """Do what `train` does, and yield before each step the steps done, so that the `others` may take their turn."""
+    group, signals = others.group, others.signals
+    with _fence(config, accelerator, group) as fence:
         with patient(group) as waiting:
             state = _find_state(config, fence, waiting)
         data = stage_together(config.data, group, lambda: signals.received is not None)
@@ -189,7 +218,7 @@ def train(config: RunConfig) -> RunResult:
         with patient(group) as waiting:
             splits = data.train_split, data.val_split if config.evaluates else None
             found = list_together(data, splits, waiting, index)
-            stack.enter_context(listed(found))
+            others.stack.enter_context(listed(found))
             parts = build(here, rank=rank, world_size=world, commits=commits, group=waiting)
         check_same_code(gather(parts.origins, group))
         check_same_split(gather(parts.eval_loader is not None, group))
@@ -210,13 +239,22 @@ def train(config: RunConfig) -> RunResult:
         else:
             parts.task.measured()
         check_length(position, schedule.total_steps)
+        if others.several and others.shared is None:
+            others.shared = SharedBatches(parts.train_loader, parts.spec, accelerator, schedule.accum)
+        if others.shared is not None:
+            others.shared.check(parts.spec, config.output_dir.name)
+        leads = others.shared is None or others.shared.loader is parts.train_loader
         if accelerator.is_main_process and data.stage is None:
             _keep_index(found, index, fence)
-        with _recorder(config, parts, accelerator, run_state.log, position, schedule) as recorder:
-            loop = Loop(config, accelerator, parts, run_state, schedule, recorder, signals, position)
+        with _recorder(
+            config, parts, accelerator, run_state.log, position, schedule, shown=leads
+        ) as recorder:
+            loop = Loop(
+                config, accelerator, parts, run_state, schedule, recorder, signals, position, others.shared
+            )
             _start(loop, state)
             del state  # as large as all trained parameters, and the run is long
-            stopped = loop.run()
+            stopped = yield from loop.run()
         if loop.finished:
             export_students(
                 parts,
@@ -363,15 +401,17 @@ def _recorder(
     log: RunLog,
     position: Position,
     schedule: Schedule,
+    *,
+    shown: bool,
 ) -> Iterator[Recorder]:
-    """Write the configuration, cut the log to `position`, and create trackers and progress bar."""
+    """Write the configuration, cut the log to `position`, and create trackers and progress bar, if it is `shown`."""
     main = accelerator.is_main_process
     trackers = []
     if main:
         _write_config(config, parts)
         log.keep(position.records)
         trackers = create_trackers(config.engine.trackers, config.output_dir, position.run_id, position.step)
-    shown = main and config.engine.progress
+    shown = shown and main and config.engine.progress
     with ProgressBar(schedule.total_steps, shown=shown, done=position.step) as bar:
         recorder = Recorder(log, trackers, bar, writes=main)
         try:

@@ -23,7 +23,7 @@ from ...checkpoints.pretrained import describe_model
 from ...checkpoints.provenance import UNRECORDED, Pretrained, carried_license, carry, of_teacher, terms_of
 from ...checkpoints.student import save
 from ...models.copied import CopiedTeacher, Copying, copy_attention, copying_of
-from ...models.copying.tape import Tape
+from ...models.copying.tape import Step, Tape
 from ...models.copying.teacher_view import Normalization as Normalization
 from ...models.copying.teacher_view import ShownImages, Wanted, view_teacher
 from ...models.errors import JsonDict, TransferError, check_types, did_you_mean
@@ -207,10 +207,10 @@ class DualViT(nn.Module):
         """Whether the student is nothing without its teacher: true where a method copies."""
         return any(term.method.copies for term in self._terms)
 
-    def forward(self, images: Tensor, taught: Mapping[str, Tensor] | None = None) -> DualOutput:
+    def forward(self, images: Tensor, taught: Mapping[str, Tensor | Step] | None = None) -> DualOutput:
         """Run one step on images (B, C, H, W), normalized for the student.
 
-        With `taught`, which `teach` gave for these images, no teacher runs.
+        With `taught`, which `teach` or `show` gave for these images, no teacher runs.
 
         Raises DataError: the images do not fit the student. TransferError: `taught` is not what `teach` gives.
         """
@@ -314,6 +314,27 @@ class DualViT(nn.Module):
             return collect(self._tapes)
         finally:
             self._end_step()
+
+    def show(self, images: Tensor) -> dict[str, Step]:
+        """Return all that a step reads of the teachers by name, of layers too: what `taught` of another student takes.
+
+        The other one has the same teachers, images and `needs`.
+        """
+        self._check_step(images)
+        try:
+            self._run_teachers(images)
+            return {name: tape.step for name, tape in self._tapes.items() if tape.step is not None}
+        finally:
+            self._end_step()
+
+    def needs(self, size: tuple[int, int]) -> object:
+        """Return what a step on images of a height and width reads of the teachers; None if they run with its masks."""
+        if self._drop_paths:
+            return None
+        sides = self._sides
+        return [
+            (each.name, self.wanted(each), type(each.input), each.input.teacher_size(size)) for each in sides
+        ]
 
     def dismiss(self) -> None:
         """Let go of the teachers' weights: from now on each step needs `taught`."""
@@ -553,8 +574,10 @@ class DualViT(nn.Module):
                 "this DualViT was released and teaches nobody: call its student, or make another DualViT"
             )
 
-    def _check_taught(self, taught: Mapping[str, Tensor] | None, count: int) -> None:
-        if taught is None:
+    def _check_taught(self, taught: Mapping[str, Tensor | Step] | None, count: int) -> None:
+        if taught is None or (
+            isinstance(taught, Mapping) and any(isinstance(each, Step) for each in taught.values())
+        ):
             return
         wanted = {side.name: self.wanted(side) for side in self._sides}
         names = [f"{side}.{result}" for side, each in wanted.items() for result in sorted(each.whole)]
@@ -562,13 +585,14 @@ class DualViT(nn.Module):
         if missing or any(each.layers for each in wanted.values()):
             layered = "" if missing else ", and these methods read layers, which it does not hold"
             raise TransferError(f"taught is not what `teach` gives of these teachers{layered}: leave it out")
-        if any(len(taught[name]) != count for name in names):
+        given = [taught[name] for name in names]
+        if any(isinstance(each, Tensor) and len(each) != count for each in given):
             raise TransferError(
                 f"taught is of other images than these {count}: give what `teach` gave for them"
             )
 
     @contextmanager
-    def _shown(self, images: Tensor, taught: Mapping[str, Tensor] | None = None) -> Iterator[None]:
+    def _shown(self, images: Tensor, taught: Mapping[str, Tensor | Step] | None = None) -> Iterator[None]:
         """Let the teachers see images; within, what they give is on the tapes."""
         try:
             self._run_teachers(images, taught)
@@ -581,7 +605,7 @@ class DualViT(nn.Module):
             tape.end()
 
     def _run_teachers(
-        self, images: Tensor, taught: Mapping[str, Tensor] | None = None, *, convert: bool = True
+        self, images: Tensor, taught: Mapping[str, Tensor | Step] | None = None, *, convert: bool = True
     ) -> None:
         if taught is None and self._dismissed:
             raise TransferError("the teachers were dismissed and see no more images: give what they taught")

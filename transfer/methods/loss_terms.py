@@ -20,7 +20,7 @@ from ...checkpoints.provenance import Pretrained
 from ...checkpoints.sources import source_text
 from ...models.conversion import converted_layers
 from ...models.copied import copied_layers
-from ...models.copying.tape import Link, Tape
+from ...models.copying.tape import Link, Step, Tape
 from ...models.copying.teacher_view import LARGEST, Normalization, ShownImages, TeacherInput, WholeInput
 from ...models.errors import ConfigError, GraftError, TransferError, UnsupportedModelError, did_you_mean
 from ...models.families import check_supported, find_family, image_size, is_supported, refuse_hooks
@@ -348,7 +348,7 @@ def fill_tape(
     view: nn.Module,
     tape: Tape,
     images: Tensor,
-    taught: Mapping[str, Tensor] | None,
+    taught: Mapping[str, Tensor | Step] | None,
     *,
     convert: bool,
 ) -> None:
@@ -356,6 +356,10 @@ def fill_tape(
 
     `convert`: give results of half precision the type of the student's.
     """
+    given = None if taught is None else taught.get(side.name)
+    if isinstance(given, Step):
+        tape.take(given)
+        return
     if taught is None:
         _run(side, view, images)
     else:
@@ -376,11 +380,11 @@ def _run(side: TeacherSide, view: nn.Module, images: Tensor) -> None:
             view(side.input(images))
 
 
-def _recall(side: TeacherSide, tape: Tape, taught: Mapping[str, Tensor]) -> None:
+def _recall(side: TeacherSide, tape: Tape, taught: Mapping[str, Tensor | Step]) -> None:
     """Put on the tape what the teacher said of these images before."""
     prefix = f"{side.name}."
     for name, result in taught.items():
-        if name.startswith(prefix):
+        if isinstance(result, Tensor) and name.startswith(prefix):
             tape.whole[name.removeprefix(prefix)] = result
 
 

@@ -22,7 +22,7 @@ from graftvit.transfer.config import RunConfig
 from graftvit.transfer.engine import run_state
 from graftvit.transfer.engine.loop import Loop
 from graftvit.transfer.engine.run_state import RunState
-from graftvit.transfer.engine.train import train
+from graftvit.transfer.engine.train import RunResult, train
 from graftvit.transfer.methods.dual import DualOutput, DualViT
 from graftvit.transfer.verdict import read_verdict
 from support.hub.ports import free_ports
@@ -35,8 +35,10 @@ STOPPED = 100
 Spoil = Callable[[int], None]
 
 
-def start(run: RunConfig, ranks: int, spoil: Spoil | None = None) -> list[int]:
-    """Forks the processes of one attempt; `spoil(rank)` is called in each."""
+def start(
+    run: Any, ranks: int, spoil: Spoil | None = None, train: Callable[[Any], RunResult] = train
+) -> list[int]:
+    """Forks the processes of one attempt; `spoil(rank)` is called in each, before it trains."""
     (port,) = free_ports(1)
     children = []
     for rank in range(ranks):
@@ -47,12 +49,12 @@ def start(run: RunConfig, ranks: int, spoil: Spoil | None = None) -> list[int]:
                     "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks),
                     "LOCAL_WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
                 }  # fmt: skip
-            work(run, rank, spoil)
+            work(run, rank, spoil, train)
         children.append(child)
     return children
 
 
-def work(run: RunConfig, rank: int, spoil: Spoil | None) -> None:
+def work(run: Any, rank: int, spoil: Spoil | None, train: Callable[[Any], RunResult]) -> None:
     """One process of an attempt; its exit code says how it went."""
     code = 99
     try:

@@ -8,7 +8,7 @@ import resource
 import shutil
 import signal
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -75,8 +75,8 @@ def test_a_run_that_was_taken_over_at_its_end_leaves_no_student(
 ) -> None:
     train_loop = Loop.run
 
-    def replaced_after_training(self: Loop) -> int | None:
-        stopped = train_loop(self)
+    def replaced_after_training(self: Loop) -> Generator[int, None, int | None]:
+        stopped = yield from train_loop(self)
         Fence(tmp_path / "run").take()
         return stopped
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Any
 
@@ -226,7 +226,11 @@ def test_a_wrong_later_stage_is_refused_before_anything_runs(
 def test_a_stage_that_is_stopped_stops_the_rest(
     teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(loop.Loop, "_epoch_steps", lambda self: 15)
+    def stopped(self: loop.Loop) -> Generator[int, None, int]:
+        yield 0
+        return 15
+
+    monkeypatch.setattr(loop.Loop, "_epoch_steps", stopped)
     result = train_stages([Stage(name, config(tmp_path, teacher, optim={"max_steps": 2})) for name in "ab"])
     assert result.signal == 15
     assert list(result.results) == ["a"]
