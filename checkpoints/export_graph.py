@@ -99,7 +99,11 @@ def trace(
         explained(f"{_name(model)} with dynamic {' and '.join(dynamic) or 'nothing'}"),
         _traceable(model),
     ):
-        return torch.export.export(model, (example,), dynamic_shapes=(sizes,), strict=False)
+        graph = torch.export.export(model, (example,), dynamic_shapes=(sizes,), strict=False)
+    for module in graph.graph_module.modules():
+        for node in getattr(module, "graph", torch.fx.Graph()).nodes:
+            node.meta.pop("stack_trace", None)  # paths of this machine, which would be in the file
+    return graph
 
 
 @contextmanager

@@ -31,6 +31,7 @@ GROUPS = {
         "checkpoint": "describe a source of weights; inspect, strip, convert and save weights",
         "programs": "draw and check attention programs, search for them, and benchmark them",
         "export": "write a model as an ONNX or torch.export file, checked against the model",
+        "deploy": "write a classifier as a file of another runtime, and refuse one that loses accuracy",
         "push": "publish a student on the Hugging Face hub, with its card and its license",
     },
     "cluster": {

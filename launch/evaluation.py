@@ -344,7 +344,7 @@ def evaluate(asked: Evaluation, tell: Callable[[str], object]) -> dict[str, dict
     families: dict[str, Collection[Family]] = {
         each.name: asked.metrics or _choose_families(each, loader, asked.against) for each in candidates
     }
-    _check_labels(candidates, families, loader, config.data, asked)
+    check_labels(candidates, families, loader, config.data, asked)
     reference = None
     if any(family in PROBES for chosen in families.values() for family in chosen):
         reference = _side_by_side(
@@ -453,7 +453,7 @@ def _choose_families(candidate: Candidate, loader: EvalLoader, against: str | No
     return (*labeled, "distance") if against is not None else labeled
 
 
-def _check_labels(
+def check_labels(
     candidates: Sequence[Candidate],
     families: Mapping[str, Collection[Family]],
     loader: EvalLoader,

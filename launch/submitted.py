@@ -23,7 +23,7 @@ from ..transfer.engine.deadline import heard
 if TYPE_CHECKING:
     from ..transfer.config import DataConfig
 
-SUBMITTED = ("evaluate", "data", "convert", "export", "hybrid", "benchmark", "programs")
+SUBMITTED = ("evaluate", "data", "convert", "export", "deploy", "hybrid", "benchmark", "programs")
 
 
 def command_name(words: Sequence[str]) -> str:

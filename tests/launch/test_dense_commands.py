@@ -118,6 +118,17 @@ def test_export_writes_the_maps_that_the_head_gets(
         typed("export", first, tmp_path / "other.onnx", *words, code=2)
 
 
+def test_deploy_refuses_what_needs_python_behind_the_graph(
+    tmp_path: Path, typed: Typed, detectors: list[str], segmenter: str
+) -> None:
+    for source in (detectors[0], segmenter):
+        error = typed(
+            "deploy", source, "--to", "onnx", "--output_dir", tmp_path / "out", *HERE[:2], code=2
+        ).err
+        assert "`graftvit export`" in error
+        assert not (tmp_path / "out").exists()
+
+
 def test_data_counts_objects_and_crowds(tmp_path: Path, typed: Typed, coco: Path) -> None:
     told = typed("data", "coco", "--data_path", coco, "--json", tmp_path / "data.json").out
     found = json.loads((tmp_path / "data.json").read_text())

@@ -30,7 +30,7 @@ WRITTEN = ("DIR", "FILE", "FOLDER", "OUT", "PNG", "ROWS", "RUN")
 """What help calls a path of this machine."""
 COMMANDS_WITH_PATHS = {
     "benchmark operators", "benchmark models", "checkpoint inspect", "checkpoint strip", "checkpoint convert",
-    "checkpoint save", "convert", "data", "demo", "evaluate", "export", "hybrid", "jobs", "jobs logs",
+    "checkpoint save", "convert", "data", "demo", "deploy", "evaluate", "export", "hybrid", "jobs", "jobs logs",
     "jobs resume", "jobs stop", "jobs summary", "programs bench run", "programs bench extend", "programs bench merge",
     "programs bench query", "programs bench verify", "programs search", "programs search report", "push", "submit",
     "visualize",

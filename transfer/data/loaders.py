@@ -20,7 +20,7 @@ from ...checkpoints.class_names import Head, read_names
 from ...checkpoints.preprocessing import Preprocessing
 from ...models.errors import ConfigError, DataError
 from ..config import DataConfig
-from .augment import create_mixing, epoch_repeats, eval_transform, train_transform
+from .augment import Transform, create_mixing, epoch_repeats, eval_transform, train_transform
 from .datasets import check_apart, has_split, open_dataset
 from .digits import MODEL, number_by_name
 from .image_folder import ImageSource, SourceView
@@ -234,6 +234,7 @@ class EvalLoader:
         world_size: int = 1,
         real: bool = False,
         labels: bool = True,
+        transform: Transform | None = None,
     ) -> None:
         accepted = real_labels([source.path(index) for index in range(len(source))]) if real else None
         self.num_samples = len(source)
@@ -243,6 +244,7 @@ class EvalLoader:
         )
         self._batch_size = config.eval_batch_size or config.batch_size
         self._rank, self._world_size = rank, world_size
+        self._transform = transform
         self.batches = self._create_batches(source, spec, accepted)
         own = [index for request in self._requests() for index in request.indices[: request.valid]]
         labels_of = () if source.targets is None else [source.targets[index] for index in own]
@@ -252,7 +254,7 @@ class EvalLoader:
     def _create_batches(
         self, source: ImageSource, spec: Preprocessing, accepted: Tensor | None
     ) -> EvalBatches:
-        return EvalBatches(source, eval_transform(spec), spec.input_size, accepted)
+        return EvalBatches(source, self._transform or eval_transform(spec), spec.input_size, accepted)
 
     def _requests(self) -> Iterator[BatchRequest]:
         return eval_requests(
@@ -295,6 +297,7 @@ class StreamEvalLoader(EvalLoader):
         rank: int,
         world_size: int,
         labels: bool = True,
+        transform: Transform | None = None,
     ) -> None:
         read_all_on_every_rank(stream)
         self.class_names = stream_classes(stream)
@@ -304,7 +307,7 @@ class StreamEvalLoader(EvalLoader):
         self._stream = StreamFetcher(
             stream,
             config,
-            eval_transform(spec),
+            transform or eval_transform(spec),
             batch_size=self._batch_size,
             seed=0,
             rank=0,
@@ -394,11 +397,12 @@ def create_eval_loader(
     real: bool = False,
     labels: bool = True,
     names: Sequence[str] | None = None,
+    transform: Transform | None = None,
 ) -> EvalLoader:
     """Return the loader of `config.val_split`; `real` scores ImageNet's validation set by its ReaL labels.
 
     Without `labels` the data set may have none, as for `create_train_loader`. A class has its place in `names` for a
-    label, where they are given, and in the training split else.
+    label, where they are given, and in the training split else. `transform` makes the images in place of timm's.
     """
     if config.val_split is None:
         raise ConfigError("data.val_split=none, and this needs images to evaluate on: name a split")
@@ -407,8 +411,12 @@ def create_eval_loader(
         check_stream(config, dataset, names)
         if real:
             raise DataError(f"ReaL labels need the images' file names; {config.dataset} is a stream")
-        return StreamEvalLoader(dataset, config, spec, rank=rank, world_size=world_size, labels=labels)
-    return EvalLoader(dataset, config, spec, rank=rank, world_size=world_size, real=real, labels=labels)
+        return StreamEvalLoader(
+            dataset, config, spec, rank=rank, world_size=world_size, labels=labels, transform=transform
+        )
+    return EvalLoader(
+        dataset, config, spec, rank=rank, world_size=world_size, real=real, labels=labels, transform=transform
+    )
 
 
 def find_eval_loader(
