@@ -22,7 +22,7 @@ from .marked import put_between_marks
 PAGE = Path(__file__).parent.parent / "docs" / "deploy.md"
 RESULTS = Path(__file__).parent / "results" / "deploy.json"
 TARGETS = ("onnx", "onnx-int8", "aoti")
-MODELS = {"softmax": "softmax, the teacher", "linear": "converted, `*: linear`"}
+MODELS = {"softmax": "softmax, the teacher", "linear": "converted to linear attention"}
 HERE = ("--workers", "0", "--device", "cpu", "--no-progress")
 RECOVERY = (
     *(
