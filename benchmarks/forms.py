@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from graftvit.models.attention.agent import AgentAttention
 from graftvit.models.attention.base import AttentionOperator, Heads
+from graftvit.models.attention.features import rotated
 from graftvit.models.attention.hybrid import HybridAttention
 from graftvit.models.attention.kernel import NORMALIZERS, KernelAttention
 from graftvit.models.attention.linformer import LinformerAttention
@@ -210,7 +211,8 @@ def kernel(operator: AttentionOperator, heads: Heads) -> Tensor:
 
 
 def _normalized(own: KernelAttention, heads: Heads, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    products: Tensor = q @ (k.transpose(2, 3) @ v)
+    turned = [rotated(x, own.shape.head_dim, heads.tokens()) if own.rope else x for x in (q, k)]
+    products: Tensor = turned[0] @ (turned[1].mT @ v)
     sums: Tensor = q @ k.sum(2, keepdim=True).transpose(2, 3)
     if own.normalizer in (NORMALIZERS["sum"], NORMALIZERS["rala"]):
         return products / sums

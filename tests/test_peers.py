@@ -40,8 +40,9 @@ def test_the_straight_line_form_is_the_operator(case: Case) -> None:
     torch.testing.assert_close(form(heads), operator(heads), rtol=1e-5, atol=1e-7)
 
 
-def test_the_straight_line_form_of_a_dynamic_convolution_is_the_operator() -> None:
-    operator, heads = Case("kernel", {"local": "dynamic"}).build(GRID), draw(GRID)
+@pytest.mark.parametrize("options", [{"local": "dynamic"}, {"rope": True}], ids=str)
+def test_the_straight_line_form_of_an_option_is_the_operator(options: dict[str, object]) -> None:
+    operator, heads = Case("kernel", options).build(GRID), draw(GRID)
     torch.testing.assert_close(straight_form(operator)(heads), operator(heads), rtol=1e-5, atol=1e-7)
 
 

@@ -184,6 +184,36 @@ class Cosine(FeatureMap):
         return CosineChunks(self.num_features(heads.tokens()), q_places, k_places)
 
 
+ROPE_BASE = 10_000.0
+
+
+def rotated(x_BHNF: Tensor, width: int, geometry: Geometry) -> Tensor:
+    """Rotate pairs of neighboring features by angles of the token's place, in each `width` features alike.
+
+    The first half of the pairs turns by the row times 10000^(-t), the second by the column times it, with t from 0 to 1
+    over the pairs of a half: RoFormer's embedding (Su et al. 2021, arXiv 2104.09864) on two axes, with the angles of
+    RALA's code. Prefix tokens are not turned.
+    """
+    angles_nP = _angles(width, geometry, x_BHNF)
+    if geometry.num_prefix:
+        angles_nP = F.pad(angles_nP, (0, 0, geometry.num_prefix, 0))
+    cos, sin = angles_nP.cos()[:, None], angles_nP.sin()[:, None]
+    first, second = x_BHNF.unflatten(3, (-1, width // 2, 2)).unbind(-1)
+    return torch.stack([first * cos - second * sin, first * sin + second * cos], -1).flatten(3)
+
+
+def _angles(width: int, geometry: Geometry, like: Tensor) -> Tensor:
+    """Return the angle of each patch in each pair of features, (n, width / 2)."""
+    steps = torch.linspace(0, 1, width // 4, device=like.device, dtype=like.dtype)
+    rows, columns = (
+        torch.arange(size, device=like.device, dtype=like.dtype)[:, None] * ROPE_BASE**-steps
+        for size in geometry.grid
+    )
+    (height, half), breadth = rows.shape, len(columns)
+    parts = rows[:, None].expand(height, breadth, half), columns[None].expand(height, breadth, half)
+    return torch.cat(parts, -1).flatten(0, 1)
+
+
 def _all_places(geometry: Geometry, like: Tensor) -> tuple[Tensor, Tensor]:
     """Return the weights of each token in its features: of queries and of keys, each (N, 4 or 6)."""
     places_nC = _places(geometry, like)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ..errors import ConfigError, did_you_mean
 from .base import AttentionOperator, Geometry, Heads, LayerShape, LowRank, Term, Traits
 from .chunked import ChunkedFeatures, chunked_attention, in_chunks
-from .features import Cosine, Elu, Favor, FeatureMap, Identity, Nala, Pola, Relu
+from .features import Cosine, Elu, Favor, FeatureMap, Identity, Nala, Pola, Relu, rotated
 from .kernels import precise
 from .local import DepthwiseConv, DynamicConv
 
@@ -296,6 +296,9 @@ class KernelAttention(AttentionOperator):
     local:      "v" adds a depthwise convolution of the values to A V, "dynamic" one whose weights depend on their mean
                 (`DynamicConv`); "qk" adds to queries and keys a convolution of themselves before φ. `local_size` is
                 the side of its window (default: 5 for v, else 3).
+    rope:       multiply A by cosines of the distance: φ(q) and φ(k) are rotated (`rotated`) after the normalization, as
+                in MILA (Han et al. 2024, arXiv 2405.16605) and the code of RALA. For the normalizers sum and rala, and
+                features whose number is a multiple of D. Rows then no longer sum to one.
     center:     subtract the mean key from all keys first. Softmax attention is invariant to it, a kernel is not, and
                 keys of pretrained models have a large common mean.
 
@@ -313,13 +316,15 @@ class KernelAttention(AttentionOperator):
         center: bool = False,
         num_features: int | None = None,
         local_size: int | None = None,
+        rope: bool = False,
     ) -> None:
         super().__init__(shape)
         _check("feature", feature, FEATURES)
         _check("normalizer", normalizer, NORMALIZERS)
         _check("local", local, LOCAL)
-        if not isinstance(center, bool):
-            raise ConfigError(f"plan: center={center}; write true or false")
+        for option, value in (("center", center), ("rope", rope)):
+            if not isinstance(value, bool):
+                raise ConfigError(f"plan: {option}={value}; write true or false")
         self.feature = FEATURES[feature](shape, num_features)
         self.normalizer = NORMALIZERS[normalizer]
         if self.normalizer.divides and not self.feature.nonnegative:
@@ -327,18 +332,23 @@ class KernelAttention(AttentionOperator):
                 f"plan: feature={feature} can be negative, and normalizer={normalizer} divides by sums of it; "
                 "use normalizer=inline"
             )
-        self.center = center
+        self.center, self.rope = center, rope
+        if rope and (self.normalizer.extra or shape.head_dim % 4 or self._num_features % shape.head_dim):
+            raise ConfigError(
+                "plan: rope=true needs normalizer=sum or rala, a multiple of 4 channels a head, and a multiple of them "
+                f"as features; here are {normalizer}, {shape.head_dim} channels and {self._num_features} features"
+            )
         self.v_conv, self.q_conv, self.k_conv = _convolutions(shape, local, local_size)
 
     @property
     def traits(self) -> Traits:
         return Traits(
             linear_in_v=not self.feature.opposed,
-            nonnegative=self.feature.nonnegative and self.normalizer.nonnegative,
-            row_stochastic=self.feature.positive or not self.normalizer.divides,
-            needs_grid=self.feature.needs_grid or self.v_conv is not None or self.q_conv is not None,
+            nonnegative=self.feature.nonnegative and self.normalizer.nonnegative and not self.rope,
+            row_stochastic=(self.feature.positive or not self.normalizer.divides) and not self.rope,
+            needs_grid=self.feature.needs_grid or self.rope or bool(self.v_conv or self.q_conv),
             key_mask=True,
-            graph_any_grid=not self.feature.needs_grid,
+            graph_any_grid=not self.feature.needs_grid and not self.rope,
         )
 
     @property
@@ -353,11 +363,11 @@ class KernelAttention(AttentionOperator):
         with torch.autocast(v_BHND.device.type, enabled=False):
             q_BHNF, k_BHNF = self.features(heads)
             values, num = precise(v_BHND), _num_keys(k_BHNF, heads)
-            products = k_BHNF.transpose(2, 3) @ values / num
+            products = self._turned(k_BHNF, heads).transpose(2, 3) @ values / num
             mean = mean_of_keys(without_padding(values, heads), heads) if self.normalizer.extra else None
             sums = Sums(products, mean_of_keys(k_BHNF, heads), mean)
             parts = sums.by_signs() if self.feature.opposed else [sums]
-            outs = [self.normalizer.output(q_BHNF, part, heads.scale) for part in parts]
+            outs = [self._output(q_BHNF, part, heads) for part in parts]
             out = torch.cat(outs, -1) if self.feature.opposed else outs[0]
         return out.to(v_BHND.dtype)
 
@@ -396,7 +406,7 @@ class KernelAttention(AttentionOperator):
     def macs(self, geometry: Geometry) -> int:
         features = self.feature.num_features(geometry)
         sums = 2 * (features + self.normalizer.extra) * self.shape.head_dim + features
-        sums += features * (3 * self.normalizer.weighs_keys + self.feature.opposed)
+        sums += features * (3 * self.normalizer.weighs_keys + self.feature.opposed + 4 * self.rope)
         a_token = sums + 2 * self.feature.macs_per_token
         convolutions = [conv for conv in (self.v_conv, self.q_conv, self.k_conv) if conv is not None]
         local = sum(conv.macs(geometry) for conv in convolutions)
@@ -426,16 +436,30 @@ class KernelAttention(AttentionOperator):
     def _chunks(self, heads: Heads) -> ChunkedFeatures | None:
         """Return the features in chunks, if this operator, these tokens and the compiler can use them."""
         plain = self.q_conv is None and heads.key_mask is None and self.normalizer == NORMALIZERS["sum"]
-        if not plain or torch.compiler.is_compiling():
+        if not plain or self.rope or torch.compiler.is_compiling():
             return None
         num_features = self.feature.num_features(heads.geometry or self.shape.geometry)
         return self.feature.chunked(heads) if in_chunks(heads.known, num_features) else None
+
+    @property
+    def _num_features(self) -> int:
+        return self.feature.num_features(self.shape.geometry)
+
+    def _turned(self, x_BHNF: Tensor, heads: Heads) -> Tensor:
+        return rotated(x_BHNF, self.shape.head_dim, heads.tokens()) if self.rope else x_BHNF
+
+    def _output(self, q_BHNF: Tensor, sums: Sums, heads: Heads) -> Tensor:
+        """Return A V from φ(q) and the sums of the keys, whose products are of turned keys."""
+        if not self.rope:
+            return self.normalizer.output(q_BHNF, sums, heads.scale)
+        return (self._turned(q_BHNF, heads) @ sums.products) / _totals(q_BHNF, sums).clamp_min(EPSILON)
 
     def _factors(self, heads: Heads) -> tuple[Tensor, Tensor]:
         """Return the factors L and R / N of the map; R is zero at padding."""
         q_BHNF, k_BHNF = self.features(heads)
         mean_BH1F = mean_of_keys(k_BHNF, heads)
         left, right = self.normalizer.factors(q_BHNF, k_BHNF, mean_BH1F, heads.scale)
+        left, right = self._turned(left, heads), self._turned(right, heads)
         return left, without_padding(right, heads) / _num_keys(right, heads)
 
 

@@ -182,6 +182,26 @@ def test_each_half_of_the_channels_has_the_map_of_its_signs(normalizer: str) -> 
         operator.terms(heads)
 
 
+@pytest.mark.parametrize("feature", ["elu", "nala"])
+def test_rotated_features_weigh_a_pair_by_cosines_of_its_distance(feature: str) -> None:
+    """With complex features, one for two channels, a pair has the real part of its product turned by the distance."""
+    operator, heads = build(feature=feature, rope=True), draw(GEOMETRY, seed=4)
+    q, k = (torch.view_as_complex(x.unflatten(3, (-1, 2))) for x in operator.features(heads))
+    frequencies = torch.tensor([1.0, 1e-4], dtype=torch.float64)
+    weights = torch.zeros(2, HEADS, GEOMETRY.num_tokens, GEOMETRY.num_tokens, dtype=torch.float64)
+    places = [(0, 0), (0, 0), *((row, column) for row in range(3) for column in range(5))]
+    for i, (row, column) in enumerate(places):
+        for j, (its_row, its_column) in enumerate(places):
+            turns = torch.cat([(row - its_row) * frequencies, (column - its_column) * frequencies])
+            turns = turns.repeat(q.shape[3] // len(turns))
+            product = q[:, :, i] * k[:, :, j].conj() * torch.polar(torch.ones_like(turns), turns)
+            weights[:, :, i, j] = product.real.sum(-1)
+    plain = EQUATIONS[feature](operator.feature, *heads.qk())
+    wanted = weights / plain.sum(-1, keepdim=True)
+    torch.testing.assert_close(operator.matrix(heads), wanted, rtol=1e-8, atol=1e-11)
+    torch.testing.assert_close(operator(heads), wanted @ heads.values(), rtol=1e-8, atol=1e-10)
+
+
 @pytest.mark.parametrize("name", PRESETS)
 def test_a_shift_of_all_keys_changes_nothing(name: str) -> None:
     heads = draw(GEOMETRY)

@@ -315,6 +315,7 @@ CASES = [
     Case("kernel", {"feature": "favor", "normalizer": "mala", "center": True}),
     Case("performer"), Case("hedgehog"), Case("t2r"), Case("focused"), Case("cosformer"), Case("inline"),
     Case("mala"), Case("rala"), Case("kernel", {"feature": "relu", "normalizer": "rala", "center": True}),
+    Case("kernel", {"rope": True}), Case("kernel", {"feature": "nala", "normalizer": "rala", "rope": True}),
     Case("pola"), Case("nala"), Case("kernel", {"feature": "nala", "normalizer": "mala"}),
     Case("linformer"), Case("linformer", {"num_keys": 6, "sharing": "key-value"}),
     Case("linformer", {"num_keys": 6, "sharing": "layerwise", "stochastic": True}),
