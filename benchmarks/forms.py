@@ -22,6 +22,7 @@ from graftvit.models.attention.local import DynamicConv
 from graftvit.models.attention.monarch import MonarchAttention
 from graftvit.models.attention.nystrom import NystromAttention, pseudo_inverse
 from graftvit.models.attention.pooling import PooledAttention, mean_weights
+from graftvit.models.attention.scan import ScanAttention
 from graftvit.models.attention.sla import BlockAttention
 from graftvit.models.attention.softmax import DifferentialAttention, ManhattanAttention, UniformAttention
 from graftvit.models.attention.ttt import NORM_EPSILON, TTTAttention
@@ -353,6 +354,19 @@ def differential(operator: AttentionOperator, heads: Heads) -> Tensor:
     return (first - own.amount * second) @ v
 
 
+def scan(operator: AttentionOperator, heads: Heads) -> Tensor:
+    """(φ(q)·φ(k) M) v over its row sums, with the products M of the gates between all tokens."""
+    own = cast(ScanAttention, operator)
+    q, k, v = heads.qkv()
+    gates = F.logsigmoid(k @ own.gate_weight + own.gate_bias).squeeze(3)
+    upto = gates.cumsum(2)
+    before = upto - gates
+    earlier = (before[..., None] - before[:, :, None]).tril()
+    later = (upto[:, :, None] - upto[..., None]).triu(1)
+    weights = (F.elu(q) + 1) @ (F.elu(k - k.mean(2, keepdim=True)) + 1).mT * (earlier + later).exp()
+    return weights @ v / weights.sum(3, keepdim=True)
+
+
 def chosen_blocks(operator: AttentionOperator, heads: Heads) -> Tensor:
     """softmax(s q·k, masked) v + φ(q) φ(k)ᵀ (1 - mask) v W, with a mask of the best blocks of keys."""
     own = cast(BlockAttention, operator)
@@ -393,6 +407,7 @@ FORMS: dict[type[AttentionOperator], Callable[[AttentionOperator, Heads], Tensor
     ViT3Attention: vit3,
     MonarchAttention: monarch,
     BlockAttention: chosen_blocks,
+    ScanAttention: scan,
     ManhattanAttention: manhattan,
     DifferentialAttention: differential,
     UniformAttention: uniform,

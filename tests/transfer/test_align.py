@@ -373,7 +373,9 @@ RANKS: dict[str, Any] = {
     "hilo": {"alpha": 0},
 }
 """By default these grow with the grid."""
-CHEAP = sorted({case.operator for case in LINEAR if case.build(GEOMETRY).traits.linear_cost} - {"uniform"})
+CHEAP = sorted(
+    {case.operator for case in LINEAR if case.build(GEOMETRY).traits.linear_cost} - {"uniform", "scan"}
+)
 
 
 @pytest.mark.parametrize("name", CHEAP)

@@ -298,6 +298,21 @@ def _ascent(objective: Tensor, weights: list[Tensor]) -> tuple[Tensor, ...]:
     return torch.autograd.grad(objective, weights, create_graph=True)
 
 
+def dense_scan(operator: Any, heads: Heads) -> Tensor:
+    """Return the output of the whole map, with the product of gates pair by pair."""
+    (q, k, v), prefix = heads.qkv(), heads.tokens().num_prefix
+    gates = (k @ operator.gate_weight + operator.gate_bias).sigmoid()[..., 0]
+    k_centered = k - k.mean(2, keepdim=True)
+    weights = (F.elu(q) + 1) @ (F.elu(k_centered) + 1).mT
+    mask = torch.ones_like(weights)
+    for i, j in itertools.product(range(prefix, q.shape[2]), repeat=2):
+        seen = gates[:, :, j:i] if j < i else gates[:, :, i + 1 : j + 1]
+        mask[:, :, i, j] = seen.prod(-1)
+    weights = weights * mask
+    out = weights / weights.sum(-1, keepdim=True) @ v
+    return torch.cat((dense_softmax(None, heads)[:, :, :prefix], out[:, :, prefix:]), 2)
+
+
 CASES = [
     Case("stripes", dense=dense_stripes), Case("stripes", {"width": 2, "local_size": 0}, dense=dense_stripes),
     Case("stripes", {"width": 4, "local_size": 5}, dense=dense_stripes),
@@ -342,6 +357,7 @@ CASES = [
     Case("sla", {"block": 2, "share": 0.2}, dense=dense_blocks),
     Case("sla", {"block": 3, "share": 0.34, "linear": "mixed"}, dense=dense_blocks),
     Case("topk", {"block": 2, "share": 0.3}, dense=partial(dense_blocks, linear="none")),
+    Case("scan", dense=dense_scan),
     Case("manhattan", dense=dense_manhattan), Case("differential", dense=dense_difference),
     Case("topk", {"block": 9}, dense=partial(dense_blocks, linear="none")),
     Case("hash"), Case("hash", {"bits": 5, "anchors": 7, "mode": "reference"}),
