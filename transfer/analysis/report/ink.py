@@ -89,6 +89,7 @@ class Line:
     y: Sequence[float]
     color: str
     dashes: str = "-"
+    """Of the line between the points; empty for none."""
     band: tuple[Sequence[float], Sequence[float]] | None = None
     """The lower and the upper edge of an area around the line."""
     ring: float | None = None
@@ -149,7 +150,7 @@ def _draw_line(axes: Any, line: Line, log: bool) -> None:
     axes.plot(
         line.x,
         line.y,
-        line.dashes,
+        linestyle=line.dashes,
         color=line.color,
         marker="o",
         markersize=3,

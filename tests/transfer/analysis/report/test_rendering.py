@@ -166,6 +166,12 @@ def test_lines_are_drawn_with_band_and_ring_on_one_scale() -> None:
     assert stacked.axes[0].get_ylim() == (0, 7)
 
 
+def test_a_line_without_dashes_has_only_its_points() -> None:
+    lines = [Line("up", [0, 1], [0, 1], "red", dashes) for dashes in ("", "--")]
+    (axes,) = draw_lines({"": lines}, "light", ("x", "y")).axes
+    assert [(line.get_linestyle(), line.get_marker()) for line in axes.lines] == [("None", "o"), ("--", "o")]
+
+
 @pytest.mark.parametrize("most", [1.3, 9.0, 50.0, 3e5])
 def test_a_logarithmic_axis_has_named_ticks(most: float) -> None:
     line = Line("up", [1, 2], [0.55, 0.55 * most], "red")
