@@ -26,6 +26,7 @@ from ..say import hint, say
 from ..submitted import Work, check_here
 
 if TYPE_CHECKING:
+    from pydantic import BaseModel
     from torch import Tensor, nn
 
     from ...checkpoints.provenance import Pretrained
@@ -197,7 +198,7 @@ def _format_recovery(out: Path, teacher: Pretrained, student: nn.Module, config:
         f"local-dir:{out}",
         "--teacher.source",
         teacher.source,
-        *reading_flags(config),
+        *given_flags("teacher", config.teacher),
     ]
     return (
         f"recover it: {hint('train', '--mode', *mode, *models, '--data_path', 'FOLDER')}\n"
@@ -206,11 +207,11 @@ def _format_recovery(out: Path, teacher: Pretrained, student: nn.Module, config:
     )
 
 
-def reading_flags(config: RunConfig) -> list[str]:
-    """Return the flags that the source was read by, as a run's teacher has them."""
-    given = config.teacher.model_dump(exclude_defaults=True)
-    texts = {name: text if isinstance(text, str) else json.dumps(text) for name, text in given.items()}
-    return [word for name, text in texts.items() for word in (f"--teacher.{name}", text)]
+def given_flags(name: str, section: BaseModel) -> list[str]:
+    """Return the flags of the values of a section that are not its defaults."""
+    given = section.model_dump(mode="json", exclude_defaults=True)
+    texts = {key: text if isinstance(text, str) else json.dumps(text) for key, text in given.items()}
+    return [word for key, text in texts.items() for word in (f"--{name}.{key}", text)]
 
 
 def _check_flags(out: Path | None, dry_run: bool, images: int, config: RunConfig) -> None:

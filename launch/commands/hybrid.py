@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import re
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -17,7 +18,7 @@ from ..flags import SOURCE_HELP, command_parser, parse_command, source_keywords,
 from ..load_config import Setting, load_config
 from ..say import hint, say, tell
 from ..submitted import Work, check_here
-from .convert import reading_flags
+from .convert import given_flags
 
 if TYPE_CHECKING:
     import torch
@@ -60,6 +61,7 @@ SECTIONS = (
 def run(argv: list[str]) -> int:
     """Align what is not aligned yet, measure, choose, and write a folder for each budget."""
     arguments, config = _parse(argv)
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch's profiler writes each start and stop to stderr
     check_here(str(config.teacher.source), *arguments.student.values(), data=config.data)
     from ...checkpoints.pretrained import load_pretrained
     from ...transfer.cells import parse_share
@@ -156,12 +158,14 @@ def _parse(argv: list[str]) -> tuple[argparse.Namespace, RunConfig]:
         raise ConfigError(
             "--output_dir is missing: give a folder, in which everything that is measured stays"
         )
-    arguments.student = dict(arguments.student)
     if arguments.operators is None:
         arguments.operators = () if arguments.student else OPERATORS
-    twice = set(arguments.operators) & set(arguments.student)
-    if twice:
-        raise ConfigError(f"--student {twice.pop()}: an operator has this name; give another one")
+    taken = {"keep", *arguments.operators}
+    for name, _ in arguments.student:
+        if name in taken:
+            raise ConfigError(f"--student {name}: an operator or a student has this name; give another one")
+        taken.add(name)
+    arguments.student = dict(arguments.student)
     below = [
         Setting(key, value, "graftvit hybrid", layer="graftvit hybrid") for key, value in DEFAULTS.items()
     ]
@@ -193,7 +197,7 @@ def _operators(text: str) -> tuple[str, ...]:
     found = tuple(word.strip() for word in re.split(r",(?![^()]*\))", text) if word.strip())
     if not found:
         raise argparse.ArgumentTypeError(f"{text!r}: give operators, such as 'linear, window(window=3)'")
-    return found
+    return tuple(dict.fromkeys(found))
 
 
 def _named(text: str) -> tuple[str, str]:
@@ -368,10 +372,12 @@ def _write(palette: Palette, teacher: Pretrained, mix: Mix, folder: Path) -> Non
 
 
 def _recovery(folder: Path, config: RunConfig) -> str:
-    """Return the command that recovers a hybrid. It has the word FOLDER where the user writes the folder of images."""
+    """Return the command that recovers a hybrid on the images that it was chosen by."""
     how = ["--mode", "transfer", "--method", "block_output", "--layers", "last:1", "--task_weight", 0]
-    models = ["--student.model", f"local-dir:{folder}", *reading_flags(config)]
-    return hint("train", *how, *models, "--data_path", "FOLDER")
+    models = ["--student.model", f"local-dir:{folder}", *given_flags("teacher", config.teacher)]
+    return hint(
+        "train", *how, *models, *given_flags("data", config.data), "--output_dir", f"{folder}-recovered"
+    )
 
 
 def _draw(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -71,6 +72,17 @@ def test_without_a_budget_latencies_from_the_teacher_to_the_cheapest(
     assert found == {"latency-0.9": 1, "latency-0.8": 1, "latency-0.7": 2, "latency-0.6": 2, "latency-0.5": 2}
 
 
+def test_the_command_that_recovers_a_hybrid_is_of_its_images_and_of_a_folder_of_its_own(
+    tmp_path: Path, teacher: str, typed: Typed
+) -> None:
+    out = tmp_path / "out"
+    said = typed("hybrid", teacher, "--keep", "1,0", *WORDS, "--output_dir", out).out
+    for line in [line for line in said.splitlines() if "recover it" in line]:
+        typed(*shlex.split(line.partition(": ")[2])[1:], "--max_steps", "1")
+    assert plan_text(out / "keep-1-recovered") == plan_text(out / "keep-1")
+    assert plan_text(out / "keep-0-recovered") == plan_text(out / "keep-0")
+
+
 def test_each_measure_has_a_table_of_its_own(tmp_path: Path, teacher: str, typed: Typed) -> None:
     graftvit.save(graftvit.convert(teacher, "*: uniform"), tmp_path / "cheap")
     words = ["--student", f"cheap={tmp_path / 'cheap'}", *WORDS[2:], "--output_dir", tmp_path / "out"]
@@ -129,6 +141,8 @@ def test_top1_is_told_of_validation_images_of_the_teachers_classes(
         (["--macs", "0.9", "--student", "linear"], "--student"),
         (["--macs", "0.9", "--student", "own=/nowhere/at/all"], "/nowhere/at/all"),
         (["--macs", "0.9", "--student", "linear=x"], "linear"),
+        (["--macs", "0.9", "--student", "keep=x"], "keep"),
+        (["--macs", "0.9", "--student", "own=x", "--student", "own=y"], "own"),
         (["--macs", "0.01"], "cheapest"),
         (["--macs", "0.9", "--share", "3/2"], "--share"),
     ],
