@@ -14,11 +14,12 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Literal
 
 import numpy as np
 import torch
@@ -269,8 +270,6 @@ class Scale:
 
 # The search, whose every number is written down as soon as it is known.
 
-T = TypeVar("T")
-
 
 class Journal:
     """Numbers by key in a file of lines: what is there is not measured again, by whichever process."""
@@ -279,7 +278,7 @@ class Journal:
         self.path, self.settings = path, settings
         self.path.parent.mkdir(parents=True, exist_ok=True)
 
-    def known(self, key: str, measure: Callable[[], T]) -> T:
+    def known(self, key: str, measure: Callable[[], float]) -> float:
         """Return what the file has under `key`, or else what `measure` gives, which is added.
 
         Raises ConfigError: the file has numbers of other settings.
@@ -290,8 +289,8 @@ class Journal:
                     f"{self.path} has numbers of another teacher or of other images: take another --output_dir, or "
                     "remove it"
                 )
-            if record.get("key") == key:
-                found: T = record["value"]
+            found = record.get("value")
+            if record.get("key") == key and isinstance(found, (int, float)) and math.isfinite(found):
                 return found
         value = measure()
         with open_lines(self.path) as file:
@@ -382,6 +381,11 @@ class HybridSearch:
     def _error(self, mix: Mix) -> float:
         student = self.palette.model(mix)
         error = end_error([end_of(student, batch) for batch in self.batches], self._teacher)
+        if not math.isfinite(error):
+            raise TransferError(
+                f"the error of {' '.join(mix)} is {error}: the teacher, a student or an image holds or makes values "
+                "that are not finite"
+            )
         self.tell(f"error {error:.4g}: {' '.join(mix)}")
         return error
 
@@ -483,9 +487,16 @@ class HybridSearch:
             raise self._too_little(budget, cheapest)
 
     def _too_little(self, budget: Budget, cheapest: Mix) -> ConfigError:
+        if cheapest == self.palette.kept:
+            height, width = self.scale.size
+            return ConfigError(
+                f"--{budget.measure} {budget.limit:g}: no operator is cheaper than the teacher's attention at "
+                f"{height}x{width}: give others, or larger images by --img_size"
+            )
+        least = math.ceil(1000 * self.cost(budget.measure, cheapest)) / 1000
         return ConfigError(
-            f"--{budget.measure} {budget.limit:g}: the cheapest mix of these operators has "
-            f"{self.cost(budget.measure, cheapest):.3g}: raise it, or give cheaper operators"
+            f"--{budget.measure} {budget.limit:g}: the cheapest mix of these operators has {least:g}: raise it, or "
+            "give cheaper operators"
         )
 
     def _proposed(self, error: Sum, cost: Sum, limit: float, width: int, dear: Sequence[Mix]) -> list[Mix]:

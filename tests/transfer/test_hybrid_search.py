@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 from pathlib import Path
 from typing import Any, get_args
 
@@ -219,8 +220,35 @@ def test_what_is_written_is_not_measured_again(tmp_path: Path) -> None:
 def test_a_budget_that_no_mix_meets_names_the_cheapest(tmp_path: Path) -> None:
     found = search(tmp_path)
     least = min(found.cost("macs", mix) for mix in every_mix(3))
-    with pytest.raises(ConfigError, match=f"{least:.3g}"):
+    with pytest.raises(ConfigError) as refused:
         found.best(Budget("macs", least / 2))
+    named = float(next(iter(re.findall(r"has (0\.\d+)", str(refused.value)))))
+    assert least <= named < least + 0.001
+    assert found.best(Budget("macs", named)).cost == least
+
+
+def test_operators_that_are_not_cheaper_at_this_size_are_told(tmp_path: Path) -> None:
+    teacher = vit()
+    palette = Palette(teacher, {"hedgehog": convert(teacher, "*: hedgehog")})
+    found = HybridSearch(palette, [], Scale((16, 16)), Journal(tmp_path / "hybrid.jsonl", "own"))
+    with pytest.raises(ConfigError, match="16x16"):
+        found.check(Budget("macs", 0.9))
+
+
+def test_an_error_that_is_not_finite_is_refused_and_never_read(tmp_path: Path) -> None:
+    teacher = vit()
+    palette = Palette(teacher, students(teacher))
+    images = torch.full((1, 3, 16, 16), float("inf"))
+    found = HybridSearch(palette, [images], Scale((16, 16)), Journal(tmp_path / "hybrid.jsonl", "own"))
+    with pytest.raises(TransferError, match="not finite"):
+        found.error_sum()
+    assert not (tmp_path / "hybrid.jsonl").exists()
+    journal = Journal(tmp_path / "other.jsonl", "own")
+    for damaged in (float("nan"), "x", None):
+        record = {"settings": "own", "key": "a", "value": damaged}
+        journal.path.write_text(json.dumps(record) + "\n")
+        assert journal.known("a", lambda: 2.0) == 2.0
+    assert journal.known("a", lambda: 3.0) == 2.0
 
 
 def test_students_of_another_teacher_are_refused() -> None:
