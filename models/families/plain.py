@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, cast
 
 from timm.layers import Attention, AttentionRope
+from timm.layers.diff_attention import DiffAttention
 from timm.layers.mlp import GluMlp, SwiGLU
 from timm.models.beit import Attention as BeitAttention
 from timm.models.beit import Beit
@@ -15,11 +16,12 @@ from timm.models.eva import Eva, EvaAttention, EvaBlock, EvaBlockPostNorm
 from timm.models.vision_transformer import Block as PlainBlock
 from timm.models.vision_transformer import ResPostBlock
 from timm.models.vision_transformer import VisionTransformer as VisionTransformer
-from torch import nn
+from torch import Tensor, nn
 
-from ..attention.base import Geometry
+from ..attention.base import Geometry, Heads
 from ..errors import UnsupportedModelError
 from ..host import AttentionHost
+from ..map_structure import MapStructure, Size
 from ..plan_syntax import KEEP
 from .site import (
     Block,
@@ -351,13 +353,65 @@ class OneStage(Family):
         return [submodule(model, self.trunk(model))]
 
 
+class DiffHost(AttentionHost):
+    """The difference of two softmax maps, N((P₁ − λ P₂) V) (1 − λ₀).
+
+    P₁ and P₂ are of the first and the second half of queries and keys, N is the norm of a head (Ye et al. 2025, arXiv
+    2410.05258). Natively each half is a head of queries and keys, and there are half as many heads of values. A
+    converted layer has heads of both halves, whose logits are the sum of the two, and keeps the norm after them.
+    """
+
+    after_heads = ("sub_norm", "norm", "proj", "proj_drop")
+
+    def structure(self, grid: Size) -> MapStructure:
+        return MapStructure(mixed=True)
+
+    def has_whole_map(self, geometry: Geometry) -> bool:
+        return False
+
+    def all_pairs(self, geometry: Geometry) -> int:
+        """Return the pairs of queries and keys of whole heads as costs count them: both maps read all values."""
+        return super().all_pairs(geometry) * 3 // 2
+
+    def project(
+        self, x: Tensor, rope: Tensor | None = None, shared_rel_pos_bias: Tensor | None = None
+    ) -> Heads:
+        heads = super().project(x, rope, shared_rel_pos_bias)
+        if not self.permanent:
+            heads.q, heads.k = (None if part is None else _halves(part) for part in (heads.q, heads.k))
+            heads.to_map = self._difference
+        return heads
+
+    def merge(self, out_BHND: Tensor, x: Tensor) -> Tensor:
+        layer: Any = self.original
+        return super().merge(self._child("sub_norm", out_BHND) * (1 - layer.lambda_init), x)
+
+    def _position(self, part: str, x_BHND: Tensor, rope: Tensor | None) -> Tensor:
+        if part == "v":
+            return x_BHND
+        normed: Tensor = self._child(f"{part}_norm", x_BHND.unflatten(3, (2, -1))).flatten(3)
+        return normed
+
+    def _difference(self, logits_BHNN: Tensor) -> Tensor:
+        layer: Any = self.original
+        first, second = logits_BHNN.softmax(-1).unflatten(1, (-1, 2)).unbind(2)
+        difference: Tensor = first - layer._compute_lambda().type_as(first) * second
+        return difference
+
+
+def _halves(x_BHND: Tensor) -> Tensor:
+    """Return the two halves of each head as heads, (B, 2 H, N, D / 2)."""
+    halves: Tensor = x_BHND.unflatten(3, (2, -1)).transpose(2, 3)
+    return halves.flatten(1, 2)
+
+
 class Plain(OneStage):
     """timm's plain vision transformers, as `SUPPORTED` lists them."""
 
     name = "vision_transformer, deit, beit and eva"
     models = MODELS
     blocks = BLOCKS
-    hosts: ClassVar[Hosts] = dict.fromkeys(ATTENTIONS, AttentionHost)
+    hosts: ClassVar[Hosts] = {**dict.fromkeys(ATTENTIONS, AttentionHost), DiffAttention: DiffHost}
     post_norm = (ResPostBlock, EvaBlockPostNorm)
     kept = KEEP
     keeps_all = True

@@ -65,7 +65,6 @@ def register_family(family: Family) -> None:
 
 
 REFUSED = {
-    "DiffAttention": "takes the difference of two softmax maps",
     "DiffParallelScalingBlock": "takes the difference of two softmax maps, and projects them with its MLP",
     "ParallelScalingBlock": "projects queries, keys and values together with its MLP",
     "ParallelThingsBlock": "has several attention layers side by side",

@@ -20,7 +20,7 @@ from graftvit.models.cost import attention_macs, other_macs
 from graftvit.models.errors import TransferError, UnsupportedModelError
 from graftvit.models.families import check_supported, depths, family_of, image_size, layout_of, sites, vit
 from graftvit.models.host import AttentionHost
-from graftvit.models.hosting import host_attention, release_attention
+from graftvit.models.hosting import host_attention, native_host, release_attention
 from graftvit.models.lora import add_lora, merged
 from graftvit.models.parts import patch_features, run_features
 from graftvit.transfer.align import Alignment
@@ -90,6 +90,10 @@ def test_a_hosted_model_is_timms(kind: str, dtype: torch.dtype) -> None:
     assert torch.equal(twin(x), model(x))
 
 
+MIXED = ("cait", "differential")
+"""Kinds whose maps are no softmax of a head's queries and keys."""
+
+
 @kinds
 def test_training_with_dropout_is_timms(kind: str) -> None:
     model, outputs = tiny(kind, dtype=torch.float64, drop_path_rate=0.5).train(), []
@@ -145,7 +149,8 @@ def test_a_student_is_saved_loaded_and_resized(kind: str, tmp_path: Path) -> Non
     student = ready(tiny(kind), plan(kind), kind)
     student.train()(pictures(kind, dtype=torch.float32)).square().mean().backward()
     for name, p in student.eval().named_parameters():
-        mixes_heads = "attn.proj_l." in name or "attn.proj_w." in name  # of CaiT, which no operator does
+        # of CaiT and of differential attention, which no operator does
+        mixes_heads = any(part in name for part in ("attn.proj_l.", "attn.proj_w.", "attn.lambda_"))
         assert mixes_heads or (p.grad is not None and p.grad.isfinite().all())
     folder = save_folder(student, tmp_path / "student", TINY[kind].name, arguments(kind))
     loaded, x = loading.load(folder), pictures(kind, dtype=torch.float32)
@@ -189,7 +194,7 @@ def test_maps_are_of_the_layers(kind: str) -> None:
     for site in sites(model):
         weights = maps[site.index].weights
         assert key_count(model, site) == weights.shape[-1]
-        assert kind == "cait" or ((weights >= 0).all() and (weights.sum(-1) <= 1 + 1e-5).all())
+        assert kind in MIXED or ((weights >= 0).all() and (weights.sum(-1) <= 1 + 1e-5).all())
     if TINY[kind].whole is None:
         return
     model = whole(kind)
@@ -229,7 +234,7 @@ def test_a_layer_is_aligned(kind: str) -> None:
 @pytest.mark.parametrize("method", ["attention_output", "block_output", "distill"])
 @kinds
 def test_a_student_is_taught(kind: str, method: str) -> None:
-    if (kind, method) == ("cait", "distill"):  # refused, in a test of its own
+    if kind in MIXED and method == "distill":  # refused, in tests of their own
         return
     teacher, student, x = (
         tiny(kind, dtype=torch.float64),
@@ -355,6 +360,26 @@ def test_talking_heads_are_converted_and_looked_at_but_not_distilled() -> None:
     )
     with pytest.raises(TransferError, match="mixes its maps between heads"):
         DualViT(model, tiny("cait", seed=1, dtype=torch.float64), "distill")
+
+
+def test_differences_of_maps_are_looked_at_and_copied_but_not_distilled() -> None:
+    model: Any = tiny("differential", dtype=torch.float64)
+    layer, x = model.blocks[0].attn, torch.randn(2, 25, 16, dtype=torch.float64)
+    parts = layer.qkv(x).chunk(3, 2)[:2]
+    q, k = (
+        each.unflatten(2, (2, 2, -1)).permute(0, 2, 3, 1, 4) for each in parts
+    )  # heads, then their halves
+    maps = (layer.scale * q @ k.mT).softmax(-1)
+    wanted = maps[:, :, 0] - layer._compute_lambda() * maps[:, :, 1]
+    host = native_host(model, model.blocks[0])
+    heads = host.heads_of(x)
+    found = heads.to_map((heads.scale * heads.q) @ heads.k.mT)  # type: ignore[misc, operator, union-attr]
+    torch.testing.assert_close(found, wanted, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(host(x), layer(x), rtol=1e-10, atol=1e-12)
+    assert attention_maps(model, pictures("differential"), [0])[0].shape == (2, 2, 25, 25)
+    for method in ("distill", "copy"):
+        with pytest.raises(TransferError):
+            DualViT(model, tiny("differential", seed=1, dtype=torch.float64), method)
 
 
 @kinds

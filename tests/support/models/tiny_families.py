@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from graftvit.models.families import FAMILIES, create_timm_model
 from support.models.dense import attend, images
+from timm.layers.diff_attention import DiffAttention
 from timm.models import (
     cait,
     efficientformer,
@@ -116,12 +117,21 @@ def _plain(layer: Any, x: Tensor) -> Tensor:
     return layer.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
 
 
+def _difference(layer: Any, x: Tensor) -> Tensor:
+    """Differential attention without its second map: what an operator replaces, on heads of both halves."""
+    q, k, v = layer.qkv(x).unflatten(2, (3, layer.num_heads, -1)).permute(2, 0, 3, 1, 4)
+    out = F.scaled_dot_product_attention(q, k, v, scale=layer.scale)
+    out = layer.sub_norm(out) * (1 - layer.lambda_init)
+    return layer.proj(out.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
+
+
 FUSED: dict[type[nn.Module], Callable[..., Tensor]] = {
     swin_transformer_v2_cr.WindowMultiHeadAttention: _cosine,
     gcvit.WindowAttentionGlobal: _context,
     levit.Attention: _levit,
     efficientformer.Attention: _levit,
     cait.TalkingHeadAttn: _plain,
+    DiffAttention: _difference,
     mvitv2.MultiScaleAttention: _pooling,
 }
 """The equations of layers that timm computes without torch's function for attention, with it."""
@@ -261,6 +271,9 @@ TINY = {
         "cait_xxs24_224",
         {**PLAIN, "depth_token_only": 1, "init_values": 0.5},
         whole=None, own_products=800,
+    ),
+    "differential": Tiny(
+        "vit_dwee_patch16_reg1_gap_256", {**PLAIN, "init_values": 0.5, "qkv_bias": False}, whole=None,
     ),
     "deepseek": Tiny("deepseek_vit_412m", ENCODER),
     "pit": Tiny("pit_s_224", PIT, whole=ONE_PIT),
