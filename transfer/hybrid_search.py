@@ -286,8 +286,7 @@ class Journal:
         for record in read_records(self.path, refusal=ConfigError):
             if record.get("settings") != self.settings:
                 raise ConfigError(
-                    f"{self.path} has numbers of another teacher or of other images: take another --output_dir, or "
-                    "remove it"
+                    f"{self.path} has numbers of another teacher: take another --output_dir, or remove it"
                 )
             found = record.get("value")
             if record.get("key") == key and isinstance(found, (int, float)) and math.isfinite(found):
@@ -296,6 +295,11 @@ class Journal:
         with open_lines(self.path) as file:
             append_line(file, json.dumps({"settings": self.settings, "key": key, "value": value}))
         return value
+
+
+def _seen(batches: Sequence[Tensor]) -> str:
+    """Return what tells some images from others."""
+    return digest([images.double().mean((1, 2, 3)).tolist() for images in batches])
 
 
 @dataclass(frozen=True)
@@ -374,7 +378,8 @@ class HybridSearch:
     def error(self, mix: Mix) -> float:
         """Return the error of a mix at the teacher's end."""
         if mix not in self.errors:
-            self.errors[mix] = self.journal.known(f"error {self.palette.key(mix)}", partial(self._error, mix))
+            key = f"error {_seen(self.batches)} {self.palette.key(mix)}"
+            self.errors[mix] = self.journal.known(key, partial(self._error, mix))
         return self.errors[mix]
 
     @torch.no_grad()
@@ -394,10 +399,7 @@ class HybridSearch:
 
         Raises DataError: the labels are not classes of the teacher, or there are none.
         """
-        images = torch.cat(
-            [images.double().mean((1, 2, 3)) for images, _ in self.labeled] or [torch.empty(0)]
-        )
-        key = f"top1 {digest(images.tolist())} {self.palette.key(mix)}"
+        key = f"top1 {_seen([images for images, _ in self.labeled])} {self.palette.key(mix)}"
         return self.journal.known(key, lambda: evaluate(self.palette.model(mix), self.labeled).top1)
 
     def cost(self, measure: Measure, mix: Mix) -> float:

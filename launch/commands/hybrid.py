@@ -107,10 +107,17 @@ def _choose(
     _draw(search, by_measure, others, arguments.output_dir)
     for budget, hybrid in found.items():
         if any(name != KEEP for name in hybrid.mix):
-            folder = arguments.output_dir / str(budget).replace(" ", "-")
+            folder = arguments.output_dir / _name(arguments, budget)
             _write(search.palette, teacher, hybrid.mix, folder)
             say(f"{folder}\n  recover it: {_recovery(folder, config)}\n")
     return 0
+
+
+def _name(arguments: argparse.Namespace, budget: Budget) -> str:
+    """Return the name of a hybrid's folder, of which the same budget at another scale has another one."""
+    pixels = f"-{arguments.img_size}px" if arguments.img_size else ""
+    batch = f"-batch{arguments.cost_batch}" if arguments.cost_batch > 1 else ""
+    return f"{budget}{pixels}{batch}".replace(" ", "-")
 
 
 def check(argv: list[str], *, here: bool = True) -> Work:
@@ -276,7 +283,6 @@ def _search(
     from ...models.conversion import convert
     from ...models.families import image_size
     from ...transfer.analysis.benchmark import check_fills
-    from ...transfer.cells import digest
     from ...transfer.data.survey import sample_images
     from ...transfer.hybrid_search import HybridSearch, Journal, Palette, Scale
 
@@ -291,10 +297,7 @@ def _search(
     if arguments.img_size:
         check_fills(teacher.model, arguments.img_size)
     images = sample_images(config.data, teacher.preprocessing, arguments.images, seed=config.seed + 1)
-    journal = Journal(
-        arguments.output_dir / "hybrid.jsonl",
-        digest([teacher.digest, images.double().sum((1, 2, 3)).tolist()]),
-    )
+    journal = Journal(arguments.output_dir / "hybrid.jsonl", str(teacher.digest))
     batches = images.to(device).split(config.data.batch_size)
     labeled = _labeled(config.data, teacher, arguments.validation, device)
     scale = Scale(size, arguments.cost_batch, device)

@@ -48,8 +48,12 @@ def test_hybrids_are_written_and_another_budget_trains_nothing(
     monkeypatch.setattr("graftvit.transfer.engine.loop.Loop._backward", None)
     known = (out / "hybrid.jsonl").read_text()
     typed("hybrid", teacher, "--keep", "1", *WORDS, "--output_dir", out)
+    typed(
+        "hybrid", teacher, "--macs", "0.91", "--cost_batch", "2", *WORDS, "--images", "8", "--output_dir", out
+    )
     assert (out / "hybrid.jsonl").read_text().startswith(known)
     assert len(converted_layers(graftvit.load(out / "keep-1"))) == 1
+    assert plan_text(out / "macs-0.91-batch2")
 
 
 def plan_text(folder: Path) -> str:
