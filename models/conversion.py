@@ -218,7 +218,7 @@ def _changes(student: nn.Module, plan: str | Mapping[Any, str], weights: str) ->
     family, changes = family_of(student), dict[Site, Choice]()
     for site, choice, own in zip(sites(student), choices, now, strict=True):
         _check_choice(choice, family)
-        if choice.operator in (AS_IT_IS, family.kept) or choice == own:
+        if (choice.operator in (AS_IT_IS, family.kept) and not choice.options) or choice == own:
             continue
         if own.operator not in (AS_IT_IS, KEEP) and choice.operator != NONE:  # softmax reads every projection
             lost = "its attention" if own.operator == NONE else f"what {own} does not need"
@@ -264,6 +264,11 @@ def _check_layer(
         raise UnsupportedModelError(
             f"plan: layer {site.index} has a relative position bias, which {choice.operator} does not support; "
             f"{give}{keep}"
+        )
+    if operator.output_gate is not None and not native.shows_tokens:
+        raise UnsupportedModelError(
+            f"plan: gate=true reads the tokens of layer {site.index}, which {type(native.original).__name__} does not "
+            f"get in the order of its output; leave it out, or {keep}"
         )
     if native.drop_rate > 0 and not traits.dropout:
         raise UnsupportedModelError(

@@ -103,6 +103,15 @@ class ConvertedAttention(AttentionHost):
         """Return the numbers of all tokens: an operator that is softmax has no windows and no reduced keys."""
         return geometry.num_tokens, geometry.num_tokens
 
+    def merge(self, out_BHND: Tensor, x: Any = None) -> Tensor:
+        return super().merge(self.gated(out_BHND, x), x)
+
+    def gated(self, out_BHND: Tensor, x: Any) -> Tensor:
+        """Return the output of the heads through the operator's gate, if it has one."""
+        gate = self.operator.output_gate
+        gated: Tensor = out_BHND if gate is None else gate(out_BHND, x)
+        return gated
+
     def mark(self) -> None:
         """Add the mark to the state dict."""
         self.operator.register_buffer("choice", self.own_mark())
@@ -146,6 +155,9 @@ class ConvertedGrid(GridHost, ConvertedAttention):
         self.kept = tuple(kept)
         self.gave_up: tuple[str, ...] = ()
         """The parts of the layer that the conversion was told to give up: of `without`."""
+
+    def merge(self, out_BHND: Tensor, x: Any = None) -> Tensor:
+        return super().merge(self.gated(out_BHND, x), x)
 
     structure = ConvertedAttention.structure
     native_pairs = ConvertedAttention.native_pairs

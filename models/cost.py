@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from .attention.base import QKV, Accounting, Heads, Operations
+from .attention.base import QKV, Accounting, AttentionOperator, Heads, Operations
 from .converted import ConvertedAttention, converted_layers
 from .copied import CopiedAttention
 from .copying.copying_operators import CopyMap
@@ -17,6 +17,7 @@ from .copying.teacher_view import LastAttention
 from .errors import UnsupportedModelError
 from .families import (
     NoAttention,
+    Site,
     attention_blocks,
     family_of,
     find_family,
@@ -162,11 +163,19 @@ def attention_operations(model: nn.Module, accounting: Accounting = "true") -> l
             found.append(Operations())
             continue
         if site.index in converted:
-            found.append(converted[site.index].operator.operations(site.shape.geometry, accounting))
+            own = converted[site.index].operator
+            found.append(own.operations(site.shape.geometry, accounting) + _gate(own, site))
             continue
         pairs = native_host(model, site.block(model)).all_pairs(site.shape.geometry)
         found.append(softmax_operations(pairs, site.head_dim, accounting))
     return found
+
+
+def _gate(operator: AttentionOperator, site: Site) -> Operations:
+    """Return the operations of the gate after the heads, if there is one."""
+    gate, tokens = operator.output_gate, site.shape.geometry.num_tokens
+    products = 0 if gate is None else tokens * gate.weight.numel()
+    return Operations(products, products)
 
 
 def softmax_operations(pairs: int, head_dim: int, accounting: Accounting) -> Operations:
@@ -297,7 +306,9 @@ def attention_macs(model: nn.Module) -> list[int]:
     """
     converted = converted_layers(model)
     return [
-        converted[index].operator.macs(site.shape.geometry) if index in converted else operations.additions
+        converted[index].operator.macs(site.shape.geometry) + _gate(converted[index].operator, site).additions
+        if index in converted
+        else operations.additions
         for index, (site, operations) in enumerate(
             zip(sites(model), attention_operations(model), strict=True)
         )

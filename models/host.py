@@ -91,6 +91,8 @@ class AttentionHost(nn.Module):
     """The children through which the output of the heads goes."""
     counted_as = "num_heads"
     """The attribute of the layer with the number of its heads."""
+    shows_tokens = True
+    """The layer's input is (B, N, C) or (B, height, width, C), with the tokens in the order of the heads' output."""
     cuts_rows = True
     """A conversion may drop the rows of fused projections that an operator does not need, which are equal parts."""
     reduction: Sequence[str] = REDUCTION

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from importlib import import_module
 
 from . import attention
-from .attention.base import AttentionOperator, LayerShape
+from .attention.base import AttentionOperator, LayerShape, OutputGate
 from .errors import ConfigError, check_types, did_you_mean, kind_of
 from .plan_syntax import AS_IT_IS, KEEP, NAME
 from .plan_syntax import Choice as Choice
@@ -58,6 +58,9 @@ OPERATORS = dict(find_operators())
 
 BUILT_IN = frozenset(OPERATORS)
 """The operators of this package, without registered ones."""
+
+GATE = "gate"
+"""The option of every operator that gates the output of its heads by the layer's input, `OutputGate`."""
 
 MOST = 16_384
 """The largest value of a numeric option: a plan may come from an untrusted file."""
@@ -114,6 +117,10 @@ def check_choice(choice: Choice) -> None:
         )
     valid = options_of(choice.operator)
     for name, value in choice.options.items():
+        if name == GATE and GATE not in valid:
+            if not isinstance(value, bool):
+                raise ConfigError(f"plan: {choice.operator} has gate={value!s:.40}; write true or false")
+            continue
         if name not in valid:
             known = did_you_mean(name, valid) if valid else "it has none"
             raise ConfigError(f"plan: {choice.operator} has no option {name!r}; {known}")
@@ -138,7 +145,8 @@ def canonical(choice: Choice) -> Choice:
         return choice
     known = inspect.signature(OPERATORS[choice.operator]).parameters
     given = sorted(choice.options.items())
-    return Choice(choice.operator, {name: value for name, value in given if value != known[name].default})
+    defaults = {GATE: False, **{name: each.default for name, each in known.items()}}
+    return Choice(choice.operator, {name: value for name, value in given if value != defaults[name]})
 
 
 def resolved(choice: Choice, operator: AttentionOperator) -> Choice:
@@ -154,9 +162,13 @@ def create_operator(choice: Choice, shape: LayerShape) -> AttentionOperator:
     Raises ConfigError: the operator, an option or its value is invalid.
     """
     check_choice(choice)
-    operator = OPERATORS[choice.operator](shape, **choice.options)
+    options = dict(choice.options)
+    gated = GATE not in options_of(choice.operator) and options.pop(GATE, False)
+    operator = OPERATORS[choice.operator](shape, **options)
     if not isinstance(operator, AttentionOperator):
         raise ConfigError(
             f"the function that {choice.operator} was registered with returns {kind_of(operator)}, no AttentionOperator"
         )
+    if gated:
+        operator.output_gate = OutputGate(shape)
     return operator

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, TypeAlias
 
 import torch
@@ -213,6 +213,8 @@ class LayerShape:
     num_heads: int
     head_dim: int
     geometry: Geometry
+    width: int | None = None
+    """The channels of the layer's input; None for as many as all heads have."""
 
 
 @dataclass
@@ -351,6 +353,26 @@ def check_steps(option: str, value: object) -> None:
         raise ConfigError(f"plan: {option}={value}; give a whole number from 1 to {MOST_STEPS}")
 
 
+class OutputGate(nn.Module):
+    """o ⊙ 2 σ(x W) of the heads' output o and the layer's input x, before the projection: gated attention (Qiu et al.
+    2025, arXiv 2505.06708, elementwise after the heads) and the output gate of MILA with another activation.
+
+    W starts at zero in a conversion, where the gate is 1; the projection after it absorbs the factor 2.
+    """
+
+    def __init__(self, shape: LayerShape) -> None:
+        super().__init__()
+        channels = shape.num_heads * shape.head_dim
+        self.weight = nn.Parameter(torch.zeros(channels, shape.width or channels))
+
+    def forward(self, out_BHND: Tensor, x: Tensor) -> Tensor:
+        """Return the gated output for the input (B, N, C) or (B, height, width, C)."""
+        x_BNC = x.flatten(1, -2)
+        gate = 2 * (x_BNC @ self.weight.to(x.dtype).T).sigmoid()
+        by_head: Tensor = gate.unflatten(2, (out_BHND.shape[1], -1)).transpose(1, 2)
+        return out_BHND * by_head
+
+
 class AttentionOperator(nn.Module, ABC):
     """An operator of a converted layer: `forward` is `attend` plus the local term, if it has one.
 
@@ -364,6 +386,8 @@ class AttentionOperator(nn.Module, ABC):
     def __init__(self, shape: LayerShape) -> None:
         super().__init__()
         self.shape = shape
+        self.output_gate: OutputGate | None = None
+        """What the layer multiplies the heads' output by, of the plan's option `gate`: it is no part of the map."""
 
     @property
     @abstractmethod
@@ -471,4 +495,4 @@ class AttentionOperator(nn.Module, ABC):
 
     def resample(self, geometry: Geometry) -> None:
         """Resample the parameters that are tied to the grid for another grid."""
-        self.shape = LayerShape(self.shape.num_heads, self.shape.head_dim, geometry)
+        self.shape = replace(self.shape, geometry=geometry)

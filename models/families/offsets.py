@@ -177,6 +177,8 @@ class LevitHost(DistanceHost):
     Its input is (B, N, C), or (B, C, height, width).
     """
 
+    shows_tokens = False
+
     def __init__(self, original: nn.Module, *more: Any) -> None:
         super().__init__(original, *more)
         layer: Any = original

@@ -98,6 +98,8 @@ def _sequence(grids: list[Size], x_BNC: Tensor) -> Tensor:
 class MaskUnitHost(WindowHost):
     """Hiera: natively, softmax within mask units or of all tokens. Tokens come and go in the order of mask units."""
 
+    shows_tokens = False
+
     counted_as = "heads"
 
     @property

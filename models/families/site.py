@@ -141,7 +141,7 @@ class Site:
                 f"this model was built without an image size, so the number of tokens of {self.path} is unknown: "
                 "build it with img_size, or resize it (graftvit.models.conversion.resize)"
             )
-        return LayerShape(self.num_heads, self.head_dim, self.geometry)
+        return LayerShape(self.num_heads, self.head_dim, self.geometry, self.width)
 
     def block(self, model: nn.Module) -> Block:
         """Return the block of this site in `model`."""

@@ -241,6 +241,8 @@ class _Seen(Exception):  # noqa: N818 - it carries a result, no error
 class TowerHost(AttentionHost):
     """An attention layer of a tower with any operator; `forward` is the layer's own."""
 
+    shows_tokens = False
+
     _looks = False
     """Whether a call only looks for the projections."""
 

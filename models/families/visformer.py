@@ -21,6 +21,8 @@ STAGES = (1, 2, 3)
 class ImageHost(GridHost):
     """Softmax over all places of an image (B, C, H, W), whose q, k, v and output are convolutions of one pixel."""
 
+    shows_tokens = False
+
     def project(self, x: Tensor, size: Size | None = None) -> Heads:  # type: ignore[override]
         return super().project(x.permute(0, 2, 3, 1))
 

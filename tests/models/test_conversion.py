@@ -26,6 +26,7 @@ from graftvit.models.conversion import (
 )
 from graftvit.models.converted import TokenGrid
 from graftvit.models.copying.teacher_view import Normalization, WholeInput
+from graftvit.models.cost import attention_macs
 from graftvit.models.errors import ConfigError, GraftError, UnsupportedModelError
 from graftvit.models.families import (
     attention_shape,
@@ -38,7 +39,7 @@ from graftvit.models.families import (
 from graftvit.models.hosting import host_attention, release_attention
 from graftvit.models.layer_plan import OPERATORS, Choice
 from graftvit.models.small import without_memory
-from support.models import dense, pyramids
+from support.models import dense, pyramids, tiny_families
 from support.models.operator_cases import CASES
 from support.models.tiny_students import save_folder
 from torch import Tensor, nn
@@ -578,3 +579,34 @@ def test_a_frozen_model_becomes_one_that_learns() -> None:
         "head.weight",
         "head.bias",
     ]
+
+
+def test_a_gate_follows_the_heads_of_any_operator(tmp_path: Path) -> None:
+    """With W = 0 it is 1; with another W it is 2 σ(x W) of the layer's input x, before the projection."""
+    model, x = teacher("vit"), images()
+    plain, gated = (convert(model, f"*: linear{options}").eval() for options in ("", "(gate=true)"))
+    torch.testing.assert_close(gated(x), plain(x))
+    layer: Any = gated.blocks[0].attn  # type: ignore[union-attr, index]
+    with torch.no_grad():
+        layer.operator.output_gate.weight.normal_()
+    given = torch.randn(2, 25, layer.proj.in_features, dtype=x.dtype)
+    out = layer.operator(layer.heads_of(given)).transpose(1, 2).flatten(2)
+    weight = layer.operator.output_gate.weight.to(x.dtype)
+    torch.testing.assert_close(layer(given), layer.proj(out * 2 * (given @ weight.T).sigmoid()))
+    gated(x).sum().backward()
+    assert layer.operator.output_gate.weight.grad.any()
+    assert plan_of(gated) == "*: linear(gate=true)"
+    assert sum(attention_macs(gated)) - sum(attention_macs(plain)) == 25 * weight.numel()
+    assert len(converted_layers(convert(model, "0: softmax(gate=true)"))) == 1
+    folder = save(gated.float(), "vit", tmp_path)
+    torch.testing.assert_close(loading.load(folder)(x.float()), gated(x.float()))
+    with pytest.raises(ConfigError, match="gate"):
+        convert(model, "*: linear(gate=2)")
+
+
+@pytest.mark.parametrize("kind", ["levit", "visformer", "hiera"])
+def test_a_layer_that_does_not_show_its_tokens_takes_no_gate(kind: str) -> None:
+    model = tiny_families.tiny(kind)
+    without = ["bias"] if tiny_families.TINY[kind].gives_up else []
+    with pytest.raises(UnsupportedModelError, match="gate=true"):
+        convert(model, "*: linear(gate=true)", without=without)
