@@ -8,6 +8,7 @@ import shlex
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import graftvit
@@ -167,14 +168,22 @@ def test_a_search_that_is_killed_in_each_phase_gives_the_same_plan(tmp_path: Pat
 
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     assert start(whole).wait() == 0
-    log, journal = cut / "library" / "linear" / "log.jsonl", cut / "hybrid.jsonl"
-    lines = len((whole / "hybrid.jsonl").read_text().splitlines())
+    keys = [json.loads(line)["key"] for line in (whole / "hybrid.jsonl").open()]
+    first = next(place for place, key in enumerate(keys) if key.startswith("error"))
+
+    def lines(path: str, count: int) -> Callable[[], bool]:
+        """Return whether a file of the search has so many lines."""
+        return lambda: (cut / path).exists() and (cut / path).read_text().count("\n") >= count
+
     moments = [
-        lambda: log.exists() and log.stat().st_size > 0,
-        lambda: (cut / "library" / "uniform").exists(),
-        lambda: journal.exists() and journal.read_text().count("\n") >= 2,
-        lambda: journal.read_text().count("\n") >= lines // 2,
-        lambda: journal.read_text().count("\n") >= lines - 2,
+        *(lines("hybrid.jsonl", count) for count in (1, 2, first)),  # costs before the library
+        *(
+            lines(f"library/{name}/log.jsonl", count)
+            for name, count in (("linear", 1), ("uniform", 1), ("linear", 3))
+        ),
+        *(lines("hybrid.jsonl", first + count) for count in (1, 2, 3)),  # errors of single replacements
+        *(lines("hybrid.jsonl", len(keys) - count) for count in (3, 2, 1)),  # the choice
+        *((cut / path).exists for path in ("front.png", "macs-0.91", "macs-0.82")),  # what comes out
     ]
     for moment in moments:
         process = start(cut)
