@@ -26,6 +26,7 @@ from graftvit.models.attention.scan import ScanAttention
 from graftvit.models.attention.sla import BlockAttention
 from graftvit.models.attention.softmax import DifferentialAttention, ManhattanAttention, UniformAttention
 from graftvit.models.attention.ttt import NORM_EPSILON, TTTAttention
+from graftvit.models.attention.veca import CoreAttention
 from graftvit.models.attention.vit3 import RATE, ViT3Attention
 from graftvit.models.attention.window import TileTables, WindowAttention
 from graftvit.models.errors import ConfigError
@@ -354,6 +355,13 @@ def differential(operator: AttentionOperator, heads: Heads) -> Tensor:
     return (first - own.amount * second) @ v
 
 
+def veca(operator: AttentionOperator, heads: Heads) -> Tensor:
+    """softmax(s q (P k)ᵀ) P v with P = softmax(s L kᵀ)."""
+    q, k, v = heads.qkv()
+    gathering = (heads.scale * cast(CoreAttention, operator).cores @ k.mT).softmax(-1)
+    return (heads.scale * q @ (gathering @ k).mT).softmax(-1) @ (gathering @ v)
+
+
 def scan(operator: AttentionOperator, heads: Heads) -> Tensor:
     """(φ(q)·φ(k) M) v over its row sums, with the products M of the gates between all tokens."""
     own = cast(ScanAttention, operator)
@@ -408,6 +416,7 @@ FORMS: dict[type[AttentionOperator], Callable[[AttentionOperator, Heads], Tensor
     MonarchAttention: monarch,
     BlockAttention: chosen_blocks,
     ScanAttention: scan,
+    CoreAttention: veca,
     ManhattanAttention: manhattan,
     DifferentialAttention: differential,
     UniformAttention: uniform,

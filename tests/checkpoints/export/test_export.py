@@ -151,7 +151,7 @@ def test_an_operator_of_one_grid_is_refused(operator: str, suffix: str, tmp_path
         "0: linear; 1: mala",
         "0: focused; 1: ttt",
         "0: monarch; 1: uniform",
-        "0: vit3",
+        "0: vit3; 1: veca",
         "0: rala; 1: nala",
         "0: pola; 1: kernel(local=dynamic)",
         "0: attnzero_105; 1: hash",

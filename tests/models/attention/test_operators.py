@@ -315,6 +315,8 @@ def test_another_grid_is_met_on_the_way_and_resampled_to(case: Case, other: Geom
     ("sla", {"share": 1.5}, "share=1.5; give the share of blocks, a number from 0 to 1"),
     ("topk", {"share": "all"}, "share=all; give"),
     ("sla", {"linear": "mix"}, "linear=mix; did you mean 'mixed'"),
+    ("veca", {"num_cores": 0}, "num_cores=0; give a whole number, 1 or more"),
+    ("veca", {"num_cores": 2.5}, "num_cores=2.5; give"),
     ("softmax", {"x": 1}, "softmax has no option 'x'; it has none"),
     ("linaer", {}, "unknown operator 'linaer'; did you mean 'linear'"),
 ])  # fmt: skip

@@ -298,6 +298,16 @@ def _ascent(objective: Tensor, weights: list[Tensor]) -> tuple[Tensor, ...]:
     return torch.autograd.grad(objective, weights, create_graph=True)
 
 
+def dense_cores(operator: Any, heads: Heads, num_cores: int = 16) -> Tensor:
+    """Return the output with the keys and values of one core at a time."""
+    (q, k, v), keys, values = heads.qkv(), [], []
+    for core in range(num_cores):
+        weights = (heads.scale * k @ operator.cores[:, core, :, None]).softmax(2)
+        keys.append((weights * k).sum(2))
+        values.append((weights * v).sum(2))
+    return (heads.scale * q @ torch.stack(keys, 3)).softmax(3) @ torch.stack(values, 2)
+
+
 def dense_scan(operator: Any, heads: Heads) -> Tensor:
     """Return the output of the whole map, with the product of gates pair by pair."""
     (q, k, v), prefix = heads.qkv(), heads.tokens().num_prefix
@@ -357,7 +367,7 @@ CASES = [
     Case("sla", {"block": 2, "share": 0.2}, dense=dense_blocks),
     Case("sla", {"block": 3, "share": 0.34, "linear": "mixed"}, dense=dense_blocks),
     Case("topk", {"block": 2, "share": 0.3}, dense=partial(dense_blocks, linear="none")),
-    Case("scan", dense=dense_scan),
+    Case("scan", dense=dense_scan), Case("veca", dense=dense_cores), Case("veca", {"num_cores": 3}, dense=dense_cores),
     Case("manhattan", dense=dense_manhattan), Case("differential", dense=dense_difference),
     Case("topk", {"block": 9}, dense=partial(dense_blocks, linear="none")),
     Case("hash"), Case("hash", {"bits": 5, "anchors": 7, "mode": "reference"}),
