@@ -100,7 +100,18 @@ class Identity(FeatureMap):
         return q, k
 
 
-class Pola(FeatureMap):
+class Signed(FeatureMap):
+    """Features [x₊, x₋]: each channel of a power of |x| where x is positive, and where it is negative."""
+
+    def num_features(self, geometry: Geometry) -> int:
+        return 2 * self.shape.head_dim
+
+    @property
+    def macs_per_token(self) -> int:
+        return 4 * self.shape.head_dim
+
+
+class Pola(Signed):
     """φ(x) = [x₊, x₋] with x± = relu(±x / softplus(t))ᵖ and p = 1 + 4 σ(w) (Meng et al. 2025, arXiv 2501.15061).
 
     PolaFormer: q₊·k₊ + q₋·k₋, of equal signs, weighs the first half of each head's channels, q₋·k₊ + q₊·k₋, of
@@ -116,13 +127,6 @@ class Pola(FeatureMap):
         size = (shape.num_heads, 1, shape.head_dim)
         self.temperature, self.power = (nn.Parameter(torch.zeros(size)) for _ in range(2))
 
-    def num_features(self, geometry: Geometry) -> int:
-        return 2 * self.shape.head_dim
-
-    @property
-    def macs_per_token(self) -> int:
-        return 4 * self.shape.head_dim
-
     def forward(self, heads: Heads) -> tuple[Tensor, Tensor]:
         q, k = heads.qk()
         scale = F.softplus(self.temperature.to(q.dtype))
@@ -130,20 +134,13 @@ class Pola(FeatureMap):
         return _by_sign((q.abs() / scale) ** power, q), _by_sign((k.abs() / scale) ** power, k)
 
 
-class Nala(FeatureMap):
+class Nala(Signed):
     """φ(q) = [d₊ᵖ, d₋ᵖ] with d = q / ‖q‖ and p = 3 (1/2 + tanh ‖q‖), φ(k) = [k₊³, k₋³], x± = relu(±x).
 
     NaLaFormer (Meng et al. 2025, arXiv 2506.21137) in the form of its released code: a longer query attends more
     sharply, which the division by the row's sum would otherwise take away. The code also multiplies the output by a
     projection of the layer's input, which operators do not get.
     """
-
-    def num_features(self, geometry: Geometry) -> int:
-        return 2 * self.shape.head_dim
-
-    @property
-    def macs_per_token(self) -> int:
-        return 4 * self.shape.head_dim
 
     def forward(self, heads: Heads) -> tuple[Tensor, Tensor]:
         q, k = heads.qk()
