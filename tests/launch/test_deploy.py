@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib.util
 import json
 import runpy
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -76,6 +78,9 @@ def test_a_file_that_is_worth_its_model_is_kept(
     assert min(report["milliseconds"], report["model_milliseconds"]) > 0
     assert f"{report['top1']:.2f} %" in said
     assert str(tmp_path) not in (out / REPORT).read_text()
+    helped = subprocess.run([sys.executable, out / "load.py"], capture_output=True, text=True)
+    assert helped.returncode == 1, "it was given no image"
+    assert "load.py IMAGE" in helped.stderr
 
 
 def test_a_file_that_loses_too_much_is_not_kept(
