@@ -313,7 +313,11 @@ def _stages(content: Any, label: str) -> list[tuple[str, list[Setting]]]:
 def _students(content: Any, label: str) -> list[tuple[str, list[Setting]]]:
     if content is None:
         return []
-    if not isinstance(content, dict) or not all(isinstance(own, dict) for own in content.values()):
+    if (
+        not isinstance(content, dict)
+        or not content
+        or not all(isinstance(own, dict) for own in content.values())
+    ):
         raise ConfigError(
             f"{label}: 'students' must be a mapping of names and settings, such as "
             "'linear: {student.plan: \"*: linear\"}'"

@@ -9,7 +9,15 @@ from typing import TYPE_CHECKING
 
 from ...models.errors import RunFailedError, counted
 from ...transfer.config import RunConfig
-from ...transfer.engine.stages import chain, check_stages, check_students, train_stages, train_students
+from ...transfer.engine.stages import (
+    Stage,
+    chain,
+    check_each,
+    check_stages,
+    check_students,
+    train_stages,
+    train_students,
+)
 from ...transfer.first_checks import check_first, check_head, check_places
 from ..flags import command_parser, parse_command
 from ..load_config import Setting, dump_config, load_config, load_stages, load_students, read_recipe
@@ -109,7 +117,10 @@ def _run_students(arguments: argparse.Namespace, settings: Sequence[Setting]) ->
     if arguments.dry_run:
         from ..plan_text import describe_plan
 
-        say("\n".join(f"the student {name}:\n{describe_plan(config)}" for name, config in shown.items()))
+        plans: list[str] = []
+        runs = [Stage(name, config) for name, config in shown.items()]
+        check_each(runs, lambda config: plans.append(describe_plan(config)), "student")
+        say("\n".join(f"the student {name}:\n{plan}" for name, plan in zip(shown, plans, strict=True)))
         return 0
     for config in shown.values():
         check_places(config)

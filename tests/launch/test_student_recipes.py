@@ -54,7 +54,7 @@ def test_each_student_has_the_common_settings_and_its_own(recipe: Path) -> None:
 
 
 def test_students_run_from_the_command_line_and_resume(
-    recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     assert main(["train", str(recipe), "--print_config"]) == 0
     assert "# student hedgehog" in capsys.readouterr().out
@@ -62,6 +62,7 @@ def test_students_run_from_the_command_line_and_resume(
     assert "the student hedgehog:" in capsys.readouterr().out
     assert not (tmp_path / "run").exists()
     assert main(["train", str(recipe)]) == 0
+    assert "hedgehog: epoch 0" in caplog.text, "a record says whose it is"
     assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["hedgehog", "linear"]
     assert read_progress(tmp_path / "run").step == 3
     assert main(["train", str(tmp_path / "run" / "linear"), "--max_steps", "5"]) == 0
@@ -92,6 +93,7 @@ def test_one_that_diverges_is_named_and_the_others_end(
     ("students", "message"),
     [
         ([{"name": "a"}], "must be a mapping of names"),
+        ({}, "must be a mapping of names"),
         ({"a/b": {}}, "students"),
         ({"a": {"optim.blurr": 1}}, "optim.blurr"),
         ({"a": {}, "b": {"data.batch_size": 8}}, "data.batch_size"),
@@ -105,6 +107,20 @@ def test_what_is_wrong_is_refused_by_name(
     assert main(["train", str(other)]) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+def test_the_dry_run_names_the_student_that_cannot_be(
+    recipe: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["train", str(recipe), "--hedgehog.student.plan", "9: linear", "--dry_run"]) == 2
+    assert "student hedgehog: " in capsys.readouterr().err
+
+
+def test_an_occupied_folder_is_refused_before_any_student_starts(recipe: Path, tmp_path: Path) -> None:
+    (tmp_path / "run" / "hedgehog").mkdir(parents=True)
+    (tmp_path / "run" / "hedgehog" / "config.yaml").touch()
+    assert main(["train", str(recipe), "--resume", "never"]) == 2
+    assert not (tmp_path / "run" / "linear").exists()
 
 
 def test_stages_and_students_do_not_go_together(recipe: Path, tmp_path: Path) -> None:

@@ -340,12 +340,20 @@ class Recorder:
     """Add the times of the clock to each record and pass it on."""
 
     def __init__(
-        self, log: RunLog, trackers: list[GeneralTracker], bar: ProgressBar, *, writes: bool
+        self,
+        log: RunLog,
+        trackers: list[GeneralTracker],
+        bar: ProgressBar,
+        *,
+        writes: bool,
+        name: str | None = None,
     ) -> None:
+        """`name`: what the terminal shows before each record, where several runs take turns."""
         self.log = log
         self._trackers = trackers
         self._bar = bar
         self._writes = writes
+        self._name = "" if name is None else f"{name}: "
         self._clocks: dict[str, Clock] = {}
         self.communication: Callable[[], float | None] = lambda: None
         """Return the seconds of exposed communication of a step timed since the last call, or None."""
@@ -406,7 +414,7 @@ class Recorder:
             for key, value in record.items()
             if not (key.startswith("test_") and LAYER_METRIC in key)
         }
-        logger.info("%s", "  ".join(f"{key} {_short(value)}" for key, value in shown.items()))
+        logger.info("%s%s", self._name, "  ".join(f"{key} {_short(value)}" for key, value in shown.items()))
         for tracker in self._trackers:
             tracker.log(
                 {key: value for key, value in record.items() if key != "step"}, step=int(record["step"])

@@ -104,15 +104,16 @@ def check_stages(stages: Sequence[Stage]) -> list[Stage]:
                 "trained further: make it the last stage"
             )
     refuse_existing(stages[0].config.output_dir, "auto")
-    _check_each(chained, check_first)
+    check_each(chained, check_first)
     from .build import check_settings
     from .modes import mode_of
 
-    _check_each(chained, lambda config: check_settings(mode_of(config)))
+    check_each(chained, lambda config: check_settings(mode_of(config)))
     return chained
 
 
-def _check_each(stages: Sequence[Stage], check: Callable[[RunConfig], None], kind: str = "stage") -> None:
+def check_each(stages: Sequence[Stage], check: Callable[[RunConfig], None], kind: str = "stage") -> None:
+    """Check each stage or student. Raises the GraftError of the check, which then names it."""
     for stage in stages:
         try:
             check(stage.config)
@@ -127,7 +128,7 @@ def train_stages(stages: Sequence[Stage]) -> StagesResult:
     Raises GraftError as `train`.
     """
     chained = check_stages(stages)
-    _check_each(chained, check_head)
+    check_each(chained, check_head)
     from ...checkpoints.model_folders import STAGES_FILE
     from .train import train
 
@@ -203,7 +204,7 @@ def check_students(students: Mapping[str, RunConfig]) -> dict[str, RunConfig]:
         _check_alone(name, config)
         _check_shared(name, config, first, students[first])
     refuse_existing(students[first].output_dir, "auto")
-    _check_each([Stage(name, config) for name, config in runs.items()], check_first, "student")
+    check_each([Stage(name, config) for name, config in runs.items()], check_first, "student")
     return runs
 
 
@@ -253,6 +254,9 @@ def train_students(students: Mapping[str, RunConfig]) -> StudentsResult:
     steps = dict.fromkeys(runs, -1)
     accelerators = {name: create_accelerator(config) for name, config in runs.items()}
     first = next(iter(runs))
+    for config in runs.values():
+        refuse_existing(config.output_dir, config.engine.resume)
+    accelerators[first].wait_for_everyone()  # before the first process makes a folder
 
     def take_turn() -> None:
         name = min(steps, key=steps.__getitem__)

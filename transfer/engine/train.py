@@ -247,7 +247,7 @@ def training(config: RunConfig, accelerator: Accelerator, others: Company) -> Ge
         if accelerator.is_main_process and data.stage is None:
             _keep_index(found, index, fence)
         with _recorder(
-            config, parts, accelerator, run_state.log, position, schedule, shown=leads
+            config, parts, accelerator, run_state.log, position, schedule, shown=leads, several=others.several
         ) as recorder:
             loop = Loop(
                 config, accelerator, parts, run_state, schedule, recorder, signals, position, others.shared
@@ -403,6 +403,7 @@ def _recorder(
     schedule: Schedule,
     *,
     shown: bool,
+    several: bool,
 ) -> Iterator[Recorder]:
     """Write the configuration, cut the log to `position`, and create trackers and progress bar, if it is `shown`."""
     main = accelerator.is_main_process
@@ -413,7 +414,7 @@ def _recorder(
         trackers = create_trackers(config.engine.trackers, config.output_dir, position.run_id, position.step)
     shown = shown and main and config.engine.progress
     with ProgressBar(schedule.total_steps, shown=shown, done=position.step) as bar:
-        recorder = Recorder(log, trackers, bar, writes=main)
+        recorder = Recorder(log, trackers, bar, writes=main, name=config.output_dir.name if several else None)
         try:
             yield recorder
         finally:
