@@ -95,6 +95,8 @@ def test_one_that_diverges_is_named_and_the_others_end(
         ([{"name": "a"}], "must be a mapping of names"),
         ({}, "must be a mapping of names"),
         ({"a/b": {}}, "students"),
+        ({"optim": {}}, "students.optim"),
+        ({"jobs": {}}, "students.jobs"),
         ({"a": {"optim.blurr": 1}}, "optim.blurr"),
         ({"a": {}, "b": {"data.batch_size": 8}}, "data.batch_size"),
     ],

@@ -195,6 +195,8 @@ def check_students(students: Mapping[str, RunConfig]) -> dict[str, RunConfig]:
     """
     if not students:
         raise ConfigError("students is empty; give a mapping of names and settings, one of each student")
+    for name in (name for name in students if name in ("jobs", *RunConfig.model_fields)):
+        raise ConfigError(f"students.{name}: a section, or a folder of jobs, has this name; give another one")
     runs = {
         name: config.model_copy(update={"output_dir": config.output_dir / safe_name(name, "students")})
         for name, config in students.items()
