@@ -54,11 +54,11 @@ def loaded(known: Pretrained, folder: Path, target: Target) -> Any:
     return runpy.run_path(str(folder / LOADER))["Model"](path)
 
 
-def agrees(model: nn.Module, folder: Path, target: Target) -> None:
+def agrees(model: nn.Module, folder: Path, target: Target, times: float = 1) -> None:
     needs(target)
     found = torch.from_numpy(loaded(describe_model(model), folder, target)(IMAGES.numpy()))
     with torch.no_grad():
-        assert relative_error(found, model(IMAGES)) <= ERROR[target]
+        assert relative_error(found, model(IMAGES)) <= times * ERROR[target]
 
 
 def with_operator(plan: str) -> nn.Module:
@@ -104,7 +104,8 @@ def test_every_operator_goes_to_every_target(operator: str, target: Target, tmp_
         with pytest.raises(UnsupportedModelError, match=operator):
             loaded(describe_model(with_operator(f"0: {operator}")), tmp_path, target)
     else:
-        agrees(with_operator(f"0: {operator}"), tmp_path, target)
+        powers = "nala" in operator and target == "onnx-int8"  # powers of 3 and more of products in int8
+        agrees(with_operator(f"0: {operator}"), tmp_path, target, times=5 if powers else 1)
 
 
 @pytest.mark.parametrize("mode", CROP_MODES)
