@@ -27,7 +27,17 @@ from graftvit.launch.load_config import load_config
 from graftvit.transfer.analysis.report.tables import Table
 from graftvit.transfer.data.loaders import create_eval_loader
 from graftvit.transfer.data.survey import sample_images
-from graftvit.transfer.hybrid_search import KEEP, Budget, HybridSearch, Journal, Mix, Palette, Scale, end_of
+from graftvit.transfer.hybrid_search import (
+    KEEP,
+    Budget,
+    HybridSearch,
+    Journal,
+    Measure,
+    Mix,
+    Palette,
+    Scale,
+    end_of,
+)
 from scipy.stats import spearmanr
 from torch import Tensor
 
@@ -132,7 +142,7 @@ def study(data: str, seed: int, out: Path) -> list[Outcome]:
         limit = least + share * (1 - least)
         fitting = [place for place, mix in enumerate(mixes) if cost.of(mix) <= limit + 1e-9]
         best = mixes[min(fitting, key=lambda place: float(own[place]))]
-        chosen, greedy = search.best(Budget("macs", limit)).mix, put_back(search, limit)
+        chosen, greedy = search.best(Budget("macs", limit)).mix, put_back(search, "macs", limit)
         promised = fastest + share * (1 - fastest)
         quick = search.best(Budget("latency", promised)).mix
         scores = [top1(palette, mix, images, labels) for mix in (palette.kept, best, chosen, greedy)]
@@ -153,15 +163,16 @@ def _possible(palette: Palette, mix: Mix) -> bool:
     return all(name == KEEP or layer in palette.layers[name] for layer, name in enumerate(mix))
 
 
-def put_back(search: HybridSearch, limit: float) -> Mix:
-    """Return what a greedy search gives that puts the teacher's layers back into the linear student while it can."""
+def put_back(search: HybridSearch, measure: Measure, limit: float) -> Mix:
+    """Return what a greedy search gives that puts the teacher's layers back into the linear student while it can.
+
+    It goes by the sum of costs, which is exact for multiplications.
+    """
+    cost = search.cost_sum(measure).corrected(search.costs[measure])
     mix = search.palette.single(range(search.palette.depth), "linear")
     while True:
-        more = [
-            tuple(KEEP if place == layer else name for place, name in enumerate(mix))
-            for layer in range(len(mix))
-        ]
-        fitting = [each for each in more if each != mix and search.cost("macs", each) <= limit + 1e-9]
+        more = [(*mix[:layer], KEEP, *mix[layer + 1 :]) for layer, name in enumerate(mix) if name != KEEP]
+        fitting = [each for each in more if cost.of(each) <= limit + 1e-9]
         if not fitting:
             return mix
         mix = min(fitting, key=search.error)

@@ -40,7 +40,7 @@ from graftvit.transfer.hybrid_search import (
 from PIL import Image
 from torch import Tensor, nn
 
-from .hybrids import OPERATORS, PAGE, SHARES, run
+from .hybrids import OPERATORS, PAGE, SHARES, put_back, run
 from .marked import put_between_marks
 
 RESULTS = Path(__file__).parent / "results" / "real_hybrids.json"
@@ -194,21 +194,6 @@ class Study:
 def sized(model: nn.Module, size: int) -> nn.Module:
     resize(model, (size, size))
     return model
-
-
-def put_back(search: HybridSearch, measure: Measure, limit: float) -> Mix:
-    """Return what a greedy search gives that puts softmax back into the linear student while its cost allows.
-
-    It goes by the sum of costs, so that each step measures errors alone.
-    """
-    cost = search.cost_sum(measure).corrected(search.costs[measure])
-    mix = search.palette.single(range(search.palette.depth), "linear")
-    while True:
-        more = [(*mix[:layer], KEEP, *mix[layer + 1 :]) for layer, name in enumerate(mix) if name != KEEP]
-        fitting = [each for each in more if cost.of(each) <= limit]
-        if not fitting:
-            return mix
-        mix = min(fitting, key=search.error)
 
 
 def table(outcomes: Sequence[Outcome]) -> str:

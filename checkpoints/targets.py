@@ -119,10 +119,10 @@ def _quantize(graph: Path, path: Path, images: Tensor) -> None:
     quantization: Any = importlib.import_module("onnxruntime.quantization")
     whole = onnx.load(graph, load_external_data=False).graph
     ranks = {each.name: len(each.dims) for each in whole.initializer}
-    by_head = [
+    others = [
         node.name
         for node in whole.node
-        if node.op_type == "MatMul" and any(ranks.get(name, 2) > 2 for name in node.input)
+        if node.op_type in PRODUCTS and not _has_weight(node.op_type, ranks.get(node.input[1]))
     ]
     quantization.quantize_static(
         str(graph),
@@ -131,10 +131,18 @@ def _quantize(graph: Path, path: Path, images: Tensor) -> None:
         quant_format=quantization.QuantFormat.QDQ,
         per_channel=True,
         op_types_to_quantize=PRODUCTS,
-        nodes_to_exclude=by_head,  # onnxruntime cannot run them with weights by channel
+        nodes_to_exclude=others,
         use_external_data_format=data_file(graph).exists(),
-        extra_options={"MatMulConstBOnly": True, "OpTypesToExcludeOutputQuantization": PRODUCTS},
+        extra_options={"OpTypesToExcludeOutputQuantization": PRODUCTS},
     )
+
+
+def _has_weight(product: str, rank: int | None) -> bool:
+    """Return whether the second factor, of a rank if it is no activation, is a weight that int8 takes by channel.
+
+    onnxruntime cannot run weights by head, which are of rank 3, with a scale for each channel.
+    """
+    return rank is not None and (product != "MatMul" or rank == 2)
 
 
 def _compile(graph: Path, path: Path, said: dict[str, str]) -> None:

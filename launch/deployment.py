@@ -80,8 +80,8 @@ class Deployment:
     asked: Evaluation
     """The model and the data, as `graftvit evaluate` takes them."""
     target: Target
-    drop: float = 0.5
-    calibrate: int = 128
+    drop: float
+    calibrate: int
     """Training images that int8 is calibrated on."""
 
     def check(self, *, here: bool = True) -> int:

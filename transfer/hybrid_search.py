@@ -397,7 +397,7 @@ class HybridSearch:
     def top1(self, mix: Mix) -> float:
         """Return the accuracy of a mix on the labeled images, in percent.
 
-        Raises DataError: the labels are not classes of the teacher, or there are none.
+        Raises DataError: there are no labeled images, or a label is no class of the teacher.
         """
         key = f"top1 {_seen([images for images, _ in self.labeled])} {self.palette.key(mix)}"
         return self.journal.known(key, lambda: evaluate(self.palette.model(mix), self.labeled).top1)

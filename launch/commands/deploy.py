@@ -6,7 +6,7 @@ import argparse
 from typing import TYPE_CHECKING
 
 from ...checkpoints.report import some
-from ...models.errors import CheckpointError
+from ...models.errors import CheckpointError, ConfigError
 from ..flags import SOURCE_HELP, SOURCE_SETTINGS, command_parser, parse_command, whole
 from ..say import say
 from ..submitted import Work
@@ -21,6 +21,7 @@ EXAMPLES = (
     "graftvit deploy vit_base_patch16_224.augreg_in1k --to aoti --data_path /data/imagenet --output_dir server",
 )
 SETTINGS = (*(f"data.{name}" for name in DATA), *SOURCE_SETTINGS, "imports")
+CALIBRATE = 128
 TARGETS = ("onnx", "onnx-int8", "aoti", "executorch")
 
 
@@ -53,15 +54,17 @@ def _parse(argv: list[str]) -> tuple[argparse.Namespace, Deployment]:
     parser.output_dir("new folder of the file, its script load.py and its report", required=True)
     text = "points of top-1 that the file may lose against the model"
     parser.flag("--drop", text, type=_points, default=0.5, metavar="POINTS")
-    text = "training images that int8 is calibrated on"
-    parser.flag("--calibrate", text, type=whole(1), default=128, metavar="N")
+    text = f"training images that int8 is calibrated on (default: {CALIBRATE})"
+    parser.flag("--calibrate", text, type=whole(1), metavar="N")
     parser.switch("--force", "replace the folder of an earlier file")
     arguments, settings = parse_command(parser, argv, only=SETTINGS)
     from ..deployment import Deployment
     from ..evaluation import Evaluation
 
+    if arguments.calibrate is not None and arguments.to != "onnx-int8":
+        raise ConfigError(f"--calibrate {arguments.calibrate} is for --to onnx-int8: leave it out")
     asked = Evaluation([arguments.model], settings, ())
-    return arguments, Deployment(asked, arguments.to, arguments.drop, arguments.calibrate)
+    return arguments, Deployment(asked, arguments.to, arguments.drop, arguments.calibrate or CALIBRATE)
 
 
 def _points(text: str) -> float:

@@ -347,6 +347,12 @@ MOST_STEPS = 100
 """The largest number of steps of an iteration: a plan may come from an untrusted file."""
 
 
+def check_whole(option: str, value: object) -> None:
+    """Raise ConfigError unless `value` is a whole number above 0."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ConfigError(f"plan: {option}={value}; give a whole number, 1 or more")
+
+
 def check_steps(option: str, value: object) -> None:
     """Raise ConfigError unless `value` is a whole number from 1 to MOST_STEPS."""
     if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= MOST_STEPS:

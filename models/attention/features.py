@@ -18,7 +18,9 @@ from .chunked import LOG2_E, Chunk, ChunkedFeatures
 from .kernels import precise
 
 MOST_POLA = 4
+"""The largest power of `Pola` is one more."""
 NALA = 3
+"""The power of a query of `Nala` lies between a half of it and one and a half."""
 
 
 class FeatureMap(nn.Module, ABC):

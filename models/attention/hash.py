@@ -27,6 +27,7 @@ from .base import (
     Sparse,
     Term,
     Traits,
+    check_whole,
 )
 from .kernels import precise
 
@@ -310,9 +311,8 @@ class HashAttention(AttentionOperator):
         start: str = "q",
     ) -> None:
         super().__init__(shape)
-        for name, count in (("bits", bits), ("anchors", anchors)):
-            if type(count) is not int or count < 1:
-                raise ConfigError(f"plan: {name}={count}; write a whole number, 1 or more")
+        check_whole("bits", bits)
+        check_whole("anchors", anchors)
         for name, value, valid in (
             ("mode", mode, MODES),
             ("fitting", fitting, PROPOSALS),

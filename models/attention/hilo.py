@@ -26,6 +26,7 @@ from .base import (
     Sparse,
     Term,
     Traits,
+    check_whole,
     without_prefix,
 )
 from .kernels import precise
@@ -80,8 +81,7 @@ class HiLoAttention(AttentionOperator):
         super().__init__(shape)
         if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not 0 <= alpha <= 1:
             raise ConfigError(f"plan: alpha={alpha}; give the part of low heads, a number from 0 to 1")
-        if isinstance(window, bool) or not isinstance(window, int) or window < 1:
-            raise ConfigError(f"plan: window={window}; give a whole number of tokens, 1 or more")
+        check_whole("window", window)
         self.window = window
         low = shape.num_heads if window == 1 else int(shape.num_heads * alpha)
         self.num_high = shape.num_heads - low

@@ -8,8 +8,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..errors import ConfigError
-from .base import AttentionOperator, FirstRows, Geometry, Heads, LayerShape, Term, Traits, check_steps
+from .base import (
+    AttentionOperator,
+    FirstRows,
+    Geometry,
+    Heads,
+    LayerShape,
+    Term,
+    Traits,
+    check_steps,
+    check_whole,
+)
 from .softmax import softmax_rows, with_prefix
 
 HIDDEN = -1e9
@@ -44,8 +53,8 @@ class MonarchAttention(AttentionOperator):
     def __init__(self, shape: LayerShape, steps: int = 2, block: int | None = None) -> None:
         super().__init__(shape)
         check_steps("steps", steps)
-        if block is not None and (isinstance(block, bool) or not isinstance(block, int) or block < 1):
-            raise ConfigError(f"plan: block={block}; give a whole number, 1 or more")
+        if block is not None:
+            check_whole("block", block)
         self.steps, self.block = steps, block
 
     @property

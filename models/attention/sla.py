@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import ConfigError, did_you_mean
-from .base import AttentionOperator, Geometry, Heads, LayerShape, LowRank, Sparse, Term, Traits
+from .base import AttentionOperator, Geometry, Heads, LayerShape, LowRank, Sparse, Term, Traits, check_whole
 from .kernel import EPSILON
 from .kernels import precise
 from .softmax import prefix_term, with_prefix
@@ -63,8 +63,7 @@ class BlockAttention(AttentionOperator):
         self, shape: LayerShape, block: int = 8, share: float = 0.1, linear: str = "projected"
     ) -> None:
         super().__init__(shape)
-        if isinstance(block, bool) or not isinstance(block, int) or block < 1:
-            raise ConfigError(f"plan: block={block}; give a whole number of tokens, 1 or more")
+        check_whole("block", block)
         if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 <= share <= 1:
             raise ConfigError(f"plan: share={share}; give the share of blocks, a number from 0 to 1")
         if linear not in LINEAR:

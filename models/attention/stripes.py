@@ -9,9 +9,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..errors import ConfigError
 from ..map_structure import Size, Windows
-from .base import AttentionOperator, Geometry, Heads, LayerShape, Sparse, Term, Traits, without_prefix
+from .base import (
+    AttentionOperator,
+    Geometry,
+    Heads,
+    LayerShape,
+    Sparse,
+    Term,
+    Traits,
+    check_whole,
+    without_prefix,
+)
 from .kernels import precise
 from .local import DepthwiseConv, local_convolution
 from .softmax import prefix_term, with_prefix
@@ -138,8 +147,7 @@ class StripeAttention(AttentionOperator):
 
     def __init__(self, shape: LayerShape, width: int = 7, local_size: int = 3) -> None:
         super().__init__(shape)
-        if not isinstance(width, int) or isinstance(width, bool) or width < 1:
-            raise ConfigError(f"plan: width={width}; give a whole number of tokens, 1 or more")
+        check_whole("width", width)
         self.width = width
         first = -(-shape.num_heads // 2)
         self.sizes = [size for size in (first, shape.num_heads - first) if size]

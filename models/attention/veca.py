@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ..errors import ConfigError
-from .base import AttentionOperator, Geometry, Heads, LayerShape, LowRank, Term, Traits
+from .base import AttentionOperator, Geometry, Heads, LayerShape, LowRank, Term, Traits, check_whole
 from .kernels import precise
 from .pooling import small_map_attention
 from .softmax import softmax_rows
@@ -26,8 +25,7 @@ class CoreAttention(AttentionOperator):
 
     def __init__(self, shape: LayerShape, num_cores: int = 16) -> None:
         super().__init__(shape)
-        if isinstance(num_cores, bool) or not isinstance(num_cores, int) or num_cores < 1:
-            raise ConfigError(f"plan: num_cores={num_cores}; give a whole number, 1 or more")
+        check_whole("num_cores", num_cores)
         self.cores = nn.Parameter(torch.randn(shape.num_heads, num_cores, shape.head_dim))
 
     @property

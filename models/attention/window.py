@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..errors import ConfigError
-from .base import AttentionOperator, Geometry, Heads, LayerShape, Term, Traits, without_prefix
+from .base import AttentionOperator, Geometry, Heads, LayerShape, Term, Traits, check_whole, without_prefix
 from .kernels import empty_by_token
 from .pooling import can_form_maps, few, form_map, logits_gradient, scaled_bmm
 from .softmax import prefix_term, with_prefix
@@ -201,9 +200,8 @@ class TileTables(torch.nn.Module):
 
     def __init__(self, cutter: Cutter, geometry: Geometry, window: int, dilation: int) -> None:
         super().__init__()
-        for name, value in (("window", window), ("dilation", dilation)):
-            if not isinstance(value, int) or value < 1:
-                raise ConfigError(f"plan: {name}={value}; give a whole number of tokens, 1 or more")
+        check_whole("window", window)
+        check_whole("dilation", dilation)
         self.cutter, self.window, self.dilation = cutter, window, dilation
         self.fit(geometry)
 
