@@ -148,3 +148,9 @@ def test_a_target_without_its_package_is_refused(model: Path, tmp_path: Path, ty
         "deploy", model, "--to", "executorch", "--output_dir", tmp_path / "out", *DIGITS, code=2
     ).err
     assert "graftvit[executorch]" in error
+
+
+def test_calibration_images_are_for_int8_alone(model: Path, tmp_path: Path, typed: Typed) -> None:
+    words = ["deploy", model, "--to", "onnx", "--calibrate", 4, "--output_dir", tmp_path / "out", *DIGITS]
+    assert "--calibrate" in typed(*words, code=2).err
+    assert not (tmp_path / "out").exists()

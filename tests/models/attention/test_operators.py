@@ -310,7 +310,7 @@ def test_another_grid_is_met_on_the_way_and_resampled_to(case: Case, other: Geom
     ("window", {"dilation": 1.5}, "dilation=1.5; give a whole number"),
     ("linear", {"featur": "relu"}, "linear has no option 'featur'; did you mean 'feature'"),
     ("linear", {"feature": "gelu"}, "feature=gelu; did you mean 'elu'"),
-    ("sla", {"block": 0}, "block=0; give a whole number of tokens, 1 or more"),
+    ("sla", {"block": 0}, "block=0; give a whole number, 1 or more"),
     ("sla", {"block": True}, "sla has block=true; give a number"),
     ("sla", {"share": 1.5}, "share=1.5; give the share of blocks, a number from 0 to 1"),
     ("topk", {"share": "all"}, "share=all; give"),
