@@ -115,8 +115,10 @@ def test_hybrid(teacher: str, converted: str, photos: Path, tmp_path: Path, type
     words = ["--data_path", photos, "--batch_size", "8", "--workers", "0", "--keep", "2,1", "--device", "cpu"]
     out = tmp_path / "mix"
     said = typed("hybrid", teacher, "--student", f"linear={converted}", *words, "--output_dir", out).out
-    numbers = dict(re.findall(r"^(\*: linear|keep 1|keep 2) +([\d.e-]+)", said, re.MULTILINE))
-    assert float(numbers["*: linear"]) > float(numbers["keep 1"]) > float(numbers["keep 2"])
+    rows = dict(re.findall(r"^(teacher|\*: linear|keep 1|keep 2) +(.+)$", said, re.MULTILINE))
+    top1, error = ({name: float(row.split()[place]) for name, row in rows.items()} for place in (0, 1))
+    assert error["*: linear"] > error["keep 1"] >= error["keep 2"] == error["teacher"] == 0
+    assert top1["keep 2"] == top1["teacher"]
     assert (out / "keep-1" / "model.safetensors").exists()
 
 
