@@ -265,9 +265,20 @@ def test_demo_hands_on_what_it_was_told(
     monkeypatch.setitem(sys.modules, "graftvit.transfer.analysis.demo", SimpleNamespace(run_demo=run_demo))
     said = typed("demo", "--quick", "--output-dir", tmp_path)
     typed("demo --seeds 7 9 --processes 3 --threads 2")
+    typed("demo --dataset fashion_mnist --data_path", tmp_path, "--download")
+    plain = {
+        "dataset": "digits",
+        "data_path": None,
+        "download": False,
+        "seeds": None,
+        "processes": None,
+        "threads": 1,
+    }
+    photographs = {"dataset": "fashion_mnist", "data_path": tmp_path, "download": True}
     assert seen == [
-        (tmp_path, True, {"seeds": None, "processes": None, "threads": 1}),
-        (Path("demo"), False, {"seeds": [7, 9], "processes": 3, "threads": 2}),
+        (tmp_path, True, plain),
+        (Path("demo"), False, plain | {"seeds": [7, 9], "processes": 3, "threads": 2}),
+        (Path("demo_fashion_mnist"), False, plain | photographs),
     ]
     assert str(tmp_path / "report.html") in said.out
     assert "--seeds" in complaint(typed, "demo", "--seeds", "7..9")

@@ -27,7 +27,7 @@ from ..data.loaders import EvalLoader, create_eval_loader, create_train_loader
 from ..metrics.measure import score_models
 from .compare.comparison_plots import draw_maps, fill_maps
 from .compare.student_cell import CellMaps
-from .demo_cells import STUDENTS, TEACHERS, Cell, TeacherName, demo_cells
+from .demo_cells import STUDENTS, TEACHERS, Cell, DemoData, TeacherName, demo_cells, find_data
 from .layer_maps import attention_maps, divergence_by_layer
 from .report.ink import (
     BLUE,
@@ -109,6 +109,7 @@ class DemoResults:
     """From each teacher's maps, by method and layer, in nats: a row a seed."""
     maps: Mapping[str, CellMaps]
     """By the names of `MODELS`."""
+    data: DemoData
     seeds: Sequence[int]
     labels: int
     all_labels: int
@@ -161,7 +162,13 @@ def write_report(results: DemoResults, folder: Path) -> Path:
 
 def make_report(results: DemoResults) -> Report:
     """Return the finding, the table, learning curves, attention maps and divergences, and the setting."""
-    return compose("demo.txt", results=results, table=accuracy_table(results), figures=list_figures(results))
+    return compose(
+        "demo.txt",
+        results=results,
+        data=results.data,
+        table=accuracy_table(results),
+        figures=list_figures(results),
+    )
 
 
 def accuracy_table(results: DemoResults) -> Table:
@@ -206,17 +213,17 @@ def list_figures(results: DemoResults) -> list[Figure]:
             "Which patches does the outlined patch look at? Brighter is more attention, mean over the heads; a column "
             "has one scale, and the number is the largest weight. Layers are numbered from 0. The distilled students "
             "make their maps by themselves. A copying student has its teacher's by construction.",
-            "Attention maps over handwritten digits: the image, then the teacher that knows the labels and the student "
-            "distilled from it, the one that saw no label and the student distilled from that, and the scratch-trained "
-            "student.",
+            f"Attention maps over {results.data.things}: the image, then the teacher that knows the labels and the "
+            "student distilled from it, the one that saw no label and the student distilled from that, and the "
+            "scratch-trained student.",
             partial(draw_maps, results.maps, next(iter(results.maps.values()))),
         ),
         Figure(
             "divergence",
             "How far from the teacher",
-            "Jensen-Shannon divergence between a student's attention maps and its teacher's, mean over test images, "
-            "heads and queries, in nats: 0 is the same map, ln 2 = 0.693 no overlap at all. Copying is 0 by "
-            "construction.",
+            "Jensen-Shannon divergence between a student's attention maps and its teacher's, mean over "
+            f"{min(results.test_images, COMPARED)} test images, heads and queries, in nats: 0 is the same map, "
+            "ln 2 = 0.693 no overlap at all. Copying is 0 by construction.",
             f"Divergence from the teacher's attention by layer; mean over layers, in nats: {far}.",
             partial(draw_divergence, results),
         ),
@@ -299,20 +306,23 @@ def draw_summary(results: DemoResults, theme: Theme) -> Drawing:
 
 SHOWN_CLASSES = (0, 3, 8)
 SHOWN_LAYERS = (1, 3)
+COMPARED = 500
+"""The test images, the first ones, on which attention maps are compared: those of thousands take gigabytes."""
 ENSEMBLE = ("finetune", "distill")
 """The methods of the masked autoencoder's students whose probabilities are averaged."""
 
 
 @dataclass(frozen=True)
 class TestSet:
-    """All test images as the models want them, (T, C, H, W), with their classes (T,)."""
+    """The number of test images, and the first `COMPARED` as the models want them, (T, C, H, W), with their classes."""
 
     loader: EvalLoader
+    count: int
     images: Tensor
     targets: Tensor
 
 
-def measure(cells: Sequence[Cell], quick: bool) -> DemoResults:
+def measure(cells: Sequence[Cell], data: DemoData, quick: bool) -> DemoResults:
     """Read the finished `demo_cells`, and compute the ensemble and the attention maps."""
     made = {cell.teacher: cell for cell in cells if cell.method == "teacher" and cell.teacher is not None}
     runs = {
@@ -340,11 +350,12 @@ def measure(cells: Sequence[Cell], quick: bool) -> DemoResults:
     return DemoResults(
         methods=methods,
         divergences=divergences,
+        data=data,
         maps=find_maps({title: models[name] for name, title in MODELS.items()}, test),
         seeds=[cell.seed for cell in scratch if cell.seed is not None],
         labels=scratch[0].config.data.train_samples or 0,
         all_labels=create_train_loader(made["supervised"].config.data, spec, seed=0).num_samples,
-        test_images=len(test.images),
+        test_images=test.count,
         teacher_top1=made["supervised"].curve()[-1][1],
         teacher_steps={name: int(made[name].records()[-1]["step"]) for name in TEACHERS},
         student_steps=int(scratch[0].records()[-1]["step"]),
@@ -364,7 +375,7 @@ def load_test_set(cell: Cell, spec: Preprocessing) -> TestSet:
     loader = create_eval_loader(cell.config.data, spec)
     batches = [(images[valid], targets[valid]) for images, targets, valid in loader]
     images, targets = (torch.cat(tensors) for tensors in zip(*batches, strict=True))
-    return TestSet(loader, images, targets)
+    return TestSet(loader, len(images), images[:COMPARED], targets[:COMPARED])
 
 
 def ensemble_top1(cells: Sequence[Cell], loader: EvalLoader) -> float:
@@ -482,6 +493,9 @@ def run_demo(
     output_dir: Path,
     quick: bool = False,
     *,
+    dataset: str = "digits",
+    data_path: Path | None = None,
+    download: bool = False,
     seeds: Sequence[int] | None = None,
     processes: int | None = None,
     threads: int = 1,
@@ -494,12 +508,18 @@ def run_demo(
     Args:
         output_dir: Gets `report.html`, `report.md`, `images/` and the run folders.
         quick: One seed, and 40 % of the teachers' training.
+        dataset: `digits`, which needs no files, or `fashion_mnist`.
+        data_path: The folder of the images, as `data.data_path` of a run; by default `data` in `output_dir`, where
+            the images of the Debian package dataset-fashion-mnist are unpacked if it is installed.
+        download: Download the images to that folder.
         seeds: 0 to 4 by default, and 0 alone for a quick demo.
         processes: Cells that run at a time; one a core by default. The numbers do not depend on it.
         threads: Threads of a cell. The last digits depend on it, and so do the numbers.
         progress: Show the cells, the time left and the table on standard output.
 
     Raises:
+        ConfigError: an argument is not possible, or the folder has cells of another setting.
+        DataError: the images cannot be read.
         StoppedError: on SIGINT, SIGTERM or SIGUSR2, after saving.
         RunFailedError: a cell failed; its log is named.
     """
@@ -510,7 +530,8 @@ def run_demo(
     if min(processes, threads) < 1:
         raise ConfigError(f"--processes {processes} and --threads {threads} must be at least 1")
     # Absolute, so that a run resumes from any working directory.
-    cells = demo_cells(output_dir.resolve(), seeds, quick, threads)
+    data, data_path = find_data(dataset, output_dir.resolve(), data_path, download)
+    cells = demo_cells(output_dir.resolve(), seeds, quick, threads, data, data_path)
     console = Console(quiet=not progress)
     tell = partial(console.print, soft_wrap=True, highlight=False, markup=False)
     for cell in cells:
@@ -520,7 +541,7 @@ def run_demo(
     run_in_processes(cells, processes, look=board.look, finish=board.finish)
     tell("comparing the students and writing the report")
     with torch_threads(threads):
-        results = measure(cells, quick)
+        results = measure(cells, data, quick)
     report = write_report(results, output_dir)
     tell(accuracy_table(results).to_text())
     return report

@@ -1,20 +1,26 @@
-"""The cells of the demo: two teachers, and the `digits_*` recipes once a seed for each student of each."""
+"""The cells of the demo: two teachers, and the `digits_*` recipes once a seed for each student of each.
+
+Another data set changes these recipes by its row of `DATA_SETS`.
+"""
 
 from __future__ import annotations
 
+import gzip
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from importlib import resources
 from pathlib import Path
 from typing import Literal
 
 import torch
 
-from ...checkpoints.files import read_records
-from ...models.errors import Json, JsonDict
+from ...checkpoints.atomic import write_bytes
+from ...checkpoints.files import open_regular, read_records
+from ...models.errors import ConfigError, DataError, Json, JsonDict, did_you_mean
 from ...models.plain_yaml import parse_yaml
 from ..cells import Ending, State, cell_state, digest, save_record
-from ..config import RunConfig
+from ..config import DataConfig, RunConfig
+from ..data.datasets import open_dataset
 from ..engine.train import train
 from ..setting import dump_decisive
 
@@ -31,10 +37,91 @@ STUDENTS: tuple[tuple[str, TeacherName | None], ...] = (
     ("copy", "mae"),
     ("distill", "mae"),
 )
-SECONDS_AN_EPOCH: dict[TeacherName, float] = {"supervised": 2.0, "mae": 1.3}
-SECONDS_A_STUDENT = {"scratch": 16.0, "copy": 18.0, "distill": 20.0, "finetune": 16.0}
-"""On one core of the machine that the demo was made on; only the ratios matter."""
-QUICK_TEACHER_EPOCHS: dict[TeacherName, int] = {"supervised": 25, "mae": 40}
+
+
+@dataclass(frozen=True)
+class DemoData:
+    """What differs between the data sets of the demo: the settings, the time and the words."""
+
+    name: str
+    things: str
+    """What the images show, as in "40 labelled digits"."""
+    img_size: int
+    patch_size: int
+    full: Mapping[TeacherName, JsonDict]
+    """The schedules of the teachers."""
+    quick: Mapping[TeacherName, JsonDict]
+    seconds: Mapping[str, float]
+    """Of an epoch of a teacher and of a student of each method; only the ratios matter."""
+    images: str
+    """What the images are, and how they are made larger."""
+    why: str = ""
+    """Why the setting is as it is."""
+    student: JsonDict = field(default_factory=dict)
+    """Settings of the students."""
+    dataset: str | None = None
+    """The setting `data.dataset` of a data set that is read from a folder."""
+
+    @property
+    def patches(self) -> int:
+        return (self.img_size // self.patch_size) ** 2
+
+    @property
+    def visible(self) -> int:
+        """The patches that the masked autoencoder sees."""
+        return self.patches - round(self.patches / 2)
+
+    def place(self, data_path: Path | None) -> JsonDict:
+        """Return the settings that say where the images are."""
+        if self.dataset is None:
+            return {}
+        return {"data": {"dataset": self.dataset, "data_path": str(data_path)}}
+
+    @property
+    def shape(self) -> JsonDict:
+        """The settings of a fresh model."""
+        return {"student": {"img_size": self.img_size, "model_args": {"patch_size": self.patch_size}}}
+
+
+def _seconds(supervised: float, mae: float, scratch: float, copy: float, distill: float) -> dict[str, float]:
+    students = {"scratch": scratch, "copy": copy, "distill": distill, "finetune": scratch}
+    return {"supervised": supervised, "mae": mae, **students}
+
+
+DATA_SETS = {
+    data.name: data
+    for data in (
+        DemoData(
+            "digits",
+            "digits",
+            img_size=12,
+            patch_size=2,
+            full={"supervised": {}, "mae": {}},
+            quick={"supervised": {"epochs": 25}, "mae": {"epochs": 40}},
+            seconds=_seconds(2.0, 1.3, 16.0, 18.0, 20.0),
+            images="scikit-learn's digits, 8 by 8 pixels, are enlarged to 12 by 12",
+            why="There are 36 patches because with 16 it is easy to learn where to look, and position embeddings "
+            "start with a deviation of 0.2 because students from scratch would need more steps at the usual 0.02, "
+            "which would flatter attention transfer.",
+        ),
+        DemoData(
+            "fashion_mnist",
+            "product photographs",
+            img_size=28,
+            patch_size=4,
+            full={name: {"epochs": 1, "warmup_epochs": 0.1} for name in TEACHERS},
+            quick={name: {"epochs": 1, "max_steps": 400, "warmup_epochs": 0.05} for name in TEACHERS},
+            seconds=_seconds(110.0, 90.0, 36.0, 40.0, 43.0),
+            student={"engine": {"eval_every": 150}},
+            images="Fashion-MNIST's photographs of clothes, shoes and bags, gray, 28 by 28 pixels, keep their size",
+            why="Images, patches and the length of the teachers' training aside, each setting is that of the demo on "
+            "digits.",
+            dataset="torch/fashion_mnist",
+        ),
+    )
+}
+DEBIAN = Path("/usr/share/datasets/fashion-mnist")
+"""Where the Debian package dataset-fashion-mnist has its images, compressed."""
 
 
 @dataclass(frozen=True)
@@ -96,29 +183,42 @@ class Cell:
         return result.signal
 
 
-def demo_cells(output_dir: Path, seeds: Sequence[int], quick: bool, threads: int = 1) -> list[Cell]:
+def demo_cells(
+    output_dir: Path,
+    seeds: Sequence[int],
+    quick: bool,
+    threads: int = 1,
+    data: DemoData = DATA_SETS["digits"],
+    data_path: Path | None = None,
+) -> list[Cell]:
     """List the teachers, then the students seed by seed. A seed decides labels, weights and augmentation.
 
     The quick form trains the teachers for less time, and has run folders of its own.
     """
     runs = output_dir / ("quick" if quick else "runs")
-    teachers = {name: _teacher(name, runs, quick) for name in TEACHERS}
+    changes = data.place(data_path)
+    teachers = {name: _teacher(name, runs, data, changes, quick) for name in TEACHERS}
     students = [
-        _student(method, None if teacher is None else teachers[teacher], seed, runs)
+        _student(method, None if teacher is None else teachers[teacher], seed, runs, data, changes)
         for seed in seeds
         for method, teacher in STUDENTS
     ]
     return [replace(cell, threads=threads) for cell in (*teachers.values(), *students)]
 
 
-def _teacher(name: TeacherName, runs: Path, quick: bool) -> Cell:
-    shorter = {"optim": {"epochs": QUICK_TEACHER_EPOCHS[name]}} if quick else {}
-    config = recipe(TEACHERS[name], runs / f"teacher_{name}", {**POOLING[name], **shorter})
-    return Cell("teacher", name, None, config, seconds=config.optim.epochs * SECONDS_AN_EPOCH[name])
+def _teacher(name: TeacherName, runs: Path, data: DemoData, changes: JsonDict, quick: bool) -> Cell:
+    optim = {"optim": (data.quick if quick else data.full)[name]}
+    changes = _merged(_merged(_merged(changes, data.shape), POOLING[name]), optim)
+    config = recipe(TEACHERS[name], runs / f"teacher_{name}", changes)
+    return Cell("teacher", name, None, config, seconds=config.optim.epochs * data.seconds[name])
 
 
-def _student(method: str, teacher: Cell | None, seed: int, runs: Path) -> Cell:
-    changes: JsonDict = {"seed": seed, "data": {"label_seed": seed}}
+def _student(
+    method: str, teacher: Cell | None, seed: int, runs: Path, data: DemoData, changes: JsonDict
+) -> Cell:
+    changes = _merged(_merged(changes, data.student), {"seed": seed, "data": {"label_seed": seed}})
+    if method != "finetune":  # whose shape is its teacher's
+        changes = _merged(changes, data.shape)
     if teacher is None:
         name = f"{method}_{seed}"
     else:
@@ -130,7 +230,7 @@ def _student(method: str, teacher: Cell | None, seed: int, runs: Path) -> Cell:
         None if teacher is None else teacher.teacher,
         seed,
         config,
-        seconds=SECONDS_A_STUDENT[method],
+        seconds=data.seconds[method],
         needs=None if teacher is None else teacher.folder,
     )
 
@@ -138,9 +238,8 @@ def _student(method: str, teacher: Cell | None, seed: int, runs: Path) -> Cell:
 def recipe(name: str, folder: Path, changes: Json) -> RunConfig:
     """Return the packaged recipe `name` with the run folder `folder` and `changes`; no tracker and no report."""
     text = resources.files("graftvit.cfgs").joinpath(f"{name}.yaml").read_text(encoding="utf-8")
-    content = _merged(
-        parse_yaml(text), {"engine": {"trackers": [], "report": False}, **changes, "output_dir": folder}
-    )
+    quiet: JsonDict = {"engine": {"trackers": [], "report": False}}
+    content = _merged(_merged(parse_yaml(text), quiet), {**changes, "output_dir": folder})
     return RunConfig.model_validate(content)
 
 
@@ -150,3 +249,45 @@ def _merged(below: Json, above: Json) -> JsonDict:
         old = both.get(key)
         both[key] = _merged(old, value) if isinstance(old, Mapping) and isinstance(value, Mapping) else value
     return both
+
+
+def find_data(
+    name: str, output_dir: Path, data_path: Path | None, download: bool
+) -> tuple[DemoData, Path | None]:
+    """Return the data set `name` and the folder of its images, which are downloaded or unpacked if need be.
+
+    Without `data_path` the folder is `data` of `output_dir`, and gets the images of the Debian package if it is there.
+
+    Raises:
+        ConfigError: there is no such data set, or it is read from no folder.
+        DataError: the images are not there, or damaged.
+    """
+    if name not in DATA_SETS:
+        raise ConfigError(f"--dataset {name}: {did_you_mean(name, DATA_SETS)}")
+    data = DATA_SETS[name]
+    if data.dataset is None:
+        if download or data_path is not None:
+            flag = "--download" if download else f"--data_path {data_path}"
+            raise ConfigError(f"{flag} is for --dataset fashion_mnist: {name} is part of scikit-learn")
+        return data, None
+    folder = output_dir / "data" if data_path is None else data_path.resolve()
+    if data_path is None:
+        _unpack_debian(folder / "FashionMNIST" / "raw")
+    config = DataConfig(dataset=data.dataset, data_path=str(folder), download=download)
+    try:
+        for split in ("train", "validation"):
+            open_dataset(config, split, 1, training=False)
+    except DataError as error:
+        raise DataError(
+            f"--dataset {name} needs images: give --download, install the Debian package dataset-fashion-mnist, "
+            f"or name by --data_path the folder that has them in FashionMNIST/raw ({error})"
+        ) from error
+    return data, folder
+
+
+def _unpack_debian(folder: Path) -> None:
+    """Unpack the files of the Debian package that `folder` lacks."""
+    for packed in sorted(DEBIAN.glob("*-ubyte.gz")):
+        if not (folder / packed.stem).exists():
+            with open_regular(packed, refusal=DataError) as file:
+                write_bytes(folder / packed.stem, gzip.decompress(file.read()))

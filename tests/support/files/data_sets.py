@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gzip
 import io
 import json
+import struct
 import tarfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -100,3 +102,19 @@ def write_parquet(
         root.mkdir(parents=True, exist_ok=True)
         table.to_parquet(str(root / f"{stem}-00000-of-00001.parquet"))
     return root
+
+
+def write_fashion(folder: Path, train: int = 60, test: int = 20, packed: bool = False) -> Path:
+    """Write noise in the files of Fashion-MNIST, `packed` as its Debian package has them; ten classes in turn."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, count in (("train", train), ("t10k", test)):
+        pixels = np.random.RandomState(count).randint(0, 256, (count, 28, 28), dtype=np.uint8).tobytes()
+        labels = bytes(number % 10 for number in range(count))
+        files = {
+            "images-idx3": struct.pack(">4i", 2051, count, 28, 28) + pixels,
+            "labels-idx1": struct.pack(">2i", 2049, count) + labels,
+        }
+        for kind, content in files.items():
+            path = folder / f"{name}-{kind}-ubyte{'.gz' if packed else ''}"
+            path.write_bytes(gzip.compress(content) if packed else content)
+    return folder

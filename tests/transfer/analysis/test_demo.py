@@ -23,6 +23,7 @@ from graftvit.transfer.analysis.demo_cells import Cell
 from graftvit.transfer.analysis.report.tables import Table
 from graftvit.transfer.config import RunConfig
 from graftvit.transfer.engine.runlog import WALL_CLOCK
+from support.files.data_sets import write_fashion
 from support.runs.patience import until
 
 SHORT = {
@@ -118,6 +119,15 @@ def test_stopped_and_started_again_it_ends_as_if_nothing_had_happened(
     capsys.readouterr()
     assert demo.run_demo(Path("whole"), seeds=(5,), progress=False).resolve() == report
     assert capsys.readouterr().out == ""
+
+
+@pytest.mark.slow
+def test_it_runs_on_photographs(tmp_path: Path) -> None:
+    write_fashion(tmp_path / "images" / "FashionMNIST" / "raw")
+    report = demo.run_demo(
+        tmp_path / "demo", True, dataset="fashion_mnist", data_path=tmp_path / "images", progress=False
+    )
+    assert "40 labelled product photographs" in " ".join(report.with_suffix(".md").read_text().split())
 
 
 @pytest.mark.slow

@@ -7,9 +7,20 @@ from pathlib import Path
 
 import pytest
 from graftvit.launch.load_config import load_config
-from graftvit.models.errors import ConfigError
-from graftvit.transfer.analysis.demo_cells import STUDENTS, TEACHERS, Cell, demo_cells, recipe
+from graftvit.models.errors import ConfigError, DataError
+from graftvit.transfer.analysis import demo_cells as module
+from graftvit.transfer.analysis.demo_cells import (
+    DATA_SETS,
+    STUDENTS,
+    TEACHERS,
+    Cell,
+    demo_cells,
+    find_data,
+    recipe,
+)
 from graftvit.transfer.cells import Ending, save_record
+from graftvit.transfer.data.datasets import open_dataset
+from support.files.data_sets import write_fashion
 
 
 @pytest.mark.parametrize(
@@ -104,3 +115,65 @@ def test_a_cell_that_was_run_with_other_settings_is_not_taken_for_this_one(tmp_p
         demo_cells(tmp_path / "here", (0,), quick=True, threads=2)[0].state()
     (tmp_path / "here").rename(tmp_path / "there")
     assert demo_cells(tmp_path / "there", (0,), quick=True)[0].state() == "done"
+
+
+@pytest.fixture
+def debian(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where the Debian package would be; it is not installed."""
+    monkeypatch.setattr(module, "DEBIAN", tmp_path / "debian")
+    return tmp_path / "debian"
+
+
+def test_photographs_change_what_their_row_says_and_nothing_else(tmp_path: Path) -> None:
+    digits = demo_cells(tmp_path, (0,), quick=False)
+    others = demo_cells(tmp_path, (0,), False, 1, DATA_SETS["fashion_mnist"], tmp_path / "images")
+    differing = {
+        "data": {"dataset", "data_path"},
+        "student": {"img_size", "model_args"},
+        "optim": {"epochs", "warmup_epochs"},
+        "engine": {"eval_every"},
+    }
+    for digit, other in zip(digits, others, strict=True):
+        kept = {**differing, "optim": set()} if other.seed is not None else differing
+        assert digit.config.model_dump(exclude=kept) == other.config.model_dump(exclude=kept)
+        assert (other.config.data.kind, other.config.data.data_path) == (
+            "torch/fashion_mnist",
+            str(tmp_path / "images"),
+        )
+        fresh = {**digit.config.student.model_args, "patch_size": 4} if digit.method != "finetune" else {}
+        assert other.config.student.model_args == fresh
+
+
+def test_the_images_of_the_debian_package_are_found_and_unpacked(tmp_path: Path, debian: Path) -> None:
+    write_fashion(debian, train=30, test=10, packed=True)
+    data, folder = find_data("fashion_mnist", tmp_path / "demo", None, download=False)
+    assert folder == tmp_path / "demo" / "data"
+    (config,) = {cell.config.data for cell in demo_cells(tmp_path, (0,), True, 1, data, folder)[:1]}
+    train, test = (open_dataset(config, split, 1, training=False) for split in ("train", "validation"))
+    assert (len(train), len(test)) == (30, 10)  # type: ignore[arg-type]
+    written = {path: path.stat().st_mtime_ns for path in folder.rglob("*-ubyte")}
+    assert find_data("fashion_mnist", tmp_path / "demo", None, download=False) == (data, folder)
+    assert {path: path.stat().st_mtime_ns for path in folder.rglob("*-ubyte")} == written
+
+
+def test_the_folder_that_is_named_is_used_as_it_is(tmp_path: Path, debian: Path) -> None:
+    write_fashion(debian, packed=True)
+    write_fashion(tmp_path / "mine" / "FashionMNIST" / "raw")
+    assert find_data("fashion_mnist", tmp_path / "demo", tmp_path / "mine", False)[1] == tmp_path / "mine"
+    assert not (tmp_path / "demo").exists()
+    with pytest.raises(DataError, match=r"--download.*dataset-fashion-mnist.*--data_path"):
+        find_data("fashion_mnist", tmp_path / "demo", tmp_path / "other", False)
+    (tmp_path / "mine" / "FashionMNIST" / "raw" / "t10k-images-idx3-ubyte").write_bytes(b"\0\0\x08")
+    with pytest.raises(DataError, match=r"t10k|validation"):
+        find_data("fashion_mnist", tmp_path / "demo", tmp_path / "mine", False)
+
+
+@pytest.mark.parametrize(
+    ("name", "path", "download"),
+    [("digit", None, False), ("digits", Path("x"), False), ("digits", None, True)],
+)
+def test_a_data_set_that_cannot_be_is_refused(
+    name: str, path: Path | None, download: bool, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match="fashion_mnist" if name == "digits" else "digits"):
+        find_data(name, tmp_path, path, download)

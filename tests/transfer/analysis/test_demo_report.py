@@ -23,7 +23,7 @@ from graftvit.transfer.analysis.demo import (
     make_report,
     write_report,
 )
-from graftvit.transfer.analysis.demo_cells import TeacherName, demo_cells, recipe
+from graftvit.transfer.analysis.demo_cells import DATA_SETS, DemoData, TeacherName, demo_cells
 from graftvit.transfer.analysis.report.ink import Panel, to_png
 
 Key = tuple[str, TeacherName | None]
@@ -62,6 +62,7 @@ def results(top1: dict[Key, tuple[float, ...]] | None = None, **changes: object)
         maps={name: CellMaps("the brightest patch", [np.eye(4)], maps) for name in MODELS.values()},
         seeds=range(seeds), labels=40, all_labels=1297, test_images=500, teacher_top1=98.4,
         teacher_steps={"supervised": 1200, "mae": 2000}, student_steps=200, minutes=4.2, quick=False,
+        data=DATA_SETS["digits"],
     )  # fmt: skip
     return replace(found, **changes)  # type: ignore[arg-type]
 
@@ -103,10 +104,13 @@ def test_one_seed_claims_no_deviation() -> None:
     assert list(accuracy_table(single).head) == ["method", "top-1", "against scratch"]
 
 
-def test_the_setting_in_words_is_that_of_the_recipes(tmp_path: Path) -> None:
-    teacher, student = (recipe(f"digits_{name}", tmp_path, {}) for name in ("pretrain", "distill"))
-    words, shape = text_of(results()), student.student.model_args
-    for cell in demo_cells(tmp_path, (0,), quick=False):
+@pytest.mark.parametrize("data", DATA_SETS.values(), ids=list(DATA_SETS))
+def test_the_setting_in_words_is_that_of_the_cells(data: DemoData, tmp_path: Path) -> None:
+    cells = demo_cells(tmp_path, (0,), quick=False, data=data, data_path=tmp_path)
+    teacher = next(cell.config for cell in cells if cell.teacher == "mae")
+    student = next(cell.config for cell in cells if cell.method == "distill")
+    words, shape = " ".join(text_of(results(data=data)).split()), student.student.model_args
+    for cell in cells:
         model = cell.config.student
         if model.model != "auto":  # the teacher's own
             assert (model.model_args, model.img_size) == (shape, student.student.img_size)
@@ -114,12 +118,23 @@ def test_the_setting_in_words_is_that_of_the_recipes(tmp_path: Path) -> None:
     assert "1,200 steps" in words
     assert "2,000 steps" in words
     patches = (int(str(student.student.img_size)) // shape["patch_size"]) ** 2
-    assert f"enlarged to {student.student.img_size} by" in words
+    assert f"{student.student.img_size} by {student.student.img_size}" in words
     assert f"cut into {patches} patches" in words
     assert f"width {shape['embed_dim']}, {shape['depth']} blocks, {shape['num_heads']} heads" in words
     assert f"with {patches - round(patches * teacher.pretrain.mask_ratio)} of {patches} patches" in words
     assert f"published {student.transfer.weight:.0f}, on {student.transfer.layers} layers" in words
-    assert f"deviation of {student.student.pos_embed_std} because" in words
+    if data.name == "digits":
+        assert f"deviation of {student.student.pos_embed_std} because" in words
+
+
+def test_a_report_of_photographs_does_not_speak_of_digits() -> None:
+    found = text_of(results(data=DATA_SETS["fashion_mnist"], quick=True))
+    told = found[: found.index("Go on with")].replace("that of the demo on digits", "")
+    assert "40 labelled product photographs" in told
+    assert "digit" not in told
+    assert "graftvit demo --dataset fashion_mnist --quick: 4.2 minutes" in found
+    assert "without a network" not in found
+    assert "without a network" in text_of(results())
 
 
 @pytest.mark.parametrize("line", re.findall(r"^graftvit (?:pre)?train .*", TEMPLATE, re.MULTILINE))
