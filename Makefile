@@ -1,6 +1,6 @@
 # Each target sets up what it needs in .venv; only Python >= 3.10 and make must be there.
 #   make demo    the whole story on digits, a report in demo/report.html   (QUICK=1: one seed;
-#                DATA=fashion: on Fashion-MNIST, downloaded to demo_fashion_mnist/)
+#                DATA=fashion: on Fashion-MNIST, which it fetches; a report in demo_fashion_mnist/report.html)
 #   make compare one teacher, every attention operator, a report in compare/compare.html
 #   make test    what matters on any machine, in minutes, on a normal (not editable) install
 #                                                                          (ARGS="tests/launch -k recipe")
@@ -33,7 +33,8 @@ unexport PYTHONDONTWRITEBYTECODE
 .PHONY: demo compare test test-all acceptance lint docs bench gpu dev install clean
 
 demo: install
-	$(BIN)/graftvit demo $(if $(QUICK),--quick) $(if $(filter fashion%,$(DATA)),--dataset fashion_mnist --download) $(ARGS)
+	images=$(if $(filter fashion%,$(DATA)),"$$($(BIN)/python -m benchmarks.real_data --images)") && \
+	  $(BIN)/graftvit demo $(if $(QUICK),--quick) $${images:+--dataset fashion_mnist --data_path "$$images"} $(ARGS)
 
 compare: install
 	$(BIN)/graftvit compare digits_compare --output_dir compare $(ARGS)

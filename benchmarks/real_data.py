@@ -1,6 +1,7 @@
 """Fetch a real pretrained teacher and real images, each by its version and digest; nothing is fetched twice.
 
 python -m benchmarks.real_data                   fetch both, and print where they are
+python -m benchmarks.real_data --images          Fashion-MNIST alone
 python -m benchmarks.real_data --cache FOLDER    keep them there
 
 They are kept below the user's cache folder, or in the folder that GRAFTVIT_REAL_DATA names. Where there is no network,
@@ -246,11 +247,12 @@ def main() -> int:
         prog="benchmarks.real_data", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--cache", type=Path, help=f"folder that keeps them (default: {cache()})")
-    given = parser.parse_args().cache
-    if given is not None:
-        os.environ[VARIABLE] = str(given)
+    parser.add_argument("--images", action="store_true", help="fetch Fashion-MNIST alone")
+    given = parser.parse_args()
+    if given.cache is not None:
+        os.environ[VARIABLE] = str(given.cache)
     missing = 0
-    for fetch in (teacher, fashion_mnist):
+    for fetch in (fashion_mnist,) if given.images else (teacher, fashion_mnist):
         try:
             print(fetch())
         except MissingError as error:

@@ -78,6 +78,17 @@ def test_images_of_this_machine_are_unpacked(cache: Path, place: str) -> None:
     assert {name: (raw / name).read_text() for name in NOTHING} == {name: name for name in NOTHING}
 
 
+def test_the_images_are_fetched_without_the_teacher(
+    cache: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.argv", ["real_data", "--images"])
+    assert real_data.main() == 1
+    assert capsys.readouterr().out == ""
+    give(cache.parent / "installed")
+    assert real_data.main() == 0
+    assert capsys.readouterr().out == f"{cache / 'fashion-mnist'}\n"
+
+
 def test_other_images_are_not_taken(cache: Path) -> None:
     give(cache.parent / "installed", "another")
     with pytest.raises(real_data.MissingError, match="digest"):

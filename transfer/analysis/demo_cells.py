@@ -217,7 +217,7 @@ def _student(
     method: str, teacher: Cell | None, seed: int, runs: Path, data: DemoData, changes: JsonDict
 ) -> Cell:
     changes = _merged(_merged(changes, data.student), {"seed": seed, "data": {"label_seed": seed}})
-    if method != "finetune":  # whose shape is its teacher's
+    if recipe(f"digits_{method}", runs, {}).student.model != "auto":  # else the shape is the teacher's
         changes = _merged(changes, data.shape)
     if teacher is None:
         name = f"{method}_{seed}"
