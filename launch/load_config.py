@@ -594,7 +594,9 @@ def load_comparison(source: str | Path, overrides: Iterable[Setting] = ()) -> Co
     found = {"source": f"local-dir:{folder / 'student'}"}
     settled = []
     for stage in stages:
-        config = stage.config.model_copy(update={"teacher": stage.config.teacher.model_copy(update=found)})
+        config = stage.config
+        if config.reads_teacher:
+            config = config.model_copy(update={"teacher": config.teacher.model_copy(update=found)})
         settled.append(Stage(stage.name, _settle(config, teacher)))
     return Comparison(settled, compare, teacher)
 

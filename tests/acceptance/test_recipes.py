@@ -111,8 +111,8 @@ CUTS = {
 }
 COMPARED = {
     "digits_compare", "digits_hash_compare", "digits_hash_pyramid_compare", "digits_hash_starts_compare",
-    "digits_pyramid_compare", "attnbench_digits", "attnbench_digits_long", "attnbench_digits_transfer",
-    "attnbench_published",
+    "digits_pyramid_compare", "digits_published_compare", "digits_deit_compare", "digits_lit_compare",
+    "attnbench_digits", "attnbench_digits_long", "attnbench_digits_transfer", "attnbench_published",
 }  # fmt: skip
 """Recipes of `graftvit compare` (see `test_compare.py`) and of `graftvit programs bench` alone."""
 

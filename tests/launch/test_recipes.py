@@ -212,6 +212,18 @@ def test_the_students_of_a_comparison_are_built_as_its_teacher(name: str) -> Non
         assert (student.img_size, student.global_pool) == (teacher.img_size, teacher.global_pool)
 
 
+def test_a_stage_without_a_teacher_may_stand_beside_one_with_it() -> None:
+    hard, alone = (stage.config for stage in load_comparison("digits_deit_compare").stages)
+    assert str(hard.teacher.source).endswith("teacher/student")
+    assert (alone.mode, alone.teacher.source) == ("scratch", None)
+
+
+def test_published_conversions_have_as_many_epochs_as_what_they_are_compared_with() -> None:
+    epochs = {stage.name: stage.config.optim.epochs for stage in load_stages("digits_published_compare")}
+    own = read_recipe("digits_published_compare").compare["stages"]
+    assert {sum(epochs[stage] for stage in stages) for stages in own.values()} == {17}
+
+
 @pytest.mark.parametrize("name", ["digits_hash_compare", "digits_hash_pyramid_compare"])
 def test_transfer_and_finetuning_have_as_many_epochs(name: str) -> None:
     epochs = {stage.name: stage.config.optim.epochs for stage in load_stages(name)}
