@@ -26,6 +26,7 @@ GROUPS = {
         "convert": "replace the attention of a model by a plan, and write the folder that recovery starts from",
         "hybrid": "choose the attention of each layer of a teacher, so that it errs least at the cost that you allow",
         "compare": "compare many attention operators on one teacher and one budget: accuracy, cost, tables, plots",
+        "reproduce": "published numbers: their recipes and cost, small surrogates, and rows of runs to verify",
     },
     "models": {
         "checkpoint": "describe a source of weights; inspect, strip, convert and save weights",
@@ -47,7 +48,7 @@ GROUPS = {
 COMMANDS = {name: what for group in GROUPS.values() for name, what in group.items()}
 DISTRIBUTED = ("train", "evaluate")
 """Commands that several processes can run together."""
-ALONE = ("compare", "demo", *(command for command in SUBMITTED if command not in DISTRIBUTED))
+ALONE = ("compare", "demo", "reproduce", *(command for command in SUBMITTED if command not in DISTRIBUTED))
 """Commands that run in one process. Several processes would each run the whole command."""
 HARMLESS = (
     r"torch\.searchsorted\(\): input value tensor is non-contiguous",

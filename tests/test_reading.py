@@ -38,6 +38,7 @@ ALLOWED = {
     "transfer/analysis/demo_cells.py read_text": OWN,
     "transfer/analysis/report/rendering.py read_text": OWN,
     "transfer/bench_rows.py ParquetFile": STREAM,
+    "transfer/kits.py read_text": OWN,
     "transfer/bench_run.py read_text": SYSTEM,
     "transfer/target_shards.py safe_open": CHECKED,
     "transfer/data/archives.py ZipFile": STREAM,

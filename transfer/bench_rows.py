@@ -53,7 +53,7 @@ class Row(Ending):
     """The canonical text."""
     hash: str = ""
     name: str = ""
-    """The name of a control, or of a program that AttnZero found; empty for others."""
+    """The name of a control, of a program that AttnZero found, or of a kit; empty for others."""
     backbone: str = ""
     data: str = ""
     seed: Whole = 0

@@ -32,8 +32,8 @@ COMMANDS_WITH_PATHS = {
     "benchmark operators", "benchmark models", "checkpoint inspect", "checkpoint strip", "checkpoint convert",
     "checkpoint save", "convert", "data", "demo", "deploy", "evaluate", "export", "hybrid", "jobs", "jobs logs",
     "jobs resume", "jobs stop", "jobs summary", "programs bench run", "programs bench extend", "programs bench merge",
-    "programs bench query", "programs bench verify", "programs search", "programs search report", "push", "submit",
-    "visualize",
+    "programs bench query", "programs bench verify", "programs search", "programs search report", "push", "reproduce",
+    "submit", "visualize",
 }  # fmt: skip
 
 
