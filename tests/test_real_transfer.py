@@ -120,4 +120,4 @@ def test_the_page_has_the_table_of_the_results() -> None:
     page = (ROOT / "docs" / "real.md").read_text()
     found = benchmark.load(benchmark.RESULTS)
     assert f"<!-- transfer -->\n{benchmark.table(found)}\n<!-- end -->" in page
-    assert len({(each.cell.student, each.cell.method) for each in found}) >= 6
+    assert {each.cell.method for each in found} >= {"scratch", "copy mean", "distill mean", "feature"}
