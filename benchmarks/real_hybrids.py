@@ -5,7 +5,7 @@ python -m benchmarks.real_hybrids --report       write the page from the results
 
 TEACHER is a model folder of a ViT, or what `graftvit checkpoint convert` wrote. Images are crops of scikit-image's
 photographs; the photographs of the validation split are others than those of training. Operators are aligned, and
-hybrids recovered, at the smaller size; at the larger one the aligned weights are measured.
+hybrids recovered, at the smaller size; at the larger one these weights are measured.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import skimage.data
 import torch
 from graftvit import load, save
 from graftvit.checkpoints.pretrained import load_pretrained
+from graftvit.launch.commands.hybrid import recovery
 from graftvit.models.conversion import resize
 from graftvit.transfer.analysis.report.tables import Table
 from graftvit.transfer.config import DataConfig
@@ -46,7 +47,8 @@ from .marked import put_between_marks
 RESULTS = Path(__file__).parent / "results" / "real_hybrids.json"
 SIZES: dict[int, Measure] = {224: "macs", 448: "latency"}
 """Sides of the images, and what budgets are of: at 224 pixels no operator here is faster than softmax on a CPU."""
-CROPS_SCORED = {224: 32, 448: 8}
+CROPS_SCORED = {"train": {224: 32, 448: 8}, "validation": {224: 32, 448: 16}}
+"""Crops that mixes are chosen by, and that they are judged by."""
 BASE = 224
 STEPS = {"align": 60, "recover": 20}
 PHOTOGRAPHS = {
@@ -70,8 +72,7 @@ class Outcome:
     cost: float
     plan: str
     error: float
-    recovered: float | None
-    """After recovery; None at the larger size."""
+    recovered: float
 
 
 def main() -> None:
@@ -144,7 +145,7 @@ class Study:
     def crops(self, size: int, split: str) -> Tensor:
         data = DataConfig(data_path=str(self.images), train_split=split, workers=0)
         preprocessing = load_pretrained(str(self.teacher(size))).preprocessing
-        return sample_images(data, preprocessing, CROPS_SCORED[size], seed=1)
+        return sample_images(data, preprocessing, CROPS_SCORED[split][size], seed=1)
 
     def outcomes(self, size: int) -> list[Outcome]:
         batches = self.crops(size, "train").split(4)
@@ -168,25 +169,25 @@ class Study:
             print(found[-1], flush=True)
         return found
 
-    def errors(self, search: HybridSearch, mix: Mix, folder: Path) -> tuple[float, float | None]:
-        """Return the error of a mix on held-out crops, before it is recovered and, at the smaller size, after."""
-        batches = self.crops(search.scale.size[0], "validation").split(4)
-        models = [search.palette.model(mix)]
-        if search.scale.size[0] == BASE:
-            models.append(self.recovered(mix, folder).eval())
+    def errors(self, search: HybridSearch, mix: Mix, folder: Path) -> tuple[float, float]:
+        """Return the error of a mix on held-out crops, before it is recovered and after."""
+        side = search.scale.size[0]
+        batches = self.crops(side, "validation").split(4)
+        models = [search.palette.model(mix), sized(self.recovered(mix, folder).eval(), side)]
         with torch.no_grad():
             own = [end_of(search.palette.teacher, batch) for batch in batches]
-            found = [end_error([end_of(model, batch) for batch in batches], own) for model in models]
-        return found[0], found[1] if len(found) > 1 else None
+            before, after = (end_error([end_of(model, batch) for batch in batches], own) for model in models)
+        return before, after
 
     def recovered(self, mix: Mix, folder: Path) -> nn.Module:
         """Return a mix after its final tokens were taught to be the teacher's, without labels."""
+        student = self.palette(BASE).model(mix)
         if not (folder / "start").is_dir():
-            save(self.palette(BASE).model(mix), folder / "start")
+            save(student, folder / "start")
         run([
-            *("train", "--mode", "transfer", "--method", "block_output", "--layers", "last:1", "--task_weight", "0"),
-            *("--student.model", f"local-dir:{folder / 'start'}", "--teacher.source", str(self.teacher(BASE))),
-            *("--max_steps", str(STEPS["recover"]), "--lr", "2e-5", "--no-report", *self.words(folder / "run")),
+            *("train", *recovery(student), "--student.model", f"local-dir:{folder / 'start'}"),
+            *("--teacher.source", str(self.teacher(BASE)), "--max_steps", str(STEPS["recover"]), "--lr", "1e-4"),
+            *("--no-report", *self.words(folder / "run")),
         ])  # fmt: skip
         return load(folder / "run")
 
@@ -215,7 +216,7 @@ def table(outcomes: Sequence[Outcome]) -> str:
         first, other = both["chosen"], both["greedy"]
         costs = f"{SIZES[size]} {first.cost:.3f}", f"{first.promised:.3f}"
         numbers = (first.error, first.recovered), (other.cost, other.error, other.recovered)
-        own, theirs = (["" if each is None else f"{each:.3f}" for each in part] for part in numbers)
+        own, theirs = ([f"{each:.3f}" for each in part] for part in numbers)
         rows.append([str(size), *costs, first.plan, *own, *theirs])
     return Table(header, rows).to_markdown()
 

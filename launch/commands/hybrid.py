@@ -22,7 +22,7 @@ from .convert import given_flags
 
 if TYPE_CHECKING:
     import torch
-    from torch import Tensor
+    from torch import Tensor, nn
 
     from ...checkpoints.provenance import Pretrained
     from ...transfer.cells import Share
@@ -108,8 +108,8 @@ def _choose(
     for budget, hybrid in found.items():
         if any(name != KEEP for name in hybrid.mix):
             folder = arguments.output_dir / _name(arguments, budget)
-            _write(search.palette, teacher, hybrid.mix, folder)
-            say(f"{folder}\n  recover it: {_recovery(folder, config)}\n")
+            student = _write(search.palette, teacher, hybrid.mix, folder)
+            say(f"{folder}\n  recover it: {_recovery(student, folder, config)}\n")
     return 0
 
 
@@ -366,21 +366,33 @@ def _notes(search: HybridSearch) -> str:
     )
 
 
-def _write(palette: Palette, teacher: Pretrained, mix: Mix, folder: Path) -> None:
-    """Write a hybrid as a model folder."""
+def _write(palette: Palette, teacher: Pretrained, mix: Mix, folder: Path) -> nn.Module:
+    """Write a hybrid as a model folder, and return it."""
     from ...checkpoints.student import write_converted
 
     student = palette.model(mix).cpu().requires_grad_(True)
     write_converted(student, folder, teacher, weights="all", overwrite=True)
+    return student
 
 
-def _recovery(folder: Path, config: RunConfig) -> str:
+def _recovery(student: nn.Module, folder: Path, config: RunConfig) -> str:
     """Return the command that recovers a hybrid on the images that it was chosen by."""
-    how = ["--mode", "transfer", "--method", "block_output", "--layers", "last:1", "--task_weight", 0]
     models = ["--student.model", f"local-dir:{folder}", *given_flags("teacher", config.teacher)]
-    return hint(
-        "train", *how, *models, *given_flags("data", config.data), "--output_dir", f"{folder}-recovered"
-    )
+    images = [*given_flags("data", config.data), "--output_dir", f"{folder}-recovered"]
+    return hint("train", *recovery(student), *models, *images)
+
+
+def recovery(student: nn.Module) -> list[str]:
+    """Return the flags of `graftvit train` that teach a hybrid its teacher's end without labels.
+
+    Only converted attention learns: a few steps of all weights cost a mix near the teacher more than they give.
+    """
+    from ...models.converted import ConvertedAttention
+
+    found = [name for name, part in student.named_modules() if isinstance(part, ConvertedAttention)]
+    learning = rf"^({'|'.join(map(re.escape, found))})\."
+    how = ["--method", "feature", "--feature_loss", "mse", "--tokens", "both", "--task_weight", "0"]
+    return ["--mode", "transfer", *how, "--trainable", learning]
 
 
 def _draw(
