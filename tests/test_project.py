@@ -197,7 +197,9 @@ def test_the_wheel_has_every_module_and_each_can_be_imported(tmp_path: Path) -> 
     assert [str(path) for path in templates if not (tmp_path / "graftvit" / path).is_file()] == []
 
 
-@pytest.mark.parametrize("target", ["demo", "compare", "test-all", "acceptance", "lint", "bench", "dev"])
+@pytest.mark.parametrize(
+    "target", ["demo", "compare", "test-all", "acceptance", "real", "lint", "bench", "dev"]
+)
 def test_each_make_target_sets_itself_up(target: str, tmp_path: Path) -> None:
     command = [
         "make",

@@ -365,7 +365,7 @@ def check_page_size(
     if megabytes > MAX_MEGABYTES:
         raise ConfigError(
             f"the page would hold {megabytes:.0f} MB of maps of {images} images and {len(layers)} layers, and at most "
-            f"{MAX_MEGABYTES} are taken; give fewer images, or fewer layers by --layers"
+            f"{MAX_MEGABYTES} are taken; give fewer images, fewer layers by --layers, or smaller images by --img_size"
         )
 
 
