@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from ...models.errors import ConfigError, RunFailedError, did_you_mean
 from ..flags import command_parser, output_file, parse_command
-from ..load_config import Setting, load_comparison, load_config, load_stages, read_recipe
+from ..load_config import Setting, load_comparison, load_config, load_stages
 from ..say import hint, say
 from .evaluate import SETTINGS
 
@@ -76,20 +76,14 @@ def _parse(argv: list[str]) -> tuple[argparse.Namespace, list[Setting]]:
         "--kits", "file of kits of your own, in the form of those of the package", type=Path, metavar="FILE"
     )
     arguments, settings = parse_command(parser, argv, only=SETTINGS)
-    if arguments.surrogate and arguments.output_dir is None:
-        raise ConfigError(
-            "--output_dir is missing: give the surrogate's folder, in which a repeated command resumes"
-        )
+    if arguments.surrogate != (arguments.output_dir is not None):
+        raise ConfigError("--surrogate and --output_dir DIR go together: a repeated command resumes in DIR")
     if arguments.surrogate and arguments.row:
         raise ConfigError("--surrogate and --row are two things: give one of them")
-    given = {
-        "--out": arguments.out,
-        "--verify": arguments.verify,
-        **{each.origin: each.value for each in settings},
-    }
-    idle = next((flag for flag, value in given.items() if value is not None and not arguments.row), None)
-    if idle is not None:
-        raise ConfigError(f"{idle} {given[idle]} needs --row STUDENT")
+    given = {"--out": arguments.out, "--verify": arguments.verify}
+    for flag, value in {**given, **{each.origin: each.value for each in settings}}.items():
+        if value is not None and not arguments.row:
+            raise ConfigError(f"{flag} {value} needs --row STUDENT")
     if (arguments.surrogate or arguments.row) and arguments.name is None:
         raise ConfigError("name a kit; `graftvit reproduce` lists them")
     return arguments, settings
@@ -220,6 +214,7 @@ def _make_row(arguments: argparse.Namespace, kit: Kit, settings: list[Setting]) 
 def _row(arguments: argparse.Namespace, kit: Kit, settings: list[Setting]) -> Row:
     """Check that the students are of the kit's recipes, evaluate them, and return their row."""
     from ...checkpoints.pretrained import load_pretrained
+    from ...transfer.engine.stages import Stage
     from ...transfer.kits import make_row
     from ...transfer.metrics.measure import ENSEMBLE
     from ..evaluation import Evaluation, evaluate
@@ -230,21 +225,12 @@ def _row(arguments: argparse.Namespace, kit: Kit, settings: list[Setting]) -> Ro
             f"--row: {arguments.name} has the recipe{'s' * (len(kit.recipes) > 1)} {', '.join(kit.recipes)}; give one "
             "student of each, in this order"
         )
-    recipes = [_stages(recipe) for recipe in kit.recipes]
+    recipes = [load_stages(recipe) or [Stage("", load_config(recipe))] for recipe in kit.recipes]
     models = [load_pretrained(source, identified=True) for source in sources]
     seeds = [_check(*each) for each in zip(sources, models, recipes, strict=True)]
     results = evaluate(Evaluation(sources, settings, ["top1"], None, None, False), lambda line: None)
     measured = results[sources[0] if len(sources) == 1 else ENSEMBLE]
     return make_row(arguments.name, kit, models, recipes, seeds[0], measured)
-
-
-def _stages(recipe: str) -> list[Stage]:
-    """Return the stages of a recipe; one for a recipe without any."""
-    from ...transfer.engine.stages import Stage
-
-    if read_recipe(recipe).stages:
-        return load_stages(recipe)
-    return [Stage("", load_config(recipe))]
 
 
 def _check(source: str, loaded: Pretrained, stages: list[Stage]) -> int:
