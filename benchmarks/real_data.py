@@ -225,15 +225,9 @@ def _tried(fetch: Callable[[], None]) -> list[str]:
     """Return why something could not be fetched, or nothing."""
     try:
         fetch()
-    except (
-        OSError,
-        ValueError,
-        RuntimeError,
-        KeyError,
-        EOFError,
-        zipfile.BadZipFile,
-        subprocess.SubprocessError,
-    ) as error:
+    except FileNotFoundError:
+        return []  # it is not on this machine
+    except FAILURES as error:
         return [" ".join(str(error).split())]
     return []
 
