@@ -10,6 +10,7 @@ label is read but by nearest neighbors and the probe.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -158,10 +159,13 @@ class Study:
         """Measure seed after seed, so that a study that is stopped has whole seeds."""
         for seed in self.settings.seeds:
             cells = SeedCells(self, seed)
-            cells.small()
-            cells.at_large()
+            cells.references()
+            cells.state("converted")
             cells.costs()
+            cells.state("aligned")
+            cells.at_large()
             self.journal.known("picture", cells.picture)
+            cells.state("matched")
 
 
 class SeedCells:
@@ -173,19 +177,20 @@ class SeedCells:
         self.garments = DataConfig(dataset="torch/fashion_mnist", data_path=str(study.fashion), workers=0)
         self.photographs = DataConfig(data_path=str(study.crops), workers=0)
 
-    def small(self) -> None:
-        """Measure the teacher, random weights, and every operator in every state."""
+    def references(self) -> None:
+        """Measure the teacher, and a model of its architecture that learned nothing."""
         teacher = self.study.teacher
+        untrained = partial(build_untrained, load_pretrained(str(teacher)))
         self.known(f"{self.seed}/teacher", lambda: self.numbers(load(teacher)))
-        self.known(
-            f"{self.seed}/random", lambda: self.numbers(build_untrained(load_pretrained(str(teacher))))
-        )
-        for state in STATES:
-            missing = [name for name in self.settings.operators if self._key(state, name) not in self.cells]
-            if missing:
-                getattr(self, state)()
-            for name in missing:
-                self.known(self._key(state, name), lambda: self.numbers(load(self.out / state / name)))  # noqa: B023
+        self.known(f"{self.seed}/random", lambda: self.numbers(untrained()))
+
+    def state(self, state: str) -> None:
+        """Make the students of a state, and measure each at the small size."""
+        missing = [name for name in self.settings.operators if self._key(state, name) not in self.cells]
+        if missing:
+            getattr(self, state)()
+        for name in missing:
+            self.known(self._key(state, name), lambda: self.numbers(load(self.out / state / name)))  # noqa: B023
 
     @property
     def cells(self) -> Cells:
@@ -267,33 +272,35 @@ class SeedCells:
     def teachers(self) -> dict[str, Reader]:
         """A reader of the teacher for each set: it keeps what it read last, so the teacher runs once a set."""
         model = load(self.study.teacher).eval()
-        return {name: self._reader(model, self.settings.layers, Kept) for name in FAMILIES}
+        return {name: self._reader(model, Kept) for name in FAMILIES}
 
-    def _reader(self, model: nn.Module, layers: Collection[int], kind: type[Reader] = Reader) -> Reader:
+    def _reader(self, model: nn.Module, kind: type[Reader] = Reader) -> Reader:
         def predict(images: Tensor) -> Tensor:
             with torch.autocast("cpu", torch.bfloat16, enabled=self.settings.precision == "bf16"):
                 out: Tensor = model(images)
             return out
 
-        return kind(model, predict, layers)
+        return kind(model, predict, self.settings.layers)
 
     @torch.no_grad()
     def numbers(self, model: nn.Module) -> dict[str, Any]:
         """Return what there is to measure of a model at the small size."""
+        reader = self._reader(model.eval())
         return {
-            images: self._measured(model.eval(), self.sets[images], families, self.teachers[images])
+            images: self._measured(reader, self.sets[images], families, self.teachers[images])
             for images, families in FAMILIES.items()
         }
 
     def _measured(
-        self, model: nn.Module, images: Held, families: Collection[Family], teacher: Reader
+        self, reader: Reader, images: Held, families: Collection[Family], teacher: Reader
     ) -> dict[str, float]:
-        layers = compared_layers(teacher.model, model)
+        layers = compared_layers(teacher.model, reader.model)
         pairs = tuple(pair for pair in layers.pairs if pair.student in self.settings.layers)
-        layers = replace(layers, pairs=pairs)
-        readers, against = {"model": self._reader(model, layers.student)}, Against(teacher, {"model": layers})
+        against = Against(teacher, {"model": replace(layers, pairs=pairs)})
         labeled = self.sets["labeled"] if "knn" in families else None
-        return measure(readers, {"model": families}, images, reference=labeled, against=against)["model"]
+        return measure({"model": reader}, {"model": families}, images, reference=labeled, against=against)[
+            "model"
+        ]
 
     def at_large(self) -> None:
         """Measure the aligned weights of the best operators on larger images than they were aligned on."""
@@ -302,7 +309,7 @@ class SeedCells:
             return
         loaded = load_pretrained(str(self.study.large))
         sets = self._held_out(loaded.preprocessing, self.settings.few, self.settings.few)
-        teachers = {name: self._reader(loaded.model.eval(), self.settings.layers, Kept) for name in sets}
+        teachers = {name: self._reader(loaded.model.eval(), Kept) for name in sets}
         for name in missing:
             student = sized(load(self.out / "aligned" / name), self.settings.large)
             palette = Palette(loaded.model, {name: student})
@@ -314,8 +321,9 @@ class SeedCells:
     def _distances(
         self, model: nn.Module, sets: Mapping[str, Held], teachers: Mapping[str, Reader]
     ) -> dict[str, Any]:
+        reader = self._reader(model)
         return {
-            name: self._measured(model, images, ("distance",), teachers[name])
+            name: self._measured(reader, images, ("distance",), teachers[name])
             for name, images in sets.items()
         }
 
@@ -372,27 +380,41 @@ def last(numbers: Mapping[str, float], metric: str) -> float:
 
 
 def tables(content: Mapping[str, Any], settings: Settings = Settings()) -> str:
-    """Return what the page has between its marks: means over the seeds that are whole, with the standard error."""
-    cells = content["cells"]
-    seeds = [key.partition("/")[0] for key in cells if key.endswith(f"/cost/{settings.large}")]
-    operators = list(cells[f"{seeds[0]}/cost/{settings.large}"])[1:]
-    return "\n\n".join([
-        f"{len(seeds)} seeds ({', '.join(seeds)}); {content['machine']}.",
-        small_table(cells, seeds, operators).to_markdown(),
-        "Debiased CKA with the teacher by block, on photographs:",
-        layer_table(cells, seeds, operators).to_markdown(),
-        f"The best {settings.best} at {settings.large} pixels, aligned at {settings.size}:",
-        large_table(cells, seeds, settings).to_markdown(),
-        "Time and memory of a forward pass of one image, as a ratio to softmax's:",
-        cost_table(cells, seeds, operators, settings).to_markdown(),
-    ])  # fmt: skip
+    """Return what the page has between its marks, of every part that was measured for a whole seed."""
+    cells: Cells = content["cells"]
+    shown = [words for state, words in STATES.items() if of_state(cells, settings, state)[0]]
+    parts = {
+        f"At {settings.size} pixels": small_table,
+        "Debiased CKA with the teacher by block, on photographs, " + " → ".join(shown): layer_table,
+        f"Aligned at {settings.size} pixels, measured at both sizes": large_table,
+        "Processor time and memory of a forward pass of one image, as shares of softmax attention's": cost_table,
+    }
+    found = [(words, make(cells, settings)) for words, make in parts.items()]
+    texts = [f"{words}:\n\n{table.to_markdown()}" for words, table in found if table.rows]
+    return "\n\n".join([*texts, f"Measured on {content['machine']}."])
 
 
-def over(cells: Cells, seeds: Sequence[str], key: str, find: Callable[[Any], float], form: str) -> str:
+def whole(cells: Cells, settings: Settings, keys: Collection[str]) -> list[int]:
+    """Return the seeds that have a cell under each of the keys."""
+    return [seed for seed in settings.seeds if all(f"{seed}/{key}" in cells for key in keys)]
+
+
+def of_state(cells: Cells, settings: Settings, state: str) -> tuple[list[int], list[str]]:
+    """Return the seeds that are whole in a state, and the keys of its operators."""
+    keys = [f"{state}/{name}" for name in settings.operators]
+    return whole(cells, settings, keys), keys
+
+
+def counted(seeds: Sequence[int]) -> str:
+    return "one seed" if len(seeds) == 1 else f"{len(seeds)} seeds"
+
+
+def over(cells: Cells, seeds: Sequence[int], key: str, find: Callable[[Any], float], form: str) -> str:
+    """Return the mean over seeds, and the standard error of several."""
     return spread([find(cells[f"{seed}/{key}"]) for seed in seeds], form)
 
 
-def small_table(cells: Cells, seeds: Sequence[str], operators: Sequence[str]) -> Table:
+def small_table(cells: Cells, settings: Settings) -> Table:
     """Return a row for each operator and state, in headed groups by state."""
     head = [
         "operator",
@@ -412,64 +434,76 @@ def small_table(cells: Cells, seeds: Sequence[str], operators: Sequence[str]) ->
         (lambda each: each["garments"]["probe_top1"], ".1f"),
     ]
 
-    def row(name: str, key: str) -> list[str]:
+    def row(name: str, key: str, seeds: Sequence[int]) -> list[str]:
         return [name, *(over(cells, seeds, key, find, form) for find, form in numbers)]
 
-    rows: list[list[str]] = [row("teacher", "teacher"), row("random weights", "random")]
+    rows = [
+        row(name, key, seeds)
+        for name, key in (("teacher", "teacher"), ("random weights", "random"))
+        if (seeds := whole(cells, settings, [key]))
+    ]
     for state, words in STATES.items():
-        rows += [[words], *(row(name, f"{state}/{name}") for name in operators)]
+        seeds, keys = of_state(cells, settings, state)
+        if seeds:
+            rows += [
+                [f"{words}, {counted(seeds)}"],
+                *(row(key.partition("/")[2], key, seeds) for key in keys),
+            ]
     return Table(head, rows)
 
 
-def layer_table(cells: Cells, seeds: Sequence[str], operators: Sequence[str]) -> Table:
+def layer_table(cells: Cells, settings: Settings) -> Table:
     """Return the CKA of each compared block, converted → aligned → matched."""
-    shown = [name for name in cells[f"{seeds[0]}/random"]["photographs"] if name.startswith("cka_layer")]
+    seeds = {state: of_state(cells, settings, state)[0] for state in STATES}
 
-    def means(name: str, operator: str) -> str:
-        found = [
-            sum(cells[f"{seed}/{state}/{operator}"]["photographs"][name] for seed in seeds) / len(seeds)
-            for state in STATES
-        ]
-        return " → ".join(f"{each:.2f}" for each in found)
+    def mean(state: str, name: str, layer: int) -> float:
+        found = [cells[f"{seed}/{state}/{name}"]["photographs"] for seed in seeds[state]]
+        return sum(each[f"cka_layer{layer:02d}"] for each in found) / len(found)
 
-    head = [f"block {int(name[-2:])}" for name in shown]
-    return Table(["operator", *head], [[each, *(means(name, each) for name in shown)] for each in operators])
+    def means(name: str, layer: int) -> str:
+        return " → ".join(f"{mean(state, name, layer):.2f}" for state in STATES if seeds[state])
 
-
-def large_table(cells: Cells, seeds: Sequence[str], settings: Settings) -> Table:
-    """Return the distances at both sizes of the aligned weights, the small size on more images."""
-    best = [key.split("/")[2] for key in cells if key.startswith(f"{seeds[0]}/large/")]
-    head, rows = ["operator"], [[name] for name in best]
-    for images in FAMILIES:
-        for state, size in (("aligned", settings.size), ("large", settings.large)):
-            head += [f"{images}, {size}: cosine", "CKA"]
-            for name, row in zip(best, rows, strict=True):
-                key = f"{state}/{name}"
-                row.append(over(cells, seeds, key, lambda each: each[images]["cosine"], ".3f"))  # noqa: B023
-                row.append(over(cells, seeds, key, lambda each: last(each[images], "cka"), ".3f"))  # noqa: B023
-    return Table(head, rows)
+    head = ["operator", *(f"block {layer}" for layer in settings.layers)]
+    rows = [[name, *(means(name, layer) for layer in settings.layers)] for name in settings.operators]
+    return Table(head, rows if seeds["converted"] else [])
 
 
-def cost_table(cells: Cells, seeds: Sequence[str], operators: Sequence[str], settings: Settings) -> Table:
+def large_table(cells: Cells, settings: Settings) -> Table:
+    """Return the distances at both sizes of the aligned weights, those of the small size on more images."""
+    names = [name for name in settings.operators if f"{settings.seeds[0]}/large/{name}" in cells]
+    seeds = whole(cells, settings, [f"large/{name}" for name in names])
+    head, rows = [f"operator, {counted(seeds)}"], [[name] for name in names]
+    for images, (state, size) in itertools.product(
+        FAMILIES, (("aligned", settings.size), ("large", settings.large))
+    ):
+        head += [f"{images}, {size}: cosine", "CKA"]
+        for row in rows:
+            key = f"{state}/{row[0]}"
+            row.append(over(cells, seeds, key, lambda each: each[images]["cosine"], ".3f"))  # noqa: B023
+            row.append(over(cells, seeds, key, lambda each: last(each[images], "cka"), ".3f"))  # noqa: B023
+    return Table(head, rows if len(names) == settings.best else [])
+
+
+def cost_table(cells: Cells, settings: Settings) -> Table:
     """Return processor time and peak memory at both sizes."""
     sizes = (settings.size, settings.large)
-    head = ["operator", *(f"{what}, {size}" for what in ("time", "memory") for size in sizes)]
+    seeds = whole(cells, settings, [f"cost/{size}" for size in sizes])
+    head = [
+        f"operator, {counted(seeds)}",
+        *(f"{what}, {size} px" for what in ("time", "memory") for size in sizes),
+    ]
 
     def ratio(name: str, what: str, each: Any) -> float:
         return float(each[name][what] / each["softmax"][what])
 
-    rows = [
-        [
+    def row(name: str) -> list[str]:
+        places = [(what, size) for what in ("seconds", "bytes") for size in sizes]
+        return [
             name,
-            *(
-                over(cells, seeds, f"cost/{size}", partial(ratio, name, what), ".2f")
-                for what in ("seconds", "bytes")
-                for size in sizes
-            ),
+            *(over(cells, seeds, f"cost/{size}", partial(ratio, name, what), ".2f") for what, size in places),
         ]
-        for name in operators
-    ]
-    return Table(head, rows)
+
+    return Table(head, [row(name) for name in settings.operators] if seeds else [])
 
 
 def main() -> None:

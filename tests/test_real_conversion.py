@@ -1,4 +1,4 @@
-"""A stop does not change what `python -m benchmarks.real_conversion` finds."""
+"""docs/real.md shows the results of `python -m benchmarks.real_conversion`, which a stop does not change."""
 
 from __future__ import annotations
 
@@ -17,11 +17,17 @@ from graftvit.checkpoints.student import write_student
 from PIL import Image
 
 study = importlib.import_module("benchmarks.real_conversion")
+PAGE = Path(__file__).resolve().parent.parent / "docs" / "real.md"
 SMALL = study.Settings(
     operators=("linear", "performer"), size=28, large=56, best=1, seeds=(0,), layers=(0, 1),
     align=study.Training(2, 1e-3), match=study.Training(1, 1e-4), batch=4, unlabeled=6, train=10, test=10, crops=4,
     few=2, rounds=2, precision="fp32",
 )  # fmt: skip
+
+
+def test_the_page_has_the_tables_of_the_results() -> None:
+    tables = study.tables(json.loads(study.RESULTS.read_text()))
+    assert f"<!-- conversion -->\n{tables}\n<!-- end -->" in PAGE.read_text()
 
 
 @pytest.fixture
@@ -90,7 +96,7 @@ def test_a_study_that_was_stopped_resumes_cell_by_cell(
     with pytest.raises(KeyboardInterrupt):
         make("stopped").run()
     started = make("stopped")
-    assert len(started.journal.cells) == 5
+    assert len(started.journal.cells) == 5 + 2  # and the costs at both sizes
     started.run()
     assert measured.count("stop") == 1
     assert len(measured) == 1 + 2 + 3 * len(SMALL.operators)
