@@ -30,7 +30,6 @@ from graftvit.transfer.analysis.report.tables import Table
 from graftvit.transfer.cells import digest
 from graftvit.transfer.config import DataConfig
 from graftvit.transfer.data.loaders import create_reference_loader
-from graftvit.transfer.hybrid_search import Palette
 from graftvit.transfer.metrics.distance import Reader, compared_layers
 from graftvit.transfer.metrics.measure import Against, Family, measure
 from torch import Tensor, nn
@@ -311,9 +310,8 @@ class SeedCells:
         sets = self._held_out(loaded.preprocessing, self.settings.few, self.settings.few)
         teachers = {name: self._reader(loaded.model.eval(), Kept) for name in sets}
         for name in missing:
-            student = sized(load(self.out / "aligned" / name), self.settings.large)
-            palette = Palette(loaded.model, {name: student})
-            model = palette.model(palette.single(range(palette.depth), name))
+            model = sized(load(self.out / "aligned" / name), self.settings.large)
+            model.pos_embed.data.copy_(loaded.model.pos_embed)  # not its own, resampled twice
             find = partial(self._distances, model, sets, teachers)
             self.known(self._key("large", name), find)
 
