@@ -4,8 +4,8 @@ python -m benchmarks.real_hybrids TEACHER        everything, in about two hours 
 python -m benchmarks.real_hybrids --report       write the page from the results that are there
 
 TEACHER is a model folder of a ViT, or what `graftvit checkpoint convert` wrote. Images are crops of scikit-image's
-photographs; the photographs of the validation split are others than those of training. Operators are aligned, and
-hybrids recovered, at the smaller size; at the larger one these weights are measured.
+photographs; the photographs of the validation split are others than those of training. Operators are aligned at the
+smaller size, and hybrids recovered at their own.
 """
 
 from __future__ import annotations
@@ -51,6 +51,7 @@ CROPS_SCORED = {"train": {224: 32, 448: 8}, "validation": {224: 32, 448: 16}}
 """Crops that mixes are chosen by, and that they are judged by."""
 BASE = 224
 STEPS = {"align": 60, "recover": 20}
+RECOVERY = {224: ("--batch_size", "8", "--lr", "1e-4"), 448: ("--batch_size", "4", "--lr", "1e-5")}
 PHOTOGRAPHS = {
     "train": ("astronaut", "brick", "chelsea", "coffee", "coins", "grass", "horse", "hubble_deep_field", "moon"),
     "validation": ("camera", "gravel", "immunohistochemistry", "retina", "rocket"),
@@ -164,30 +165,29 @@ class Study:
             print(chosen[-2:], flush=True)
         for share, limit, name, mix in chosen:
             plan = "".join("s" if each == KEEP else each[0] for each in mix)
-            errors = self.errors(search, mix, self.out / "hybrids" / plan)
+            errors = self.errors(search, mix, self.out / f"hybrids-{size}" / plan)
             found.append(Outcome(size, share, limit, name, search.cost(measure, mix), plan, *errors))
             print(found[-1], flush=True)
         return found
 
     def errors(self, search: HybridSearch, mix: Mix, folder: Path) -> tuple[float, float]:
         """Return the error of a mix on held-out crops, before it is recovered and after."""
-        side = search.scale.size[0]
-        batches = self.crops(side, "validation").split(4)
-        models = [search.palette.model(mix), sized(self.recovered(mix, folder).eval(), side)]
+        size = search.scale.size[0]
+        batches = self.crops(size, "validation").split(4)
+        models = search.palette.model(mix), self.recovered(search.palette.model(mix), size, folder).eval()
         with torch.no_grad():
             own = [end_of(search.palette.teacher, batch) for batch in batches]
             before, after = (end_error([end_of(model, batch) for batch in batches], own) for model in models)
         return before, after
 
-    def recovered(self, mix: Mix, folder: Path) -> nn.Module:
+    def recovered(self, student: nn.Module, size: int, folder: Path) -> nn.Module:
         """Return a mix after its final tokens were taught to be the teacher's, without labels."""
-        student = self.palette(BASE).model(mix)
         if not (folder / "start").is_dir():
             save(student, folder / "start")
         run([
-            *("train", *recovery(student), "--student.model", f"local-dir:{folder / 'start'}"),
-            *("--teacher.source", str(self.teacher(BASE)), "--max_steps", str(STEPS["recover"]), "--lr", "1e-4"),
-            *("--no-report", *self.words(folder / "run")),
+            *("train", *recovery(student), "--student.model", f"local-dir:{folder / 'start'}", "--no-report"),
+            *("--teacher.source", str(self.teacher(size)), "--max_steps", str(STEPS["recover"])),
+            *(*self.words(folder / "run"), *RECOVERY[size]),
         ])  # fmt: skip
         return load(folder / "run")
 
