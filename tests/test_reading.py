@@ -45,6 +45,8 @@ ALLOWED = {
     "transfer/data/archives.py open": STREAM,
     "transfer/data/dense.py load": "reads what another process of the run sent",
     "transfer/data/digits.py loadtxt": OWN,
+    "transfer/data/shards.py load": STREAM,
+    "transfer/data/shards.py open": STREAM,
     "transfer/data/streams.py open": STREAM,
     "transfer/data/image_folder.py open": STREAM,
     "transfer/data/labels.py read_text": OWN,

@@ -261,13 +261,13 @@ def set_size_below_zero(path: Path) -> None:
 
 
 def test_shards_are_copied_with_what_describes_them(tmp_path: Path) -> None:
-    pytest.importorskip("webdataset")
     root = write_shards(tmp_path / "shards")
     config = settings(root, tmp_path / "disk", dataset="wds/shards", num_classes=2)
 
     def streamed(data: DataConfig) -> list[tuple[bytes, int]]:
         stream = open_dataset(data, "train", 3, training=True, seed=3)
-        return [(image.tobytes(), int(label)) for image, label in stream]  # type: ignore[union-attr]
+        samples = [stream.read(index) for index in range(len(stream))]  # type: ignore[arg-type, union-attr]
+        return [(image.tobytes(), label) for image, label in samples]
 
     local = stage(config)
     assert streamed(local) == streamed(config)

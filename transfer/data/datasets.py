@@ -36,14 +36,15 @@ from .image_folder import (
     find_images,
 )
 from .labels import keep_classes, wanted_classes
+from .shards import ShardImages
 from .streams import open_hub
 
 logger = logging.getLogger(__name__)
 
-PACKAGES = {"hfds": "datasets", "hfids": "datasets", "wds": "webdataset", "tfds": "tensorflow_datasets"}
-FAMILIES = ("folder", "digits", "torch/...", *(f"{name}/..." for name in PACKAGES))
+PACKAGES = {"hfds": "datasets", "hfids": "datasets", "tfds": "tensorflow_datasets"}
+FAMILIES = ("folder", "digits", "torch/...", "wds/...", *(f"{name}/..." for name in PACKAGES))
 MODES = {1: "L", 3: "RGB"}
-EXTRAS = {"hfds": "hfds", "hfids": "hfds", "wds": "wds"}
+EXTRAS = {"hfds": "hfds", "hfids": "hfds"}
 """The extra of this package that brings what a family needs."""
 
 
@@ -73,7 +74,7 @@ def open_dataset(
     by_training: bool = True,
     names: Sequence[str] | None = None,
 ) -> ImageSource | IterableDataset[Any]:
-    """Return the images of a split with `channels` 1 (gray) or 3 (RGB); a stream for wds, hfids and tfds.
+    """Return the images of a split with `channels` 1 (gray) or 3 (RGB); a stream for hfids and tfds.
 
     Labels go by name: a class has its place in `names`, those of a model's outputs; else the number that it has in the
     training split, or, without `by_training`, in its own.
@@ -92,6 +93,10 @@ def open_dataset(
         if config.classes is not None:
             raise ConfigError(f"data.classes needs labels by index; {config.dataset} is a stream")
         return found
+    if isinstance(found, ShardImages):
+        if config.classes is not None:
+            raise ConfigError(f"data.classes needs labels by index; {config.dataset} has them in its shards")
+        return found
     source = keep_classes(config, found)
     if names is not None:
         return number_by_name(source, split, names, MODEL)
@@ -109,6 +114,8 @@ def _open(
         return DigitsSource(split, mode)
     if family == "hfds":
         return open_hub(config, split, mode)
+    if family == "wds":
+        return ShardImages(config, split, mode)
     if family == "":
         _check_folder(config, split)
         if Path(str(config.data_path)).is_dir():
@@ -133,7 +140,7 @@ def _open_folder(config: DataConfig, split: str, mode: str) -> FolderImages:
 def is_name(word: str) -> bool:
     """Return whether a word names a data set, and no folder."""
     family, slash, _ = word.partition("/")
-    return word in ("digits", *DENSE_SETS) if not slash else family.lower() in (*PACKAGES, "torch")
+    return word in ("digits", *DENSE_SETS) if not slash else family.lower() in (*PACKAGES, "torch", "wds")
 
 
 def _check_family(name: str) -> str:

@@ -273,7 +273,7 @@ class DenseTrainLoader(TrainLoader):
         return ((batch.images,) for batch in self._batches_from(epoch, position))
 
     def _order(self, epoch: int) -> Indices:
-        return grouped_order(super()._order(epoch), self._wide, self.batch_size)
+        return grouped_order(super()._order(epoch)[:], self._wide, self.batch_size)
 
 
 class DenseEvalLoader(EvalLoader):

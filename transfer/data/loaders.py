@@ -26,7 +26,16 @@ from .digits import MODEL, number_by_name
 from .image_folder import ImageSource, SourceView
 from .labels import IMAGENET_CLASSES, check_stream, count_classes, real_labels, stream_classes
 from .loading import BadImages, Batch, Beside, EvalBatches, Fetcher, TrainBatches, followed
-from .sampler import BatchRequest, Indices, balanced_subset, epoch_order, eval_requests, train_requests
+from .sampler import (
+    BatchRequest,
+    Indices,
+    Order,
+    balanced_subset,
+    epoch_order,
+    eval_requests,
+    train_requests,
+)
+from .shards import ShardImages
 from .streams import StreamFetcher, check_without_index, read_all_on_every_rank
 
 __all__ = [
@@ -67,7 +76,7 @@ class TrainLoader:
     ) -> None:
         self.class_names = source.class_names
         self.num_classes = count_classes(config, source.class_names, source.targets, labels)
-        subset = train_subset(config, source, labels)
+        subset = self._choose(source, config, labels)
         self._divide(config, len(subset), seed, rank, world_size)
         self.repeats = epoch_repeats(config)
         labels_of = () if source.targets is None else [source.targets[index] for index in subset]
@@ -78,8 +87,11 @@ class TrainLoader:
         self.batches = self._create_batches(source, subset, spec, seed=seed, tries=bad.limit + 1)
         self._fetcher = Fetcher(self.batches, config, bad)
 
+    def _choose(self, source: Any, config: DataConfig, labels: bool) -> Sequence[int] | Indices:
+        return train_subset(config, source, labels)
+
     def _create_batches(
-        self, source: ImageSource, subset: Indices, spec: Preprocessing, *, seed: int, tries: int
+        self, source: ImageSource, subset: Any, spec: Preprocessing, *, seed: int, tries: int
     ) -> TrainBatches:
         return TrainBatches(
             source,
@@ -146,7 +158,7 @@ class TrainLoader:
         )
         return self._fetcher.fetch_batches(requests)
 
-    def _order(self, epoch: int) -> Indices:
+    def _order(self, epoch: int) -> Order:
         return epoch_order(self.num_samples, self._seed, epoch, self.repeats)
 
 
@@ -162,8 +174,24 @@ class AbsentTrainLoader(TrainLoader):
         raise self.reason
 
 
+class ShardTrainLoader(TrainLoader):
+    """Training batches of shards, whose order is computed for each batch: no list of samples is held."""
+
+    def _choose(self, source: ShardImages, config: DataConfig, labels: bool) -> Sequence[int]:
+        if config.train_samples is not None:
+            raise ConfigError(
+                f"data.train_samples={config.train_samples} needs labels by index; {config.dataset} has them in its "
+                "shards: leave it out"
+            )
+        self._source = source
+        return range(len(source))
+
+    def _order(self, epoch: int) -> Order:
+        return self._source.order(self._seed, epoch, self.repeats)
+
+
 class StreamTrainLoader(TrainLoader):
-    """Training batches of a stream (wds, hfids, tfds); see `streams` for what a resumed epoch costs.
+    """Training batches of a stream (hfids, tfds); see `streams` for what a resumed epoch costs.
 
     A stream with fewer than `batches_per_epoch` begins again: a run may set what it began with on other ranks.
     """
@@ -246,8 +274,9 @@ class EvalLoader:
         self._rank, self._world_size = rank, world_size
         self._transform = transform
         self.batches = self._create_batches(source, spec, accepted)
-        own = [index for request in self._requests() for index in request.indices[: request.valid]]
-        labels_of = () if source.targets is None else [source.targets[index] for index in own]
+        known = () if source.targets is None else source.targets
+        own = (index for request in self._requests() for index in request.indices[: request.valid])
+        labels_of = (known[index] for index in own) if known else ()
         bad = BadImages(config.max_bad_images, self.num_samples, labels_of, source.class_names)
         self._fetcher = Fetcher(self.batches, config, bad)
 
@@ -385,7 +414,8 @@ def create_train_loader(
         return StreamTrainLoader(
             dataset, config, spec, seed=seed, rank=rank, world_size=world_size, labels=labels
         )
-    return TrainLoader(dataset, config, spec, seed=seed, rank=rank, world_size=world_size, labels=labels)
+    kind = ShardTrainLoader if isinstance(dataset, ShardImages) else TrainLoader
+    return kind(dataset, config, spec, seed=seed, rank=rank, world_size=world_size, labels=labels)
 
 
 def create_eval_loader(

@@ -31,6 +31,10 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
+class SourceLostError(DataError):
+    """What holds many images is missing, has changed, or cannot be reached: no fault of one image."""
+
+
 class BadImage(NamedTuple):
     """An image that could not be read or made ready."""
 
@@ -110,10 +114,12 @@ def prepared(source: ImageSource, index: int, transform: Transform) -> Ready | B
 def attempted(source: Named, index: int, make: Callable[[], T]) -> T | BadImage:
     """Return what `make` makes of an image, or why it cannot be made.
 
-    Raises DataError where the memory does not suffice, which is no fault of the image.
+    Raises DataError where the memory does not suffice or the source is lost, which is no fault of the image.
     """
     try:
         return make()
+    except SourceLostError:
+        raise
     except MemoryError as error:
         raise out_of_memory(name_of(source, index)) from error
     except (
@@ -167,7 +173,7 @@ class TrainBatches(Dataset[Batch]):
     def __init__(
         self,
         source: ImageSource,
-        subset: Indices,
+        subset: Sequence[int] | Indices,
         transform: Transform,
         *,
         seed: int,

@@ -10,6 +10,7 @@ import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -57,8 +58,92 @@ def epoch_order(size: int, seed: int, epoch: int, repeats: int = 1) -> Indices:
     return order if repeats == 1 else np.repeat(order[: -(-size // repeats)], repeats)[:size]
 
 
+class Order(Protocol):
+    """Which sample is at each position of an epoch."""
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, places: slice, /) -> Indices: ...
+
+
+class Permutation:
+    """A bijection of 0 .. size - 1 that is computed, not stored: a Feistel network over the least 4^h >= size.
+
+    With the halves (a, b) of h bits, each round is (a, b) -> (b, a xor f(b, key)) for a mixing function f. A value
+    that falls outside is permuted again until it is inside, which ends because the network is a bijection (cycle
+    walking, Black and Rogaway 2002, https://doi.org/10.1007/3-540-45760-7_9). `parts` seed the keys.
+    """
+
+    ROUNDS = 6
+
+    def __init__(self, size: int, *parts: int) -> None:
+        self._size = size
+        self._half = np.uint64(max(1, (max(size - 1, 1).bit_length() + 1) // 2))
+        self._mask = np.uint64((1 << int(self._half)) - 1)
+        self._keys = np.random.SeedSequence(parts).generate_state(self.ROUNDS, np.uint64)
+
+    def __call__(self, places: Indices) -> Indices:
+        """Return where each of `places`, from 0 to size - 1, goes."""
+        values = self._network(places.astype(np.uint64))
+        while (outside := values >= self._size).any():
+            values[outside] = self._network(values[outside])
+        return values.astype(np.int64)
+
+    def _network(self, values: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
+        left, right = values >> self._half, values & self._mask
+        for key in self._keys:
+            left, right = right, left ^ (_scattered(right ^ key) & self._mask)
+        joined: npt.NDArray[np.uint64] = (left << self._half) | right
+        return joined
+
+
+def _scattered(values: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
+    """Return 64-bit numbers of which each bit depends on all bits of the given ones.
+
+    The factors are the first 64 bits of 1 / golden ratio and of the square root of two after its point.
+    """
+    for factor in (0x9E3779B97F4A7C15, 0x6A09E667F3BCC909):
+        values = (values ^ (values >> np.uint64(32))) * np.uint64(factor)
+    mixed: npt.NDArray[np.uint64] = values ^ (values >> np.uint64(32))
+    return mixed
+
+
+WINDOW = 16
+"""Shards whose samples are mixed: as many are read at a time."""
+
+
+class WindowOrder:
+    """The order of an epoch over shards of `counts` samples, computed for the positions that are asked for.
+
+    Shards are permuted, and so are the samples of each `WINDOW` shards that follow each other. A sample's number
+    counts from the first shard's first sample. With `repeats` R, position p shows what is at p // R without.
+    """
+
+    def __init__(self, counts: Indices, seed: int, epoch: int, repeats: int = 1) -> None:
+        self._parts, self._repeats = (ORDER, seed, epoch), repeats
+        shards = Permutation(len(counts), *self._parts)(np.arange(len(counts)))
+        self._sizes = counts[shards]
+        self._ends = np.cumsum(self._sizes)
+        self._firsts = (np.cumsum(counts) - counts)[shards]
+        self._windows = np.append(self._ends[WINDOW - 1 : -1 : WINDOW], self._ends[-1])
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    def __getitem__(self, places: slice) -> Indices:
+        wanted = np.arange(*places.indices(len(self)), dtype=np.int64) // self._repeats
+        windows = np.searchsorted(self._windows, wanted, "right")
+        for window in np.unique(windows):
+            begin = self._windows[window - 1] if window else 0
+            size = int(self._windows[window] - begin)
+            inside = windows == window
+            wanted[inside] = begin + Permutation(size, *self._parts, 1 + int(window))(wanted[inside] - begin)
+        shards = np.searchsorted(self._ends, wanted, "right")
+        numbers: Indices = self._firsts[shards] + wanted - (self._ends - self._sizes)[shards]
+        return numbers
+
+
 def train_requests(
-    order: Indices, epoch: int, *, batch_size: int, rank: int, world_size: int, start: int = 0
+    order: Order, epoch: int, *, batch_size: int, rank: int, world_size: int, start: int = 0
 ) -> Iterator[BatchRequest]:
     """Yield this rank's batches from global position `start` on; what does not fill a global batch is dropped."""
     step = batch_size * world_size

@@ -1,4 +1,4 @@
-"""Streamed data sets (wds, hfids, tfds): images that come in an order of their own, not by index.
+"""Streamed data sets (hfids, tfds): images that come in an order of their own, not by index.
 
 The order is timm's, seeded by (seed, epoch) and by the number of ranks and loader processes. A resumed epoch
 is fast-forwarded: the batches that were seen are read again and discarded, which takes the time of reading

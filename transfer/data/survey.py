@@ -26,7 +26,8 @@ from .image_folder import UNLABELED, Header, ImageSource
 from .labels import stream_classes
 from .loaders import create_train_loader
 from .loading import BadImage, BadImages, Batch, TrainBatches, cause, name_of
-from .sampler import MIXING, BatchRequest, derive_seed, epoch_order, preserved
+from .sampler import MIXING, BatchRequest, Order, derive_seed, epoch_order, preserved
+from .shards import ShardImages
 from .streams import StreamBatches
 
 if TYPE_CHECKING:
@@ -71,14 +72,20 @@ def _of_source(source: ImageSource, config: DataConfig, spec: Preprocessing, cou
     classes = config.num_classes or max(1, len(source.class_names or ()), largest + 1)
     batches = TrainBatches(
         source,
-        np.arange(len(source), dtype=np.int64),
+        range(len(source)),
         train_transform(config, spec),
         seed=seed,
         mixing=create_mixing(config, classes),
         tries=BadImages(config.max_bad_images, len(source)).limit + 1,
         repeats=epoch_repeats(config),
     )
-    first = epoch_order(len(source), seed, 0, epoch_repeats(config))[:count].tolist()
+    repeats = epoch_repeats(config)
+    order: Order = (
+        source.order(seed, 0, repeats)
+        if isinstance(source, ShardImages)
+        else epoch_order(len(source), seed, 0, repeats)
+    )
+    first = order[:count].tolist()
     return batches[BatchRequest(0, 0, tuple(first), len(first))]
 
 
@@ -244,7 +251,8 @@ def survey(
         if isinstance(dataset, IterableDataset):
             found.splits.append(_stream(name, dataset, limit or stream_limit))
         else:
-            found.splits.append(_source(name, dataset, limit, decode))
+            unknown = stream_limit if isinstance(dataset, ShardImages) else None
+            found.splits.append(_source(name, dataset, limit or unknown, decode))
     if not found.splits:
         raise DataError(next(iter(found.missing.values())))
     return found

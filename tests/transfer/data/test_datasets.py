@@ -133,7 +133,6 @@ def test_what_is_missing_is_named(
     assert f"data.data_path={image} is a file, not a folder" in refusal(DataError, data_path=str(image))
     monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
     assert "pip install datasets" in refusal(DataError, dataset="hfds/mnist")
-    assert "pip install webdataset" in refusal(DataError, dataset="wds/shards", data_path=str(tmp_path))
 
 
 @pytest.mark.parametrize(
