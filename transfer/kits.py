@@ -10,13 +10,13 @@ from importlib import resources
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import Field
+from pydantic import Field, ValidationError
 from scipy import stats
 
 from ..checkpoints.files import read_regular
 from ..checkpoints.provenance import Pretrained
 from ..models.cost import attention_macs, other_macs
-from ..models.errors import ConfigError, JsonDict
+from ..models.errors import ConfigError, Json, JsonDict
 from ..models.plain_yaml import MAX_BYTES, YamlError, parse_yaml
 from .bench_rows import Point, Row
 from .bench_run import environment
@@ -24,7 +24,7 @@ from .cells import digest
 from .config import RunConfig
 from .engine.resume_check import differences
 from .engine.stages import Stage, chain
-from .setting import Section, dump_decisive
+from .setting import Section, dump_decisive, explain
 
 V100_HOURS = 32 * (7 + 11 / 60)
 """What MAE's authors report for fine-tuning ViT-B: 7 h 11 min on 32 V100 (FINETUNE.md of its code)."""
@@ -64,7 +64,8 @@ class Surrogate(Section):
     """A small experiment that has something of the claim."""
 
     command: str = Field(
-        description="words of a command that takes --output_dir: demo, compare, programs bench run"
+        pattern=r"^(demo$|compare [^-]|programs bench run )",
+        description="words of a command that takes --output_dir: demo, compare RECIPE ..., programs bench run ...",
     )
     minutes: float = Field(gt=0, description="minutes on one CPU core")
     contrasts: tuple[Contrast, ...] = Field(min_length=1, description="what it is judged by")
@@ -107,7 +108,14 @@ def load_kits(path: Path | None = None) -> dict[str, Kit]:
         raise ConfigError(f"{path}: not valid YAML, {error}") from error
     if not isinstance(content, dict) or not all(isinstance(kit, dict) for kit in content.values()):
         raise ConfigError(f"{path} has no kits: give each a name and its keys, as docs/reproduce.md shows")
-    return {str(name): Kit(**kit) for name, kit in content.items()}
+    return {str(name): _read_kit(str(name), kit, path) for name, kit in content.items()}
+
+
+def _read_kit(name: str, content: Json, path: Path | None) -> Kit:
+    try:
+        return Kit.model_validate(content)
+    except ValidationError as error:
+        raise ConfigError(f"{path}: {explain(error, Kit, name)}") from error
 
 
 # What a surrogate shows: the sign of a difference within seeds, with its interval.

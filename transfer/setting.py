@@ -386,6 +386,8 @@ def explain(error: ValidationError, section: type[BaseModel], prefix: str = "") 
         return ConfigError(f"unknown key {unknown!r}; {did_you_mean(str(path[-1]), inner.model_fields)}")
     if field is None or first["type"] == "value_error":
         return ConfigError(f"{key} is {first['input']!r}: {message}" if key else message)
+    if first["type"] == "missing":
+        return ConfigError(f"{key} is missing: {field.description}")
     return ConfigError(Leaf(key, field).refusal(key, first["input"]))
 
 

@@ -49,7 +49,7 @@ def run(argv: list[str]) -> int:
         return _run_surrogate(kit, arguments.output_dir)
     if arguments.row:
         return _make_row(arguments, kit, settings)
-    say(_explain(arguments.name, kit))
+    say(_explain(arguments, kit))
     return 0
 
 
@@ -99,11 +99,12 @@ def _list(kits: dict[str, Kit]) -> str:
     return aligned(rows, right=(1, 2, 3, 4)) + "\n`graftvit reproduce NAME` prints sources and commands.\n"
 
 
-def _explain(name: str, kit: Kit) -> str:
+def _explain(arguments: argparse.Namespace, kit: Kit) -> str:
     """Return all that is known of a kit, with the commands."""
     from ...transfer.analysis.report.tables import aligned
 
-    published, surrogate = kit.published, kit.surrogate
+    name, published, surrogate = arguments.name, kit.published, kit.surrogate
+    this = ("reproduce", name, *(() if arguments.kits is None else ("--kits", arguments.kits)))
     folders = [f"runs/{name}" if len(kit.recipes) == 1 else f"runs/{recipe}" for recipe in kit.recipes]
     data = ("--data_path", "/data/imagenet")
     runs = [
@@ -121,8 +122,8 @@ def _explain(name: str, kit: Kit) -> str:
             f"about {kit.gpu_hours:,.0f} V100 hours, scaled by multiply-adds from MAE's fine-tuning of ViT-B",
         ),
         *(("train", command) for command in runs),
-        ("row", hint("reproduce", name, *row, *data, "--out", "rows.jsonl")),
-        ("surrogate", hint("reproduce", name, "--surrogate", "--output_dir", f"surrogates/{name}")),
+        ("row", hint(*this, *row, *data, "--out", "rows.jsonl")),
+        ("surrogate", hint(*this, "--surrogate", "--output_dir", f"surrogates/{name}")),
         ("", f"= graftvit {surrogate.command}; about {surrogate.minutes:g} min on one core"),
         *(("judged by", f"{each.higher} above {each.lower}: {each.says}") for each in surrogate.contrasts),
         ("limits", surrogate.limits),
@@ -137,8 +138,6 @@ def _run_surrogate(kit: Kit, folder: Path) -> int:
     from ...transfer.kits import judge
 
     words = shlex.split(kit.surrogate.command)
-    if words[0] not in READERS:
-        raise ConfigError(f"surrogate.command is {kit.surrogate.command!r}: begin with {', '.join(READERS)}")
     module = importlib.import_module(f".{words[0]}", __package__)
     code: int = module.run([*words[1:], "--output_dir", str(folder)])
     if code:

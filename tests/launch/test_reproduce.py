@@ -30,7 +30,6 @@ from support.runs.patience import until
 from support.runs.typed import Typed
 
 KITS = load_kits()
-ROOT = Path(__file__).resolve().parents[2]
 
 
 # The kits of the package.
@@ -64,14 +63,6 @@ def test_a_surrogate_has_the_students_that_it_is_judged_by(name: str, typed: Typ
         assert words[words.index("--backbone") + 1] in load_bench(words[3]).settings.backbones
         students = {f"{program} {local}" for program in NAMED for local in ("with", "without")}
     assert wanted <= students
-
-
-@pytest.mark.parametrize("name", KITS)
-def test_the_page_has_each_kit(name: str) -> None:
-    kit, page = KITS[name], (ROOT / "docs" / "reproduce.md").read_text()
-    row = next(line for line in page.splitlines() if line.startswith(f"| `{name}` |"))
-    assert f"| {kit.published.top1} ± {kit.published.tolerance} |" in row
-    assert f"| {kit.gpu_hours:,.0f} |" in row
 
 
 def test_the_kits_are_listed_and_explained(typed: Typed) -> None:
@@ -152,6 +143,11 @@ def write_kits(folder: Path, command: str = "demo", recipes: tuple[str, ...] = (
     }  # fmt: skip
     (folder / "kits.yaml").write_text(yaml.safe_dump({"tiny": kit}))
     return f"reproduce tiny --kits {folder / 'kits.yaml'}"
+
+
+def test_the_commands_of_a_kit_of_a_file_name_the_file(tmp_path: Path, typed: Typed) -> None:
+    words = write_kits(tmp_path)
+    assert typed(words).out.count(f"graftvit {words} ") == 2
 
 
 def test_a_surrogate_that_is_killed_goes_on_to_the_same_verdict(tmp_path: Path, typed: Typed) -> None:
@@ -279,6 +275,10 @@ def test_kits_that_are_not_valid_are_refused(tmp_path: Path, typed: Typed) -> No
     for text in ("- a", "a: {claim: b}", "{", "a: 1"):
         path.write_text(text)
         typed("reproduce", "--kits", path, code=2)
-    words = write_kits(tmp_path, "train x")
-    assert "train x" in typed(words, "--surrogate", "--output_dir", tmp_path / "out", code=2).err
+    for command in ("train x", "", "demo --quick", "compare --only linear"):
+        words = write_kits(tmp_path, command)
+        assert f"tiny.surrogate.command is {command!r}" in typed(words, code=2).err
+    text = path.read_text()
+    path.write_text(text.replace("beside: nothing", ""))
+    assert f"{path}: tiny.published.beside is missing" in typed("reproduce --kits", path, code=2).err
     assert set(READERS) == {compare.__name__.rpartition(".")[2], demo.__name__.rpartition(".")[2], "programs"}
