@@ -1,4 +1,4 @@
-"""Write the tables of settings, methods and models in `docs/` from what the code says: `make docs`."""
+"""Write the tables of settings, methods, kits and models in `docs/` from what the code says: `make docs`."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from graftvit.launch.fields import leaves, sections, short_names
 from graftvit.models.errors import UnsupportedModelError
 from graftvit.models.families import check_supported, family_of
 from graftvit.models.small import without_memory
+from graftvit.transfer.kits import load_kits
 from graftvit.transfer.methods.method_facts import LAYERS, METHODS
 from graftvit.transfer.methods.mismatch import describe_stages
 from graftvit.transfer.methods.registry import find_method
@@ -71,6 +72,16 @@ def render_method(name: str) -> str:
     own = [f"`{setting}`" for setting in sorted((METHODS[name].reads or set()) - LAYERS)]
     teacher = "a part, in the student" if METHODS[name].copies else "none"
     return f"| `{name}` | {find_method(name).describe({})} | {', '.join(own)} | {teacher} |\n"
+
+
+def render_kits() -> str:
+    """Return a row for each kit: its recipes, the published number, and what it costs."""
+    rows = ["| kit | recipes | top-1 | source | V100 hours |", "| --- | --- | ---: | --- | ---: |"]
+    for name, kit in load_kits().items():
+        recipes, published = ", ".join(f"`{recipe}`" for recipe in kit.recipes), kit.published
+        number = f"{published.top1} ± {published.tolerance}"
+        rows.append(f"| `{name}` | {recipes} | {number} | {published.source} | {kit.gpu_hours:,.0f} |")
+    return "\n".join(["", *rows, "", ""])
 
 
 # The models of timm, module by module.
@@ -146,6 +157,7 @@ def describe_maps(name: str) -> str:
 PAGES = {
     "configuration.md": render_settings,
     "transfer.md": render_methods,
+    "reproduce.md": render_kits,
 }
 SLOW_PAGES = {"models.md": render_models}
 """By page: what its marked table holds."""
