@@ -22,13 +22,13 @@ def run(argv: list[str]) -> int:
         ],
     )
     parser.switch("--quick", "one seed instead of five, and shorter training of the teachers")
-    parser.output_dir("the report's folder (default: demo, or demo_fashion_mnist for that data set)")
+    parser.output_dir("the report's folder (default: demo, or demo_NAME for another --dataset)")
     text = "digits, which needs no files, or fashion_mnist: product photographs, 28 by 28 pixels"
     parser.flag("--dataset", text, default="digits", metavar="NAME")
-    text = "folder of Fashion-MNIST's images (default: data in the report's folder, where those of Debian's "
+    text = "folder of the images of --dataset (default: data in the report's folder, where those of Debian's "
     text += "dataset-fashion-mnist are unpacked)"
     parser.flag("--data_path", text, type=Path, metavar="DIR")
-    parser.switch("--download", "download Fashion-MNIST to that folder")
+    parser.switch("--download", "download the images to that folder")
     text = "seeds of the students (default: 0 1 2 3 4)"
     parser.flag("--seeds", text, type=int, nargs="+", metavar="SEED")
     text = "cells at the same time (default: one per core); no effect on numbers"
