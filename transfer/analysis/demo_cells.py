@@ -22,7 +22,7 @@ from ..cells import Ending, State, cell_state, digest, save_record
 from ..config import DataConfig, RunConfig
 from ..data.datasets import open_dataset
 from ..engine.train import train
-from ..setting import dump_decisive
+from ..setting import dump_decisive, find_unread, without
 
 TeacherName = Literal["supervised", "mae"]
 TEACHERS: dict[TeacherName, str] = {"supervised": "digits_teacher", "mae": "digits_pretrain"}
@@ -210,7 +210,9 @@ def _teacher(name: TeacherName, runs: Path, data: DemoData, changes: JsonDict, q
     optim = {"optim": (data.quick if quick else data.full)[name]}
     changes = _merged(_merged(_merged(changes, data.shape), POOLING[name]), optim)
     config = recipe(TEACHERS[name], runs / f"teacher_{name}", changes)
-    return Cell("teacher", name, None, config, seconds=config.optim.epochs * data.seconds[name])
+    seconds = config.optim.epochs * data.seconds[name]
+    config = without(config, find_unread(config))  # steps take the place of epochs
+    return Cell("teacher", name, None, config, seconds)
 
 
 def _student(

@@ -20,6 +20,7 @@ from graftvit.transfer.analysis.demo_cells import (
 )
 from graftvit.transfer.cells import Ending, save_record
 from graftvit.transfer.data.datasets import open_dataset
+from graftvit.transfer.setting import check_effect
 from support.files.data_sets import write_fashion
 
 
@@ -89,6 +90,13 @@ def test_a_quick_demo_shortens_the_teachers_alone_in_folders_of_its_own(tmp_path
     for long, short in zip(full[2:], quick[2:], strict=True):
         assert long.config.optim == short.config.optim
         assert long.config.data == short.config.data
+
+
+@pytest.mark.parametrize("name", DATA_SETS)
+@pytest.mark.parametrize("quick", [False, True])
+def test_no_cell_has_a_setting_that_changes_nothing(name: str, quick: bool, tmp_path: Path) -> None:
+    for cell in demo_cells(tmp_path, (0,), quick, 1, DATA_SETS[name], tmp_path):
+        check_effect(cell.config)
 
 
 def write_log(cell: Cell, *records: dict[str, float]) -> None:
