@@ -188,9 +188,12 @@ def _whole(root: Path) -> bool:
 
 @contextmanager
 def _locked() -> Iterator[Path]:
-    """Give the cache folder to one process at a time."""
+    """Give the cache folder to one process at a time. Raises MissingError: there can be none."""
     folder = cache()
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise MissingError(f"{folder} cannot be the folder that keeps the files: {error.strerror}") from error
     with FileLock(folder / ".lock"):
         yield folder
 

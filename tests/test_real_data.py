@@ -56,6 +56,15 @@ def test_without_network_a_sentence_names_what_is_missing_and_its_place(cache: P
         assert "\n" not in str(error.value)
 
 
+def test_a_file_in_place_of_the_cache_is_named(
+    cache: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cache.write_text("a file")
+    monkeypatch.setattr("sys.argv", ["real_data"])
+    assert real_data.main() == 1
+    assert capsys.readouterr().err.count(f"{cache} cannot be the folder that keeps the files") == 2
+
+
 def test_a_wheel_that_somebody_put_there_is_taken_if_it_is_the_right_one(cache: Path) -> None:
     give_wheel(cache, b"graph")
     assert real_data.graph().read_bytes() == b"graph"
