@@ -21,7 +21,7 @@ import skimage.data
 import torch
 from graftvit import load, save
 from graftvit.checkpoints.pretrained import load_pretrained
-from graftvit.launch.commands.hybrid import recovery
+from graftvit.launch.commands.hybrid import recovery_flags
 from graftvit.models.conversion import resize
 from graftvit.transfer.analysis.report.tables import Table
 from graftvit.transfer.config import DataConfig
@@ -185,7 +185,7 @@ class Study:
         if not (folder / "start").is_dir():
             save(student, folder / "start")
         run([
-            *("train", *recovery(student), "--student.model", f"local-dir:{folder / 'start'}", "--no-report"),
+            *("train", *recovery_flags(student), "--student.model", f"local-dir:{folder / 'start'}", "--no-report"),
             *("--teacher.source", str(self.teacher(size)), "--max_steps", str(STEPS["recover"])),
             *(*self.words(folder / "run"), *RECOVERY[size]),
         ])  # fmt: skip

@@ -109,7 +109,7 @@ def _choose(
         if any(name != KEEP for name in hybrid.mix):
             folder = arguments.output_dir / _name(arguments, budget)
             student = _write(search.palette, teacher, hybrid.mix, folder)
-            say(f"{folder}\n  recover it: {_recovery(student, folder, config)}\n")
+            say(f"{folder}\n  recover it: {_recovery_command(student, folder, config)}\n")
     return 0
 
 
@@ -375,14 +375,14 @@ def _write(palette: Palette, teacher: Pretrained, mix: Mix, folder: Path) -> nn.
     return student
 
 
-def _recovery(student: nn.Module, folder: Path, config: RunConfig) -> str:
+def _recovery_command(student: nn.Module, folder: Path, config: RunConfig) -> str:
     """Return the command that recovers a hybrid on the images that it was chosen by."""
     models = ["--student.model", f"local-dir:{folder}", *given_flags("teacher", config.teacher)]
     images = [*given_flags("data", config.data), "--output_dir", f"{folder}-recovered"]
-    return hint("train", *recovery(student), *models, *images)
+    return hint("train", *recovery_flags(student), *models, *images)
 
 
-def recovery(student: nn.Module) -> list[str]:
+def recovery_flags(student: nn.Module) -> list[str]:
     """Return the flags of `graftvit train` that teach a hybrid its teacher's end without labels.
 
     Only converted attention learns: a few steps of all weights cost a mix near the teacher more than they give.

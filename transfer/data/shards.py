@@ -398,7 +398,7 @@ def find_split(config: DataConfig, split: str) -> Split:
 
 
 def expand(pattern: str) -> list[str]:
-    """Return the names that a pattern with `{0..9}` and `{a,b}` stands for, in order."""
+    """Return all names of a pattern: `a-{0..1}` gives a-0 and a-1, `{train,test}-0` gives train-0 and test-0."""
     found = BRACES.search(pattern)
     if found is None:
         return [pattern]
@@ -414,7 +414,7 @@ def expand(pattern: str) -> list[str]:
 def _joined(root: str, name: str) -> str:
     if is_url(name) or name.startswith("/"):
         return name
-    return f"{root.rstrip('/')}/{name}" if is_url(root) else str(Path(root) / name)
+    return f"{root.rstrip('/')}/{name}" if is_url(root) else str(Path(root).absolute() / name)
 
 
 def _described(root: str, split: str) -> JsonDict:
@@ -513,11 +513,7 @@ class ShardImages:
         return WindowOrder(self.counts, seed, epoch, repeats)
 
     def read(self, index: int) -> tuple[Image.Image, int]:
-        shard, sample = self._find(index)
-        files = self._index(shard).files(sample)
-        ending = next((each for each in self._images if each in files), None)
-        if ending is None:
-            raise DataError(f"has no image: its files end in {', '.join(files)}, and not in {self._listed()}")
+        shard, files, ending = self._files(index)
         kind = "json" if self._field else "cls"
         if kind not in files:
             raise DataError(f"has no label: its files end in {', '.join(files)}, and not in {kind}")
@@ -526,11 +522,7 @@ class ShardImages:
             return image.convert(self._mode), self._label(label)
 
     def header(self, index: int) -> Header:
-        shard, sample = self._find(index)
-        files = self._index(shard).files(sample)
-        ending = next((each for each in self._images if each in files), None)
-        if ending is None:
-            raise DataError(f"has no image that ends in {self._listed()}")
+        shard, files, ending = self._files(index)
         with Image.open(io.BytesIO(self._contents(shard, files[ending])[0])) as image:
             return Header.of(image)
 
@@ -538,8 +530,16 @@ class ShardImages:
         shard, sample = self._find(index)
         return f"{self._places[shard]}: {self._index(shard).key(sample)}"
 
-    def _listed(self) -> str:
-        return ", ".join(self._images)
+    def _files(self, index: int) -> tuple[int, dict[str, tuple[int, int]], str]:
+        """Return the shard of a sample, where each of its files begins, and its size, and the ending of the image."""
+        shard, sample = self._find(index)
+        files = self._index(shard).files(sample)
+        for ending in self._images:
+            if ending in files:
+                return shard, files, ending
+        raise DataError(
+            f"has no image: its files end in {', '.join(files)}, and not in {', '.join(self._images)}"
+        )
 
     def _find(self, index: int) -> tuple[int, int]:
         shard = int(np.searchsorted(self._ends, index, "right"))
