@@ -364,6 +364,7 @@ class SeedCells:
                 layers=list(self.settings.layers),
             )
             picture = next(seen.figures[name] for name in seen.figures if name.endswith("_teacher.png"))
+            picture.suptitle("")  # it has the paths of this machine
             self.study.pictures.mkdir(exist_ok=True)
             picture.savefig(self.study.pictures / f"real_{state}.png", dpi=60)
         return {"photograph": photograph.name}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shlex
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, field_validator
 from scipy import stats
 
 from ..checkpoints.files import read_regular
@@ -70,6 +71,12 @@ class Surrogate(Section):
     minutes: float = Field(gt=0, description="minutes on one CPU core")
     contrasts: tuple[Contrast, ...] = Field(min_length=1, description="what it is judged by")
     limits: str = Field(min_length=1, description="what of the claim it can show")
+
+    @field_validator("command")
+    @classmethod
+    def _check_quotes(cls, command: str) -> str:
+        shlex.split(command)
+        return command
 
 
 class Kit(Section):

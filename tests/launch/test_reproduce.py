@@ -275,7 +275,7 @@ def test_kits_that_are_not_valid_are_refused(tmp_path: Path, typed: Typed) -> No
     for text in ("- a", "a: {claim: b}", "{", "a: 1"):
         path.write_text(text)
         typed("reproduce", "--kits", path, code=2)
-    for command in ("train x", "", "demo --quick", "compare --only linear"):
+    for command in ("train x", "", "demo --quick", "compare --only linear", "compare x 'open"):
         words = write_kits(tmp_path, command)
         assert f"tiny.surrogate.command is {command!r}" in typed(words, code=2).err
     text = path.read_text()
