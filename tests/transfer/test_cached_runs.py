@@ -28,7 +28,7 @@ from graftvit.transfer.engine.resume_check import Position
 from graftvit.transfer.engine.train import train
 from graftvit.transfer.methods.dual import DualViT
 from graftvit.transfer.target_shards import ShardLock, write_once
-from support.files.data_sets import image, write_classes
+from support.files.data_sets import image, write_classes, write_shards
 from support.runs.engine_runs import config, differences, make_convnext, make_teacher
 from support.runs.interrupting import terminated_after
 from support.runs.scenarios import RunScenario, scenario_server
@@ -198,6 +198,27 @@ def test_the_same_images_elsewhere_have_one_target(teacher: Path, passes: list[i
     assert len(passes) == 2 * 2, "two views of eight images"
     assert names[0] == names[1]
     assert len(names[0]) == 2
+
+
+def on_shards(root: Path) -> dict[str, Any]:
+    """Settings of a run on two shards of six images."""
+    write_shards(root, each=6)
+    own = {"dataset": "wds/shards", "data_path": str(root), "num_classes": 10, "batch_size": 4}
+    return {**own, "train_samples": None}
+
+
+def test_a_run_on_shards_with_a_cache_is_the_one_without(
+    teacher: Path, passes: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "indexes"))
+    data = on_shards(tmp_path / "shards")
+    train(run(tmp_path / "without", teacher, None, data=data))
+    passes.clear()
+    for name, seen in (("first", True), ("second", False)):
+        train(run(tmp_path / name, teacher, tmp_path / "cache", data=data))
+        assert bool(passes) is seen
+        assert differences(tmp_path / "without", tmp_path / name) == []
+        passes.clear()
 
 
 def damage(path: Path) -> None:
