@@ -149,6 +149,23 @@ def test_shards_that_are_all_missing_are_an_error(tmp_path: Path, typed: Typed) 
     assert "s-0000.tar does not exist" in typed("data", *words, code=2).err
 
 
+def test_indexes_of_shards_are_made_ahead(
+    tmp_path: Path, typed: Typed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    root = write_shards(tmp_path / "shards")
+    words = ["data", "index", "wds/shards", "--data_path", root, "--val_split", "none", "--beside"]
+    for written in (2, 0):
+        assert typed(*words).out == f"train: 8 samples in 2 shards, indexes written: {written} of 2\n"
+    assert sorted(path.name for path in root.glob("*.npz")) == ["train-0000.tar.npz", "train-0001.tar.npz"]
+    other = typed("data", "index", "wds/shards", "--data_path", root, "--val_split", "test").out
+    assert other.startswith("train: 8 samples in 2 shards, indexes written: 0 of 2\nleft out: ")
+    assert "names no shards of split 'test', only of train, validation" in other
+    (root / "train-0001.tar").write_bytes(b"x" * 600)
+    assert "train-0001.tar cannot be read" in typed(*words, code=2).err
+    assert "has no shards" in typed("data", "index", root, code=2).err
+
+
 def test_a_hub_set_is_looked_into(tmp_path: Path, typed: Typed, monkeypatch: pytest.MonkeyPatch) -> None:
     datasets = pytest.importorskip("datasets")
     monkeypatch.setattr(datasets.config, "HF_DATASETS_OFFLINE", True)

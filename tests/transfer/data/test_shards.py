@@ -5,9 +5,11 @@ from __future__ import annotations
 import importlib.util
 import pickle
 import random
+import shutil
 import threading
 import tracemalloc
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, ClassVar
@@ -18,11 +20,12 @@ import torch
 from graftvit.checkpoints.preprocessing import Preprocessing
 from graftvit.models.errors import ConfigError, DataError
 from graftvit.transfer.config import DataConfig
-from graftvit.transfer.data import shards
+from graftvit.transfer.data import shard_index, shard_places, shards
 from graftvit.transfer.data.loaders import create_eval_loader, create_train_loader
 from graftvit.transfer.data.loading import SourceLostError
 from graftvit.transfer.data.sampler import WINDOW, Permutation, WindowOrder
-from graftvit.transfer.data.shards import ShardImages, ShardIndex, expand, find_index
+from graftvit.transfer.data.shard_index import ShardIndex, find_index
+from graftvit.transfer.data.shards import ShardImages, expand, index_split
 from hypothesis import given, settings
 from hypothesis import strategies as some
 from support.files.data_sets import encoded, write_tar
@@ -34,7 +37,7 @@ COUNTS = (5, 1, 7, 3, 4, 4)
 @pytest.fixture(autouse=True)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(shards, "WAIT_S", 0.0)
+    monkeypatch.setattr(shard_places, "WAIT_S", 0.0)
     return tmp_path / "cache"
 
 
@@ -209,10 +212,20 @@ def test_what_needs_labels_by_index_is_refused(root: Path) -> None:
 # Indexes.
 
 
-def test_an_index_is_made_once_and_a_seek_reads_one(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    made: list[object] = []
-    read = shards.read_members
-    monkeypatch.setattr(shards, "read_members", lambda stream: made.append(stream) or read(stream))
+@pytest.fixture
+def made(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Stamps of the shards that were read for their index."""
+    stamps: list[str] = []
+    read = shard_index.read_members
+    monkeypatch.setattr(
+        shard_index, "read_members", lambda stream, stamp: stamps.append(stamp) or read(stream, stamp)
+    )
+    return stamps
+
+
+def test_an_index_is_made_once_and_a_seek_reads_one(
+    root: Path, made: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     images = ShardImages(config(root), "s-{0..5}.tar", "RGB")
     assert len(made) == len(COUNTS)
     images = pickle.loads(pickle.dumps(images))
@@ -231,7 +244,7 @@ def test_an_index_is_made_once_and_a_seek_reads_one(root: Path, monkeypatch: pyt
 
 def test_an_index_that_is_lost_or_damaged_is_made_again(root: Path, cache: Path) -> None:
     place = str(root / "s-2.tar")
-    index, stamp = find_index(place)
+    index = find_index(place)
     assert len(index) == 7
     files = [path for path in cache.rglob("*.npz") if path.is_file()]
     content = files[0].read_bytes()
@@ -239,8 +252,60 @@ def test_an_index_that_is_lost_or_damaged_is_made_again(root: Path, cache: Path)
     for damaged in (b"", content[: len(content) // 2], b"x" * 99):
         files[0].write_bytes(damaged)
         assert ShardIndex.of(damaged) is None
-        assert find_index(place, stamp)[0].files(3) == index.files(3)
+        assert find_index(place, index.stamp).files(3) == index.files(3)
         assert files[0].read_bytes() == content
+
+
+def index_again(root: object, **keys: Any) -> int:
+    """Return how many indexes were written."""
+    return index_split(config(root, workers=3), "s-{0..5}.tar", **keys).written
+
+
+def test_indexes_are_made_ahead_and_found_beside_their_shards(
+    root: Path, cache: Path, made: list[str], tmp_path: Path
+) -> None:
+    assert [index_again(root) for _ in range(2)] == [6, 0]
+    assert [index_again(root, aside=True) for _ in range(2)] == [6, 0]
+    assert len(made) == 6
+    shutil.rmtree(cache)
+    copy = tmp_path / "copy"
+    shutil.copytree(root, copy, copy_function=shutil.copyfile)  # with other times
+    for folder in (root, copy):
+        images = ShardImages(config(folder), "s-{0..5}.tar", "RGB")
+        assert [images.read(number)[1] for number in range(24)] == list(range(24))
+    assert len(made) == 6
+    (root / "s-3.tar.npz").write_bytes(b"damaged")
+    (root / "s-4.tar").touch()
+    assert index_again(root, aside=True) == 2
+    assert len(made) == 7 + 1
+
+
+def test_an_index_of_another_shard_is_refused_when_a_sample_is_read(root: Path, cache: Path) -> None:
+    """The shard has as many bytes as the one whose index is beside it, and other files."""
+    write_tar(root / "s-0.tar", {f"a{n}.{kind}": b"1" for n in range(2) for kind in ("png", "cls")})
+    index_again(root, aside=True)
+    write_tar(root / "s-0.tar", {f"a{n}.{kind}": b"12" for n in range(2) for kind in ("png", "cls")})
+    shutil.rmtree(cache)
+    images = ShardImages(config(root), "s-{0..5}.tar", "RGB")
+    with pytest.raises(SourceLostError, match=r"s-0\.tar is not as its index says.*graftvit data index"):
+        images.read(0)
+    assert index_again(root) == 1
+    assert ShardImages(config(root), "s-{0..5}.tar", "RGB")._contents(0, (512, 2)) == [b"12"]
+
+
+def test_of_many_processes_one_makes_an_index(root: Path, made: list[str]) -> None:
+    """Each thread has a lock of its own, as a process has."""
+    place = str(root / "s-2.tar")
+    with ThreadPoolExecutor(6) as several:
+        found = list(several.map(find_index, [place] * 6))
+    assert len(made) == 1
+    assert all(index.to_bytes() == found[0].to_bytes() for index in found)
+
+
+def test_a_cache_that_cannot_be_written_is_done_without(root: Path, tmp_path: Path, made: list[str]) -> None:
+    (tmp_path / "cache").write_text("no folder")
+    assert [len(find_index(str(root / "s-2.tar"))) for _ in range(2)] == [7, 7]
+    assert len(made) == 2
 
 
 def test_a_changed_shard_is_counted_again_and_refused_in_a_run(root: Path) -> None:
@@ -351,6 +416,20 @@ def test_a_server_gives_the_same_batches(root: Path, url: str) -> None:
     assert not any(line == "GET None" for line in later)
 
 
+def test_a_server_gives_indexes_that_lie_beside_shards(
+    root: Path, url: str, cache: Path, made: list[str]
+) -> None:
+    index_again(root, aside=True)
+    shutil.rmtree(cache)
+    for asked in (1, 0):
+        before = len(Ranges.asked)
+        assert len(ShardImages(config(url), "s-{0..5}.tar", "RGB")) == 24
+        assert Ranges.asked[before:].count("GET None") == 6 * asked
+    assert len(made) == 6
+    with pytest.raises(DataError, match="a web server takes no files"):
+        index_again(url, aside=True)
+
+
 def test_a_busy_server_is_asked_again_and_a_changed_shard_refused(root: Path, url: str) -> None:
     images = ShardImages(config(url), "s-{0..5}.tar", "RGB")
     Ranges.busy += [503, 500]
@@ -365,12 +444,18 @@ def test_a_busy_server_is_asked_again_and_a_changed_shard_refused(root: Path, ur
         ShardImages(config(url), "none-{0..1}.tar", "RGB")
 
 
-def test_other_places_are_read_by_fsspec_and_say_what_they_need(root: Path) -> None:
+def test_other_places_are_read_by_fsspec_and_say_what_they_need(
+    root: Path, cache: Path, made: list[str]
+) -> None:
     fsspec = pytest.importorskip("fsspec")
     with fsspec.filesystem("memory").open("memory://box/s-0.tar", "wb") as file:
         file.write((root / "s-0.tar").read_bytes())
     images = ShardImages(config("memory://box"), "s-0.tar", "RGB")
     assert [images.read(number)[1] for number in range(5)] == [0, 1, 2, 3, 4]
+    assert index_split(config("memory://box"), "s-0.tar", aside=True).written == 1
+    shutil.rmtree(cache)
+    assert len(ShardImages(config("memory://box"), "s-0.tar", "RGB")) == 5
+    assert len(made) == 1
     if importlib.util.find_spec("gcsfs") is None:
         with pytest.raises(DataError, match="pip install gcsfs"):
             ShardImages(config("gs://box"), "s-0.tar", "RGB")

@@ -1,0 +1,193 @@
+"""Where shards are: files, web servers that send ranges, and what fsspec reads."""
+
+from __future__ import annotations
+
+import functools
+import http.client
+import os
+import stat
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any, TypeVar
+
+from ...checkpoints.atomic import write_shared
+from ...checkpoints.files import is_url, open_regular
+from ...models.errors import DataError
+from .augment import reason_of
+from .loading import SourceLostError
+
+T = TypeVar("T")
+
+TRIES, WAIT_S, TIMEOUT_S = 4, 0.5, 60.0
+"""Attempts to reach a server, the wait before the second one, which then doubles, and the time of an answer."""
+PACKAGES = {"s3": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "az": "adlfs", "abfs": "adlfs"}
+"""What fsspec needs beside itself."""
+
+
+class Files:
+    """Shards of this machine."""
+
+    def stamp(self, place: str) -> str:
+        """Return the size of the shard, a dash, and what changes with its content."""
+        return stamp_of_file(os.stat(place))  # noqa: PTH116 - as many as there are shards
+
+    @contextmanager
+    def stream(self, place: str) -> Iterator[IO[bytes]]:
+        """Yield the shard from its beginning."""
+        with open_regular(Path(place), refusal=DataError) as file:
+            yield file
+
+    def write(self, place: str, content: bytes) -> None:
+        """Write a small file, whole or not at all."""
+        write_shared(Path(place), content, replace=True)
+
+    def read(self, place: str, start: int, size: int, stamp: str) -> bytes:
+        """Return a range of bytes. Raises SourceLostError: the shard has changed."""
+        with open_regular(Path(place), refusal=DataError) as file:
+            check_same(place, stamp_of_file(os.fstat(file.fileno())), stamp)
+            file.seek(start)
+            return b"".join(iter(_left(file, size), b""))
+
+
+def _left(file: IO[bytes], size: int) -> Callable[[], bytes]:
+    end = file.tell() + size
+    return lambda: file.read(end - file.tell())
+
+
+def stamp_of_file(status: os.stat_result) -> str:
+    if not stat.S_ISREG(status.st_mode):
+        raise DataError("it is no regular file, and shards are read from files")
+    return f"{status.st_size}-{status.st_mtime_ns}"
+
+
+def check_same(place: str, found: str, stamp: str) -> None:
+    if found != stamp:
+        raise SourceLostError(
+            f"{place} has changed since its index was made: start again with the shard as it is"
+        )
+
+
+class Web:
+    """Shards of a web server (http, https), one request a range."""
+
+    def stamp(self, place: str) -> str:
+        request = urllib.request.Request(place, method="HEAD")
+
+        def ask() -> str:
+            with urllib.request.urlopen(request, timeout=TIMEOUT_S) as answer:
+                return self._version(answer, answer.headers.get("Content-Length"))
+
+        return _tried(ask)
+
+    @contextmanager
+    def stream(self, place: str) -> Iterator[IO[bytes]]:
+        with _tried(lambda: urllib.request.urlopen(place, timeout=TIMEOUT_S)) as answer:
+            yield answer
+
+    def write(self, place: str, content: bytes) -> None:
+        raise DataError(
+            f"{place} cannot be written: a web server takes no files; give the folder or bucket that it serves"
+        )
+
+    def read(self, place: str, start: int, size: int, stamp: str) -> bytes:
+        request = urllib.request.Request(place)
+        request.add_header("Range", f"bytes={start}-{start + max(size, 1) - 1}")
+
+        def ask() -> bytes:
+            with urllib.request.urlopen(request, timeout=TIMEOUT_S) as answer:
+                if answer.status != 206:
+                    raise SourceLostError(f"the server of {place} sends no ranges: copy the shards to a disk")
+                total = answer.headers.get("Content-Range", "").rpartition("/")[2]
+                check_same(place, self._version(answer, total), stamp)
+                content: bytes = answer.read(size)
+            if len(content) < size:
+                raise ConnectionError(f"the server ended after {len(content)} of {size} bytes")
+            return content
+
+        return _tried(ask)
+
+    def _version(self, answer: Any, size: str | None) -> str:
+        version = answer.headers.get("ETag") or answer.headers.get("Last-Modified") or ""
+        return f"{size}-{version}"
+
+
+def _tried(ask: Callable[[], T]) -> T:
+    """Return the answer of a server, which is asked again where it is busy, silent, or stops in the middle."""
+    for attempt in range(TRIES - 1):
+        try:
+            return ask()
+        except (OSError, http.client.HTTPException) as error:
+            if isinstance(error, urllib.error.HTTPError) and error.code < 500 and error.code != 429:
+                raise
+            time.sleep(WAIT_S * 2**attempt)
+    return ask()
+
+
+class Remote:
+    """Shards of any other place that fsspec reads, such as a bucket. A forked process connects by itself."""
+
+    def stamp(self, place: str) -> str:
+        system = self._system(place)
+        return f"{system.size(place)}-{system.ukey(place)}"
+
+    @contextmanager
+    def stream(self, place: str) -> Iterator[IO[bytes]]:
+        with self._system(place).open(place, "rb") as file:
+            yield file
+
+    def write(self, place: str, content: bytes) -> None:
+        self._system(place).pipe_file(place, content)
+
+    def read(self, place: str, start: int, size: int, stamp: str) -> bytes:
+        content: bytes = self._system(place).cat_file(place, start=start, end=start + size)
+        return content
+
+    def _system(self, place: str) -> Any:
+        kind = place.partition(":")[0]
+        try:
+            return _connected(kind, os.getpid())
+        except ImportError as error:
+            needed = PACKAGES.get(kind, "fsspec")
+            raise DataError(f"a place {kind}:// needs the package {needed}: pip install {needed}") from error
+
+
+@functools.lru_cache(maxsize=8)
+def _connected(kind: str, process: int) -> Any:
+    import fsspec  # of huggingface_hub
+
+    return fsspec.filesystem(kind, skip_instance_cache=True, use_listings_cache=False)
+
+
+Store = Files | Web | Remote
+
+
+def store_of(place: str) -> Store:
+    """Return what reads a shard at that place."""
+    if not is_url(place):
+        return Files()
+    return Web() if place.partition(":")[0].lower() in ("http", "https") else Remote()
+
+
+@contextmanager
+def reached(place: str) -> Iterator[None]:
+    """Raise SourceLostError, with its place, for a shard that cannot be read."""
+    try:
+        yield
+    except (SourceLostError, MemoryError):
+        raise
+    except FileNotFoundError as error:
+        raise SourceLostError(f"{place} does not exist") from error
+    except DataError as error:
+        raise SourceLostError(f"{place} cannot be read: {error}") from error
+    except Exception as error:  # each kind of place fails in its own way
+        raise SourceLostError(f"{place} cannot be read: {reason_of(error)}") from error
+
+
+def stamp_of(place: str) -> str:
+    """Return the stamp of a shard. Raises SourceLostError: it cannot be read."""
+    with reached(place):
+        return store_of(place).stamp(place)
