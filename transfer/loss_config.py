@@ -16,6 +16,9 @@ STANDARDIZES = Need(
     "with standardize=none: leave it out, or set standardize to dimension or phi_s",
     of="section",
 )
+CACHED = Need(
+    lambda run: run.transfer.cache is not None, "without transfer.cache: leave it out, or set transfer.cache"
+)
 
 
 class LossConfig(Section):
@@ -127,14 +130,38 @@ class TransferConfig(LossConfig):
         outside=True,
         see="[the cache](transfer.md#a-teacher-that-runs-once)",
     )
+    cache_type: Literal["exact", "bf16", "int8"] = setting(
+        "exact",
+        "numbers in transfer.cache: as the teacher gives them, bf16, or int8 with a scale for each vector, which is "
+        "wrong by at most half of it",
+        CACHED,
+    )
+    cache_top: int | None = setting(
+        None,
+        "largest logits of an image that transfer.cache keeps, beside the probability of all other classes together; "
+        "by default every logit",
+        CACHED,
+        Need(
+            lambda run: any(reads_setting(term.method, "logits_loss") for term in run.transfer.terms),
+            "without a loss of logits: leave it out",
+        ),
+        gt=0,
+    )
+    cache_pool: int = setting(
+        1,
+        "side of the squares of patches of which transfer.cache keeps the mean; 1 keeps each patch",
+        CACHED,
+        Need(
+            lambda run: any(term.tokens != "pooled" for term in run.transfer.terms),
+            "without a loss of patches: leave it out, or set transfer.tokens",
+        ),
+        gt=0,
+    )
     cache_limit: float | None = setting(
         None,
         "largest size in GiB of this run's targets in transfer.cache; by default what is missing may take 90% of the "
         "free disk",
-        Need(
-            lambda run: run.transfer.cache is not None,
-            "without transfer.cache: leave it out, or set transfer.cache",
-        ),
+        CACHED,
         gt=0,
         outside=True,
     )

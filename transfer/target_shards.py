@@ -18,7 +18,7 @@ import time
 import zlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from itertools import chain
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
@@ -34,6 +34,7 @@ from ..checkpoints.provenance import Pretrained, collect_identity
 from ..checkpoints.state import TrainingState as Content
 from ..checkpoints.state import check_state, write_state
 from ..models.errors import CheckpointError, ConfigError, DataError, JsonDict
+from ..models.parts import num_classes
 from .config import RunConfig
 from .data.loaders import TrainLoader
 from .data.sampler import BatchRequest
@@ -41,6 +42,7 @@ from .methods.dual import DualViT
 from .methods.loss_terms import DEFAULT_TEACHER, TeacherSide
 from .methods.method import TransferMethod
 from .setting import rule_of
+from .target_forms import TargetForm
 
 # What a run with `transfer.cache` must be, before anything is read.
 
@@ -57,11 +59,11 @@ def check_cache(config: RunConfig, methods: Sequence[TransferMethod]) -> None:
         raise ConfigError(
             f"transfer.cache={transfer.cache!r} is not a folder: name one, which is made if needed"
         )
-    for method, settings in zip(methods, transfer.terms, strict=True):
-        if not method.keeps_vectors(settings):
+    for method in methods:
+        if method.uses_layers:
             raise ConfigError(
                 f"transfer.cache={transfer.cache} does not go with transfer.method={method.name}, which takes maps or "
-                "tokens of its teacher: use logits or feature with tokens=pooled, or leave transfer.cache out"
+                "tokens of its teacher's layers: use logits or feature, or leave transfer.cache out"
             )
     if transfer.share_drop_path:
         raise ConfigError(
@@ -218,6 +220,7 @@ class TargetShards:
     described: JsonDict
     """All that the targets depend on."""
     samples: int
+    form: TargetForm
 
     @property
     def folder(self) -> Path:
@@ -319,8 +322,10 @@ def find_shards(
         raise ConfigError(
             f"transfer.cache needs samples by index; data.dataset={config.data.dataset} is a stream: leave it out"
         )
+    form = _form_of(config, dual)
     described: JsonDict = {
         "format": FORMAT,
+        "form": asdict(form),
         "teachers": {
             side.name: _describe_teacher(config, dual, side, teachers[side.name], spec) for side in dual.sides
         },
@@ -328,7 +333,13 @@ def find_shards(
         "tf32": config.engine.tf32,
         "images": _describe_images(config, spec, loader),
     }
-    return TargetShards(Path(str(config.transfer.cache)), described, loader.num_samples)
+    return TargetShards(Path(str(config.transfer.cache)), described, loader.num_samples, form)
+
+
+def _form_of(config: RunConfig, dual: DualViT) -> TargetForm:
+    how = config.transfer
+    classes = 0 if how.cache_top is None else num_classes(dual.student)
+    return TargetForm(how.cache_type, how.cache_top, how.cache_pool, classes)
 
 
 def has_weights(shards: TargetShards) -> bool:

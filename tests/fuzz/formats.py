@@ -41,6 +41,7 @@ from graftvit.transfer.data.image_folder import INDEX, find_images, pack_lists, 
 from graftvit.transfer.data.loading import EvalBatches
 from graftvit.transfer.data.sampler import BatchRequest
 from graftvit.transfer.search.program_search import open_search, recorded_generations, run_search
+from graftvit.transfer.target_forms import TargetForm
 from graftvit.transfer.target_shards import PIXELS, Shard, TargetRows, TargetShards
 from onnx import helper, numpy_helper
 from PIL import Image
@@ -487,7 +488,7 @@ def _read_parquet(path: Path) -> list[Any]:
 
 
 def _shards(folder: Path) -> tuple[TargetShards, Shard]:
-    shards = TargetShards(folder, {"teacher": "a"}, 6)
+    shards = TargetShards(folder, {"teacher": "a"}, 6, TargetForm())
     return shards, shards.shards([0])[0]
 
 
@@ -510,8 +511,7 @@ def _damage_cache(rng: Random, folder: Path) -> str:
 def _check_cache(folder: Path) -> None:
     shards, shard = _shards(folder)
     shards.open()
-    fault = shards.fault(shard)
-    if fault is not None:
+    if (fault := shards.fault(shard)) is not None:
         raise GraftError(fault)
     _same(TargetRows(shards)._open(shard), _targets())
 

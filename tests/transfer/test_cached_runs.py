@@ -360,7 +360,14 @@ OF_BLOCKS = {"losses": [{"method": "logits"}, {"method": "block_output"}]}
         ({"transfer": {"method": "distill"}}, "transfer.cache=.*transfer.method=distill, which takes maps"),
         ({"transfer": {"method": "copy"}}, "transfer.method=copy, which takes maps"),
         ({"transfer": OF_BLOCKS}, "transfer.method=block_output"),
-        ({"transfer": {**FEATURE, "tokens": "both"}}, "use logits or feature with tokens=pooled"),
+        (
+            {"transfer": {**LOGITS, "cache_pool": 2}},
+            "transfer.cache_pool=2 changes nothing without a loss of patches",
+        ),
+        (
+            {"transfer": {**LOGITS, "cache_top": 10}},
+            "transfer.cache_top=10 is no part of the teacher's 10 classes",
+        ),
         ({"data": {"views": None}}, "set data.views to a number, or to 0"),
         ({"data": {**PLAIN, "reprob": 0.2}}, "data.reprob=0.2 changes nothing with data.views=0"),
         ({"data": {"mixup": 0.2}}, "data.mixup=0.2, which mixes"),

@@ -26,7 +26,8 @@ from torch import Tensor
 
 IN_THE_LOOP = {
     "student.compile", "teacher.compile", "teacher.dtype", "student.grad_checkpointing", "student.calibrate",
-    "data.stage", "transfer.cache", "optim.clip_grad", "optim.ema", "optim.recipe_batch", "data.eval_batch_size",
+    "data.stage", "transfer.cache", "transfer.cache_type", "transfer.cache_top", "transfer.cache_pool",
+    "optim.clip_grad", "optim.ema", "optim.recipe_batch", "data.eval_batch_size",
     "engine.precision", "engine.tf32", "engine.fsdp", "teacher.shard", "engine.patience",
     "engine.evaluate_teacher", "engine.evaluate_start", "engine.eval_every",
 }  # fmt: skip
@@ -59,7 +60,8 @@ OTHER: dict[str, Any] = {
     "transfer.tokens": "patches", "transfer.standardize": "dimension", "transfer.standardize_images": 9,
     "transfer.weight": 0.5, "transfer.reduction": "mean", "transfer.temperature": 2.0, "transfer.rows": 0.5,
     "transfer.losses": [{"method": "feature"}], "transfer.task_weight": 0.5,
-    "transfer.cache": "/tmp", "transfer.cache_limit": 1.0, "align.match": "map",
+    "transfer.cache": "/tmp", "transfer.cache_limit": 1.0, "transfer.cache_type": "int8", "transfer.cache_top": 3,
+    "transfer.cache_pool": 2, "align.match": "map",
     "data.dataset": "torch/cifar10", "data.data_path": "/tmp", "data.stage": "/tmp", "data.train_split": "validation",
     "data.val_split": "train", "data.download": True, "data.image_column": "x", "data.label_column": "y",
     "data.classes": ["0", "1"], "data.num_classes": 10, "data.train_samples": 20, "data.label_seed": 1,

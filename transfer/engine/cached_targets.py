@@ -24,6 +24,7 @@ from ...models.errors import ConfigError, GraftError, counted
 from ..config import RunConfig
 from ..data.sampler import preserved
 from ..methods.dual import DualViT
+from ..target_forms import TargetForm
 from ..target_shards import (
     Shard,
     TargetRows,
@@ -105,14 +106,14 @@ def rehearse(config: RunConfig, parts: Parts, *, here: bool = True) -> Footprint
     )
 
 
-def target_bytes(config: RunConfig, parts: Parts) -> int:
+def target_bytes(config: RunConfig, parts: Parts, form: TargetForm) -> int:
     """Return the bytes that `transfer.cache` takes for one image."""
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     teachers = [each.model for each in parts.teachers.values()]
     memo = {id(tensor): _faked(mode, tensor) for tensor in _tensors([parts.task, *teachers])}
     task: Any = copy.deepcopy(parts.task, memo)
     with mode, torch.autocast("cpu", MIXED.get(config.engine.precision), config.engine.precision in MIXED):
-        targets = task.dual.teach(_batch(config, parts)[0])
+        targets = form.pack(task.dual.teach(_batch(config, parts)[0]))
     sizes: list[int] = [each.element_size() * each[0].numel() for each in targets.values()]
     return CHECKSUM + sum(sizes)
 
@@ -325,7 +326,7 @@ def size_of(
     """Return the size of a run's shards; what is not there is counted by the shapes of the teachers' results."""
     if not todo:
         return CacheSize(cache, shards, todo, sum(cache.path(shard).stat().st_size for shard in shards), 0)
-    each = target_bytes(config, parts)
+    each = target_bytes(config, parts, cache.form)
     whole, missing = (each * sum(shard.size for shard in some) for some in (shards, todo))
     return CacheSize(cache, shards, todo, whole, missing)
 
@@ -360,7 +361,7 @@ def _fill(
 
     def teach(images: Tensor) -> dict[str, Tensor]:
         with accelerator.autocast():
-            return dual.teach(images.to(accelerator.device, non_blocking=True))
+            return cache.form.pack(dual.teach(images.to(accelerator.device, non_blocking=True)))
 
     shown = accelerator.is_main_process and config.engine.progress
     error: GraftError | None = None

@@ -188,7 +188,10 @@ def _first_images(config: RunConfig, parts: Parts, accelerator: Accelerator) -> 
     loader.batches.beside = TargetRows(parts.targets)
     for images, _, taught in loader.full_epoch(0):
         deadline.moved()
-        yield images.to(accelerator.device), send_to_device(taught, accelerator.device)
+        yield (
+            images.to(accelerator.device),
+            parts.targets.form.unpack(send_to_device(taught, accelerator.device)),
+        )
 
 
 # Stage data for all processes of a run: one process per node copies, and the others wait.

@@ -206,14 +206,18 @@ class Loop:
         start = self.position.epoch_step * self.schedule.accum
         loader, epoch = self.parts.train_loader, self.position.epoch
         source = self.shared or loader
-        cached = self.parts.targets is not None
-        batches: Iterator[Batch] = loader.full_epoch(epoch, start) if cached else source.epoch(epoch, start)
+        targets = self.parts.targets
+        batches: Iterator[Batch] = (
+            source.epoch(epoch, start) if targets is None else loader.full_epoch(epoch, start)
+        )
         while True:
             with self.recorder.waiting():
                 batch = next(batches, None)
             if batch is None:
                 raise DataError(f"the data set ended in the middle of epoch {self.position.epoch}")
             batch = send_to_device(batch, self.accelerator.device, non_blocking=True)
+            if targets is not None:
+                batch = (*batch[:2], targets.form.unpack(batch[2]))
             yield batch if self.shared is None else self.shared.taught(self.parts.task, batch)
 
     def _step(self, batches: Iterator[Batch]) -> None:

@@ -258,9 +258,6 @@ class Feature(TransferMethod):
     def wanted(self, plan: TransferPlan) -> Wanted:
         return Wanted(whole=frozenset(RESULTS[part.loss_name] for part in PARTS[plan.tokens]))
 
-    def keeps_vectors(self, settings: LossConfig) -> bool:
-        return settings.tokens == "pooled"
-
     def loss_names(self, settings: LossConfig) -> tuple[str, ...]:
         return tuple(part.loss_name for part in PARTS[settings.tokens])
 

@@ -11,7 +11,6 @@ from ...models.attention.kernels import precise
 from ...models.copying.tape import KeepOutput, Tape
 from ...models.copying.teacher_view import Wanted
 from ...models.errors import TransferError
-from ..loss_config import LossConfig
 from .method import Installed, Pairing, TransferMethod, TransferPlan
 
 
@@ -25,9 +24,6 @@ class Logits(TransferMethod):
 
     def wanted(self, plan: TransferPlan) -> Wanted:
         return Wanted(whole=frozenset({"classes"}))
-
-    def keeps_vectors(self, settings: LossConfig) -> bool:
-        return True
 
     def install(self, pairing: Pairing) -> Installed:
         config, student = pairing.config, pairing.student

@@ -27,7 +27,7 @@ from ...models.families import check_supported, find_family, image_size, is_supp
 from ...models.given import Model, as_model, computes_with
 from ...models.parts import OutsideTeacher as OutsideTeacher
 from ...models.parts import check_takes, image_channels
-from ..loss_config import LossEntry, TransferConfig
+from ..loss_config import CACHED, LossEntry, TransferConfig
 from ..setting import check_section, explain, rule_of
 from .method import Finish, TransferMethod, TransferPlan
 from .pairs import resolve_plan
@@ -37,7 +37,11 @@ Teacher = Model | Pretrained
 HALF = (torch.bfloat16, torch.float16)
 DEFAULT_TEACHER = "teacher"
 """Name of the teacher that is not one of `teachers`."""
-OF_DUAL = [name for name, field in TransferConfig.model_fields.items() if not rule_of(field).outside]
+OF_DUAL = [
+    name
+    for name, rule in ((name, rule_of(field)) for name, field in TransferConfig.model_fields.items())
+    if not rule.outside and CACHED not in rule.needs
+]
 """Settings of `transfer` that `DualViT` takes: those that its numbers depend on."""
 
 

@@ -117,10 +117,6 @@ class TransferMethod(ABC):
                 f"student {classes[1]}; use a teacher fine-tuned on this data, or method=feature"
             )
 
-    def keeps_vectors(self, settings: LossConfig) -> bool:
-        """Return whether it needs only one vector an image of its teacher, which `transfer.cache` can keep."""
-        return False
-
     def loss_names(self, settings: LossConfig) -> tuple[str, ...]:
         """Return the names of its losses, which are added, where it compares the results of whole models."""
         return (self.name,)
