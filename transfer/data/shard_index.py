@@ -197,11 +197,11 @@ def beside(place: str) -> str:
 
 
 def load(place: str | Path) -> bytes | None:
-    """Return the content of a small file; None where there is none or it cannot be read."""
+    """Return the content of a small file; None where it is missing or cannot be read."""
     try:
         with store_of(str(place)).stream(str(place)) as file:
             return file.read()
-    except Exception:  # each kind of place says in its own ways that there is none
+    except Exception:  # each kind of place says in its own way that it is missing
         return None
 
 
