@@ -31,7 +31,7 @@ from ..models.copied import ARCHITECTURE as COPIED
 from ..models.copied import Copying
 from ..models.errors import CheckpointError, GraftError, Json, JsonDict
 from ..models.families import create_timm_model, find_family, image_size, vit
-from ..models.small import without_memory
+from ..models.small import without_memory, without_parameters
 from .hub import commit_of, download, try_download
 from .preprocessing import Preprocessing
 from .report import BIAS_TABLE, shortened, some
@@ -241,11 +241,13 @@ def build(
     arguments: Json,
     *,
     on_meta: bool = False,
+    mapped: bool = False,
     within: Mapping[str, Tensor] | None = None,
 ) -> nn.Module:
     """Return a fresh timm model; keep the global random state. On the meta device it has no memory.
 
     Args:
+        mapped: only the parameters have no memory.
         within: the weights that it is built for, if their description of the model cannot be trusted.
 
     Raises CheckpointError in the constructor's words where it refuses the arguments, for one that names a file to
@@ -256,9 +258,9 @@ def build(
             f"model_args of {architecture!r} name a checkpoint_path, which is not opened: leave it out"
         )
     limit = nullcontext() if within is None else bounded(within.values())
-    device = without_memory() if on_meta else torch.device("cpu")
+    place = without_memory() if on_meta else without_parameters() if mapped else torch.device("cpu")
     try:
-        with torch.random.fork_rng(devices=[]), device, limit:
+        with torch.random.fork_rng(devices=[]), place, limit:
             return create_timm_model(architecture, **arguments)
     except GraftError:
         raise

@@ -24,7 +24,7 @@ from ..models.families.pvt_v1 import PVT
 from ..models.map_structure import offsets, resample_plainly, resample_table
 from .architecture import INNER
 from .report import BIAS_TABLE, KeyRules, LoadReport, Role, some, sort_keys
-from .weight_files import Weights, as_pair
+from .weight_files import Weights, as_pair, find_place
 
 # Resample position embeddings and tables of relative positions to another resolution.
 #
@@ -186,9 +186,15 @@ class Match:
 
 
 def fit(
-    model: nn.Module, weights: Weights, *, role: Role, method: Method, classifiers: tuple[str, ...]
+    model: nn.Module,
+    weights: Weights,
+    *,
+    role: Role,
+    method: Method,
+    classifiers: tuple[str, ...],
+    mapped: bool = False,
 ) -> LoadReport:
-    """Load `weights` into `model` in place.
+    """Load `weights` into `model` in place; if `mapped`, its parameters are those of the weights, and not copied.
 
     Position embeddings are resampled to the model's grid by `method`; nothing else changes its shape.
     Keys that are missing or unexpected must have a reason (`KeyRules`). A teacher's norms get the epsilon that
@@ -207,8 +213,8 @@ def fit(
     refuse_not_finite(
         weights.origin, found.present, {key: tensor.dtype for key, tensor in model.state_dict().items()}
     )
-    if not without_values(model.state_dict()):
-        model.load_state_dict({**marks_of(model), **found.present}, strict=False)
+    if mapped or not without_values(model.state_dict()):
+        model.load_state_dict({**marks_of(model), **found.present}, strict=False, assign=mapped)
     if role == "teacher" and weights.norm_eps is not None:
         set_norm_eps(model, weights.norm_eps)
     return LoadReport(
@@ -221,6 +227,7 @@ def fit(
         weights.notes,
         weights.pretrained_cfg.get("license"),
         weights.revision,
+        {key: place for key, tensor in found.present.items() if mapped and (place := find_place(tensor))},
     )
 
 

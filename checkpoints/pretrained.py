@@ -88,6 +88,7 @@ class LoadSettings(TypedDict, total=False):
     identified: bool
     download: bool
     keep: bool
+    mapped: bool
 
 
 @check_types("source")
@@ -104,6 +105,7 @@ def load_pretrained(
     identified: bool = False,
     download: bool = True,
     keep: bool = False,
+    mapped: bool = False,
 ) -> Pretrained:
     """Load a model and freeze it.
 
@@ -122,6 +124,7 @@ def load_pretrained(
         identified: also compute the digest of the weights: a second or two for a large model.
         download: False for a model without weights, on the meta device, where they are published under a timm name.
         keep: also keep what was read from the source, for a student that starts from it.
+        mapped: leave the weights in their .safetensors file, in its own type, and read each where it is used.
 
     Returns:
         The model, in eval mode and without gradients, with what is known of it.
@@ -134,27 +137,40 @@ def load_pretrained(
     asked = {key: value for key, value in (model_args or {}).items() if value is not None}
     opened = source if isinstance(source, Opened) else open_source(source_text(source), revision)
     weights = make_whole(read_source(opened, asked, download=download), load_pretrained, bare=bare)
-    loaded = _load(weights, opened.text, asked, model, img_size, num_classes, position_embedding)
+    asks = weights, opened.text, asked, model, img_size, num_classes, position_embedding
+    loaded = _load(*asks, mapped=mapped)
+    if mapped and any(parameter.is_meta for parameter in loaded.model.parameters()):
+        loaded = _load(*asks)  # some are not in the weights, and start as the model's own
     digest = digest_weights(weights) if identified and not without_values(weights.tensors) else None
     return replace(loaded, digest=digest, weights=weights if keep else None)
 
 
 def _load(
     weights: Weights, source: str, asked: JsonDict, model: str | None, img_size: int | tuple[int, int] | None,
-    num_classes: int | None, position_embedding: Method,
+    num_classes: int | None, position_embedding: Method, *, mapped: bool = False,
 ) -> Pretrained:  # fmt: skip
     """Build the model of `weights` and load them; the arguments are those of `load_pretrained`."""
     later = late_size(weights, asked, img_size, model)
     if later is not None:
+        mapped = False
         img_size, asked = None, {key: value for key, value in asked.items() if key != "img_size"}
     plan = plan_model(weights, asked, model, img_size, num_classes)
     tensors = plan.weights.tensors
-    built = build(plan.architecture, plan.arguments, within=tensors, on_meta=without_values(tensors))
+    built = build(
+        plan.architecture, plan.arguments, within=tensors, on_meta=without_values(tensors), mapped=mapped
+    )
     check_patches(built)
     if position_embedding == "published" and isinstance(built, PVT):
         built.set_resampling("bilinear")
         plan.arguments["resampling"] = "bilinear"
-    report = fit(built, plan.weights, role="teacher", method=position_embedding, classifiers=plan.classifiers)
+    report = fit(
+        built,
+        plan.weights,
+        role="teacher",
+        method=position_embedding,
+        classifiers=plan.classifiers,
+        mapped=mapped,
+    )
     if later is not None:
         report = resize_loaded(built, later, position_embedding, report)
         plan.arguments.update(img_size=later, plan_size=plan_size(built))

@@ -6,7 +6,7 @@ import re
 import reprlib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from ..models.errors import escaped
 
@@ -99,6 +99,13 @@ def sort_keys(keys: Iterable[str], reason: Callable[[str], str | None]) -> tuple
     return expected, [key for key in reasons if key not in expected]
 
 
+class Place(NamedTuple):
+    """Where a tensor lies: a .safetensors file, and its name there."""
+
+    path: str
+    name: str
+
+
 @dataclass(frozen=True)
 class LoadReport:
     """The outcome of one load. Keys that have no reason never get here: they are refused."""
@@ -117,6 +124,8 @@ class LoadReport:
     license: str | None = None
     revision: str | None = None
     """Commit on the hub."""
+    places: Mapping[str, Place] = field(default_factory=dict)
+    """Where the tensors of a mapped model lie, by its own names; those that loading computed have no place."""
 
     def lines(self) -> list[str]:
         """Return one line for each fact; keys with the same reason share one."""

@@ -21,10 +21,11 @@ import numpy as np
 import torch
 from safetensors import safe_open
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..models.errors import CheckpointError, Json, JsonDict
 from .files import check_regular, open_regular, read_regular
-from .report import printable, shortened, some
+from .report import Place, printable, shortened, some
 from .safety import (
     MAX_PART,
     Graph,
@@ -243,7 +244,9 @@ def read_tree(path: Path, kind: str) -> JsonDict:
     try:
         if kind == "safetensors":
             with safe_open(path, framework="pt") as file:
-                return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            _places.update({tensor: Place(str(path), name) for name, tensor in tensors.items()})
+            return tensors
         with torch.serialization.safe_globals(PLAIN_OBJECTS):
             tree: JsonDict = torch.load(path, map_location="cpu", weights_only=True, mmap=kind == "torch")
             return tree
@@ -252,6 +255,34 @@ def read_tree(path: Path, kind: str) -> JsonDict:
     except Exception as error:  # a damaged pickle fails in as many ways as there are opcodes
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise CheckpointError(f"{path} cannot be read: {reason}") from error
+
+
+# Tensors of a .safetensors file are mapped into memory: none takes any until it is read.
+
+_places: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+
+def find_place(tensor: Tensor) -> Place | None:
+    """Return where a tensor that was read lies; None for one that was computed since, or of another kind of file."""
+    place: Place | None = _places.get(tensor)
+    return place
+
+
+def read_rows(place: Place, start: int, stop: int) -> Tensor:
+    """Read rows `start` to `stop` of the tensor at a place, and nothing else of its file."""
+    with safe_open(place.path, framework="pt") as file:
+        rows: Tensor = file.get_slice(place.name)[start:stop]
+    return rows
+
+
+def digest_header(path: str) -> str | None:
+    """Return a digest of the header and size of a file, to compare it between machines; None without a file."""
+    try:
+        with open_regular(Path(path)) as file:
+            header = file.read(8 + int.from_bytes(file.read(8), "little"))
+            return hashlib.sha256(header + str(file.seek(0, os.SEEK_END)).encode()).hexdigest()
+    except (CheckpointError, OSError):
+        return None
 
 
 # Weights spread over several files with an index, as Hugging Face libraries write them.

@@ -23,6 +23,7 @@ import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 from torch.overrides import TorchFunctionMode
 
 from .errors import JsonDict
@@ -122,3 +123,20 @@ def without_memory() -> Iterator[None]:
     """Build the models inside on the meta device, four times as fast as that device alone does."""
     with torch.device("meta"), _NoFilling():
         yield
+
+
+@contextmanager
+def without_parameters() -> Iterator[None]:
+    """Build the models inside with parameters on the meta device; buffers have their values."""
+
+    def empty(
+        module: nn.Module, name: str, parameter: nn.Parameter | None
+    ) -> Any:  # torch's own type says None
+        return parameter if parameter is None else nn.Parameter(parameter.to("meta"), parameter.requires_grad)
+
+    hook = register_module_parameter_registration_hook(empty)
+    try:
+        with _NoFilling():
+            yield
+    finally:
+        hook.remove()

@@ -391,8 +391,10 @@ def load_teacher(
         identified=True,
         download=weights,
         keep=starts,
+        mapped=how.shard and weights,
     )
-    teacher.model.to(DTYPES[how.dtype])
+    if not teacher.report.places:
+        teacher.model.to(DTYPES[how.dtype])
     known[key] = teacher
     return teacher
 

@@ -10,18 +10,22 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor
 
+from ...checkpoints.report import Place
+from ...checkpoints.weight_files import digest_header, read_rows
 from ...models.copying.teacher_view import TokensOnly, WholeModel
 from ...models.families import blocks_of, find_family
 from ..config import RunConfig
-from .build import Parts
-from .parallel import receive
-from .students import sharded_teachers
+from .build import DTYPES, Parts
+from .parallel import from_first, gather, receive
+from .students import sharded_teachers, teacher_settings
 
 
 def shard_teachers(
@@ -33,19 +37,67 @@ def shard_teachers(
         return
     mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
     for name in sharded:
-        gather_to_run(dual.teachers[name], dual.teacher_views[name], mesh, group)
+        teacher, dtype = dual.teachers[name], DTYPES[teacher_settings(config)[name].dtype]
+        spread = Spread(mesh, group, parts.teachers[name].report.places, dtype)
+        gather_to_run(teacher, dual.teacher_views[name], spread)
+        receive(teacher, group, accelerator.device)
+        teacher.to(dtype)
 
 
-def gather_to_run(
-    teacher: nn.Module, view: nn.Module, mesh: DeviceMesh, group: dist.ProcessGroup | None = None
-) -> None:
-    """Shard the blocks of a teacher, and let each block of its view gather the weights of its own to run.
+class Spread:
+    """Shard modules over the processes of a mesh, and read only this process's rows of their parameters.
 
-    Where the first process of `group` alone has the weights, each block is sent whole, and only its shard is kept.
+    A parameter that lies in a file which every process can open is read there by each. Others are in the first process
+    of `group` alone, which sends one at a time.
     """
+
+    def __init__(
+        self,
+        mesh: DeviceMesh,
+        group: dist.ProcessGroup | None,
+        places: Mapping[str, Place],
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        self.mesh, self.group, self.dtype = mesh, group, dtype
+        first, *others = gather([digest_header(path) for path in _files(places)], group)
+        reached = None not in first and all(found == first for found in others)
+        self.places: Mapping[str, Place] = places if reached else {}
+
+    @torch.no_grad()
+    def shard(self, unit: nn.Module, prefix: str) -> None:
+        """Shard a module whose parameters have the names `prefix`… in its model. All processes must call it."""
+        held = dict(unit.named_parameters())
+        for module in unit.modules():
+            for name, parameter in module.named_parameters(recurse=False):
+                outline = parameter.to("meta", self.dtype)
+                module.register_parameter(name, nn.Parameter(outline, requires_grad=False))
+        receive(unit, self.group)  # buffers alone
+        fully_shard(unit, mesh=self.mesh, reshard_after_forward=True)
+        own = {name: self._own(held[name], prefix + name, each) for name, each in unit.named_parameters()}
+        unit.load_state_dict(own, strict=False, assign=True)
+
+    def _own(self, held: Tensor, name: str, outline: Tensor) -> DTensor:
+        """Return this process's rows of a parameter, sharded as its outline."""
+        assert isinstance(outline, DTensor)
+        start = min(len(outline), self.mesh.get_local_rank() * -(-len(outline) // self.mesh.size()))
+        stop = start + len(outline.to_local())
+        place = self.places.get(name)
+        rows = from_first(held, self.group)[start:stop] if place is None else read_rows(place, start, stop)
+        rows = rows.to(self.mesh.device_type, self.dtype, copy=True)
+        return DTensor.from_local(
+            rows, self.mesh, outline.placements, run_check=False, shape=outline.shape, stride=outline.stride()
+        )
+
+
+def _files(places: Mapping[str, Place]) -> list[str]:
+    return sorted({place.path for place in places.values()})
+
+
+def gather_to_run(teacher: nn.Module, view: nn.Module, spread: Spread) -> None:
+    """Shard the blocks of a teacher, and let each block of its view gather the weights of its own to run."""
+    names = {module: name for name, module in teacher.named_modules()}
     for unit in shard_units(teacher):
-        receive(unit, group)
-        fully_shard(unit, mesh=mesh, reshard_after_forward=True)
+        spread.shard(unit, f"{names[unit]}.")
     for block, own in _paired_blocks(view, teacher):
         if block is not own:
             _gather(block, own)

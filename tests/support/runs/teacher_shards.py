@@ -3,27 +3,44 @@
 from __future__ import annotations
 
 import copy
+import itertools
+import json
 import os
 import sys
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import timm
 import torch
 import torch.distributed as dist
-from graftvit.transfer.config import RunConfig
+from graftvit.checkpoints.preprocessing import Preprocessing
+from graftvit.checkpoints.pretrained import load_pretrained
+from graftvit.checkpoints.student import write_student
+from graftvit.transfer.config import RunConfig, TeacherConfig
+from graftvit.transfer.engine.build import DTYPES, _outlines, load_teacher
 from graftvit.transfer.engine.parallel import outline_of, read_once, receive
-from graftvit.transfer.engine.shard_teachers import gather_to_run, shard_units
+from graftvit.transfer.engine.shard_teachers import Spread, gather_to_run, shard_units
 from graftvit.transfer.methods.dual import DualViT
 from support.hub.ports import free_ports
 from support.models.dense import images, tiny
 from support.models.pyramids import TINY
 from support.models.pyramids import tiny as tiny_pyramid
 from support.runs.engine_killer import start, wait
-from support.runs.engine_runs import config, differences, make_convnext, make_teacher, several_losses
+from support.runs.engine_runs import (
+    ARCHITECTURE,
+    ARGUMENTS,
+    config,
+    differences,
+    make_convnext,
+    make_teacher,
+    several_losses,
+    tiny_vit,
+)
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
+from torch.profiler import ProfilerActivity, profile
 
 STEPS: list[tuple[str, list[dict[str, Any]]]] = [
     ("vit", [{"method": "distill", "layers": "0,1"}]),
@@ -62,7 +79,8 @@ def step_results(family: str, losses: list[dict[str, Any]]) -> dict[str, Any]:
     dual = DualViT(teacher, student, losses=losses).double()
     units = shard_units(teacher)
     before = sum(parameter.numel() for unit in units for parameter in unit.parameters())
-    gather_to_run(teacher, dual.teacher_views["teacher"], init_device_mesh("cpu", (2,)), group)
+    spread = Spread(init_device_mesh("cpu", (2,)), group, {})
+    gather_to_run(teacher, dual.teacher_views["teacher"], spread)
     receive(teacher, group)
     found = [dual(x).transfer_loss for _ in range(2)]
     held = [parameter for unit in units for parameter in unit.parameters()]
@@ -70,21 +88,68 @@ def step_results(family: str, losses: list[dict[str, Any]]) -> dict[str, Any]:
     return {"equal": all(torch.equal(each, expected) for each in found), "share": after / before}
 
 
+def load_sharded(path: Path, dtype: str) -> dict[str, Any]:
+    """Load and shard a teacher on this rank; the most bytes that torch held, and what it read."""
+    group = dist.group.WORLD
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        how = TeacherConfig(source=str(path), shard=True, dtype=dtype)  # type: ignore[arg-type]
+        loaded = read_once(lambda: load_teacher(how, None), group, lambda own: _outlines({"": own})[""])
+        mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+        spread = Spread(mesh, group, loaded.report.places, DTYPES[dtype])
+        for index, unit in enumerate(shard_units(loaded.model)):
+            spread.shard(unit, f"blocks.{index}.")
+        receive(loaded.model, group)
+    files = {file.stat().st_size for file in path.glob("*.safetensors")}
+    events = [
+        each.nbytes() for each in profiled.profiler.kineto_results.events() if each.name() == "[memory]"
+    ]
+    taken = [nbytes for nbytes in events if abs(nbytes) not in files]  # a mapped file takes no memory
+    whole = load_pretrained(path).model.to(DTYPES[dtype])
+    block, expected = loaded.model.blocks[1].state_dict(), whole.blocks[1].state_dict()
+    return {
+        "peak": max(itertools.accumulate(taken)),
+        "weights": sum(parameter.nbytes for parameter in whole.parameters()),
+        "largest": max(parameter.nbytes for parameter in whole.parameters()),
+        "equal": all(torch.equal(block[name].full_tensor(), expected[name]) for name in expected),
+        "read": len(spread.places),
+        "tensors": len(list(whole.parameters())),
+    }
+
+
+def loads(folder: Path) -> dict[str, Any]:
+    """A teacher loaded by four ranks: from one file, and from several as bfloat16."""
+    arguments = {**ARGUMENTS, "embed_dim": 128, "depth": 12, "num_classes": 10}
+    model = tiny_vit(**arguments)
+    how = {"architecture": ARCHITECTURE, "model_args": arguments, "preprocessing": Preprocessing.of(model)}
+    kinds = {"fp32": "5GB", "bf16": "2MB"}
+    for dtype, size in kinds.items():
+        write_student(model, folder / dtype, max_shard_size=size, **how)
+
+    def found() -> dict[str, Any]:
+        return {dtype: load_sharded(folder / dtype, dtype) for dtype in kinds}
+
+    return on_ranks(4, folder, found)
+
+
 def steps(folder: Path) -> dict[str, Any]:
     """The steps of two ranks; what rank 0 found, by family."""
+    return on_ranks(2, folder, lambda: [step_results(family, losses) for family, losses in STEPS])
+
+
+def on_ranks(ranks: int, folder: Path, work: Callable[[], Any]) -> dict[str, Any]:
+    """Call `work` in so many processes of a group; their exit codes, and what each returned."""
     (port,) = free_ports(1)
     children = []
-    for rank in range(2):
+    for rank in range(ranks):
         child = os.fork()
         if child == 0:
             code = 1
             try:
                 os.environ |= {
-                    "RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+                    "RANK": str(rank), "WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
                 }  # fmt: skip
                 dist.init_process_group("gloo")
-                found = [step_results(family, losses) for family, losses in STEPS]
-                torch.save(found, folder / f"{rank}.pt")
+                (folder / f"{rank}.json").write_text(json.dumps(work()))
                 code = 0
             except BaseException:
                 traceback.print_exc()
@@ -93,7 +158,8 @@ def steps(folder: Path) -> dict[str, Any]:
                 os._exit(code)
         children.append(child)
     codes = wait(children)
-    return {"codes": codes, "found": torch.load(folder / "0.pt") if codes == [0, 0] else []}
+    ended = [rank for rank, code in enumerate(codes) if code == 0]
+    return {"codes": codes, "found": [json.loads((folder / f"{rank}.json").read_text()) for rank in ended]}
 
 
 def runs(folder: Path) -> dict[str, Any]:
@@ -118,4 +184,4 @@ def runs(folder: Path) -> dict[str, Any]:
 
 
 def main(scenario: str, path: str) -> dict[str, Any]:
-    return {"steps": steps, "runs": runs}[scenario](Path(path))
+    return {"steps": steps, "loads": loads, "runs": runs}[scenario](Path(path))
