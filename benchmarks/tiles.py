@@ -29,14 +29,14 @@ def make_tiles(root: Path) -> Path:
         for label, name in enumerate(CLASSES):
             folder = root / split / name
             folder.mkdir(parents=True, exist_ok=True)
-            tiles = _tiles(label, np.random.default_rng([number, label]))
+            tiles = draw_tiles(label, np.random.default_rng([number, label]))
             for place in range(count):
                 next(tiles).save(folder / f"{place:03d}.png")
     done.touch()
     return root
 
 
-def _tiles(label: int, random: np.random.Generator) -> Iterator[Image.Image]:
+def draw_tiles(label: int, random: np.random.Generator) -> Iterator[Image.Image]:
     """Yield squares around a third of a photograph, 60 to 160 pixels a side, made `SIDE` pixels."""
     temple, flower = (Image.fromarray(pixels) for pixels in load_sample_images().images)
     photograph = (flower, temple)[label // 3]

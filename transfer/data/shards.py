@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import yaml
 from PIL import Image
 
@@ -120,7 +121,7 @@ class Indexed(NamedTuple):
     """The number of samples of each shard, its stamp, and how many indexes were written."""
 
     counts: Indices
-    stamps: list[str]
+    stamps: npt.NDArray[np.bytes_]
     written: int
 
 
@@ -157,9 +158,10 @@ def _index_all(
     finally:
         pool.shutdown(cancel_futures=True)
     counts, stamps, written = zip(*rows, strict=True)
-    found = Indexed(np.array(counts, dtype=np.int64), list(stamps), sum(written))
+    packed = np.array([os.fsencode(stamp) for stamp in stamps])
+    found = Indexed(np.array(counts, dtype=np.int64), packed, sum(written))
     file = io.BytesIO()
-    np.savez(file, counts=found.counts, stamps=np.array(stamps))
+    np.savez(file, counts=found.counts, stamps=packed)
     keep(_counts_path(places, stamps), file.getvalue())
     return found
 
@@ -172,7 +174,7 @@ def _counts_path(places: Sequence[str], stamps: Sequence[str]) -> Path:
 def _read_counts(content: bytes, shards: int) -> Indexed | None:
     try:
         with np.load(io.BytesIO(content), allow_pickle=False) as held:
-            counts, stamps = held["counts"].astype(np.int64), held["stamps"].tolist()
+            counts, stamps = held["counts"].astype(np.int64), held["stamps"].astype(np.bytes_)
     except Exception:  # it is damaged
         return None
     return Indexed(counts, stamps, 0) if len(counts) == len(stamps) == shards else None
@@ -249,7 +251,7 @@ class ShardImages:
         """Return the index of a shard; those of a window are kept."""
         found = self._indexes.pop(shard, None)
         if found is None:
-            found = find_index(self._places[shard], self._stamps[shard])
+            found = find_index(self._places[shard], self._stamp(shard))
             if len(found) != self.counts[shard]:
                 raise not_as_indexed(self._places[shard])
             while len(self._indexes) > WINDOW:
@@ -257,12 +259,15 @@ class ShardImages:
         self._indexes[shard] = found
         return found
 
+    def _stamp(self, shard: int) -> str:
+        return os.fsdecode(self._stamps[shard])
+
     def _contents(self, shard: int, *files: tuple[int, int]) -> list[bytes]:
         """Return the content of files of one sample: by one read where they lie close to each other.
 
         Each is read with its header. Raises SourceLostError: there is no file of that size.
         """
-        place, stamp = self._places[shard], self._stamps[shard]
+        place, stamp = self._places[shard], self._stamp(shard)
         ranges = [(start - BLOCK, size + BLOCK) for start, size in files]
         begin, end = min(start for start, _ in ranges), max(start + size for start, size in ranges)
         with reached(place):
