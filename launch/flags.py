@@ -248,7 +248,7 @@ def _flag_setting(word: str, words: list[str], parser: Parser, only: Sequence[st
     if key is None:
         raise _unknown_flag(name, parser, only)
     leaf = leaf_of(key)
-    if not equals and leaf.is_switch and words[:1] not in (["true"], ["false"]):
+    if not equals and leaf.is_switch and not {*words[:1]} & {"true", "false", *leaf.names}:
         return _checked(Setting(key, True, word, stage), parser, only)
     if not equals:
         if not words or words[0].startswith("--"):

@@ -16,6 +16,7 @@ from ..transfer.data.archives import is_packed
 from ..transfer.engine.dry_run import DryRun, dry_run
 from ..transfer.engine.elastic import describe
 from ..transfer.engine.optim import WARMUP, Schedule, describe_batch, peak_learning_rate
+from ..transfer.engine.parallel import node_size
 from ..transfer.engine.resume_check import changes, describe_changes
 from ..transfer.engine.shard_teachers import shard_units
 from ..transfer.engine.students import sharded_teachers
@@ -40,7 +41,8 @@ class MemoryItem:
 def memory_items(run: DryRun) -> list[MemoryItem]:
     """Return the items of a training step on one device; divide what FSDP shards by the number of processes."""
     found, task, config = run.footprint, run.parts.task, run.config
-    shards = run.processes if config.engine.fsdp else 1
+    shards = node_size(run.processes) if config.engine.fsdp == "node" else run.processes
+    shards = shards if config.engine.fsdp else 1
     split = f", over {shards} processes" if shards > 1 else ""
     count, trained = _format_count(parameter_count(task)), _format_count(parameter_count(task, trained=True))
     batch = f"{run.parts.train_loader.batch_size} images, {config.engine.precision}"
@@ -67,7 +69,7 @@ def _count_teacher_bytes(run: DryRun) -> int:
     size = run.footprint.teacher
     for name in sharded_teachers(run.config):
         units = [_count_bytes(unit) for unit in shard_units(run.parts.teachers[name].model)]
-        size += sum(units) // run.processes + max(units, default=0) - sum(units)
+        size += sum(units) // node_size(run.processes) + max(units, default=0) - sum(units)
     return size
 
 
@@ -76,7 +78,7 @@ def _describe_spread(run: DryRun) -> str:
     if not sharded:
         return ""
     named = "" if len(run.parts.teachers) == 1 else f" of {' and '.join(sharded)}"
-    return f", the blocks{named} over {run.processes} processes and one of them whole"
+    return f", the blocks{named} over {node_size(run.processes)} processes and one of them whole"
 
 
 def _count_bytes(module: nn.Module) -> int:

@@ -550,7 +550,12 @@ class EngineConfig(Section):
     tf32: bool = setting(
         False, "rounding of the inputs of float32 matrix products to TF32 on a GPU; off is exact float32"
     )
-    fsdp: bool = setting(False, "sharding of the student by FSDP2 instead of replication", resume="free")
+    fsdp: bool | Literal["node"] = setting(
+        False,
+        "sharding of the student by FSDP2 instead of replication: over all processes, or with node over those of a "
+        "node, whose shards other nodes replicate",
+        resume="free",
+    )
     device: Literal["auto", "cpu"] = setting("auto", "device; cpu uses no GPU", resume="free")
     log_interval: int = setting(
         20, "optimizer steps between log records; the only device synchronization", gt=0, outside=True

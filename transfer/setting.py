@@ -146,8 +146,9 @@ def check_switch(value: Any, annotation: Any) -> None:
 
     Python takes true for 1, and pydantic takes 1 for true.
     """
-    if annotation is bool:
-        if not isinstance(value, bool):
+    kinds = (annotation, *get_args(annotation))
+    if bool in kinds:
+        if not isinstance(value, bool) and value not in [name for kind in kinds for name in _choices(kind)]:
             raise PydanticCustomError("switch", "Input should be true or false")
         return
     inner = value.values() if isinstance(value, Mapping) else value if isinstance(value, list | tuple) else ()
@@ -277,8 +278,8 @@ class Leaf:
 
     @property
     def is_switch(self) -> bool:
-        """Whether the flag takes no value (`--fsdp`, `--no-fsdp`)."""
-        return self.kinds == (bool,)
+        """Whether the flag needs no value (`--fsdp`, `--no-fsdp`)."""
+        return bool in self.kinds
 
     @property
     def is_mapping(self) -> bool:
@@ -290,12 +291,16 @@ class Leaf:
         words = " or ".join(_words(kind) for kind in self.kinds if kind is not type(None))
         return words + _bounds(self.field) + (" or none" if type(None) in self.kinds else "")
 
+    @property
+    def names(self) -> list[str]:
+        """The names that the setting accepts, alone or in a list."""
+        kinds = [inner for kind in self.kinds for inner in (kind, *get_args(kind))]
+        return [name for kind in kinds for name in _choices(kind) if isinstance(name, str)]
+
     def nearest(self, value: Any) -> str | None:
         """Return the name, of those that the setting accepts, that `value` may have meant."""
-        kinds = [inner for kind in self.kinds for inner in (kind, *get_args(kind))]
-        names = [name for kind in kinds for name in _choices(kind) if isinstance(name, str)]
-        wrong = [str(one) for one in (value if isinstance(value, list) else [value]) if one not in names]
-        return next((near for one in wrong for near in difflib.get_close_matches(one, names, n=1)), None)
+        wrong = [str(one) for one in (value if isinstance(value, list) else [value]) if one not in self.names]
+        return next((near for one in wrong for near in difflib.get_close_matches(one, self.names, n=1)), None)
 
     def refusal(self, name: str, value: Any) -> str:
         """Return what is wrong with a value, and what the setting accepts, as one sentence; `name` is the user's."""
@@ -311,7 +316,8 @@ class Leaf:
             return None
         many = [kind for kind in self.kinds if get_origin(kind) in (list, tuple)]
         bracketed = text.startswith("[")
-        if not (many and bracketed) and any(kind in (str, Path) or _choices(kind) for kind in self.kinds):
+        names = any(kind in (str, Path) or _choices(kind) for kind in self.kinds)
+        if names and not self.is_switch and not (many and bracketed):
             return text
         if many and not bracketed and ("," in text or len(many) == len(self.kinds)):
             text = "[]" if text.lower() in ("", "none") else f"[{text}]"
@@ -328,7 +334,7 @@ def _choices(kind: Any) -> tuple[Any, ...]:
 def _words(kind: Any, plural: bool = False) -> str:
     """Describe a type: `a whole number`, `one of ce, kl`, `2 numbers`."""
     if choices := _choices(kind):
-        return ("any of " if plural else "one of ") + ", ".join(
+        return ("any of " if plural else "one of " if len(choices) > 1 else "") + ", ".join(
             repr(c) if c == "" else str(c) for c in choices
         )
     names = {bool: "true or false", int: "whole number", float: "number", str: "text", Path: "path"}

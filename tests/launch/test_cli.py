@@ -124,11 +124,11 @@ def test_flags_beat_the_recipe_in_the_order_given(typed: Typed, tmp_path: Path) 
     ("line", "on"),
     [
         ("--fsdp --no_fsdp", False), ("--no-fsdp --fsdp", True), ("--fsdp false", False), ("--fsdp true", True),
-        ("--engine.fsdp", True), ("--fsdp=false", False),
+        ("--engine.fsdp", True), ("--fsdp=false", False), ("--fsdp node", "node"), ("--fsdp=node --seed 1", "node"),
     ],
 )  # fmt: skip
-def test_switches_go_both_ways(line: str, on: bool, typed: Typed, tmp_path: Path) -> None:
-    assert resolved(typed, tmp_path, f"train {line}").engine.fsdp is on
+def test_switches_go_both_ways(line: str, on: bool | str, typed: Typed, tmp_path: Path) -> None:
+    assert resolved(typed, tmp_path, f"train {line}").engine.fsdp == on
     assert resolved(typed, tmp_path, "train --no-engine.progress").engine.progress is False
 
 

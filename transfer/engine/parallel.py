@@ -2,7 +2,7 @@
 
 accelerate supports FSDP2 only on accelerators (`AcceleratorState` sets a CPU run to MULTI_CPU), so it could not be
 tested on a CPU. Our own sharding has one code path for gloo and NCCL, and wraps only the student's blocks: the teacher
-is not a child of the task and stays whole on every process.
+is not a child of the task, and is whole on every process unless `shard_teachers.py` shards it.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import DistributedDataParallelKwargs
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from ...models.attention.base import AttentionOperator
 from ...models.conversion import forget
 from ...models.errors import ConfigError, DataError, GraftError
-from ..config import DataConfig, RunConfig
+from ..config import DataConfig, EngineConfig, RunConfig
 from ..data.datasets import folders_of
 from ..data.image_folder import Found, find_again, number_together, pack_lists, unpack_lists
 from .students import check_sharding, sharded_teachers
@@ -114,13 +114,48 @@ def host_group(accelerator: Accelerator) -> dist.ProcessGroup | None:
     return cast(dist.ProcessGroup, dist.new_group(backend="gloo"))
 
 
-def shard(task: nn.Module, units: Iterable[nn.Module], accelerator: Accelerator) -> None:
+NODES, PROCESSES = "nodes", "processes"
+"""The dimensions of the mesh of all processes: the nodes, and the processes of a node."""
+
+
+def node_size(world: int) -> int:
+    """Return the number of processes on a node, of `world`: all of them where no launcher says it."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", world))
+
+
+def mesh_of_nodes(accelerator: Accelerator, group: dist.ProcessGroup | None) -> DeviceMesh:
+    """Return all processes as a mesh (nodes, processes of a node).
+
+    Raises ConfigError on every process: nodes have unlike numbers of processes, or these are not numbered in a row.
+    """
+    rank, world = accelerator.process_index, accelerator.num_processes
+    size = node_size(world)
+    in_a_row = int(os.environ.get("LOCAL_RANK", rank % size)) == rank % size
+    sizes = gather(size if in_a_row else 0, group)
+    if len({*sizes}) > 1 or not sizes[0] or world % sizes[0]:
+        raise ConfigError(
+            f"the nodes have {', '.join(map(str, sorted({*sizes})))} processes of {world} (0: not numbered in a row), "
+            "and shards need as many on each node: start as many on each, and number them node by node"
+        )
+    return init_device_mesh(accelerator.device.type, (world // size, size), mesh_dim_names=(NODES, PROCESSES))
+
+
+def student_mesh(
+    engine: EngineConfig, accelerator: Accelerator, group: dist.ProcessGroup | None
+) -> DeviceMesh:
+    """Return the mesh that `engine.fsdp` shards over: all processes in a row, or with `node` as `mesh_of_nodes`."""
+    if engine.fsdp == "node":
+        return mesh_of_nodes(accelerator, group)
+    return init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
+
+
+def shard(task: nn.Module, units: Iterable[nn.Module], mesh: DeviceMesh) -> None:
     """Shard `task` in place with FSDP2, each of `units` on its own and the rest together.
 
+    Over a mesh of one dimension, each process has a shard; over (nodes, processes), nodes replicate what they shard.
     The root is also resharded after its forward pass, so that the next one gathers shards that were changed (averaged
     weights in evaluation).
     """
-    mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
     for unit in units:
         fully_shard(unit, mesh=mesh)
     fully_shard(task, mesh=mesh, reshard_after_forward=True)

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
@@ -24,18 +24,21 @@ from ...models.copying.teacher_view import TokensOnly, WholeModel
 from ...models.families import blocks_of, find_family
 from ..config import RunConfig
 from .build import DTYPES, Parts
-from .parallel import from_first, gather, receive
+from .parallel import PROCESSES, from_first, gather, mesh_of_nodes, receive
 from .students import sharded_teachers, teacher_settings
 
 
 def shard_teachers(
     config: RunConfig, parts: Parts, accelerator: Accelerator, group: dist.ProcessGroup | None
 ) -> None:
-    """Shard the teachers that `shard` names, each block on its own; each device gets one whole block at a time."""
+    """Shard the teachers that `shard` names, each block on its own; each device gets one whole block at a time.
+
+    Each node has all shards, so no gather crosses the network between them. Raises ConfigError as `mesh_of_nodes`.
+    """
     sharded, dual = sharded_teachers(config), parts.task.taught_by
     if not sharded or dual is None:
         return
-    mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
+    mesh = mesh_of_nodes(accelerator, group)[PROCESSES]
     for name in sharded:
         teacher, dtype = dual.teachers[name], DTYPES[teacher_settings(config)[name].dtype]
         spread = Spread(mesh, group, parts.teachers[name].report.places, dtype)

@@ -47,6 +47,7 @@ from .parallel import (
     read_once,
     receive,
     shard,
+    student_mesh,
 )
 from .resume_check import (
     Position,
@@ -386,7 +387,7 @@ def _wrap(
     if config.student.compile:
         task.compile(fullgraph=True)
     if config.engine.fsdp:
-        shard(task, parts.task.shard_units, accelerator)
+        shard(task, parts.task.shard_units, student_mesh(config.engine, accelerator, group))
     elif accelerator.num_processes > 1:
         leave_to_us(parts.task)
         task = accelerator.prepare_model(task)

@@ -20,6 +20,7 @@ from graftvit.checkpoints.pretrained import load_pretrained
 from graftvit.checkpoints.student import write_student
 from graftvit.transfer.config import RunConfig, TeacherConfig
 from graftvit.transfer.engine.build import DTYPES, _outlines, load_teacher
+from graftvit.transfer.engine.loop import Loop
 from graftvit.transfer.engine.parallel import outline_of, read_once, receive
 from graftvit.transfer.engine.shard_teachers import Spread, gather_to_run, shard_units
 from graftvit.transfer.methods.dual import DualViT
@@ -27,6 +28,7 @@ from support.hub.ports import free_ports
 from support.models.dense import images, tiny
 from support.models.pyramids import TINY
 from support.models.pyramids import tiny as tiny_pyramid
+from support.runs.engine_elastic import gap
 from support.runs.engine_killer import start, wait
 from support.runs.engine_runs import (
     ARCHITECTURE,
@@ -183,5 +185,64 @@ def runs(folder: Path) -> dict[str, Any]:
     return {"codes": codes, "differences": found}
 
 
+RENAMED = hasattr(dist, "all_gather_single")
+COLLECTIVES = {
+    "gather": "all_gather_single" if RENAMED else "all_gather_into_tensor",
+    "scatter": "reduce_scatter_single" if RENAMED else "reduce_scatter_tensor",
+    "reduce": "all_reduce",
+}
+"""What FSDP2 calls, in this version of torch."""
+
+
+def on_two_nodes(folder: Path) -> Callable[[int], None]:
+    """Let four ranks be two nodes of two, and write down the groups of the collectives in their steps."""
+
+    def spoil(rank: int) -> None:
+        os.environ |= {"LOCAL_WORLD_SIZE": "2", "LOCAL_RANK": str(rank % 2)}
+        groups: dict[str, list[list[int]]] = {kind: [] for kind in COLLECTIVES}
+        step, stepping = Loop._step, [False]
+
+        def counted(kind: str, real: Callable[..., Any]) -> Callable[..., Any]:
+
+            def collective(*arguments: Any, group: Any = None, **keywords: Any) -> Any:
+                if stepping[0]:
+                    groups[kind].append(dist.get_process_group_ranks(group))
+                return real(*arguments, group=group, **keywords)
+
+            return collective
+
+        def watched(self: Loop, batches: Any) -> None:
+            stepping[0] = True
+            step(self, batches)
+            stepping[0] = False
+            (folder / f"{rank}.json").write_text(json.dumps(groups))
+
+        for kind, name in COLLECTIVES.items():
+            setattr(dist, name, counted(kind, getattr(dist, name)))
+        Loop._step = watched  # type: ignore[method-assign]
+
+    return spoil
+
+
+def nodes(folder: Path) -> dict[str, Any]:
+    """A run of four ranks on two nodes, whose teacher and student are sharded within each, and one of one rank."""
+    teacher = make_teacher(folder / "teacher")
+
+    def run(name: str, ranks: int) -> RunConfig:
+        return config(
+            folder / name,
+            mode="transfer",
+            teacher={"source": f"local-dir:{teacher}", "shard": ranks > 1},
+            student={"drop_path": 0.0},
+            data={"batch_size": 8 // ranks, "train_samples": 40, "mixup": 0.0},
+            optim={"max_steps": 2, "warmup_epochs": 0, "opt": "sgd", "lr": 0.01, "clip_grad": 1.0},
+            engine={"fsdp": "node" if ranks > 1 else False},
+        )
+
+    codes = wait(start(run("one", 1), 1)) + wait(start(run("nodes", 4), 4, on_two_nodes(folder)))
+    found = [json.loads((folder / f"{rank}.json").read_text()) for rank in range(4)]
+    return {"codes": codes, "groups": found, "gap": gap(folder / "one", folder / "nodes")}
+
+
 def main(scenario: str, path: str) -> dict[str, Any]:
-    return {"steps": steps, "loads": loads, "runs": runs}[scenario](Path(path))
+    return {"steps": steps, "loads": loads, "nodes": nodes, "runs": runs}[scenario](Path(path))

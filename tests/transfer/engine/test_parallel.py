@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import timm
@@ -21,6 +22,7 @@ from graftvit.transfer.engine.parallel import (
     gather,
     gathered,
     looks_for_unused,
+    mesh_of_nodes,
     placed_like,
     raise_together,
     whole,
@@ -131,6 +133,28 @@ def test_a_run_is_that_of_whole_teachers(run_scenario: RunScenario, tmp_path: Pa
     report = run_scenario("teacher_shards", "runs", tmp_path)
     assert report["codes"] == [[0, 0]] * 3, report["stderr"]
     assert report["differences"] == [[]]
+
+
+@NEEDS_FSDP
+@pytest.mark.slow
+def test_shards_are_gathered_within_a_node(run_scenario: RunScenario, tmp_path: Path) -> None:
+    report = run_scenario("teacher_shards", "nodes", tmp_path)
+    assert report["codes"] == [0] * 5, report["stderr"]
+    assert report["gap"] < 1e-5
+    for rank, groups in enumerate(report["groups"]):
+        node, across = [rank // 2 * 2, rank // 2 * 2 + 1], [rank % 2, rank % 2 + 2]
+        gathers, scatters = groups["gather"], groups["scatter"]
+        assert gathers == [node] * len(gathers)
+        assert scatters == [node] * len(scatters)
+        assert len(scatters) == groups["reduce"].count(across) > 0  # gradients alone leave the node
+        assert len(gathers) > 2 * len(scatters)  # of the teacher too
+
+
+def test_nodes_of_unlike_size_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    accelerator = cast(Any, SimpleNamespace(process_index=1, num_processes=3, device=torch.device("cpu")))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    with pytest.raises(ConfigError, match="start as many on each"):
+        mesh_of_nodes(accelerator, None)
 
 
 def test_the_parts_that_are_gathered_one_by_one() -> None:
