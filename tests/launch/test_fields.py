@@ -101,7 +101,7 @@ def test_texts_become_values(key: str, text: str, value: object) -> None:
         ("optim.epochs", "a whole number above 0"),
         ("optim.clip_grad", "a number above 0 or none"),
         ("transfer.loss", "one of ce, kl"),
-        ("engine.fsdp", "true or false"),
+        ("engine.fsdp", "true or false or node"),
         ("optim.betas", "2 numbers"),
         ("engine.trackers", "a list of tensorboard, wandb"),
         ("student.model_args", "a mapping such as {depth: 6}"),
