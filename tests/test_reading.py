@@ -40,7 +40,6 @@ ALLOWED = {
     "transfer/bench_rows.py ParquetFile": STREAM,
     "transfer/kits.py read_text": OWN,
     "transfer/bench_run.py read_text": SYSTEM,
-    "transfer/target_shards.py safe_open": CHECKED,
     "transfer/data/archives.py ZipFile": STREAM,
     "transfer/data/archives.py open": STREAM,
     "transfer/data/dense.py load": "reads what another process of the run sent",

@@ -8,7 +8,7 @@ from typing import Annotated, Any, ClassVar, Literal, TypedDict
 from pydantic import field_validator, model_validator
 
 from .methods.method_facts import facts_of, method_names, reads_setting
-from .setting import LOCAL, Need, OneOf, Section, in_mode, rule_of, setting
+from .setting import Need, OneOf, Section, in_mode, rule_of, setting
 
 READS = "with transfer.method={run.method}: leave it out (it reads {run.reads})"
 STANDARDIZES = Need(
@@ -123,10 +123,10 @@ class TransferConfig(LossConfig):
             "with student.drop_path=0, which drops no block: leave it out, or set student.drop_path",
         ),
     )
-    cache: Annotated[str | None, LOCAL] = setting(
+    cache: str | None = setting(
         None,
-        "folder that keeps what the teachers compute of the training images, so that they compute it once for all "
-        "epochs and runs; needs data.views",
+        "folder, or bucket (s3://...), that keeps what the teachers compute of the training images, so that they "
+        "compute it once for all epochs and runs; needs data.views",
         outside=True,
         see="[the cache](transfer.md#a-teacher-that-runs-once)",
     )

@@ -1,9 +1,11 @@
-"""The folder of a cache of teacher targets: one file for each range of samples and view, named by what they depend on.
+"""A cache of teacher targets: an object for each range of samples and view, named by what it depends on.
 
-    DIR/<digest of all that the targets depend on>/about.json
-    DIR/<digest>/view-000/shard-00000.safetensors
+    PLACE/<digest of the teachers, the preprocessing and the augmentation>/about.json
+    PLACE/<digest>/view-000/shard-<digest of the samples>.rows
 
-A file is written whole or not at all, and holds a digest of itself.
+PLACE is a folder, or a place that fsspec writes. An object is written whole or not at all. It begins with the length of
+its description (4 bytes) and the description in JSON, and then has a row of equal size for each sample: a checksum of
+the image's pixels, one of the description and the row, and the targets. So each row is read and checked by itself.
 """
 
 from __future__ import annotations
@@ -12,37 +14,39 @@ import hashlib
 import json
 import logging
 import math
-import os
 import shutil
-import time
+import struct
 import zlib
-from collections import deque
+from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from itertools import chain
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from itertools import accumulate
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ..checkpoints.atomic import WriteFailedError, write_text
-from ..checkpoints.files import nearest_folder, read_regular
+from ..checkpoints.atomic import WriteFailedError
+from ..checkpoints.files import is_url, nearest_folder
 from ..checkpoints.preprocessing import Preprocessing
 from ..checkpoints.provenance import Pretrained, collect_identity
-from ..checkpoints.state import TrainingState as Content
-from ..checkpoints.state import check_state, write_state
-from ..models.errors import CheckpointError, ConfigError, DataError, JsonDict
+from ..models.errors import ConfigError, DataError, JsonDict
 from ..models.parts import num_classes
 from .config import RunConfig
-from .data.loaders import TrainLoader
-from .data.sampler import BatchRequest
+from .data.augment import reason_of
+from .data.loaders import FullBatch, TrainLoader
+from .data.loading import Samples, SourceLostError
+from .data.shard_index import load
+from .data.shard_places import reached, store_of
 from .methods.dual import DualViT
 from .methods.loss_terms import DEFAULT_TEACHER, TeacherSide
 from .methods.method import TransferMethod
 from .setting import rule_of
 from .target_forms import TargetForm
+
+logger = logging.getLogger(__name__)
 
 # What a run with `transfer.cache` must be, before anything is read.
 
@@ -55,9 +59,12 @@ def check_cache(config: RunConfig, methods: Sequence[TransferMethod]) -> None:
     data, transfer = config.data, config.transfer
     if transfer.cache is None:
         return
-    if not transfer.cache.strip() or (Path(transfer.cache).exists() and not Path(transfer.cache).is_dir()):
+    is_file = (
+        not is_url(transfer.cache) and Path(transfer.cache).exists() and not Path(transfer.cache).is_dir()
+    )
+    if not transfer.cache.strip() or is_file or transfer.cache.startswith(("http:", "https:")):
         raise ConfigError(
-            f"transfer.cache={transfer.cache!r} is not a folder: name one, which is made if needed"
+            f"transfer.cache={transfer.cache!r} is neither a folder, which is made if needed, nor a bucket: name one"
         )
     for method in methods:
         if method.uses_layers:
@@ -104,6 +111,8 @@ def check_size(folder: str, limit: float | None, whole: int, missing: int, *, he
                 f"transfer.cache_limit={limit:g} GiB: raise it, or lower data.views"
             )
         return
+    if is_url(folder):
+        return
     free = shutil.disk_usage(nearest_folder(Path(folder))).free
     if here and missing > MARGIN * free:
         raise ConfigError(
@@ -119,91 +128,57 @@ def gibibytes(size: float) -> str:
     return f"{size / 2**30:.2f} GiB"
 
 
-# A lock of one file among the processes that may write it; the system frees it when its process dies.
+# The objects of a cache.
 
-POLL = 0.05
-"""Seconds between two looks at a file that another process writes."""
-
-
-class ShardLock:
-    """The right to write `path`, held until `free`."""
-
-    def __init__(self, path: Path, file: BinaryIO | None) -> None:
-        self._path = path
-        self._file = file
-
-    @classmethod
-    def take(cls, path: Path) -> ShardLock | None:
-        """Return the lock; None where another process has it. A file system without locks lets everybody in.
-
-        Raises WriteFailedError: nothing can be written beside `path`.
-        """
-        try:
-            import fcntl
-        except ImportError:  # Windows
-            return cls(path, None)
-        own = path.with_name(f".{path.name}.lock")
-        try:
-            own.parent.mkdir(parents=True, exist_ok=True)
-            file = own.open("ab")
-        except OSError as error:
-            raise WriteFailedError(
-                f"transfer.cache: {path} is missing or damaged, and cannot be written ({error.strerror}): let someone "
-                "who may write there compute the targets first, or name another folder"
-            ) from error
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.close()
-            return None
-        except OSError:
-            return cls(own, file)
-        if not _is_same(own, file):  # its holder removed it meanwhile
-            file.close()
-            return None
-        return cls(own, file)
-
-    def free(self) -> None:
-        """Give the lock back."""
-        if self._file is not None:
-            self._path.unlink(missing_ok=True)
-            self._file.close()
-
-
-def write_once(path: Path, text: str) -> None:
-    """Write a file that several processes may write at once, all the same text. Raise WriteFailedError."""
-    while not path.exists():
-        lock = ShardLock.take(path)
-        if lock is None:
-            time.sleep(POLL)
-            continue
-        try:
-            if not path.exists():
-                write_text(path, text)
-        finally:
-            lock.free()
-
-
-def _is_same(path: Path, file: BinaryIO) -> bool:
-    try:
-        return os.path.samestat(path.stat(), os.fstat(file.fileno()))
-    except OSError:
-        return False
-
-
-logger = logging.getLogger(__name__)
-
-LARGEST_SHARD, SMALLEST_SHARD, SHARDS = 4096, 256, 64
-"""Samples of a shard, and how many shards a small set is divided into."""
 ABOUT = "about.json"
+LENGTH, SUMS = struct.Struct("<I"), struct.Struct("<II")
+"""The length of a description; the checksums at the beginning of a row, of the image's pixels and of the row."""
+LONGEST = 1 << 20
+"""Bytes of a description, at most."""
+PIXELS = "pixels"
+"""The checksums of pixels, beside the targets."""
+NO_DESCRIPTION = (struct.error, ValueError, LookupError, TypeError, RecursionError)
+NUMBERS = ("float32", "bfloat16", "float16", "int8", "int16", "int32")
+TYPES: dict[str, torch.dtype] = {f"torch.{name}": getattr(torch, name) for name in NUMBERS}
 
 
 class Shard(NamedTuple):
-    """A range of samples in one view."""
+    """The samples of an object: a range of them in one view."""
 
     view: int
     first: int
     size: int
+
+
+class LostTargetsError(DataError):
+    """An object of targets is missing or damaged."""
+
+    def __init__(self, shard: Shard, why: str) -> None:
+        super().__init__(f"transfer.cache: {why}")
+        self.shard = shard
+
+
+class Field(NamedTuple):
+    """The part of a row that one target takes."""
+
+    name: str
+    type: str
+    shape: Sequence[int]
+
+    @property
+    def size(self) -> int:
+        """Bytes of it."""
+        return math.prod(self.shape) * TYPES[self.type].itemsize
+
+    @classmethod
+    def of(cls, name: str, values: Tensor) -> Field:
+        """Return the field of values (B, ...)."""
+        return cls(name, str(values.dtype), list(values.shape[1:]))
+
+
+def row_size(fields: Iterable[Field]) -> int:
+    """Return the bytes of a sample."""
+    return SUMS.size + sum(field.size for field in fields)
 
 
 def digest_of(described: JsonDict) -> str:
@@ -215,91 +190,153 @@ def digest_of(described: JsonDict) -> str:
 class TargetShards:
     """The targets of one set of images by one set of teachers."""
 
-    root: Path
-    """The folder `transfer.cache`."""
+    root: str
+    """The place `transfer.cache`."""
     described: JsonDict
-    """All that the targets depend on."""
-    samples: int
+    """All that the targets depend on, beside their samples."""
+    ranges: Sequence[Samples]
+    """The samples of each object."""
     form: TargetForm
+    numbered: bool = False
+    """Whether the augmentation of a sample depends on its number."""
 
     @property
-    def folder(self) -> Path:
-        """The folder of these targets alone."""
-        return self.root / digest_of(self.described)
+    def folder(self) -> str:
+        """The place of these targets alone."""
+        return f"{self.root.rstrip('/')}/{digest_of(self.described)}"
+
+    @cached_property
+    def ends(self) -> list[int]:
+        """The number of the first sample after each range."""
+        return list(accumulate(each.size for each in self.ranges))
 
     @property
-    def shard_size(self) -> int:
-        """Samples of each shard but the last."""
-        return min(LARGEST_SHARD, max(SMALLEST_SHARD, -(-self.samples // SHARDS)))
+    def samples(self) -> int:
+        """The number of all samples."""
+        return self.ends[-1]
 
     def shards(self, views: Iterable[int]) -> list[Shard]:
         """Return all shards of some views."""
-        size = self.shard_size
-        return [
-            Shard(view, first, min(size, self.samples - first))
-            for view in views
-            for first in range(0, self.samples, size)
-        ]
+        found = [(end - each.size, each.size) for end, each in zip(self.ends, self.ranges, strict=True)]
+        return [Shard(view, *each) for view in views for each in found if each[1]]
 
-    def path(self, shard: Shard) -> Path:
-        """Return the file of a shard."""
-        number = shard.first // self.shard_size
-        return self.folder / f"view-{shard.view:03d}" / f"shard-{number:05d}.safetensors"
+    def shard_of(self, view: int, index: int) -> Shard:
+        """Return the shard of a sample."""
+        number = bisect_right(self.ends, index)
+        size = self.ranges[number].size
+        return Shard(view, self.ends[number] - size, size)
+
+    def place(self, shard: Shard) -> str:
+        """Return the place of an object."""
+        return f"{self._folder_of(shard.view)}/{self._name(shard)}"
+
+    def stored(self, shards: Iterable[Shard]) -> dict[Shard, int]:
+        """Return the bytes of each object that is there. Objects are listed, and not read."""
+        shards = list(shards)
+        views = {shard.view: self._folder_of(shard.view) for shard in shards}
+        there: dict[int, Mapping[str, int]] = {}
+        for view, folder in views.items():
+            with reached(folder):
+                there[view] = store_of(folder).sizes(folder)
+        named = ((shard, there[shard.view].get(self._name(shard))) for shard in shards)
+        return {shard: size for shard, size in named if size is not None}
+
+    def holds(self, shard: Shard) -> bool:
+        """Return whether there is an object of a shard."""
+        place = self.place(shard)
+        try:
+            return bool(store_of(place).stamp(place))
+        except FileNotFoundError:
+            return False
+
+    def size(self, shard: Shard, fields: Sequence[Field]) -> int:
+        """Return the bytes of an object."""
+        return LENGTH.size + len(self._describe(shard, fields)) + shard.size * row_size(fields)
 
     def open(self) -> None:
         """Make the folder and say in it what it is of.
 
-        A damaged description is written again: each shard says itself what it is of.
+        A damaged description is written again: each object says itself what it is of.
 
         Raises ConfigError: the folder says that it is of something else. WriteFailedError: it cannot be written.
         """
-        path = self.folder / ABOUT
-        text = json.dumps({"samples": self.samples, "shard": self.shard_size, **self.described}, indent=1)
-        write_once(path, text)
-        try:
-            found = read_regular(path, errors="replace")
-        except CheckpointError as error:
-            raise ConfigError(f"transfer.cache: {error}") from error
+        place, text = f"{self.folder}/{ABOUT}", json.dumps(self.described, indent=1).encode()
+        found = load(place)
         if found == text:
             return
-        if _is_json(found):
+        if found is not None and _is_json(found):
             raise ConfigError(
-                f"transfer.cache: {path} describes other targets: remove the folder {self.folder}, and they are "
+                f"transfer.cache: {place} describes other targets: remove the folder {self.folder}, and they are "
                 "computed again"
             )
-        logger.warning("transfer.cache: %s is damaged; it is written again", path)
-        write_text(path, text)
-
-    def unsound(self, shards: Iterable[Shard]) -> list[Shard]:
-        """Return the shards that are missing or damaged; name each damaged one in the log."""
-        faults = {shard: self.fault(shard) for shard in shards}
-        for shard, fault in faults.items():
-            if fault is not None and self.path(shard).exists():
-                logger.warning("transfer.cache: %s; its targets are computed again", fault)
-        return [shard for shard, fault in faults.items() if fault is not None]
-
-    def fault(self, shard: Shard) -> str | None:
-        """Return why the file of a shard cannot be used; None if it is there and whole: its digest is computed."""
-        path = self.path(shard)
-        if not path.exists():
-            return f"{path} is missing"
-        try:
-            known = check_state(path)
-            return None if known == self._meta(shard) else f"{path} is not of these images"
-        except CheckpointError as error:
-            return str(error)
+        if found is not None:
+            logger.warning("transfer.cache: %s is damaged; it is written again", place)
+        write_object(place, text)
 
     def write(self, shard: Shard, tensors: Mapping[str, Tensor]) -> None:
-        """Write the targets of a shard, whole or not at all. Raises WriteFailedError as `write_state`."""
-        write_state(self.path(shard), Content(dict(tensors), self._meta(shard)))
+        """Write an object of targets (B, ...) and checksums of pixels. Raises WriteFailedError."""
+        targets = {name: each.cpu().contiguous() for name, each in tensors.items() if name != PIXELS}
+        fields = [Field.of(name, each) for name, each in targets.items()]
+        described = self._describe(shard, fields)
+        content = bytearray(LENGTH.pack(len(described)) + described)
+        parts = [each.reshape(shard.size, -1).view(torch.uint8) for each in targets.values()]
+        pixels = tensors[PIXELS].tolist()
+        for row, pixel in zip(torch.cat(parts, 1).numpy(), pixels, strict=True):
+            content += SUMS.pack(pixel, _checksum(described, pixel, row.data)) + row.tobytes()
+        write_object(self.place(shard), bytes(content))
 
-    def _meta(self, shard: Shard) -> JsonDict:
-        return {"targets": self.folder.name, **shard._asdict()}
+    def open_object(self, shard: Shard) -> Opened:
+        """Return how the rows of an object are read. Raises LostTargetsError."""
+        place = self.place(shard)
+        try:
+            with reached(place):
+                store = store_of(place)
+                stamp = store.stamp(place)
+                (length,) = LENGTH.unpack(store.read(place, 0, LENGTH.size, stamp))
+                described = store.read(place, LENGTH.size, min(length, LONGEST), stamp)
+                fields = [Field(*each) for each in json.loads(described)["fields"]]
+                whole = described == self._describe(shard, fields)
+                opened = Opened(place, stamp, described, fields)
+        except SourceLostError as error:
+            if isinstance(error.__cause__, FileNotFoundError):
+                raise LostTargetsError(shard, str(error)) from error
+            if not isinstance(error.__cause__, NO_DESCRIPTION):
+                raise
+            whole = False
+        if not whole:
+            raise LostTargetsError(shard, f"{place} is damaged or of other images")
+        return opened
+
+    def _folder_of(self, view: int) -> str:
+        return f"{self.folder}/view-{view:03d}"
+
+    def _name(self, shard: Shard) -> str:
+        samples = self.ranges[bisect_right(self.ends, shard.first)]
+        known = {"samples": samples.name, "size": samples.size}
+        return f"shard-{digest_of({**known, 'first': shard.first} if self.numbered else known)}.rows"
+
+    def _describe(self, shard: Shard, fields: Sequence[Field]) -> bytes:
+        known = {"targets": digest_of(self.described), "view": shard.view, "object": self._name(shard)}
+        return json.dumps({**known, "fields": fields}).encode()
 
 
-def _is_json(text: str) -> bool:
+def _checksum(described: bytes, pixel: int, row: bytes | memoryview) -> int:
+    return zlib.crc32(row, zlib.crc32(LENGTH.pack(pixel), zlib.crc32(described)))
+
+
+def write_object(place: str, content: bytes) -> None:
+    """Write a file of a cache, whole or not at all. Raises WriteFailedError."""
     try:
-        json.loads(text)
+        store_of(place).write(place, content)
+    except WriteFailedError:
+        raise
+    except Exception as error:  # each kind of place fails in its own way
+        raise WriteFailedError(f"{place} cannot be written: {reason_of(error)}") from error
+
+
+def _is_json(content: bytes) -> bool:
+    try:
+        json.loads(content)
     except (ValueError, RecursionError):
         return False
     return True
@@ -307,7 +344,7 @@ def _is_json(text: str) -> bool:
 
 # All that teacher targets depend on: another teacher, other images or another precision have another folder.
 
-FORMAT = 1
+FORMAT = 2
 
 
 def find_shards(
@@ -317,7 +354,7 @@ def find_shards(
     spec: Preprocessing,
     loader: TrainLoader,
 ) -> TargetShards:
-    """Return the files of the targets of a run. Raises ConfigError: its images are a stream."""
+    """Return the objects of the targets of a run. Raises ConfigError: its images are a stream."""
     if loader.streamed:
         raise ConfigError(
             f"transfer.cache needs samples by index; data.dataset={config.data.dataset} is a stream: leave it out"
@@ -331,9 +368,10 @@ def find_shards(
         },
         "precision": config.engine.precision,
         "tf32": config.engine.tf32,
-        "images": _describe_images(config, spec, loader),
+        "images": _describe_images(config, spec),
     }
-    return TargetShards(Path(str(config.transfer.cache)), described, loader.num_samples, form)
+    numbered = config.data.views != 0
+    return TargetShards(str(config.transfer.cache), described, loader.sample_ranges(), form, numbered)
 
 
 def _form_of(config: RunConfig, dual: DualViT) -> TargetForm:
@@ -345,15 +383,6 @@ def _form_of(config: RunConfig, dual: DualViT) -> TargetForm:
 def has_weights(shards: TargetShards) -> bool:
     """Return whether the teachers' weights were read, so that the name of the folder is known."""
     return all(each["digest"] is not None for each in shards.described["teachers"].values())
-
-
-def digest_of_samples(name: Callable[[int], str], count: int, root: str | None) -> str:
-    """Return a digest of the names of samples in their order, without the folder of the data set."""
-    found = hashlib.sha256()
-    prefix = "" if root is None else os.path.join(root, "")  # noqa: PTH118 - a text, not a place
-    for index in range(count):
-        found.update(name(index).removeprefix(prefix).encode("utf-8", "surrogatepass") + b"\0")
-    return found.hexdigest()
 
 
 def _describe_teacher(
@@ -370,12 +399,10 @@ def _describe_teacher(
     }
 
 
-def _describe_images(config: RunConfig, spec: Preprocessing, loader: TrainLoader) -> JsonDict:
+def _describe_images(config: RunConfig, spec: Preprocessing) -> JsonDict:
     data = config.data
     described: JsonDict = {
         "dataset": data.dataset,
-        "split": data.train_split,
-        "samples": digest_of_samples(loader.batches.name, loader.num_samples, data.data_path),
         **spec.described(),
     }
     if data.views == 0:
@@ -387,8 +414,8 @@ def _describe_images(config: RunConfig, spec: Preprocessing, loader: TrainLoader
 
 # What loader processes add to images: a checksum of their pixels, and the targets that were computed of them.
 
-PIXELS = "pixels"
-"""The checksums, beside the targets."""
+LOST = "lost"
+"""In place of targets that cannot be read: the view, and the numbers of the samples."""
 
 
 def add_checksums(
@@ -399,159 +426,115 @@ def add_checksums(
     return {PIXELS: torch.tensor(sums, dtype=torch.int64)}
 
 
-class TargetRows:
-    """Adds to each image its targets. Files are mapped into memory when they are first needed."""
+class Opened(NamedTuple):
+    """An object whose description was read and is right."""
 
-    def __init__(self, shards: TargetShards) -> None:
-        self._shards = shards
-        self._opened: dict[Shard, dict[str, Tensor]] = {}
+    place: str
+    stamp: str
+    described: bytes
+    fields: Sequence[Field]
+
+    def read(self, number: int) -> tuple[int, bytes] | None:
+        """Return the checksum of pixels and the targets of a row; None if the row is damaged."""
+        size = row_size(self.fields)
+        start = LENGTH.size + len(self.described) + number * size
+        with reached(self.place):
+            content = store_of(self.place).read(self.place, start, size, self.stamp)
+        if len(content) < size:
+            return None
+        pixel, known = SUMS.unpack_from(content)
+        row = content[SUMS.size :]
+        return (pixel, row) if _checksum(self.described, pixel, row) == known else None
+
+
+class TargetRows:
+    """Adds to each image its targets.
+
+    A loader process leaves targets that are lost to the main process, which has `refill`: it computes an object again.
+    """
+
+    def __init__(self, shards: TargetShards, refill: Callable[[Shard], None] | None = None) -> None:
+        self._shards, self._refill = shards, refill
+        self._refilled: set[Shard] = set()
+        self._opened: dict[Shard, Opened] = {}
 
     def __call__(
         self, view: int, indices: Sequence[int], images: Tensor, name: Callable[[int], str]
     ) -> dict[str, Tensor]:
-        """Return the targets (B, ...) by name.
+        """Return the targets (B, ...) by name, in the form in which they are kept; `LOST` where one is lost.
 
-        Raises DataError: an image has other pixels than when its targets were computed, or a file cannot be read.
+        Raises DataError: an image has other pixels than when its targets were computed, or a place cannot be reached.
         """
-        rows = [self._row(view, index) for index in indices]
-        found = {key: torch.stack([row[key] for row in rows]) for key in rows[0]}
-        same = found.pop(PIXELS) == add_checksums(view, indices, images, name)[PIXELS]
-        if not bool(same.all()):
-            first = indices[int((~same).int().argmax())]
-            raise DataError(
-                f"{name(first)} is not the image that its targets in transfer.cache were computed of: it was changed, "
-                "or another version of Pillow, torchvision or timm makes other pixels of it; remove the folder "
-                f"{self._shards.folder}, or name another transfer.cache"
-            )
+        try:
+            return self.read(view, indices, images, name)
+        except LostTargetsError:
+            return {LOST: torch.tensor([view, *indices])}
+
+    def _complete(
+        self, found: dict[str, Tensor], images: Tensor, name: Callable[[int], str]
+    ) -> dict[str, Tensor]:
+        """Return what a call has found for images; what is lost is computed again."""
+        while LOST in found:
+            view, *indices = found[LOST].tolist()
+            try:
+                return self.read(view, indices, images, name)
+            except LostTargetsError as error:
+                if self._refill is None or error.shard in self._refilled:
+                    raise
+                logger.warning("%s; its targets are computed again", error)
+                self._refill(error.shard)
+                self._refilled.add(error.shard)
         return found
 
+    def read(
+        self, view: int, indices: Sequence[int], images: Tensor, name: Callable[[int], str]
+    ) -> dict[str, Tensor]:
+        """Do the same as a call, but raise LostTargetsError for what is lost."""
+        rows = [self._row(self._shards.shard_of(view, index), index) for index in indices]
+        sums = add_checksums(view, indices, images, name)[PIXELS].tolist()
+        for index, pixel, (_, known, _) in zip(indices, sums, rows, strict=True):
+            if pixel != known:
+                raise DataError(
+                    f"{name(index)} is not the image that its targets in transfer.cache were computed of: it was "
+                    "changed, or another version of Pillow, torchvision or timm makes other pixels of it; remove the "
+                    f"folder {self._shards.folder}, or name another transfer.cache"
+                )
+        return _split(rows[0][0], b"".join(row for _, _, row in rows), len(rows))
+
+    def batches(self, loader: TrainLoader, epoch: int, start: int = 0) -> Iterator[FullBatch]:
+        """Yield the batches of an epoch with their targets, as kept, from batch `start`. Raises as a call."""
+        loader.batches.beside = self
+        for images, labels, found in loader.full_epoch(epoch, start):
+            yield images, labels, self._complete(found, images, loader.batches.name)
+
+    @property
+    def form(self) -> TargetForm:
+        """The form in which targets are kept."""
+        return self._shards.form
+
     def __getstate__(self) -> JsonDict:
-        return {**self.__dict__, "_opened": {}}
+        return {**self.__dict__, "_opened": {}, "_refill": None}
 
-    def _row(self, view: int, index: int) -> dict[str, Tensor]:
-        size = self._shards.shard_size
-        first = index // size * size
-        shard = Shard(view, first, min(size, self._shards.samples - first))
-        if shard not in self._opened:
-            self._opened[shard] = self._open(shard)
-        return {key: tensor[index - first] for key, tensor in self._opened[shard].items()}
-
-    def _open(self, shard: Shard) -> dict[str, Tensor]:
-        path = self._shards.path(shard)
+    def _row(self, shard: Shard, index: int) -> tuple[Sequence[Field], int, bytes]:
+        """Return the fields of a sample's targets, the checksum of its pixels, and the targets."""
         try:
-            with safe_open(path, framework="pt") as file:
-                return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-        except (OSError, SafetensorError) as error:
-            raise DataError(f"transfer.cache: {path} cannot be read: {error}") from error
+            opened = self._opened.get(shard) or self._shards.open_object(shard)
+            row = opened.read(index - shard.first)
+        except SourceLostError:  # it may have been computed again meanwhile
+            opened = self._shards.open_object(shard)
+            row = opened.read(index - shard.first)
+        if row is None:
+            self._opened.pop(shard, None)
+            raise LostTargetsError(shard, f"{opened.place} is damaged: a checksum does not match")
+        self._opened[shard] = opened
+        return opened.fields, *row
 
 
-# Compute the targets that a cache lacks, side by side with other processes that compute the same ones.
-
-FILL_POLL = 1.0
-"""Seconds between two looks at the shards that other processes compute."""
-Teach = Callable[[Tensor], dict[str, Tensor]]
-
-
-def fill(
-    cache: TargetShards,
-    todo: Sequence[Shard],
-    loader: TrainLoader,
-    teach: Teach,
-    *,
-    stopped: Callable[[], bool],
-    moved: Callable[[int], object],
-    kept: Callable[[], object],
-) -> None:
-    """Write the shards of `todo`, each by one of the processes that call this; return when all are there.
-
-    Batches are as large as those of the run: the last one of a shard is padded, because sums over another number of
-    images may be rounded otherwise.
-
-    Args:
-        cache: Where they are written.
-        todo: The shards that are missing or damaged.
-        loader: The training images.
-        teach: Gives the targets of images.
-        stopped: Whether to leave early.
-        moved: Called after each batch with the number of its images, and with 0 after each look while others compute.
-        kept: Called after each shard that this process has written.
-    """
-    left = list(todo)
-    while left and not stopped():
-        claims = _Claims(cache, left, loader.batch_size)
-        requests = claims.requests()
-        first = next(requests, None)
-        if first is not None:
-            try:
-                _compute(cache, claims, chain([first], requests), loader, teach, stopped, moved, kept)
-            finally:
-                claims.free()
-        left = claims.busy
-        if left and first is None:
-            moved(0)
-            time.sleep(FILL_POLL)
-
-
-def _compute(
-    cache: TargetShards,
-    claims: _Claims,
-    requests: Iterator[BatchRequest],
-    loader: TrainLoader,
-    teach: Teach,
-    stopped: Callable[[], bool],
-    moved: Callable[[int], object],
-    kept: Callable[[], object],
-) -> None:
-    rows: list[dict[str, Tensor]] = []
-    for batch in loader.fetch_apart(requests, add_checksums):
-        shard, valid = claims.asked.popleft()
-        if batch.images is not None:
-            found = {**teach(batch.images), **(batch.beside or {})}
-            rows.append({name: tensor[:valid].cpu() for name, tensor in found.items()})
-        if sum(len(row[PIXELS]) for row in rows) == shard.size:
-            cache.write(shard, {name: torch.cat([row[name] for row in rows]) for name in rows[0]})
-            claims.done(shard)
-            kept()
-            rows = []
-        moved(valid)
-        if stopped():
-            return
-
-
-@dataclass
-class _Claims:
-    """The shards that this process computes, each claimed when the loader asks for its first batch."""
-
-    cache: TargetShards
-    todo: Sequence[Shard]
-    batch_size: int
-    busy: list[Shard] = field(default_factory=list)
-    """Shards that another process computes."""
-    asked: deque[tuple[Shard, int]] = field(default_factory=deque)
-    """Shard and number of images of each batch that was requested and has not come."""
-    held: dict[Shard, ShardLock] = field(default_factory=dict)
-
-    def requests(self) -> Iterator[BatchRequest]:
-        for shard in self.todo:
-            lock = ShardLock.take(self.cache.path(shard))
-            if lock is None:
-                self.busy.append(shard)
-                continue
-            self.held[shard] = lock
-            if self.cache.fault(shard) is None:
-                self.done(shard)
-                continue
-            end = shard.first + shard.size
-            for first in range(shard.first, end, self.batch_size):
-                indices = tuple(range(first, min(first + self.batch_size, end)))
-                padding = indices[-1:] * (self.batch_size - len(indices))
-                self.asked.append((shard, len(indices)))
-                yield BatchRequest(shard.view, first, indices + padding, len(indices))
-
-    def done(self, shard: Shard) -> None:
-        self.held.pop(shard).free()
-
-    def free(self) -> None:
-        for lock in self.held.values():
-            lock.free()
-        self.held.clear()
+def _split(fields: Sequence[Field], rows: bytes, count: int) -> dict[str, Tensor]:
+    """Return the targets (B, ...) of `count` rows."""
+    table, found, start = torch.frombuffer(bytearray(rows), dtype=torch.uint8).view(count, -1), {}, 0
+    for field in fields:
+        part = table[:, start : start + field.size].contiguous()
+        found[field.name] = part.view(TYPES[field.type]).view(count, *field.shape)
+        start += field.size
+    return found

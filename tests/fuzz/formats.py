@@ -38,11 +38,11 @@ from graftvit.transfer.data.archives import count_images, unpack
 from graftvit.transfer.data.coco import CocoImages
 from graftvit.transfer.data.datasets import open_dataset
 from graftvit.transfer.data.image_folder import INDEX, find_images, pack_lists, read_index
-from graftvit.transfer.data.loading import EvalBatches
+from graftvit.transfer.data.loading import EvalBatches, Samples
 from graftvit.transfer.data.sampler import BatchRequest
 from graftvit.transfer.search.program_search import open_search, recorded_generations, run_search
 from graftvit.transfer.target_forms import TargetForm
-from graftvit.transfer.target_shards import PIXELS, Shard, TargetRows, TargetShards
+from graftvit.transfer.target_shards import Shard, TargetRows, TargetShards, add_checksums
 from onnx import helper, numpy_helper
 from PIL import Image
 from safetensors.torch import save_file
@@ -487,33 +487,32 @@ def _read_parquet(path: Path) -> list[Any]:
 # What teachers computed, kept by `transfer.cache`.
 
 
-def _shards(folder: Path) -> tuple[TargetShards, Shard]:
-    shards = TargetShards(folder, {"teacher": "a"}, 6, TargetForm())
-    return shards, shards.shards([0])[0]
+IMAGES = torch.arange(6.0).reshape(6, 1, 1, 1)
+
+
+def _shards(folder: Path) -> TargetShards:
+    return TargetShards(str(folder), {"teacher": "a"}, [Samples("a", 6)], TargetForm())
 
 
 def _targets() -> dict[str, Tensor]:
-    return {"logits": torch.arange(60.0).reshape(6, 10), PIXELS: torch.arange(6)}
+    return {"logits": torch.arange(60.0).reshape(6, 10), "small": torch.arange(6, dtype=torch.int8)}
 
 
 def _make_cache(folder: Path) -> None:
-    shards, shard = _shards(folder)
+    shards = _shards(folder)
     shards.open()
-    shards.write(shard, _targets())
+    shards.write(Shard(0, 0, 6), {**_targets(), **add_checksums(0, range(6), IMAGES, str)})
 
 
 def _damage_cache(rng: Random, folder: Path) -> str:
-    shards, shard = _shards(folder)
-    about = next(shards.folder.glob("*.json"))
-    return damage_bytes(rng, shards.path(shard)) if rng.random() < 0.8 else damage_json(rng, about)
+    path = next(folder.rglob("*.rows" if rng.random() < 0.8 else "*.json"))
+    return damage_bytes(rng, path) if path.suffix == ".rows" else damage_json(rng, path)
 
 
 def _check_cache(folder: Path) -> None:
-    shards, shard = _shards(folder)
+    shards = _shards(folder)
     shards.open()
-    if (fault := shards.fault(shard)) is not None:
-        raise GraftError(fault)
-    _same(TargetRows(shards)._open(shard), _targets())
+    _same(TargetRows(shards).read(0, range(6), IMAGES, str), _targets())
 
 
 # Archives of images, which data.stage unpacks.

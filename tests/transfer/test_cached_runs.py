@@ -8,7 +8,6 @@ import os
 import shutil
 import signal
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,8 +17,8 @@ from graftvit.checkpoints.atomic import WriteFailedError
 from graftvit.launch.plan_text import describe_plan
 from graftvit.models.copying import teacher_view
 from graftvit.models.errors import ConfigError, DataError
-from graftvit.transfer import target_shards
 from graftvit.transfer.config import RunConfig
+from graftvit.transfer.data import loaders
 from graftvit.transfer.engine import early_signals
 from graftvit.transfer.engine.build import build
 from graftvit.transfer.engine.cached_targets import views_of
@@ -27,7 +26,7 @@ from graftvit.transfer.engine.dry_run import dry_run
 from graftvit.transfer.engine.resume_check import Position
 from graftvit.transfer.engine.train import train
 from graftvit.transfer.methods.dual import DualViT
-from graftvit.transfer.target_shards import ShardLock, write_once
+from graftvit.transfer.target_fill import ShardLock
 from support.files.data_sets import image, write_classes, write_shards
 from support.runs.engine_runs import config, differences, make_convnext, make_teacher
 from support.runs.interrupting import terminated_after
@@ -63,7 +62,7 @@ def passes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         forward(view, images)
 
     monkeypatch.setattr(teacher_view.WholeModel, "forward", counted)
-    monkeypatch.setattr(target_shards, "SMALLEST_SHARD", 48)  # 130 images are three files
+    monkeypatch.setattr(loaders, "RANGE", 48)  # 130 images are three files
     return seen
 
 
@@ -139,10 +138,10 @@ def test_a_finished_run_that_goes_on_shows_the_view_of_its_next_epoch(tmp_path: 
     assert views_of(longer, schedule, Position(step=2, epoch=1)) == [1]  # type: ignore[arg-type]
 
 
-def folder_of(made: RunConfig) -> Path:
+def places_of(made: RunConfig) -> list[str]:
     targets = build(made).targets
     assert targets is not None
-    return targets.folder
+    return [targets.place(shard) for shard in targets.shards([0])]
 
 
 @pytest.mark.parametrize(
@@ -164,17 +163,17 @@ def folder_of(made: RunConfig) -> Path:
     ],
     ids=str,
 )
-def test_other_targets_have_another_folder(sections: dict[str, Any], teacher: Path, tmp_path: Path) -> None:
+def test_other_targets_have_another_place(sections: dict[str, Any], teacher: Path, tmp_path: Path) -> None:
     """Another teacher has another one, and the same elsewhere has not."""
     first, other = (
-        folder_of(run(tmp_path / "run", teacher, tmp_path / "cache", **each)) for each in ({}, sections)
+        places_of(run(tmp_path / "run", teacher, tmp_path / "cache", **each)) for each in ({}, sections)
     )
     assert first != other
     if "engine" in sections:
         moved = Path(shutil.copytree(teacher, tmp_path / "moved"))
-        assert folder_of(run(tmp_path / "run", moved, tmp_path / "cache")) == first
+        assert places_of(run(tmp_path / "run", moved, tmp_path / "cache")) == first
         another = make_teacher(tmp_path / "other", mean=(0.4,))
-        assert folder_of(run(tmp_path / "run", another, tmp_path / "cache")) != first
+        assert places_of(run(tmp_path / "run", another, tmp_path / "cache")) != first
 
 
 @pytest.mark.slow
@@ -227,21 +226,91 @@ def damage(path: Path) -> None:
     path.write_bytes(content)
 
 
-@pytest.mark.slow
-def test_a_damaged_or_missing_file_is_named_and_computed_again(
-    teacher: Path, passes: list[int], tmp_path: Path, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
+def test_a_damaged_or_missing_object_is_named_and_computed_again(
+    workers: int, teacher: Path, passes: list[int], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    train(run(tmp_path / "first", teacher, tmp_path / "cache"))
-    damaged, missing, moved, kept, *_ = sorted((tmp_path / "cache").rglob("shard-*"))
+    """What is missing before the first step, what is damaged when it is read: then its teachers are loaded again."""
+    data = {"workers": workers}
+    train(run(tmp_path / "first", teacher, tmp_path / "cache", data=data))
+    damaged, missing, moved, kept, cut, whole = sorted((tmp_path / "cache").rglob("shard-*"))
+    before = {path: path.read_bytes() for path in (damaged, missing, moved, cut, whole)}
     damage(damaged)
     missing.unlink()
     shutil.copy(kept, moved)
+    cut.write_bytes(cut.read_bytes()[:-99])
     passes.clear()
-    train(run(tmp_path / "second", teacher, tmp_path / "cache"))
-    assert caplog.text.count(f"{damaged} is damaged: its sha256 does not match") == 1
-    assert f"{moved} is not of these images" in caplog.text
-    assert len(passes) == 9
+    train(run(tmp_path / "second", teacher, tmp_path / "cache", data=data))
+    for path, why in ((damaged, "a checksum"), (moved, "of other images"), (cut, "a checksum")):
+        found = [line for line in caplog.text.splitlines() if f"{path} is damaged" in line]
+        assert len(found) == 1, found
+        assert why in found[0]
+    assert len(passes) == 4 * 3
+    assert before == {path: path.read_bytes() for path in before}
     assert differences(tmp_path / "first", tmp_path / "second") == []
+
+
+def test_an_object_that_goes_away_in_a_run_is_computed_again(
+    teacher: Path, passes: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train(run(tmp_path / "first", teacher, tmp_path / "cache"))
+    passes.clear()
+    dismiss = DualViT.dismiss
+
+    def lose(dual: DualViT) -> None:
+        for path in sorted((tmp_path / "cache").rglob("shard-*"))[:2]:
+            path.unlink()
+        dismiss(dual)
+
+    monkeypatch.setattr(DualViT, "dismiss", lose)
+    train(run(tmp_path / "second", teacher, tmp_path / "cache"))
+    assert len(passes) == 2 * 3
+    assert differences(tmp_path / "first", tmp_path / "second") == []
+
+
+def test_targets_that_another_teacher_would_compute_again_stop_the_run(
+    teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own, dismiss = make_teacher(tmp_path / "own", mean=(0.4,)), DualViT.dismiss
+
+    def change(dual: DualViT) -> None:
+        next((tmp_path / "cache").rglob("shard-*")).unlink()
+        shutil.rmtree(own)
+        shutil.copytree(teacher, own)
+        dismiss(dual)
+
+    monkeypatch.setattr(DualViT, "dismiss", change)
+    with pytest.raises(DataError, match="the teacher is another one than when the run began"):
+        train(run(tmp_path / "run", own, tmp_path / "cache"))
+
+
+def test_a_bucket_is_filled_and_read(teacher: Path, passes: list[int], tmp_path: Path) -> None:
+    pytest.importorskip("fsspec")
+    train(run(tmp_path / "without", teacher, None, FEATURE))
+    bucket = f"memory://{tmp_path.name}/targets"
+    passes.clear()
+    train(run(tmp_path / "first", teacher, None, {**FEATURE, "cache": bucket}))
+    assert len(passes) == 18
+    passes.clear()
+    second = run(tmp_path / "second", teacher, None, {**FEATURE, "cache": bucket})
+    assert "6 files, complete: no teacher runs" in describe_plan(second)
+    train(second)
+    assert passes == []
+    for name in ("first", "second"):
+        assert differences(tmp_path / "without", tmp_path / name) == []
+
+
+@pytest.mark.parametrize("form", [{}, {"cache_type": "int8", "cache_top": 3}], ids=str)
+def test_the_dry_run_says_the_bytes_that_are_then_on_the_disk(
+    form: dict[str, Any], teacher: Path, passes: list[int], tmp_path: Path
+) -> None:
+    made = run(tmp_path / "run", teacher, tmp_path / "cache", {**LOGITS, **form})
+    planned = dry_run(made, 1, here=True).targets
+    assert planned is not None
+    assert planned.whole == planned.missing
+    train(made)
+    there = sum(path.stat().st_size for path in (tmp_path / "cache").rglob("shard-*"))
+    assert planned.whole == pytest.approx(there, rel=0.01)
 
 
 def test_a_cut_description_of_a_cache_is_written_again(
@@ -272,7 +341,7 @@ def test_a_cache_that_lacks_targets_and_cannot_be_written_says_what_to_do(
     targets = build(cached).targets
     assert targets is not None
     targets.open()
-    (targets.folder / "view-000").write_text("root may write into every folder, but not into this file")
+    (Path(targets.folder) / "view-000").write_text("root may write into every folder, but not into this file")
     with pytest.raises(
         WriteFailedError, match=r"is missing or damaged, and cannot be written .* another folder"
     ):
@@ -338,7 +407,7 @@ def test_a_stop_while_targets_are_computed_keeps_whole_files(
         patch.setattr(DualViT, "teach", stopping)
         assert train(cut).signal == signal.SIGTERM
     early_signals.received.clear()
-    assert len(list((tmp_path / "cache").rglob("shard-*"))) == 3
+    assert len(list((tmp_path / "cache").rglob("shard-*.rows"))) == 3
     kept = (
         tmp_path / "cut" / "targets.txt"
     ).read_text()  # a job at its time limit knows that it came further
@@ -388,14 +457,14 @@ def test_what_cannot_be_kept_is_refused(
     assert not (tmp_path / "cache").exists()
 
 
-@pytest.mark.parametrize("cache", ["", "file"])
-def test_a_cache_is_a_folder(
+@pytest.mark.parametrize("cache", ["", "file", "https://host/targets"])
+def test_a_cache_is_a_folder_or_a_bucket(
     cache: str, teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").touch()
     made = run(tmp_path / "run", teacher, None, {**LOGITS, "cache": cache})
-    with pytest.raises(ConfigError, match=f"transfer.cache='{cache}' is not a folder"):
+    with pytest.raises(ConfigError, match=f"transfer.cache='{cache}' is neither a folder"):
         dry_run(made, 1, here=True)
 
 
@@ -447,21 +516,13 @@ def test_processes_share_a_cache_and_compute_each_file_once(
     assert report["left"] == []
 
 
-def test_a_file_that_all_write_is_written_by_one(tmp_path: Path) -> None:
-    path = tmp_path / "about.json"
-    with ThreadPoolExecutor(8) as pool:
-        list(pool.map(write_once, [path] * 64, [str(number) for number in range(64)]))
-    assert path.read_text().isdecimal()
-    assert list(tmp_path.iterdir()) == [path]
-
-
 def test_a_lock_is_of_one_process_and_leaves_no_file(tmp_path: Path) -> None:
     path = tmp_path / "view-000" / "shard"
-    lock = ShardLock.take(path)
+    lock = ShardLock.take(str(path))
     assert lock is not None
-    assert ShardLock.take(path) is None
+    assert ShardLock.take(str(path)) is None
     lock.free()
-    again = ShardLock.take(path)
+    again = ShardLock.take(str(path))
     assert again is not None
     again.free()
     assert list(path.parent.iterdir()) == []

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import logging
 import math
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -25,7 +27,7 @@ from .datasets import check_apart, has_split, open_dataset
 from .digits import MODEL, number_by_name
 from .image_folder import ImageSource, SourceView
 from .labels import IMAGENET_CLASSES, check_stream, count_classes, real_labels, stream_classes
-from .loading import BadImages, Batch, Beside, EvalBatches, Fetcher, TrainBatches, followed
+from .loading import BadImages, Batch, Beside, EvalBatches, Fetcher, Samples, TrainBatches, followed
 from .sampler import (
     BatchRequest,
     Indices,
@@ -45,6 +47,8 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
+RANGE = 1024
+"""Samples without shards whose targets are kept together."""
 FullBatch = tuple[Tensor, Tensor, dict[str, Tensor]]
 """Images, targets, and tensors of the same images."""
 
@@ -142,6 +146,26 @@ class TrainLoader:
         batches.beside = beside
         yield from Fetcher(batches, self._config, self._new_account()).fetch_batches(requests)
 
+    def sample_ranges(self) -> list[Samples]:
+        """Return ranges of samples, in their order, of which targets are kept together."""
+        return [
+            self._name_range(first, min(RANGE, self.num_samples - first))
+            for first in range(0, self.num_samples, RANGE)
+        ]
+
+    def _name_range(self, first: int, count: int) -> Samples:
+        """Return a range with a digest of the names of its samples, without the folder of the data set."""
+        found = hashlib.sha256(self._config.train_split.encode())
+        for index in range(first, first + count):
+            name = self.batches.name(index).removeprefix(self._prefix)
+            found.update(b"\0" + name.encode("utf-8", "surrogatepass"))
+        return Samples(found.hexdigest(), count)
+
+    @property
+    def _prefix(self) -> str:
+        root = self._config.data_path
+        return "" if root is None else f"{root.rstrip(os.sep)}{os.sep}"
+
     def _full_epoch_from(self, epoch: int, position: int) -> Iterator[FullBatch]:
         for batch in self._batches_from(epoch, position):
             if batch.images is not None:
@@ -188,6 +212,9 @@ class ShardTrainLoader(TrainLoader):
 
     def _order(self, epoch: int) -> Order:
         return self._source.order(self._seed, epoch, self.repeats)
+
+    def sample_ranges(self) -> list[Samples]:
+        return [Samples(place.removeprefix(self._prefix), count) for place, count in self._source.shards()]
 
 
 class StreamTrainLoader(TrainLoader):

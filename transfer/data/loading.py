@@ -84,6 +84,13 @@ class Beside(Protocol):
     ) -> dict[str, Tensor]: ...
 
 
+class Samples(NamedTuple):
+    """A range of samples that are kept together: what tells them from others, and their number."""
+
+    name: str
+    size: int
+
+
 Loaded = tuple[Tensor, Tensor, Tensor]
 """Images, targets, and which of the images count."""
 

@@ -45,6 +45,17 @@ class Files:
         """Write a small file, whole or not at all."""
         write_shared(Path(place), content, replace=True)
 
+    def sizes(self, folder: str) -> dict[str, int]:
+        """Return the size of each file of a folder by its name; none where there is no folder."""
+        try:
+            with os.scandir(folder) as entries:
+                shown = [
+                    entry for entry in entries if not entry.name.startswith(".")
+                ]  # others are being written
+                return {entry.name: entry.stat().st_size for entry in shown}
+        except (FileNotFoundError, NotADirectoryError):
+            return {}
+
     def read(self, place: str, start: int, size: int, stamp: str) -> bytes:
         """Return a range of bytes. Raises SourceLostError: the shard has changed."""
         with open_regular(Path(place), refusal=DataError) as file:
@@ -87,6 +98,11 @@ class Web:
     def stream(self, place: str) -> Iterator[IO[bytes]]:
         with _tried(lambda: urllib.request.urlopen(place, timeout=TIMEOUT_S)) as answer:
             yield answer
+
+    def sizes(self, folder: str) -> dict[str, int]:
+        raise DataError(
+            f"{folder} cannot be listed: a web server shows single files; give a folder or a bucket"
+        )
 
     def write(self, place: str, content: bytes) -> None:
         raise DataError(
@@ -140,7 +156,16 @@ class Remote:
             yield file
 
     def write(self, place: str, content: bytes) -> None:
-        self._system(place).pipe_file(place, content)
+        system = self._system(place)
+        system.makedirs(system._parent(place), exist_ok=True)
+        system.pipe_file(place, content)
+
+    def sizes(self, folder: str) -> dict[str, int]:
+        try:
+            found = self._system(folder).ls(folder, detail=True)
+        except FileNotFoundError:
+            return {}
+        return {each["name"].rpartition("/")[2]: each["size"] for each in found}
 
     def read(self, place: str, start: int, size: int, stamp: str) -> bytes:
         content: bytes = self._system(place).cat_file(place, start=start, end=start + size)

@@ -210,6 +210,10 @@ class ShardImages:
     def __getstate__(self) -> JsonDict:
         return {**self.__dict__, "_indexes": {}}
 
+    def shards(self) -> list[tuple[str, int]]:
+        """Return the place of each shard and the number of its samples."""
+        return list(zip(self._places, self.counts.tolist(), strict=True))
+
     def order(self, seed: int, epoch: int, repeats: int = 1) -> WindowOrder:
         """Return the order of an epoch."""
         return WindowOrder(self.counts, seed, epoch, repeats)

@@ -47,7 +47,7 @@ from ..first_checks import check_first
 from ..methods.loss_terms import DEFAULT_TEACHER
 from ..metrics.measure import PROBES
 from ..mode_facts import TEACHER
-from ..target_shards import TargetShards, check_metric, find_shards
+from ..target_shards import TargetRows, TargetShards, check_metric, find_shards
 from .best import Criterion, choose, classifies
 from .goals import Models
 from .modes import Mode, goal_of, mode_of
@@ -98,6 +98,8 @@ class Parts:
 
     targets: TargetShards | None = None
     """The teachers' targets of the training images in `transfer.cache`; None without a cache."""
+    rows: TargetRows | None = None
+    """What reads them, once all are there."""
     cached_top1: float | None = None
     """The teacher's accuracy, of a run with `targets`."""
 

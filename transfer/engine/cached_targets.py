@@ -5,10 +5,10 @@ from __future__ import annotations
 import copy
 import json
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -18,30 +18,32 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 from ...checkpoints.atomic import WriteFailedError, write_shared
-from ...checkpoints.files import read_json
+from ...checkpoints.files import is_url
 from ...checkpoints.provenance import digest_tensors
-from ...models.errors import ConfigError, GraftError, counted
+from ...models.errors import ConfigError, DataError, GraftError, counted
 from ..config import RunConfig
 from ..data.sampler import preserved
+from ..data.shard_index import load
 from ..methods.dual import DualViT
+from ..target_fill import fill
 from ..target_forms import TargetForm
 from ..target_shards import (
+    Field,
     Shard,
     TargetRows,
     TargetShards,
     check_size,
     digest_of,
-    fill,
     gibibytes,
     has_weights,
-    write_once,
+    write_object,
 )
 from . import deadline
-from .build import Parts
+from .build import Parts, build
 from .modes import goal_of
 from .optim import Schedule, WeightAverage, create_optimizer
-from .parallel import gather, raise_together, receive
-from .resume_check import Position
+from .parallel import gather, raise_together, read_once, receive
+from .resume_check import Position, commits_of
 from .runlog import ProgressBar
 from .scoring import teacher_top1
 from .signals import StopSignals
@@ -52,8 +54,6 @@ from .tasks import Task, TransferTask, check_learns
 # torch's fake tensors run every operation for its shapes alone, in a second or two for a large model, so the
 # sizes are those of the step itself: of whatever method, operators and frozen parameters the run has.
 
-CHECKSUM = 8
-"""Bytes of the checksum of an image."""
 MIXED = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -106,16 +106,15 @@ def rehearse(config: RunConfig, parts: Parts, *, here: bool = True) -> Footprint
     )
 
 
-def target_bytes(config: RunConfig, parts: Parts, form: TargetForm) -> int:
-    """Return the bytes that `transfer.cache` takes for one image."""
+def target_fields(config: RunConfig, parts: Parts, form: TargetForm) -> list[Field]:
+    """Return what `transfer.cache` keeps of an image."""
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     teachers = [each.model for each in parts.teachers.values()]
     memo = {id(tensor): _faked(mode, tensor) for tensor in _tensors([parts.task, *teachers])}
     task: Any = copy.deepcopy(parts.task, memo)
     with mode, torch.autocast("cpu", MIXED.get(config.engine.precision), config.engine.precision in MIXED):
         targets = form.pack(task.dual.teach(_batch(config, parts)[0]))
-    sizes: list[int] = [each.element_size() * each[0].numel() for each in targets.values()]
-    return CHECKSUM + sum(sizes)
+    return [Field.of(name, each) for name, each in targets.items()]
 
 
 def _optimizer_bytes(config: RunConfig, task: Task, here: bool) -> int:
@@ -231,6 +230,7 @@ def prepare_targets(
     """Fill the cache of a run where it has one, and dismiss the teachers. A stop signal ends it early.
 
     All processes must call it; each computes a part of what is missing, and so do other runs with the same targets.
+    An object that a step finds missing or damaged is computed again by teachers that are loaded again.
 
     Raises ConfigError: the targets are too large. WriteFailedError: they cannot be written.
     """
@@ -238,7 +238,7 @@ def prepare_targets(
     if cache is None or not isinstance(parts.task, TransferTask):
         return
     shards = cache.shards(views_of(config, schedule, position))
-    todo = _missing(config, parts, accelerator, group, cache, shards)
+    todo = _find_missing(config, parts, accelerator, group, cache, shards)
     wanted = config.engine.evaluate_teacher and position.step == 0 and parts.eval_loader is not None
     note: Note | None = None
     with preserved():
@@ -248,7 +248,7 @@ def prepare_targets(
         if any(gather(signals.received is not None, group)):
             return
         if wanted:
-            path = cache.folder / f"teacher_top1-{_digest_of_test(parts, group)}.json"
+            path = f"{cache.folder}/teacher_top1-{_digest_of_test(parts, group)}.json"
             note = gather(_read_note(path), group)[0]
         if wanted and note is None:
             _place(parts, accelerator, group)
@@ -256,8 +256,59 @@ def prepare_targets(
             if accelerator.is_main_process:
                 _keep_note(path, note)
     parts.cached_top1 = (note or {}).get("teacher_top1") if wanted else None
-    parts.train_loader.batches.beside = TargetRows(cache)
+    parts.rows = TargetRows(cache, Refill(config, parts, accelerator))
     parts.task.dual.dismiss()
+
+
+@dataclass
+class Refill:
+    """Computes an object of targets again, in the middle of a run, by teachers that are loaded for it and then stay."""
+
+    config: RunConfig
+    parts: Parts
+    accelerator: Accelerator
+
+    def __call__(self, shard: Shard) -> None:
+        """Raise DataError: the teachers are others than when the run began. WriteFailedError: a disk is full."""
+        with preserved():
+            cache, dual = self.teachers
+            fill(
+                cache,
+                [shard],
+                self.parts.train_loader,
+                _teach(dual, cache, self.accelerator),
+                moved=lambda images: deadline.moved(),
+                again=True,
+            )
+
+    @cached_property
+    def teachers(self) -> tuple[TargetShards, DualViT]:
+        """The cache and its teachers, on the device."""
+        again = build(self.config, commits=commits_of({"origins": self.parts.origins}))
+        cache, dual = again.targets, again.task.taught_by
+        if (
+            cache is None
+            or dual is None
+            or self.parts.targets is None
+            or cache.folder != self.parts.targets.folder
+        ):
+            raise DataError(
+                "transfer.cache lacks targets, and the teacher is another one than when the run began: start the run "
+                "again"
+            )
+        return cache, dual.to(self.accelerator.device)
+
+
+def _teach(
+    dual: DualViT, cache: TargetShards, accelerator: Accelerator
+) -> Callable[[Tensor], dict[str, Tensor]]:
+    """Return what gives the targets of images, in the form in which they are kept."""
+
+    def teach(images: Tensor) -> dict[str, Tensor]:
+        with accelerator.autocast():
+            return cache.form.pack(dual.teach(images.to(accelerator.device, non_blocking=True)))
+
+    return teach
 
 
 def _place(parts: Parts, accelerator: Accelerator, group: dist.ProcessGroup | None) -> None:
@@ -267,7 +318,7 @@ def _place(parts: Parts, accelerator: Accelerator, group: dist.ProcessGroup | No
     parts.task.to(accelerator.device)
 
 
-def _missing(
+def _find_missing(
     config: RunConfig,
     parts: Parts,
     accelerator: Accelerator,
@@ -275,20 +326,16 @@ def _missing(
     cache: TargetShards,
     shards: list[Shard],
 ) -> list[Shard]:
-    """Return the shards to compute, after a check of their size. Each process looks at a part of the files."""
-    rank, processes = accelerator.process_index, accelerator.num_processes
-    todo = sorted({shard for part in gather(cache.unsound(shards[rank::processes]), group) for shard in part})
-    error: GraftError | None = None
-    if accelerator.is_main_process:
-        try:
-            size = size_of(config, parts, cache, shards, todo)
-            logger.info("teacher targets: %s", size.describe())
-            check_size(str(cache.root), config.transfer.cache_limit, size.whole, size.missing, here=True)
-            cache.open()
-        except GraftError as failure:
-            error = failure
-    raise_together(error, group)
-    return todo
+    """Return the shards to compute, after a check of their size. The first process looks for all."""
+
+    def find() -> list[Shard]:
+        size = size_of(config, parts, cache, shards)
+        logger.info("teacher targets: %s", size.describe())
+        check_size(cache.root, config.transfer.cache_limit, size.whole, size.missing, here=True)
+        cache.open()
+        return size.todo
+
+    return read_once(find, group)
 
 
 @dataclass(frozen=True)
@@ -320,15 +367,13 @@ class CacheSize:
         return f"{self.cache.samples:,} images in {views}, {gibibytes(self.whole)} in {self.cache.folder}: {state}"
 
 
-def size_of(
-    config: RunConfig, parts: Parts, cache: TargetShards, shards: list[Shard], todo: list[Shard]
-) -> CacheSize:
+def size_of(config: RunConfig, parts: Parts, cache: TargetShards, shards: list[Shard]) -> CacheSize:
     """Return the size of a run's shards; what is not there is counted by the shapes of the teachers' results."""
-    if not todo:
-        return CacheSize(cache, shards, todo, sum(cache.path(shard).stat().st_size for shard in shards), 0)
-    each = target_bytes(config, parts, cache.form)
-    whole, missing = (each * sum(shard.size for shard in some) for some in (shards, todo))
-    return CacheSize(cache, shards, todo, whole, missing)
+    stored = cache.stored(shards) if has_weights(cache) else {}
+    todo = [shard for shard in shards if shard not in stored]
+    fields = target_fields(config, parts, cache.form) if todo else []
+    missing = sum(cache.size(shard, fields) for shard in todo)
+    return CacheSize(cache, shards, todo, sum(stored.values()) + missing, missing)
 
 
 def plan_targets(
@@ -339,10 +384,9 @@ def plan_targets(
     if cache is None:
         return None
     shards = cache.shards(views_of(config, schedule, position))
-    known = has_weights(cache)
-    todo = [shard for shard in shards if not known or not cache.path(shard).exists()]
-    size = size_of(config, parts, cache, shards, todo)
-    check_size(str(cache.root), config.transfer.cache_limit, size.whole, size.missing, here=here and known)
+    size = size_of(config, parts, cache, shards)
+    known = here and has_weights(cache)
+    check_size(cache.root, config.transfer.cache_limit, size.whole, size.missing, here=known)
     return size
 
 
@@ -358,11 +402,8 @@ def _fill(
 ) -> None:
     processes = int(accelerator.num_processes)
     own = len(todo) * int(accelerator.process_index) // processes
-
-    def teach(images: Tensor) -> dict[str, Tensor]:
-        with accelerator.autocast():
-            return cache.form.pack(dual.teach(images.to(accelerator.device, non_blocking=True)))
-
+    if is_url(cache.root):  # no locks: runs begin at different places, and meet seldom
+        own = (own + int(digest_of({"run": str(config.output_dir)}), 16)) % len(todo)
     shown = accelerator.is_main_process and config.engine.progress
     error: GraftError | None = None
     with ProgressBar(sum(shard.size for shard in todo), shown=shown, name="teacher targets") as bar:
@@ -376,7 +417,7 @@ def _fill(
                 cache,
                 todo[own:] + todo[:own],
                 parts.train_loader,
-                teach,
+                _teach(dual, cache, accelerator),
                 stopped=lambda: signals.received is not None,
                 moved=moved,
                 kept=lambda: write_shared(
@@ -406,19 +447,18 @@ def _digest_of_test(parts: Parts, group: dist.ProcessGroup | None) -> str:
     )
 
 
-def _keep_note(path: Path, note: Note) -> None:
+def _keep_note(place: str, note: Note) -> None:
     """Write the teacher's accuracy. A cache that this user may only read stays as it is."""
     try:
-        path.unlink(missing_ok=True)  # one that cannot be read
-        write_once(path, json.dumps(note))
-    except (OSError, WriteFailedError) as error:
+        write_object(place, json.dumps(note).encode())
+    except WriteFailedError as error:
         logger.warning("transfer.cache does not keep the teacher's accuracy: %s", error.__cause__ or error)
 
 
-def _read_note(path: Path) -> Note | None:
+def _read_note(place: str) -> Note | None:
     """Return the accuracy that was measured before; None without a note that can be read."""
     try:
-        top1 = read_json(path)["teacher_top1"]
+        top1 = json.loads(load(place) or b"")["teacher_top1"]
         return {"teacher_top1": None if top1 is None else float(top1)}
-    except (GraftError, ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         return None

@@ -29,7 +29,6 @@ from ..data.loaders import create_train_loader
 from ..data.sampler import preserved
 from ..methods.standardize import Batch, Standardizer
 from ..staging import StagingStoppedError, stage
-from ..target_shards import TargetRows
 from . import deadline
 from .build import Parts
 from .modes import goal_of
@@ -180,18 +179,15 @@ def _first_images(config: RunConfig, parts: Parts, accelerator: Accelerator) -> 
     """Yield the batches that a run of one process would begin with, without mixing."""
     data = config.data.model_copy(update={"mixup": 0.0, "cutmix": 0.0})
     loader = create_train_loader(data, parts.spec, seed=config.seed, labels=False)
-    if parts.targets is None:
+    if parts.rows is None:
         for images, _ in loader.epoch(0):
             deadline.moved()
             yield images.to(accelerator.device)
         return
-    loader.batches.beside = TargetRows(parts.targets)
-    for images, _, taught in loader.full_epoch(0):
+    for images, _, taught in parts.rows.batches(loader, 0):
         deadline.moved()
-        yield (
-            images.to(accelerator.device),
-            parts.targets.form.unpack(send_to_device(taught, accelerator.device)),
-        )
+        there = send_to_device(taught, accelerator.device)
+        yield images.to(accelerator.device), parts.rows.form.unpack(there)
 
 
 # Stage data for all processes of a run: one process per node copies, and the others wait.

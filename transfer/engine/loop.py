@@ -206,9 +206,9 @@ class Loop:
         start = self.position.epoch_step * self.schedule.accum
         loader, epoch = self.parts.train_loader, self.position.epoch
         source = self.shared or loader
-        targets = self.parts.targets
+        rows = self.parts.rows
         batches: Iterator[Batch] = (
-            source.epoch(epoch, start) if targets is None else loader.full_epoch(epoch, start)
+            source.epoch(epoch, start) if rows is None else rows.batches(loader, epoch, start)
         )
         while True:
             with self.recorder.waiting():
@@ -216,8 +216,8 @@ class Loop:
             if batch is None:
                 raise DataError(f"the data set ended in the middle of epoch {self.position.epoch}")
             batch = send_to_device(batch, self.accelerator.device, non_blocking=True)
-            if targets is not None:
-                batch = (*batch[:2], targets.form.unpack(batch[2]))
+            if rows is not None:
+                batch = (*batch[:2], rows.form.unpack(batch[2]))
             yield batch if self.shared is None else self.shared.taught(self.parts.task, batch)
 
     def _step(self, batches: Iterator[Batch]) -> None:

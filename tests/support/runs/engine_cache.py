@@ -10,8 +10,8 @@ import signal
 from pathlib import Path
 from typing import Any
 
-from graftvit.transfer import target_shards
 from graftvit.transfer.config import RunConfig
+from graftvit.transfer.data import loaders
 from graftvit.transfer.methods.dual import DualViT
 from support.runs.engine_killer import Spoil, start, wait
 from support.runs.engine_runs import config, differences, make_teacher
@@ -23,7 +23,7 @@ def counted(folder: Path, end: int | None = None, times: int = 1) -> Spoil:
     """Writes down each batch that a teacher sees, and kills itself before it sees batch `end`."""
 
     def spoil(rank: int) -> None:
-        target_shards.SMALLEST_SHARD = 24  # 130 images are six files
+        loaders.RANGE = 24  # 130 images are six files
         real, seen = DualViT.teach, [0]
 
         def teach(self: DualViT, images: Tensor) -> dict[str, Tensor]:
