@@ -398,7 +398,7 @@ class Cifar:
         return image(index, 32), index
 
 
-@pytest.mark.parametrize("plan", ["softmax", "linformer", "performer", "nystrom", "hybrid"])
+@pytest.mark.parametrize("plan", ["linformer", "hybrid"])
 def test_on_cifar(plan: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "graftvit train efficient_attention_cifar10 --plan '*: performer'" in HEADER
     monkeypatch.chdir(tmp_path)

@@ -69,22 +69,20 @@ def run(model: nn.Module, x: Tensor, operator: Any = None) -> tuple[Tensor, list
         return model(x), layers
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @kinds
-def test_a_hosted_model_is_timms(kind: str, dtype: torch.dtype) -> None:
-    model, x = tiny(kind, dtype=dtype), pictures(kind, dtype=dtype)
+def test_a_hosted_model_is_timms(kind: str) -> None:
+    model, x = tiny(kind, dtype=torch.float64), pictures(kind)
     twin, types = copy.deepcopy(model), [type(module) for module in model.modules()]
     hosts = host_attention(twin)
     assert all(isinstance(host, AttentionHost) for host in hosts.values())
     assert twin.state_dict().keys() == model.state_dict().keys()
-    close = {"rtol": 1e-10, "atol": 1e-10} if dtype == torch.float64 else {"rtol": 1e-4, "atol": 1e-5}
+    close = {"rtol": 1e-10, "atol": 1e-10}
     torch.testing.assert_close(twin(x), model(x), **close)
     family_of(twin).forget(twin)
     torch.testing.assert_close(copy.deepcopy(twin)(x), model(x), **close)
     for each in (twin, model):
         each(x).square().sum().backward()
-    if dtype == torch.float64:
-        torch.testing.assert_close(gradient(twin), gradient(model), rtol=1e-8, atol=1e-10)
+    torch.testing.assert_close(gradient(twin), gradient(model), rtol=1e-8, atol=1e-10)
     release_attention(twin)
     assert [type(module) for module in twin.modules()] == types
     assert torch.equal(twin(x), model(x))
@@ -403,10 +401,9 @@ def test_merges_are_deformable_or_refused_by_name(kind: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("onnxruntime") is None, reason="onnxruntime not installed")
-@pytest.mark.parametrize("converted", [False, True])
 @kinds
-def test_a_model_is_exported(kind: str, converted: bool, tmp_path: Path) -> None:
-    model = ready(tiny(kind), plan(kind), kind) if converted else tiny(kind)
+def test_a_converted_model_is_exported(kind: str, tmp_path: Path) -> None:
+    model = ready(tiny(kind), plan(kind), kind)
     assert export_model(model, tmp_path / "model.onnx").error <= TINY[kind].rounding
 
 
