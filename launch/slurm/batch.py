@@ -355,7 +355,9 @@ def _make(name: str, root: Path, folder: Path, kind: str) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
 
     def write(new: Path) -> None:
+        # Level 1 takes a tenth of the time of the default, for a sixth more bytes.
         squash = ["mksquashfs", str(root), str(new), "-noappend", "-quiet", "-no-progress"]
+        squash += ["-Xcompression-level", "1"]
         words = squash if kind == "squashfs" else ["tar", "-cf", str(new), "-C", str(root), "."]
         done = subprocess.run(words, capture_output=True, text=True)
         if done.returncode != 0:
