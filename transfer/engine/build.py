@@ -30,7 +30,7 @@ from ...models.attention.base import AttentionOperator
 from ...models.conversion import nothing_given_up
 from ...models.converted import start_fresh
 from ...models.errors import ConfigError, DataError, JsonDict, UnsupportedModelError
-from ...models.families import pooling_of, vit
+from ...models.families import family_of, pooling_of, vit
 from ...models.lora import add_lora
 from ...models.small import without_memory
 from ..config import SAME, DataConfig, RunConfig, TeacherConfig
@@ -68,6 +68,8 @@ from .tasks import Task
 logger = logging.getLogger(__name__)
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 NO_COMMITS: Mapping[str, str | None] = {}
+SMALL_SCALE = 0.01
+"""LayerScale below this begins as good as no block."""
 
 
 @dataclass
@@ -94,7 +96,7 @@ class Parts:
     """The weights that the student learns or starts from: `teacher` and `init`, as `provenance` writes them, and
     `teachers` where there are further ones."""
     warnings: list[str]
-    """Parts of the initial weights that the student does not take over, one sentence each."""
+    """What of its initial weights a student does not take over, or learns slowly from; one sentence each."""
 
     targets: TargetShards | None = None
     """The teachers' targets of the training images in `transfer.cache`; None without a cache."""
@@ -479,10 +481,21 @@ def _started(
     if start is None:
         start_fresh(student)
         _check_fitted(mode, student, student.state_dict())
-        return None, []
+        return None, _warn_of_small_scale(student)
     found = read_once(lambda: _start_from(mode, student, start, weights=weights), group)
     take_first(student, group)
     return found
+
+
+def _warn_of_small_scale(student: nn.Module) -> list[str]:
+    """Return a warning of fresh blocks whose LayerScale hides them from a short training."""
+    parts = family_of(student).native_parts(student)
+    if parts is None or parts.layer_scale is None or parts.layer_scale >= SMALL_SCALE:
+        return []
+    return [
+        f"LayerScale begins at {parts.layer_scale:g}, so fresh blocks contribute little until it has grown: for a "
+        "training of hundreds of steps set student.model_args.init_values=1.0"
+    ]
 
 
 def _start_from(

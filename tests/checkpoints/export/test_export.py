@@ -148,14 +148,17 @@ def test_an_operator_of_one_grid_is_refused(operator: str, suffix: str, tmp_path
 @pytest.mark.parametrize(
     "plan",
     [
-        "0: linear; 1: mala; 2: focused; 3: ttt",
-        "0: monarch; 1: uniform; 2: vit3; 3: veca",
-        "0: rala; 1: nala; 2: pola; 3: kernel(local=dynamic)",
-        "0: attnzero_105; 1: hash; 2: keep; 3: keep",
+        "0: linear; 1: mala",
+        "0: focused; 1: ttt",
+        "0: monarch; 1: uniform",
+        "0: vit3; 1: veca",
+        "0: rala; 1: nala",
+        "0: pola; 1: kernel(local=dynamic)",
+        "0: attnzero_105; 1: hash",
     ],
 )
 def test_an_operator_of_any_grid_is_right_on_grids_it_was_not_traced_on(plan: str, tmp_path: Path) -> None:
-    model, path = convert(small(dynamic_img_size=True, depth=4), plan), tmp_path / "model.pt2"
+    model, path = convert(small(dynamic_img_size=True, depth=2), plan), tmp_path / "model.pt2"
     fit_at_random(converted_layers(model))
     with torch.random.fork_rng():
         torch.manual_seed(0)

@@ -66,6 +66,16 @@ def test_images_smaller_than_a_patch_are_refused_in_one_sentence(section: str, t
         building.build(run.model_copy(update={section: small}), weights=False)
 
 
+@pytest.mark.parametrize("value", [None, 1e-5, 1.0])
+def test_a_fresh_student_is_warned_of_a_small_layer_scale(tmp_path: Path, value: float | None) -> None:
+    data = {"dataset": "digits", "batch_size": 8, "workers": 0}
+    student = {"model": ARCHITECTURE, "model_args": {**ARGUMENTS, "init_values": value}}
+    run = RunConfig(mode="scratch", data=data, student=student, output_dir=tmp_path)
+    found = dry_run(run, 1, here=True)
+    assert ["LayerScale" in each for each in found.parts.warnings] == [True] * (value == 1e-5)
+    assert ("init_values=1.0" in describe_plan(run)) == (value == 1e-5)
+
+
 def run_from(source: str, **sections: Any) -> RunConfig:
     student = {"plan": "*: linear"} if sections.get("mode") == "align" else {}
     base = {"data": {"dataset": "digits", "workers": 0, "batch_size": 16}, "teacher": {"source": source}}
