@@ -139,6 +139,7 @@ def describe_plan(config: RunConfig, processes: int | None = None, *, needs_data
         ("targets", "" if run.targets is None else run.targets.describe()),
         ("trained", _describe_trained(run)),
         ("data", _describe_data(run)),
+        ("kept views", _describe_kept_views(run)),
         ("batch", _describe_batch(run)),
         ("learning rate", _describe_rate(run)),
         ("length", _describe_length(run)),
@@ -268,6 +269,15 @@ def _describe_data(run: DryRun) -> str:
     times = min(loader.repeats, loader.num_samples)
     shown = -(-loader.num_samples // times)
     return f"{words}; an epoch shows {shown:,} of them {times} times each, with other augmentation"
+
+
+def _describe_kept_views(run: DryRun) -> str:
+    kept = run.parts.train_loader.kept
+    if kept is None:
+        return ""
+    whole, there = kept.count_bytes(run.views)
+    views = counted(len(run.views), "view")
+    return f"{views}, {_format_bytes(whole)} in {kept.folder}, of which {_format_bytes(there)} are there"
 
 
 def _describe_best(run: DryRun) -> str:

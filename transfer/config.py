@@ -23,6 +23,23 @@ from pydantic import (
 from ..checkpoints.sources import split_part
 from ..models.errors import JsonDict
 from ..models.plugins import import_packages
+from .data_needs import (
+    AUGMENTED,
+    BYTES,
+    CLASSIFIES,
+    CROPPED,
+    EVALUATES,
+    FRESH_VIEWS,
+    IN_A_FOLDER,
+    JITTERED,
+    LABELED,
+    LARGEST_BATCH,
+    NO_VIEWS,
+    RESIZED_AT_RANDOM,
+    SUBSET,
+    VIEWED,
+    of_family,
+)
 from .loss_config import TransferConfig
 from .methods.method_facts import facts_of
 from .mode_config import AlignConfig, DenseConfig, PretrainConfig
@@ -251,62 +268,6 @@ def _is_architecture(name: str) -> bool:
     return bool(is_model(name))
 
 
-def of_family(*families: str) -> Need:
-    """Return the condition of settings that only some kinds of data sets read."""
-    *others, last = [f"{family}/..." for family in families]
-    why = f"with data.dataset={{run.data.kind}}: leave it out, or set data.dataset to {', '.join(others)} or {last}"
-    return Need(lambda run: run.data.family in families, why)
-
-
-IN_A_FOLDER = Need(
-    lambda run: run.data.family != "digits",
-    "with data.dataset={run.data.dataset}, which comes with scikit-learn: leave it out, or set data.dataset",
-)
-SUBSET = Need(
-    lambda run: run.data.train_samples is not None,
-    "without data.train_samples, which it chooses: leave it out, or set data.train_samples",
-)
-EVALUATES = (
-    Need(
-        lambda run: run.data.val_split is not None,
-        "with data.val_split=none, which turns evaluation off: leave it out",
-    ),
-    Need(
-        lambda run: run.evaluates,
-        "with mode={run.mode} and engine.metric=auto, which evaluate nothing: leave it out, or set engine.metric",
-    ),
-)
-LARGEST_BATCH = 2**20
-"""Images; the last batch of an evaluation is padded to its size, in memory."""
-NO_VIEWS = "with data.views=0, which shows images without augmentation: leave it out"
-AUGMENTED = Need(lambda run: run.data.views != 0, NO_VIEWS)
-CROPPED = Need(
-    lambda run: run.data.aa != "affine",
-    "with data.aa=affine, which neither crops nor flips: leave it out, or choose another data.aa",
-)
-CLASSIFIES = Need(
-    lambda run: run.dense.head is None,
-    "with dense.head={run.dense.head}, whose images are resized and cropped as dense.* says: leave it out",
-)
-FRESH_VIEWS = Need(
-    lambda run: run.data.views is None,
-    "beside data.views={run.data.views}, which fixes the views of an image: leave one of them out",
-    instead="data.views",
-)
-JITTERED = Need(
-    lambda run: run.data.aa in (None, "", "none") or "3a" in run.data.aa,
-    "with data.aa={run.data.aa}, in whose place it works: leave it out, or set data.aa=none",
-)
-RESIZED_AT_RANDOM = (
-    Need(lambda run: run.data.interpolation != "random" or run.data.views != 0, NO_VIEWS),
-    Need(
-        lambda run: run.data.interpolation != "random" or run.data.aa != "affine",
-        "with data.aa=affine, whose interpolation is fixed: leave it out, or choose bicubic or bilinear",
-    ),
-)
-LABELED = Need(lambda run: run.needs_labels, "in a run that learns without labels: leave it out")
-
-
 class DataConfig(Section):
     """The data set and its augmentation."""
 
@@ -370,6 +331,16 @@ class DataConfig(Section):
         "augmentation, as evaluation does; a new view each epoch by default",
         CLASSIFIES,
         ge=0,
+    )
+    keep_views: Annotated[str | None, LOCAL] = setting(
+        None,
+        "folder that keeps the images of data.views as bytes, so that each is decoded and augmented once; on a disk of "
+        "all nodes",
+        CLASSIFIES,
+        VIEWED,
+        BYTES,
+        outside=True,
+        see="[kept views](data.md#kept-views)",
     )
     aug_repeats: int = setting(
         1,
@@ -447,9 +418,9 @@ class DataConfig(Section):
             raise ValueError("give a share below 1, or a whole number of images")
         return limit
 
-    @field_validator("stage")
+    @field_validator("stage", "keep_views")
     @classmethod
-    def _check_stage(cls, folder: str | None) -> str | None:
+    def _check_folder_name(cls, folder: str | None) -> str | None:
         if folder is not None and not folder.strip():
             raise ValueError(
                 "a folder has a name; quote a variable, as in '$TMPDIR': the shell put nothing in"

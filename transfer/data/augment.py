@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import random
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,11 +16,11 @@ from PIL import Image
 from timm.data.auto_augment import AugMixAugment, AutoAugment, RandAugment, posterize
 from timm.data.mixup import Mixup
 from timm.data.random_erasing import RandomErasing
-from timm.data.transforms import ResizeKeepRatio
+from timm.data.transforms import MaybeToTensor, ResizeKeepRatio
 from timm.data.transforms_factory import create_transform
 from torch import Tensor
 from torchvision import transforms
-from torchvision.transforms import Resize
+from torchvision.transforms import ConvertImageDtype, PILToTensor, Resize, ToTensor
 from torchvision.transforms import functional as F
 
 from ...checkpoints.preprocessing import Preprocessing
@@ -160,6 +161,15 @@ class Steps(transforms.Compose):
                 raise StepError(f"{kind} of the {self._name} transform{setting} failed: {reason}") from error
         return image
 
+    def split(self) -> tuple[Steps, Steps]:
+        """Return the steps from an image to bytes (C, H, W), and those from there on: the same numbers in the end."""
+        kinds = ToTensor | MaybeToTensor
+        place = next(number for number, step in enumerate(self.transforms) if isinstance(step, kinds))
+        first, second = copy.copy(self), copy.copy(self)
+        first.transforms = [*self.transforms[:place], PILToTensor()]
+        second.transforms = [ConvertImageDtype(torch.float32), *self.transforms[place + 1 :]]
+        return first, second
+
 
 def reason_of(error: Exception) -> str:
     """Return what happened, in one line."""
@@ -192,7 +202,7 @@ def epoch_repeats(config: DataConfig) -> int:
     return config.aug_repeats if config.views is None else 1
 
 
-def train_transform(config: DataConfig, spec: Preprocessing) -> Transform:
+def train_transform(config: DataConfig, spec: Preprocessing) -> Steps:
     """timm's training transform with the keys of `config`; `aa: affine` neither crops nor flips.
 
     With `views: 0` it is the transform of evaluation.
@@ -237,7 +247,7 @@ def _check_words(policy: str) -> None:
             raise ValueError(word)
 
 
-def _affine(config: DataConfig, spec: Preprocessing) -> Transform:
+def _affine(config: DataConfig, spec: Preprocessing) -> Steps:
     """Rotation, shift, scale and shear small enough that a handwritten digit stays the same digit."""
     steps: list[Callable[..., object]] = [
         transforms.Resize(list(spec.input_size[1:]), transforms.InterpolationMode(spec.interpolation)),
@@ -256,7 +266,7 @@ def _affine(config: DataConfig, spec: Preprocessing) -> Transform:
     return Steps(steps, "training", training_settings(config))
 
 
-def eval_transform(spec: Preprocessing) -> Transform:
+def eval_transform(spec: Preprocessing) -> Steps:
     """timm's own transform of evaluation, without the pixels that it would make and not keep."""
     transform: Any = spec.transform()
     resize, crop, *others = transform.transforms

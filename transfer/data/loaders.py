@@ -26,6 +26,7 @@ from .augment import Transform, create_mixing, epoch_repeats, eval_transform, tr
 from .datasets import check_apart, has_split, open_dataset
 from .digits import MODEL, number_by_name
 from .image_folder import ImageSource, SourceView
+from .kept_views import KeptViews
 from .labels import IMAGENET_CLASSES, check_stream, count_classes, real_labels, stream_classes
 from .loading import BadImages, Batch, Beside, EvalBatches, Fetcher, Samples, TrainBatches, followed
 from .sampler import (
@@ -66,6 +67,8 @@ class TrainLoader:
     class_names: Sequence[str] | None = None
     repeats = 1
     """Positions of an image in an epoch that shows it (`data.aug_repeats`)."""
+    kept: KeptViews | None = None
+    """Where its images are kept as bytes (`data.keep_views`)."""
 
     def __init__(
         self,
@@ -97,16 +100,21 @@ class TrainLoader:
     def _create_batches(
         self, source: ImageSource, subset: Any, spec: Preprocessing, *, seed: int, tries: int
     ) -> TrainBatches:
-        return TrainBatches(
+        transform = train_transform(self._config, spec)
+        batches = TrainBatches(
             source,
             subset,
-            train_transform(self._config, spec),
+            transform,
             seed=seed,
             mixing=create_mixing(self._config, self.num_classes),
             tries=tries,
             views=self._config.views,
             repeats=self.repeats,
         )
+        if self._config.keep_views is not None:
+            self.kept = KeptViews(self._config, spec, seed=seed, samples=self.num_samples)
+            batches.keep(self.kept, transform)
+        return batches
 
     def _divide(self, config: DataConfig, samples: int, seed: int, rank: int, world_size: int) -> None:
         """Set what follows from the number of samples. Raises DataError: they are fewer than the ranks."""

@@ -22,8 +22,9 @@ from torch.utils.data import DataLoader, Dataset
 
 from ...models.errors import DataError, counted
 from ..config import DataConfig
-from .augment import Transform, mix, reason_of, seed_generators
+from .augment import Steps, Transform, mix, reason_of, seed_generators
 from .image_folder import UNLABELED, ImageSource
+from .kept_views import KeptViews
 from .loader_deaths import LOST_PROCESS, loader_deaths, lost
 from .sampler import MIXING, SAMPLE, BatchRequest, Indices, derive_seed, preserved
 
@@ -176,6 +177,10 @@ class TrainBatches(Dataset[Batch]):
     """
 
     beside: Beside | None = None
+    kept: KeptViews | None = None
+    """Where images are kept as bytes; None where each epoch makes them."""
+    _finish: Steps
+    """The steps after those bytes."""
 
     def __init__(
         self,
@@ -198,6 +203,11 @@ class TrainBatches(Dataset[Batch]):
         self._views = views
         self._repeats = repeats
 
+    def keep(self, kept: KeptViews, transform: Steps) -> None:
+        """Keep what the first steps of the transform make of an image, and read it where it is there."""
+        self.kept = kept
+        self._transform, self._finish = transform.split()
+
     def __getitem__(self, request: BatchRequest) -> Batch:
         with preserved():
             return made(self._make, request, self.name)
@@ -219,7 +229,8 @@ class TrainBatches(Dataset[Batch]):
 
     def _joined(self, ready: Sequence[Any], request: BatchRequest, view: int, bad: list[BadImage]) -> Batch:
         """Return the batch of what `_prepared` gave for each sample."""
-        images_BCHW = torch.stack([each.pixels for each in ready])
+        pixels = [each.pixels for each in ready]
+        images_BCHW = torch.stack(pixels if self.kept is None else [self._finish(each) for each in pixels])
         targets_B = torch.tensor([each.target for each in ready])
         beside = None
         if self.beside is not None:
@@ -230,14 +241,27 @@ class TrainBatches(Dataset[Batch]):
         return Batch(images_BCHW, targets_B, torch.ones(len(ready), dtype=torch.bool), bad, beside=beside)
 
     def _first_ready(self, index: int, view: int, copy: int, bad: list[BadImage]) -> Any:
+        if (found := self._find(view, index)) is not None:
+            return found
         seed = derive_seed(SAMPLE, self._seed, view, index, *([copy] if copy else []))
         for place in range(index, index + self._tries):
             seed_generators(seed)
             result = self._prepared(self._place(place))
             if not isinstance(result, BadImage):
+                if self.kept is not None and place == index:
+                    self.kept.keep(view, index, self.name(index), *result)
                 return result
             bad.append(result)
         return None
+
+    def _find(self, view: int, index: int) -> Ready | None:
+        """Return what is kept of a sample. One that cannot be read has no row: each epoch tries it again."""
+        if self.kept is None:
+            return None
+        labels = self._source.targets
+        label = None if labels is None else labels[self._place(index)]
+        found = self.kept.find(view, index, self.name(index), label)
+        return None if found is None else Ready(*found)
 
     def _prepared(self, place: int) -> Any:
         """Return image `place` of the source, ready for a batch, or a BadImage."""

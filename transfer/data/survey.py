@@ -148,6 +148,7 @@ PLAIN = {
     "mixup": 0.0,
     "cutmix": 0.0,
     "views": None,
+    "keep_views": None,
     "aug_repeats": 1,
 }
 

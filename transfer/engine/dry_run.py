@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -12,7 +13,7 @@ from ..config import RunConfig
 from ..data.loaders import AbsentTrainLoader
 from ..staging import check_stage
 from .build import Parts, build
-from .cached_targets import CacheSize, Footprint, plan_targets, rehearse
+from .cached_targets import CacheSize, Footprint, plan_targets, rehearse, views_of
 from .elastic import GlobalBatch, settle
 from .optim import Schedule
 from .parallel import check_placement
@@ -34,6 +35,8 @@ class DryRun:
     footprint: Footprint
     targets: CacheSize | None = None
     """Content of `transfer.cache`; None without a cache, or if the training set is not on this machine."""
+    views: Sequence[int] = ()
+    """Views of the training images that the run shows; none if the training set is not on this machine."""
 
     @property
     def schedule(self) -> Schedule | None:
@@ -71,7 +74,12 @@ def dry_run(config: RunConfig, processes: int, *, here: bool) -> DryRun:
     position = Position() if saved is None else Position(**saved["position"])
     check_length(position, run.schedule.total_steps)
     targets = plan_targets(config, parts, run.schedule, position, here=here)
-    return replace(run, targets=targets)
+    views = views_of(config, run.schedule, position)
+    kept = parts.train_loader.kept
+    lack = kept.find_lack(views) if kept is not None and here else None
+    if lack is not None:
+        raise lack
+    return replace(run, targets=targets, views=views)
 
 
 def _saved(config: RunConfig) -> Json | None:

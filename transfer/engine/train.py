@@ -29,7 +29,7 @@ from ..config import DataConfig, RunConfig
 from ..data.image_folder import INDEX, Found, keep_index, listed
 from ..data.sampler import preserved
 from .build import Parts, build, check_settings
-from .cached_targets import prepare_targets
+from .cached_targets import prepare_targets, views_of
 from .elastic import GlobalBatch, describe, settle
 from .fence import Fence
 from .fit_operators import fit_operators, leave_to_us, measure_features, stage_together
@@ -228,7 +228,10 @@ def training(config: RunConfig, accelerator: Accelerator, others: Company) -> Ge
             return _unbegun(config, state, early)
         position = Position(run_id=uuid.uuid4().hex) if state is None else position_of(state)
         config, batch = settle(config, parts, world, None if state is None else state.meta)
-        prepare_targets(here, parts, accelerator, group, batch.schedule(config, world), position, signals)
+        planned = batch.schedule(config, world)
+        if (kept := parts.train_loader.kept) is not None:
+            raise_together(kept.find_lack(views_of(config, planned, position)), group)
+        prepare_targets(here, parts, accelerator, group, planned, position, signals)
         early = _signal(signals, group)
         if early is not None:
             return _unbegun(config, state, early)

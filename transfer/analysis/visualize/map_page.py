@@ -281,7 +281,8 @@ def read_images(images: Tensor | Given | Sequence[Given], spec: Preprocessing) -
 
 def to_tensor(image: Image.Image, spec: Preprocessing) -> Tensor:
     """Return the image as the model of `spec` wants it, (1, C, H, W), by the transform of evaluation."""
-    return eval_transform(spec)(image.convert("L" if spec.input_size[0] == 1 else "RGB"))[None]
+    made: Tensor = eval_transform(spec)(image.convert("L" if spec.input_size[0] == 1 else "RGB"))
+    return made[None]
 
 
 def _find(word: Given) -> list[tuple[str, Source]]:

@@ -1,0 +1,157 @@
+"""The images of `data.views` kept as bytes (`data.keep_views`): each is decoded and augmented once, then read.
+
+    DIR/<digest of all that the pixels depend on>/view-000.rows
+
+The file of a view has a row for each sample, and a hole where none was written. A row is a header, then the image
+(C, H, W), one byte a value. The header is written last. It holds a checksum of the sample's name, its label and its
+bytes: a row that is missing, cut, damaged or of another image is made again. All processes write the same bytes into a
+row, so none waits for another. A row begins where a page of memory does: two machines never write one page.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import math
+import os
+import shutil
+import struct
+import zlib
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import BinaryIO
+
+import torch
+from torch import Tensor
+
+from ...checkpoints.atomic import WriteFailedError, write_shared
+from ...checkpoints.files import nearest_folder, open_regular
+from ...checkpoints.preprocessing import Preprocessing
+from ...models.errors import ConfigError, DataError, JsonDict
+from ..config import DataConfig
+from ..setting import rule_of
+
+logger = logging.getLogger(__name__)
+
+FORMAT = 1
+PAGE = 4096
+HEADER = struct.Struct("<Iq")
+"""The checksum, 0 in a hole, and the label."""
+IMAGES = ("dataset", "train_split", "image_column", "label_column", "classes", "train_samples", "label_seed")
+"""The settings that say which image a sample is."""
+CODE = ("pillow", "timm", "torch", "torchvision")
+"""The packages that decode and augment."""
+
+
+class KeptViews:
+    """The kept images of one training set, in all its views."""
+
+    def __init__(self, config: DataConfig, spec: Preprocessing, *, seed: int, samples: int) -> None:
+        self._root = Path(str(config.keep_views))
+        self._described = _describe(config, spec, seed, samples)
+        digest = hashlib.sha256(json.dumps(self._described, sort_keys=True).encode())
+        self.folder = self._root / digest.hexdigest()[:16]
+        self._shape, self._samples = spec.input_size, samples
+        self._size = HEADER.size + math.prod(self._shape)
+        self._row = -(-self._size // PAGE) * PAGE
+        self._prefix = "" if config.data_path is None else os.path.join(config.data_path, "")  # noqa: PTH118
+        self._open: dict[int, BinaryIO] = {}
+
+    def __getstate__(self) -> JsonDict:
+        return {**self.__dict__, "_open": {}}
+
+    def find(self, view: int, index: int, name: str, label: int | None) -> tuple[Tensor, int] | None:
+        """Return the image of a sample in a view, (C, H, W) uint8, and its label; None if it must be made.
+
+        `label` is given where it is known without reading.
+
+        Raises DataError: the disk does not give what is there.
+        """
+        path = self.path(view)
+        with self._named(path):
+            if view not in self._open:
+                if not path.exists():
+                    return None
+                self._open[view] = open_regular(path, refusal=DataError)
+            row = bytearray(os.pread(self._open[view].fileno(), self._size, index * self._row))
+        if len(row) < self._size:
+            return None
+        checksum, kept = HEADER.unpack_from(row)
+        label = kept if label is None else label
+        if checksum == 0:
+            return None
+        if checksum != self._checksum(name, label, memoryview(row)[HEADER.size :]):
+            logger.warning(
+                "data.keep_views: %s is damaged or of another image in %s; it is made again", name, path
+            )
+            return None
+        return torch.frombuffer(row, dtype=torch.uint8, offset=HEADER.size).view(self._shape), label
+
+    def keep(self, view: int, index: int, name: str, image: Tensor, label: int) -> None:
+        """Write the image (C, H, W) of a sample in a view, and its label. Raises DataError: it cannot be written."""
+        path, place = self.path(view), index * self._row
+        pixels = image.contiguous().numpy().data.cast("B")
+        with self._named(path):
+            if not path.exists():
+                write_shared(self.folder / "about.json", json.dumps(self._described).encode(), replace=False)
+                path.touch()
+            with path.open("r+b") as file:
+                file.seek(place + HEADER.size)
+                file.write(pixels)
+                file.seek(place)
+                file.write(HEADER.pack(self._checksum(name, label, pixels), label))
+
+    def path(self, view: int) -> Path:
+        """Return the file of a view."""
+        return self.folder / f"view-{view:03d}.rows"
+
+    def count_bytes(self, views: Iterable[int]) -> tuple[int, int]:
+        """Return the bytes of some views, and how many of them are on the disk."""
+        paths = [self.path(view) for view in views]
+        there = sum(path.stat().st_blocks * 512 for path in paths if path.exists())
+        return len(paths) * self._samples * self._row, there
+
+    def find_lack(self, views: Iterable[int]) -> ConfigError | None:
+        """Return the error of a disk that has no room for what is not there of some views."""
+        whole, there = self.count_bytes(views)
+        free = shutil.disk_usage(nearest_folder(self._root)).free
+        if whole - there <= free:
+            return None
+        return ConfigError(
+            f"data.keep_views={self._root} lacks {(whole - there) / 2**30:.2f} GiB, more than the "
+            f"{free / 2**30:.2f} GiB that are free there: make room, name another folder, or lower data.views"
+        )
+
+    def _checksum(self, name: str, label: int, pixels: memoryview) -> int:
+        """Return a checksum above 0."""
+        key = f"{label} {name.removeprefix(self._prefix)}".encode("utf-8", "surrogatepass")
+        return zlib.crc32(pixels, zlib.crc32(key)) or 1
+
+    @contextmanager
+    def _named(self, path: Path) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, WriteFailedError) as error:
+            cause = error.__cause__ or error
+            raise DataError(
+                f"data.keep_views: {path} cannot be read or written ({getattr(cause, 'strerror', cause)}): make room, "
+                "name a folder in which you may write, or leave data.keep_views out"
+            ) from error
+
+
+def _describe(config: DataConfig, spec: Preprocessing, seed: int, samples: int) -> JsonDict:
+    """Return all that the pixels of a sample depend on, beside its file."""
+    fields = type(config).model_fields.items()
+    drawn = {name for name, field in fields if rule_of(field).drawn}
+    return {
+        "format": FORMAT,
+        "images": {**config.model_dump(mode="json", include=set(IMAGES)), "samples": samples},
+        **spec.described(),
+        "augmentation": None
+        if config.views == 0
+        else {**config.model_dump(mode="json", include=drawn), "seed": seed},
+        "code": {name: version(name) for name in CODE},
+    }
