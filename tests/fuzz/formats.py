@@ -56,6 +56,7 @@ from torch import Tensor
 
 from .mutations import damage_bytes, damage_json, damage_tensors, damage_yaml
 from .segmenter_files import damage_segmenter, make_segmenter, read_segmenter
+from .shard_files import damage_shard, make_shard, read_shard
 
 TOKENS = ("pos_embed", "cls_token")
 """What legitimately changes where the number of tokens does."""
@@ -664,9 +665,7 @@ FORMATS: dict[str, Format] = {
         _make_recipe, lambda rng, folder: damage_yaml(rng, folder / "recipe.yaml"), _check_recipe
     ),
     "image": Format(_make_images, _damage_images, _check_images),
-    "index of images": Format(
-        _make_index, lambda rng, folder: damage_bytes(rng, folder / INDEX), _check_index
-    ),
+    "image list": Format(_make_index, lambda rng, folder: damage_bytes(rng, folder / INDEX), _check_index),
     "search": Format(_make_search, _damage_search, _check_search),
     "rows": Format(
         _make_rows("rows.jsonl"), _damage_rows, lambda folder: _check_rows(folder / "rows.jsonl", _read_lines)
@@ -683,6 +682,7 @@ FORMATS: dict[str, Format] = {
         _make_results, lambda rng, folder: damage_json(rng, folder / "results.json"), _check_results
     ),
     "annotations of COCO": Format(_make_coco, _damage_coco, _check_coco),
+    "shard of images": Format(make_shard, damage_shard, lambda folder: _same(*read_shard(folder))),
     "log": Format(_make_log, lambda rng, folder: damage_bytes(rng, folder / "log.jsonl"), _check_log),
 }
 if find_spec("pyarrow"):

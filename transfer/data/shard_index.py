@@ -36,6 +36,8 @@ BLOCK = 512
 """Bytes of a tar's header."""
 FORMAT = 2
 """Of the file of an index."""
+LARGEST = 1 << 28
+"""Bytes of an index: four million samples."""
 
 
 class _Forward:
@@ -200,7 +202,7 @@ def load(place: str | Path) -> bytes | None:
     """Return the content of a small file; None where it is missing or cannot be read."""
     try:
         with store_of(str(place)).stream(str(place)) as file:
-            return file.read()
+            return file.read(LARGEST)
     except Exception:  # each kind of place says in its own way that it is missing
         return None
 
