@@ -96,7 +96,7 @@ class Parts:
     """The weights that the student learns or starts from: `teacher` and `init`, as `provenance` writes them, and
     `teachers` where there are further ones."""
     warnings: list[str]
-    """What of its initial weights a student does not take over, or learns slowly from; one sentence each."""
+    """Warnings of the fresh student, or of the weights it does not take over; one sentence each."""
 
     targets: TargetShards | None = None
     """The teachers' targets of the training images in `transfer.cache`; None without a cache."""
