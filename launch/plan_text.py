@@ -136,7 +136,7 @@ def describe_plan(config: RunConfig, processes: int | None = None, *, needs_data
         ("images", run.parts.spec.describe() if config.dense.head is None else ""),
         ("transfer", _describe_transfer(run)),
         ("alignment", _describe_alignment(run)),
-        ("targets", "" if run.targets is None else run.targets.describe()),
+        ("targets", _describe_targets(run)),
         ("trained", _describe_trained(run)),
         ("data", _describe_data(run)),
         ("kept views", _describe_kept_views(run)),
@@ -251,6 +251,10 @@ def _describe_alignment(run: DryRun) -> str:
     layers = ", ".join(map(str, task.alignment.layers))
     match = run.config.align.match
     return f"layers {layers} learn on the inputs of the teacher's layers; match={match}: {MATCHES[match]}"
+
+
+def _describe_targets(run: DryRun) -> str:
+    return "" if run.targets is None else f"{run.targets.describe()}\n{run.targets.describe_cost()}"
 
 
 def _describe_trained(run: DryRun) -> str:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 from .attention.base import QKV, Accounting, AttentionOperator, Heads, Operations
 from .converted import ConvertedAttention, converted_layers
@@ -29,6 +33,22 @@ from .families import (
     widths,
 )
 from .host import AttentionHost, GridHost
+
+
+def counted_macs(step: Callable[[], object]) -> int:
+    """Count the multiply-adds of matrix products and convolutions in a step, by `torch.utils.flop_counter`."""
+    # torch does not count a product that is added to a tensor in place
+    counter = FlopCounterMode(display=False, custom_mapping={torch.ops.aten.baddbmm_: _product_flops})
+    with counter, sdpa_kernel(SDPBackend.MATH):  # the products of fused attention are not counted everywhere
+        step()
+    return counter.get_total_flops() // 2
+
+
+def _product_flops(
+    _added: Sequence[int], left: Sequence[int], right: Sequence[int], **_others: object
+) -> int:
+    """Return the operations of a batch of products, of the shapes (Z, N, M) and (Z, M, D)."""
+    return 2 * math.prod(left) * right[-1]
 
 
 def dense_macs(model: nn.Module) -> int:

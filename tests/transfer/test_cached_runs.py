@@ -16,6 +16,7 @@ import pytest
 from graftvit.checkpoints.atomic import WriteFailedError
 from graftvit.launch.plan_text import describe_plan
 from graftvit.models.copying import teacher_view
+from graftvit.models.cost import attention_macs, dense_macs
 from graftvit.models.errors import ConfigError, DataError
 from graftvit.transfer.config import RunConfig
 from graftvit.transfer.data import loaders
@@ -28,7 +29,7 @@ from graftvit.transfer.engine.train import train
 from graftvit.transfer.methods.dual import DualViT
 from graftvit.transfer.target_fill import ShardLock
 from support.files.data_sets import image, write_classes, write_shards
-from support.runs.engine_runs import config, differences, make_convnext, make_teacher
+from support.runs.engine_runs import config, differences, make_convnext, make_teacher, tiny_vit
 from support.runs.interrupting import terminated_after
 from support.runs.scenarios import RunScenario, scenario_server
 from torch import Tensor
@@ -308,6 +309,8 @@ def test_the_dry_run_says_the_bytes_that_are_then_on_the_disk(
     planned = dry_run(made, 1, here=True).targets
     assert planned is not None
     assert planned.whole == planned.missing
+    macs = dense_macs(tiny_vit()) + sum(attention_macs(tiny_vit()))
+    assert (planned.flop, planned.shown) == (2 * macs, 2 * 128)
     train(made)
     there = sum(path.stat().st_size for path in (tmp_path / "cache").rglob("shard-*"))
     assert planned.whole == pytest.approx(there, rel=0.01)

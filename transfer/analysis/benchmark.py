@@ -23,7 +23,7 @@ from ...checkpoints.sources import TimmSource, parse_source
 from ...models.attention.base import Geometry, Heads, LayerShape
 from ...models.calibration import fit_at_random
 from ...models.conversion import convert, converted_layers, resize
-from ...models.cost import attention_macs, other_macs
+from ...models.cost import attention_macs, counted_macs, other_macs
 from ...models.errors import ConfigError
 from ...models.families import family_of, image_size, patch_size
 from ...models.layer_plan import Choice, create_operator
@@ -38,7 +38,6 @@ from .benchmark_cases import (
     Row,
     Step,
     Ways,
-    counted_macs,
     drifted,
     keep_freed_memory,
     load_average,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import dataclasses
-import math
 import os
 import platform
 import statistics
@@ -18,8 +17,6 @@ from typing import Literal
 import torch
 from pydantic import TypeAdapter, ValidationError
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
 from ...checkpoints.architecture import build, check_name
 from ...checkpoints.atomic import write_text
@@ -415,22 +412,6 @@ def peak_bytes(step: Step, device: torch.device) -> int:
         allocated += event.nbytes()
         peak = max(peak, allocated)
     return peak
-
-
-def counted_macs(step: Step) -> int:
-    """Count the multiply-adds of matrix products and convolutions in a step, by `torch.utils.flop_counter`."""
-    # torch does not count a product that is added to a tensor in place
-    counter = FlopCounterMode(display=False, custom_mapping={torch.ops.aten.baddbmm_: _product_flops})
-    with counter, sdpa_kernel(SDPBackend.MATH):  # the products of fused attention are not counted everywhere
-        step()
-    return counter.get_total_flops() // 2
-
-
-def _product_flops(
-    _added: Sequence[int], left: Sequence[int], right: Sequence[int], **_others: object
-) -> int:
-    """Return the operations of a batch of products, of the shapes (Z, N, M) and (Z, M, D)."""
-    return 2 * math.prod(left) * right[-1]
 
 
 def _warm(step: Step, warmup: int, device: torch.device) -> float:

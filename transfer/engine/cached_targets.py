@@ -20,6 +20,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from ...checkpoints.atomic import WriteFailedError, write_shared
 from ...checkpoints.files import is_url
 from ...checkpoints.provenance import digest_tensors
+from ...models.cost import counted_macs
 from ...models.errors import ConfigError, DataError, GraftError, counted
 from ..config import RunConfig
 from ..data.sampler import preserved
@@ -54,6 +55,8 @@ from .tasks import Task, TransferTask, check_learns
 # torch's fake tensors run every operation for its shapes alone, in a second or two for a large model, so the
 # sizes are those of the step itself: of whatever method, operators and frozen parameters the run has.
 
+RATE = 4e14
+"""Operations of a device in a second, for hours in a dry run: two fifths of what an H100 does in bf16."""
 MIXED = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -106,15 +109,21 @@ def rehearse(config: RunConfig, parts: Parts, *, here: bool = True) -> Footprint
     )
 
 
-def target_fields(config: RunConfig, parts: Parts, form: TargetForm) -> list[Field]:
-    """Return what `transfer.cache` keeps of an image."""
+def rehearse_teachers(config: RunConfig, parts: Parts, form: TargetForm) -> tuple[list[Field], float]:
+    """Return what `transfer.cache` keeps of an image, and the operations (FLOP) of the teachers for it."""
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     teachers = [each.model for each in parts.teachers.values()]
     memo = {id(tensor): _faked(mode, tensor) for tensor in _tensors([parts.task, *teachers])}
     task: Any = copy.deepcopy(parts.task, memo)
+    fields: list[Field] = []
     with mode, torch.autocast("cpu", MIXED.get(config.engine.precision), config.engine.precision in MIXED):
-        targets = form.pack(task.dual.teach(_batch(config, parts)[0]))
-    return [Field.of(name, each) for name, each in targets.items()]
+        images = _batch(config, parts)[0]
+
+        def teach() -> None:
+            fields.extend(Field.of(*each) for each in form.pack(task.dual.teach(images)).items())
+
+        macs = counted_macs(teach)
+    return fields, 2 * macs / len(images)
 
 
 def _optimizer_bytes(config: RunConfig, task: Task, here: bool) -> int:
@@ -237,8 +246,14 @@ def prepare_targets(
     cache = parts.targets
     if cache is None or not isinstance(parts.task, TransferTask):
         return
-    shards = cache.shards(views_of(config, schedule, position))
-    todo = _find_missing(config, parts, accelerator, group, cache, shards)
+
+    def find() -> list[Shard]:
+        size = plan_targets(config, parts, cache, schedule, position)
+        logger.info("teacher targets: %s", size.describe())
+        cache.open()
+        return size.todo
+
+    todo = read_once(find, group)
     wanted = config.engine.evaluate_teacher and position.step == 0 and parts.eval_loader is not None
     note: Note | None = None
     with preserved():
@@ -318,26 +333,6 @@ def _place(parts: Parts, accelerator: Accelerator, group: dist.ProcessGroup | No
     parts.task.to(accelerator.device)
 
 
-def _find_missing(
-    config: RunConfig,
-    parts: Parts,
-    accelerator: Accelerator,
-    group: dist.ProcessGroup | None,
-    cache: TargetShards,
-    shards: list[Shard],
-) -> list[Shard]:
-    """Return the shards to compute, after a check of their size. The first process looks for all."""
-
-    def find() -> list[Shard]:
-        size = size_of(config, parts, cache, shards)
-        logger.info("teacher targets: %s", size.describe())
-        check_size(cache.root, config.transfer.cache_limit, size.whole, size.missing, here=True)
-        cache.open()
-        return size.todo
-
-    return read_once(find, group)
-
-
 @dataclass(frozen=True)
 class CacheSize:
     """What a run keeps, where, and how much of it is there."""
@@ -349,6 +344,21 @@ class CacheSize:
     """Bytes of all shards."""
     missing: int
     """Bytes of the shards to compute."""
+    flop: float
+    """Operations of the teachers for an image."""
+    shown: int
+    """Images that the run shows: as many as its teachers would see without a cache."""
+
+    def describe_cost(self) -> str:
+        """Say how long the teachers compute, and what a sweep saves."""
+        own, without = (
+            images * self.flop / RATE / 3600
+            for images in (sum(shard.size for shard in self.todo), self.shown)
+        )
+        return (
+            f"{self.flop / 1e9:,.3g} GFLOP an image: {own:.2g} hours of a device at {RATE / 1e12:.0f} TFLOP/s; without "
+            f"the cache {without:.2g} in this run, and in each further run that reads these targets"
+        )
 
     def describe(self) -> str:
         """Return it in words."""
@@ -367,27 +377,31 @@ class CacheSize:
         return f"{self.cache.samples:,} images in {views}, {gibibytes(self.whole)} in {self.cache.folder}: {state}"
 
 
-def size_of(config: RunConfig, parts: Parts, cache: TargetShards, shards: list[Shard]) -> CacheSize:
-    """Return the size of a run's shards; what is not there is counted by the shapes of the teachers' results."""
-    stored = cache.stored(shards) if has_weights(cache) else {}
-    todo = [shard for shard in shards if shard not in stored]
-    fields = target_fields(config, parts, cache.form) if todo else []
-    missing = sum(cache.size(shard, fields) for shard in todo)
-    return CacheSize(cache, shards, todo, sum(stored.values()) + missing, missing)
-
-
 def plan_targets(
-    config: RunConfig, parts: Parts, schedule: Schedule, position: Position, *, here: bool
-) -> CacheSize | None:
-    """Return what `prepare_targets` would say; files are not read. Raises ConfigError: the targets are too large."""
-    cache = parts.targets
-    if cache is None:
-        return None
+    config: RunConfig,
+    parts: Parts,
+    cache: TargetShards,
+    schedule: Schedule,
+    position: Position,
+    *,
+    here: bool = True,
+) -> CacheSize:
+    """Return what a run keeps of its teachers from a position on; what is not there is counted without computing it.
+
+    `here`: the run is on this machine, whose disk is known. Files are listed, and not read.
+
+    Raises ConfigError: the targets are too large.
+    """
     shards = cache.shards(views_of(config, schedule, position))
-    size = size_of(config, parts, cache, shards)
-    known = here and has_weights(cache)
-    check_size(cache.root, config.transfer.cache_limit, size.whole, size.missing, here=known)
-    return size
+    known = has_weights(cache)
+    stored = cache.stored(shards) if known else {}
+    todo = [shard for shard in shards if shard not in stored]
+    fields, flop = rehearse_teachers(config, parts, cache.form)
+    missing = sum(cache.size(shard, fields) for shard in todo)
+    whole = sum(stored.values()) + missing
+    check_size(cache.root, config.transfer.cache_limit, whole, missing, here=here and known)
+    shown = (schedule.total_steps - position.step) * schedule.effective_batch
+    return CacheSize(cache, shards, todo, whole, missing, flop, shown)
 
 
 def _fill(

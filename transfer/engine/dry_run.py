@@ -73,7 +73,9 @@ def dry_run(config: RunConfig, processes: int, *, here: bool) -> DryRun:
         return run
     position = Position() if saved is None else Position(**saved["position"])
     check_length(position, run.schedule.total_steps)
-    targets = plan_targets(config, parts, run.schedule, position, here=here)
+    cache, targets = parts.targets, None
+    if cache is not None:
+        targets = plan_targets(config, parts, cache, run.schedule, position, here=here)
     views = views_of(config, run.schedule, position)
     kept = parts.train_loader.kept
     lack = kept.find_lack(views) if kept is not None and here else None

@@ -14,11 +14,11 @@ from graftvit.models.attention.hash import HashAttention, by_gradient, learn_bit
 from graftvit.models.attention.ttt import TTTAttention, normalized_keys
 from graftvit.models.conversion import convert, converted_layers
 from graftvit.models.converted import start_fresh
+from graftvit.models.cost import counted_macs
 from graftvit.models.errors import ConfigError, TransferError, UnsupportedModelError
 from graftvit.models.layer_plan import Choice, create_operator
 from graftvit.models.programs.program import FOUND, LINEAR, parse_program
 from graftvit.transfer.align import LayerTarget, check_layer_loss, map_error, probe_error
-from graftvit.transfer.analysis.benchmark_cases import counted_macs
 from support.models.dense import TINY, tiny
 from support.models.operator_cases import Case, draw, identity_values
 from torch import Tensor

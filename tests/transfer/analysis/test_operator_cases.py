@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import pytest
+from graftvit.models.cost import counted_macs
 from graftvit.models.errors import ConfigError
 from graftvit.models.layer_plan import OPERATORS
 from graftvit.transfer.analysis import benchmark as measuring
 from graftvit.transfer.analysis.benchmark import Layer, grid_of, measure_operator, operator_cases
-from graftvit.transfer.analysis.benchmark_cases import Step, Timing, Ways, counted_macs
+from graftvit.transfer.analysis.benchmark_cases import Step, Timing, Ways
 from support.runs.benchmark_rows import case
 
 TINY = Layer(heads=2, head_dim=8)

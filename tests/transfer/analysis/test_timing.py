@@ -9,10 +9,10 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
+from graftvit.models.cost import counted_macs
 from graftvit.transfer.analysis.benchmark_cases import (
     SHORTEST,
     Step,
-    counted_macs,
     keep_freed_memory,
     peak_bytes,
     time_steps,

@@ -26,7 +26,7 @@ from ....checkpoints.student import FittedLayers
 from ....models.attention.base import AttentionOperator
 from ....models.calibration import fit_at_random
 from ....models.conversion import convert, converted_layers, new_parameters
-from ....models.cost import attention_macs, count_operations
+from ....models.cost import attention_macs, count_operations, counted_macs
 from ....models.errors import ConfigError, GraftError, JsonDict
 from ....models.families import image_channels, sites
 from ....models.small import without_memory
@@ -42,7 +42,7 @@ from ...engine.stages import Stage, chain, check_stages, train_stages
 from ...engine.students import input_size, plan_student
 from ...metrics.measure import score_models
 from ..benchmark import macs_beside
-from ..benchmark_cases import counted_macs, load_average, machine, peak_bytes, step_of, time_steps
+from ..benchmark_cases import load_average, machine, peak_bytes, step_of, time_steps
 from ..layer_maps import layer_maps, preprocessed, spread_images
 from ..report.ink import Array, Panel, write_arrays
 from ..visualize.map_figures import Query, default_query
