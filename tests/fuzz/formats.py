@@ -488,7 +488,7 @@ def _read_parquet(path: Path) -> list[Any]:
 # What teachers computed, kept by `transfer.cache`.
 
 
-IMAGES = torch.arange(6.0).reshape(6, 1, 1, 1)
+BATCH = torch.arange(6.0).reshape(6, 1, 1, 1)
 
 
 def _shards(folder: Path) -> TargetShards:
@@ -502,7 +502,7 @@ def _targets() -> dict[str, Tensor]:
 def _make_cache(folder: Path) -> None:
     shards = _shards(folder)
     shards.open()
-    shards.write(Shard(0, 0, 6), {**_targets(), **add_checksums(0, range(6), IMAGES, str)})
+    shards.write(Shard(0, 0, 6), {**_targets(), **add_checksums(0, range(6), BATCH, str)})
 
 
 def _damage_cache(rng: Random, folder: Path) -> str:
@@ -513,7 +513,7 @@ def _damage_cache(rng: Random, folder: Path) -> str:
 def _check_cache(folder: Path) -> None:
     shards = _shards(folder)
     shards.open()
-    _same(TargetRows(shards).read(0, range(6), IMAGES, str), _targets())
+    _same(TargetRows(shards).read(0, range(6), BATCH, str), _targets())
 
 
 # Archives of images, which data.stage unpacks.
