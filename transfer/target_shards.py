@@ -19,8 +19,9 @@ import struct
 import zlib
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import accumulate
 from pathlib import Path
 from typing import NamedTuple
@@ -414,6 +415,8 @@ def _describe_images(config: RunConfig, spec: Preprocessing) -> JsonDict:
 
 # What loader processes add to images: a checksum of their pixels, and the targets that were computed of them.
 
+REQUESTS = 16
+"""Rows that a process asks of a bucket at a time."""
 LOST = "lost"
 """In place of targets that cannot be read: the view, and the numbers of the samples."""
 
@@ -490,7 +493,12 @@ class TargetRows:
         self, view: int, indices: Sequence[int], images: Tensor, name: Callable[[int], str]
     ) -> dict[str, Tensor]:
         """Do the same as a call, but raise LostTargetsError for what is lost."""
-        rows = [self._row(self._shards.shard_of(view, index), index) for index in indices]
+        row = partial(self._row, view)
+        if is_url(self._shards.root):
+            with ThreadPoolExecutor(REQUESTS) as pool:
+                rows = list(pool.map(row, indices))
+        else:
+            rows = list(map(row, indices))
         sums = add_checksums(view, indices, images, name)[PIXELS].tolist()
         for index, pixel, (_, known, _) in zip(indices, sums, rows, strict=True):
             if pixel != known:
@@ -515,8 +523,9 @@ class TargetRows:
     def __getstate__(self) -> JsonDict:
         return {**self.__dict__, "_opened": {}, "_refill": None}
 
-    def _row(self, shard: Shard, index: int) -> tuple[Sequence[Field], int, bytes]:
+    def _row(self, view: int, index: int) -> tuple[Sequence[Field], int, bytes]:
         """Return the fields of a sample's targets, the checksum of its pixels, and the targets."""
+        shard = self._shards.shard_of(view, index)
         try:
             opened = self._opened.get(shard) or self._shards.open_object(shard)
             row = opened.read(index - shard.first)

@@ -24,8 +24,9 @@ NAMES = {
     "teacher.source", "teacher.revision", "teacher.model", "student.model", "student.plan", "student.init",
     "transfer.layers", "transfer.heads", "data.dataset", "data.train_split", "data.val_split",
     "data.image_column", "data.label_column", "data.classes", "data.aa", "optim.opt", "optim.trainable",
+    "transfer.cache",
 }  # fmt: skip
-"""Settings of text that are no path, or any source of weights."""
+"""Settings of text that are no path, any source of weights, or a place that may be in a bucket."""
 WRITTEN = ("DIR", "FILE", "FOLDER", "OUT", "PNG", "ROWS", "RUN")
 """What help calls a path of this machine."""
 COMMANDS_WITH_PATHS = {
@@ -121,7 +122,7 @@ def test_each_argument_of_a_path_refuses_it_by_name() -> None:
     ("words", "told"),
     [
         (["train", "digits_distill", "--output_dir", "s3://bucket/run"], "--output_dir is 's3://bucket/run'"),
-        (["train", "digits_distill", "--cache=s3://bucket/cache"], "--cache is 's3://bucket/cache'"),
+        (["train", "digits_distill", "--stage=s3://bucket/data"], "--stage is 's3://bucket/data'"),
         (
             ["train", "s3://bucket/mine.yaml"],
             "configuration: s3://bucket/mine.yaml: give a path on this machine",

@@ -285,10 +285,11 @@ def test_targets_that_another_teacher_would_compute_again_stop_the_run(
         train(run(tmp_path / "run", own, tmp_path / "cache"))
 
 
-def test_a_bucket_is_filled_and_read(teacher: Path, passes: list[int], tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["memory", pytest.param("file", marks=pytest.mark.slow)])
+def test_a_bucket_is_filled_and_read(kind: str, teacher: Path, passes: list[int], tmp_path: Path) -> None:
     pytest.importorskip("fsspec")
     train(run(tmp_path / "without", teacher, None, FEATURE))
-    bucket = f"memory://{tmp_path.name}/targets"
+    bucket = f"{kind}://{tmp_path}/targets"
     passes.clear()
     train(run(tmp_path / "first", teacher, None, {**FEATURE, "cache": bucket}))
     assert len(passes) == 18

@@ -157,8 +157,11 @@ class Remote:
 
     def write(self, place: str, content: bytes) -> None:
         system = self._system(place)
-        system.makedirs(system._parent(place), exist_ok=True)
-        system.pipe_file(place, content)
+        try:
+            system.pipe_file(place, content)
+        except FileNotFoundError:  # a place that has folders, unlike a bucket
+            system.makedirs(place.rpartition("/")[0], exist_ok=True)
+            system.pipe_file(place, content)
 
     def sizes(self, folder: str) -> dict[str, int]:
         try:
