@@ -21,8 +21,8 @@ from .provenance import KEY as PROVENANCE
 from .provenance import NORM_EPS
 from .report import shortened
 from .sources import CONFIG, FileSource, FolderSource, HubSource, TimmSource, parse_source
-from .state import BEST, read_meta
-from .weight_files import INDEX_SUFFIX, Weights, outline, read_file, read_shards
+from .state import BEST, LAST, find_state, read_meta
+from .weight_files import INDEX_SUFFIX, Weights, is_sharded, outline, read_file, read_shards
 
 STAGES_FILE = "stages.json"
 """In the folder of a run of several stages, beside the folders of the stages: what each measured."""
@@ -144,6 +144,8 @@ def _open_folder(source: FolderSource) -> ModelFolder | FileSource:
     Raises CheckpointError: there is no such model, or config.json is damaged.
     """
     folder, part = source.path, source.part
+    if is_sharded(folder):
+        return FileSource(folder, part)
     single = (folder / CONFIG).is_file()
     if single and _is_run(folder):
         if part is None:
@@ -158,7 +160,8 @@ def _open_folder(source: FolderSource) -> ModelFolder | FileSource:
             )
         return open_model(folder)
     exported = folder / ("student_ema" if part == "ema" else "student")
-    state = folder / "checkpoints" / (BEST if part == "best" else "last.safetensors")
+    states = folder / "checkpoints"
+    state = find_state(states, BEST if part == "best" else LAST)
     if part != "best" and (exported / CONFIG).is_file():
         model = open_model(exported)
         if not _went_on(model, state):
@@ -166,10 +169,10 @@ def _open_folder(source: FolderSource) -> ModelFolder | FileSource:
     stage = last_stage(folder)
     if stage is not None:
         return _open_folder(FolderSource(stage, part))
-    if state.is_file():
+    if state.exists():
         averaged = part == "ema" or (part == "best" and _has_average(state))
         return FileSource(state, "ema" if averaged else None)
-    if part == "best" and ((exported / CONFIG).is_file() or (state.parent / "last.safetensors").is_file()):
+    if part == "best" and ((exported / CONFIG).is_file() or find_state(states).exists()):
         raise CheckpointError(
             f"the run {folder} has no best state, because nothing was scored in it; leave #best out"
         )

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from safetensors.torch import save_file
@@ -22,12 +23,19 @@ from .weight_files import (
     Weights,
     check_digest,
     compute_digest,
+    is_sharded,
     outline,
     read_tree,
 )
 
-BEST = "best.safetensors"
-"""The file of the state that a run's metric picks."""
+LAST, PREVIOUS, BEST = "last", "previous", "best"
+"""The names of states: the newest, the one before it, and the one that a run's metric picks."""
+
+
+def find_state(folder: Path, name: str = LAST) -> Path:
+    """Return where a state is, or would be: the folder of a sharded run, else a file."""
+    sharded = folder / name
+    return sharded if sharded.is_dir() else folder / f"{name}.safetensors"
 
 
 @dataclass
@@ -36,10 +44,12 @@ class TrainingState:
 
     tensors: dict[str, Tensor]
     meta: JsonDict
+    folder: Path | None = None
+    """Where the tensors are, of a sharded run: those here are outlines."""
 
     def outline(self) -> TrainingState:
         """Return the same with tensors that have a shape and no memory."""
-        return TrainingState({name: tensor.to("meta") for name, tensor in self.tensors.items()}, self.meta)
+        return replace(self, tensors={name: tensor.to("meta") for name, tensor in self.tensors.items()})
 
 
 @check_types()
@@ -65,11 +75,13 @@ def write_state(path: Path, state: TrainingState) -> None:
 
 @check_types()
 def read_state(path: Path) -> TrainingState:
-    """Return the state in `path`, after a check of its digest.
+    """Return the state in `path`, after a check of its digest; of a sharded run, its outline.
 
     Raises CheckpointError naming the file: missing, no training state, truncated, or changed since.
     """
     meta = check_state(path)
+    if is_sharded(path):
+        return TrainingState(outline(path).tree, meta, path)
     return TrainingState(read_tree(path, "safetensors"), meta)
 
 
@@ -120,6 +132,8 @@ logger = logging.getLogger(__name__)
 class StateFolder:
     """`last`, `previous` and `best` in one folder; at any moment at least one whole state is there.
 
+    Each is one file, or of a sharded run a folder with a file of each process.
+
     `save` first writes the new state in full under another name, then renames `last` to `previous` and
     the new one to `last`. A `last` that is not known to be whole never takes the place of `previous`.
     One process saves at a time. Where an attempt that was given up may still run, each names itself as `writer`,
@@ -132,11 +146,24 @@ class StateFolder:
     ) -> None:
         self.folder = folder
         self._guard = guard
-        self.last = folder / "last.safetensors"
-        self.previous = folder / "previous.safetensors"
-        self.best = folder / BEST
-        self._incoming = folder / f"incoming{writer and '.'}{writer}.safetensors"
+        self.incoming = folder / f"incoming{writer and '.'}{writer}"
+        """The folder that the processes of a sharded run write into."""
         self._last_is_whole = False
+
+    @property
+    def last(self) -> Path:
+        """The newest state."""
+        return find_state(self.folder)
+
+    @property
+    def previous(self) -> Path:
+        """The state before it."""
+        return find_state(self.folder, PREVIOUS)
+
+    @property
+    def best(self) -> Path:
+        """The state that the metric picked."""
+        return find_state(self.folder, BEST)
 
     def save(self, state: TrainingState, keep: int = 0, step: int = 0) -> None:
         """Write `last`; the one before becomes `previous`.
@@ -147,64 +174,95 @@ class StateFolder:
         Raises CheckpointError (exit code 1) on a full disk, with the states that were there intact; what `guard`
         raises.
         """
+        incoming = self.incoming.with_name(f"{self.incoming.name}.safetensors")
         with self._guard():
-            if not self._last_is_whole:
-                self._last_is_whole = _is_whole(self.last)
-            write_state(self._incoming, state)
+            self._check_last()
+            write_state(incoming, state)
         with self._guard():  # again, because writing takes long
-            if self._last_is_whole:
-                with suppress(FileNotFoundError):  # an attempt that was given up has renamed it
-                    self.last.replace(self.previous)
-            self._rename_incoming()
-            if keep:
-                self._keep(keep, step)
-            sync(self.folder)
-        self._last_is_whole = True
-
-    def _keep(self, count: int, step: int) -> None:
-        """Keep `last` under its step, and remove the oldest states beyond `count`."""
-        own = self.folder / f"step-{step:08d}.safetensors"
-        own.unlink(missing_ok=True)  # of an attempt that stopped before its next state
-        try:
-            own.hardlink_to(self.last)
-        except OSError:  # a file system without links
-            copied = own.with_name(f".{own.name}.tmp")
-            shutil.copyfile(self.last, copied)
-            copied.replace(own)
-        for old in sorted(self.folder.glob("step-*.safetensors"))[:-count]:
-            old.unlink(missing_ok=True)
+            self._become_last(incoming, keep, step)
 
     def save_best(self, state: TrainingState) -> None:
         """Write `best`. Raises as `save`."""
         with self._guard():
-            write_state(self.best, state)
+            best = self.folder / f".{BEST}.safetensors.tmp"
+            write_state(best, state)
+            self._name(best, BEST)
+
+    def commit(self, *, last: bool, best: bool, keep: int = 0, step: int = 0) -> None:
+        """Give what all processes have written into `incoming` its names. Raises as `save`."""
+        with self._guard():
+            self._check_last()
+            if best:
+                self._name(_link(self.incoming, self.folder / BEST), BEST)
+            if last:
+                self._become_last(self.incoming, keep, step)
+            else:
+                remove(self.incoming)
+
+    def _check_last(self) -> None:
+        self._last_is_whole = self._last_is_whole or _is_whole(self.last)
+
+    def _become_last(self, incoming: Path, keep: int, step: int) -> None:
+        if self._last_is_whole:
+            with suppress(FileNotFoundError):  # an attempt that was given up has renamed it
+                self._name(self.last, PREVIOUS)
+        try:
+            self._name(incoming, LAST)
+        except FileNotFoundError as error:
+            raise CheckpointError(
+                f"{incoming} is gone: does another run write into {self.folder}?"
+            ) from error
+        if keep:
+            self._keep(keep, step)
+        sync(self.folder)
+        self._last_is_whole = True
+
+    def _name(self, state: Path, name: str) -> None:
+        """Rename a state. A folder cannot be replaced in one step: one of this name is set aside first."""
+        target = self.folder / (name if state.is_dir() else f"{name}.safetensors")
+        before = find_state(self.folder, name)
+        if before == target and not target.is_dir():
+            state.replace(target)
+            return
+        aside = self.folder / f"{before.name}.old"
+        with suppress(FileNotFoundError):
+            remove(aside)
+            before.replace(aside)
+        state.replace(target)
+        remove(aside)
+
+    def _keep(self, count: int, step: int) -> None:
+        """Keep `last` under its step, and remove the oldest states beyond `count`."""
+        last, name = self.last, f"step-{step:08d}"
+        remove(find_state(self.folder, name))  # of an attempt that stopped before its next state
+        _link(last, self.folder / name).replace(self.folder / f"{name}{last.suffix}")
+        for old in sorted(self.folder.glob("step-*"))[:-count]:
+            remove(old)
 
     def take_over(self) -> None:
         """Take the unfinished and unnamed files of other writers out of their way."""
         for path in self._unnamed():
             if not self.last.exists() and _is_whole(path):  # died between the two renames
                 with suppress(FileNotFoundError):  # not dead, and did so itself
-                    path.replace(self.last)
+                    self._name(path, LAST)
             else:
-                path.unlink(missing_ok=True)
+                remove(path)
+        for aside in self.folder.glob("*.old"):
+            name = aside.name.partition(".")[0]
+            if find_state(self.folder, name).exists():
+                remove(aside)
+            else:  # died before what was to replace it had its name
+                aside.replace(aside.with_suffix(""))
         for leftover in self.folder.glob(".*.tmp"):
             remove(leftover)
 
     def _unnamed(self) -> list[Path]:
         """Whole states, or torn ones, that no rename has given their name yet; the newest first."""
         changed: dict[Path, float] = {}
-        for path in self.folder.glob("incoming*.safetensors"):
+        for path in self.folder.glob("incoming*"):
             with suppress(FileNotFoundError):  # its writer has renamed it since
                 changed[path] = path.stat().st_mtime
         return sorted(changed, key=changed.__getitem__, reverse=True)
-
-    def _rename_incoming(self) -> None:
-        try:
-            self._incoming.replace(self.last)
-        except FileNotFoundError as error:
-            raise CheckpointError(
-                f"{self._incoming} is gone: does another run write into {self.folder}?"
-            ) from error
 
     def load(self) -> TrainingState | None:
         """`last`, else `previous` with a warning that names the damaged file; None where there is no state.
@@ -242,6 +300,25 @@ class StateFolder:
         A process that died between the two renames leaves the newest whole state without a name.
         """
         return (path for path in (self.last, *self._unnamed(), self.previous) if path.exists())
+
+
+def _link(source: Path, target: Path) -> Path:
+    """Copy a state beside `target` under a temporary name, without disk space where the file system has hard links."""
+    copied = target.with_name(f".{target.name}.tmp")
+    remove(copied)
+    try:
+        _copy(source, copied, os.link)
+    except OSError:  # a file system without links
+        remove(copied)
+        _copy(source, copied, shutil.copyfile)
+    return copied
+
+
+def _copy(source: Path, target: Path, copy: Callable[[Path, Path], object]) -> None:
+    if source.is_dir():
+        shutil.copytree(source, target, copy_function=lambda *names: copy(*map(Path, names)))
+    else:
+        copy(source, target)
 
 
 def _is_whole(path: Path) -> bool:

@@ -10,12 +10,14 @@ import argparse
 import hashlib
 import io
 import json
+import math
 import os
 import pathlib
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 import torch
@@ -130,6 +132,8 @@ def outline(path: Path) -> Weights:
     Raises CheckpointError in one sentence: no regular file, empty, of no known kind, damaged, larger inside than
     outside, or holding what only code could make.
     """
+    if is_sharded(path):
+        return _join_outlines(path)
     try:
         with open_regular(path) as file:
             size = file.seek(0, 2)
@@ -241,6 +245,8 @@ def read_file(path: Path, inside: Path | None = None) -> Weights:
 
 def read_tree(path: Path, kind: str) -> JsonDict:
     """Read a file that was checked; of an archive only those numbers that are used: an optimizer's stay on the disk."""
+    if is_sharded(path):
+        return _join(path)
     try:
         if kind == "safetensors":
             with safe_open(path, framework="pt") as file:
@@ -268,11 +274,11 @@ def find_place(tensor: Tensor) -> Place | None:
     return place
 
 
-def read_rows(place: Place, start: int, stop: int) -> Tensor:
-    """Read rows `start` to `stop` of the tensor at a place, and nothing else of its file."""
+def map_part(place: Place, *ranges: slice) -> Tensor:
+    """Return a part of the tensor at a place; what is copied of it is read, and nothing else of its file."""
     with safe_open(place.path, framework="pt") as file:
-        rows: Tensor = file.get_slice(place.name)[start:stop]
-    return rows
+        part: Tensor = file.get_tensor(place.name)[ranges]
+    return part
 
 
 def digest_header(path: str) -> str | None:
@@ -355,6 +361,10 @@ def is_state(metadata: Mapping[str, str]) -> bool:
 
 def check_digest(path: Path) -> None:
     """Raise CheckpointError for a file of `outline` that was changed since it was written, or that has no digest."""
+    if is_sharded(path):
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            list(pool.map(check_digest, shard_files(path)))
+        return
     try:
         with open_regular(path) as file:
             position, digest = compute_digest(path, file)
@@ -385,3 +395,92 @@ def compute_digest(path: Path, file: BinaryIO) -> tuple[int, bytes]:
     while chunk := file.read(_CHUNK):
         digest.update(chunk)
     return position, digest.hexdigest().encode()
+
+
+# A state in a folder, of a run whose weights are sharded: a file of each process, with a digest of its own.
+#
+# Each file is a state whose JSON part says where its tensors lie in the whole ones (`pieces`), and in the first file
+# what the JSON part of the whole state is (`whole`). The names of the files say how many there are.
+
+SHARD_NAME = "shard-{:05}-of-{:05}.safetensors"
+
+
+class Piece(NamedTuple):
+    """A part of a tensor, in a file under the name of the whole one."""
+
+    file: str
+    name: str
+    offset: tuple[int, ...]
+    """Its first element in the whole tensor."""
+    shape: tuple[int, ...]
+    whole: tuple[int, ...]
+    """The shape of the whole tensor."""
+    dtype: torch.dtype
+
+
+def is_sharded(path: Path) -> bool:
+    """Return whether a path is a folder with the state of a sharded run, or a part of one."""
+    return path.is_dir() and any(path.glob("shard-*-of-*.safetensors"))
+
+
+def shard_files(folder: Path) -> list[Path]:
+    """Return the files of a state in a folder. Raises CheckpointError: there are not all, or more."""
+    found = sorted(folder.glob("shard-*-of-*.safetensors"))
+    if [path.name for path in found] != [SHARD_NAME.format(rank, len(found)) for rank in range(len(found))]:
+        raise CheckpointError(f"{folder} is damaged: it has {len(found)} files, not all of one state")
+    return found
+
+
+def read_pieces(folder: Path) -> tuple[list[Piece], JsonDict]:
+    """Return the parts of all tensors of a state in a folder, and its JSON part, from the headers of its files.
+
+    Raises CheckpointError: files are missing or damaged, or do not make whole tensors.
+    """
+    pieces: list[Piece] = []
+    whole: JsonDict = {}
+    for path in shard_files(folder):
+        found = outline(path)
+        try:
+            described = json.loads(found.metadata[STATE_KEY])
+            for name, tensor in found.tree.items():
+                offset, shape = (tuple(map(int, sizes)) for sizes in described["pieces"][name])
+                pieces.append(Piece(path.name, name, offset, tuple(tensor.shape), shape, tensor.dtype))
+            whole = described.get("whole", whole)
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+            raise CheckpointError(f"{path} is damaged or no part of a state") from error
+    by_name: dict[str, list[Piece]] = {}
+    for piece in pieces:
+        by_name.setdefault(piece.name, []).append(piece)
+    wrong = [name for name, parts in by_name.items() if not _make_one(parts)]
+    if wrong:
+        raise CheckpointError(f"{folder} is damaged: {some(wrong)}: the parts do not make whole tensors")
+    return pieces, whole
+
+
+def _make_one(parts: list[Piece]) -> bool:
+    """Return whether parts lie within one tensor and are as large as it."""
+    whole, dtype = parts[0].whole, parts[0].dtype
+    for part in parts:
+        sizes = list(zip(part.offset, part.shape, whole, strict=False))
+        inside = all(0 <= first <= first + size <= full for first, size, full in sizes)
+        same = (part.whole, part.dtype) == (whole, dtype)
+        if not (same and inside and len(part.offset) == len(part.shape) == len(whole)):
+            return False
+    return sum(math.prod(part.shape) for part in parts) == math.prod(whole)
+
+
+def _join_outlines(folder: Path) -> Weights:
+    pieces, whole = read_pieces(folder)
+    tree = {each.name: torch.empty(each.whole, dtype=each.dtype, device="meta") for each in pieces}
+    return Weights({}, str(folder), "safetensors", tree=dict(tree), metadata={STATE_KEY: json.dumps(whole)})
+
+
+def _join(folder: Path) -> JsonDict:
+    pieces, _ = read_pieces(folder)
+    tree = {each.name: torch.empty(each.whole, dtype=each.dtype) for each in pieces}
+    for path in shard_files(folder):
+        held = read_tree(path, "safetensors")
+        for each in (piece for piece in pieces if piece.file == path.name):
+            ends = (first + size for first, size in zip(each.offset, each.shape, strict=True))
+            tree[each.name][tuple(map(slice, each.offset, ends))] = held[each.name]
+    return dict(tree)

@@ -202,7 +202,7 @@ def read_state_weights(content: Weights, part: Part) -> Weights:
         ) from error
     _check_meta(content.origin, meta)
     provenance = of_state(meta, part)
-    if Path(content.origin).name == BEST:
+    if Path(content.origin).stem == BEST:
         provenance[PICKED] = (meta.get("position") or {}).get("best_metric", "top1")
     entry = meta.get("student") or {}
     config = {key: entry[key] for key in DESCRIBED if entry.get(key) is not None}

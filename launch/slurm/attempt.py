@@ -148,10 +148,10 @@ def _words(record: Record) -> str:
 
 def _lost_steps(output_dir: Path) -> int:
     """Return the logged steps that come after the last state, which an attempt repeats."""
-    from ...checkpoints.state import read_meta
+    from ...checkpoints.state import find_state, read_meta
 
     try:
-        saved = read_meta(current_stage(output_dir) / "checkpoints" / "last.safetensors")["position"]["step"]
+        saved = read_meta(find_state(current_stage(output_dir) / "checkpoints"))["position"]["step"]
         return max(0, read_progress(output_dir).step - int(saved))
     except (GraftError, OSError, LookupError, TypeError, ValueError):
         return 0

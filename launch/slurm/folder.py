@@ -280,8 +280,8 @@ class JobFolder:
 
 
 _SAVED = (
-    "checkpoints/last.safetensors",
-    "checkpoints/previous.safetensors",
+    "checkpoints/last*",
+    "checkpoints/previous*",
     "fit/*.safetensors",
     "targets.txt",
 )

@@ -65,7 +65,7 @@ def test_last_previous_and_best(tmp_path: Path) -> None:
 @pytest.mark.parametrize("links", [True, False])
 def test_the_newest_states_are_kept(tmp_path: Path, links: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     if not links:
-        monkeypatch.setattr(Path, "hardlink_to", lambda *_: (_ for _ in ()).throw(OSError("no links here")))
+        monkeypatch.setattr(os, "link", lambda *_: (_ for _ in ()).throw(OSError("no links here")))
     folder = StateFolder(tmp_path)
     for step in (5, 10, 15, 20):
         folder.save(at(step), keep=2, step=step)

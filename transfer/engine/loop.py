@@ -330,6 +330,7 @@ class Loop:
             raise RunFailedError(describe(failures) + self._last_good())
 
     def _last_good(self) -> str:
+        self.run_state.wait()
         advice = "lower optim.blr or set optim.clip_grad"
         if self.run_state.last_step is None:
             return f"; no state had been saved yet: {advice}"

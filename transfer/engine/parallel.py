@@ -204,7 +204,10 @@ def placed_like(value: Tensor, reference: Tensor, group: dist.ProcessGroup | Non
     """Return `value` with the device, type and sharding of `reference`; the inverse of `whole`.
 
     Only the first process of `group` needs a value, from which each gets its shard, or all of it: all must call it.
+    Each has its own shard of a value that is sharded already.
     """
+    if isinstance(value, DTensor):
+        return value.to(reference.dtype)
     if not isinstance(reference, DTensor):
         return from_first(value, group).to(device=reference.device, dtype=reference.dtype)
     mine = torch.empty_like(value, device=reference.device) if value.is_meta else value

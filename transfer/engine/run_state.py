@@ -1,32 +1,39 @@
 """Capture, save and restore the state of a run. All processes take part; only the first one writes.
 
-The format does not depend on the processes: sharded tensors are gathered for saving and sharded again when restored,
-so one process, DDP and FSDP2 write the same file."""
+One process and DDP write one file, in the first process. Under FSDP2 each process writes its shards while the training
+continues. Either is restored on any number of processes, sharded or not."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import cast
 
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from ...checkpoints.state import StateFolder, TrainingState
+from ...checkpoints.state_shards import Saving, ShardWriter, read_into
+from ...checkpoints.weight_files import read_pieces
 from ...models.converted import is_mark
 from ...models.errors import CheckpointError, GraftError, Json, JsonDict
 from ..config import RunConfig
 from .elastic import GlobalBatch
 from .optim import WeightAverage
-from .parallel import from_first, gather, gathered, placed_like, raise_together
+from .parallel import PATIENCE, from_first, gather, gathered, placed_like, raise_together, read_once
 from .resume_check import Position, settings
 from .runlog import Meters, RunLog
 from .students import StudentPlan
 from .tasks import Task
 
 FORMAT = 1
+Tensors = dict[str, Tensor]
 
 
 @dataclass
@@ -53,11 +60,22 @@ class RunState:
     last_step: int | None = None
     """The step of the newest state on the disk."""
 
+    def __post_init__(self) -> None:
+        self._saving: Saving | None = None
+        self._saved_step: int | None = None
+        if self.config.engine.fsdp:
+            self._background = cast(dist.ProcessGroup, dist.new_group(backend="gloo", timeout=PATIENCE))
+            self._incoming = gather(self.folder.incoming, self.group)[0]
+
     def save(self, position: Position, *, best: bool = False, last: bool = True) -> None:
         """Write `last` (the one before becomes `previous`) and, if asked, `best`.
 
-        A disk error is raised on every process, and existing states stay intact.
+        A sharded state is written while the training continues, until `wait`. A disk error is raised on every process,
+        and existing states stay intact.
         """
+        if self.config.engine.fsdp:
+            self._save_shards(position, best=best, last=last)
+            return
         state = self.capture(position)
         error: GraftError | None = None
         if self.accelerator.is_main_process:
@@ -74,11 +92,39 @@ class RunState:
         if last:
             self.last_step = position.step
 
-    def capture(self, position: Position) -> TrainingState:
-        """Return the state at this boundary. All processes take part; only the first one's is complete."""
-        keep = self.accelerator.is_main_process
-        tensors = capture_weights(self.task.saved, self.average, keep=keep)
-        slots, numbers = capture_optimizer(self.task, self.optimizer, keep=keep)
+    def _save_shards(self, position: Position, *, best: bool, last: bool) -> None:
+        self.wait()
+        state = self.capture(position, dict)
+        if self.accelerator.is_main_process:
+            self.log.sync()
+        keep, step = self.config.engine.keep_states, position.step
+        writer = ShardWriter(
+            self._incoming,
+            state.meta,
+            partial(self.folder.commit, last=last, best=best, keep=keep, step=step),
+            self.accelerator.process_index,
+            self.accelerator.num_processes,
+        )
+        self._saving = Saving(state.tensors, writer, self._background)
+        self._saved_step = step if last else self.last_step
+
+    def wait(self) -> None:
+        """Wait until a sharded state is on the disk. Raises on every process what `save` does."""
+        saving, self._saving = self._saving, None
+        if saving is not None:
+            saving.wait()
+            self.last_step = self._saved_step
+
+    def capture(
+        self, position: Position, take: Callable[[Mapping[str, Tensor]], Tensors] | None = None
+    ) -> TrainingState:
+        """Return the state at this boundary, with tensors as `take` gives them; by default, gathered.
+
+        All processes take part; gathered, only the first one's is complete.
+        """
+        take = take or partial(gathered, keep=self.accelerator.is_main_process)
+        tensors = take(collect_weights(self.task.saved, self.average))
+        slots, counters, numbers = collect_optimizer(self.task, self.optimizer)
         sums, counts = capture_meters(self.meters, self.group)
         position.records = self.log.records
         scaler = self.accelerator.scaler
@@ -90,7 +136,7 @@ class RunState:
             "meters": counts,
             "scaler": scaler.state_dict() if scaler is not None else None,
         }
-        return TrainingState({**tensors, **slots, **sums}, meta)
+        return TrainingState({**tensors, **take(slots), **counters, **sums}, meta)
 
     def meta(self, position: Position) -> JsonDict:
         """Return the description of the run, as JSON, for states and for the students written at the end."""
@@ -104,6 +150,8 @@ class RunState:
 
     def restore(self, state: TrainingState) -> None:
         """Restore everything from `state`, of which other processes than the first one have the outline."""
+        if state.folder is not None:
+            state = self._read_shards(state, state.folder)
         tensors, group = state.tensors, self.group
         restore_optimizer(tensors, state.meta["optimizer_numbers"], self.task, self.optimizer, group)
         restore_weights(tensors, self.task.saved, self.average, group)
@@ -122,21 +170,32 @@ class RunState:
             group=self.group,
         )
 
+    def _read_shards(self, state: TrainingState, folder: Path) -> TrainingState:
+        """Return a state of shards with tensors that are sharded as those of this run; each process reads its own."""
+        pieces, _ = read_once(lambda: read_pieces(folder), self.group)
+        own = {**collect_weights(self.task.saved, self.average), **dict(self.task.named_parameters())}
+        places: Tensors = {}
+        for name, outline in state.tensors.items():
+            like = own.get(name.removeprefix("optimizer.").partition("|")[0])
+            if isinstance(like, DTensor) and like.shape == outline.shape:
+                places[name] = torch.empty_like(like, dtype=outline.dtype)
+            else:
+                places[name] = torch.empty(outline.shape, dtype=outline.dtype)
+        read_into(places, folder, pieces, self.group)
+        return TrainingState(places, state.meta)
+
 
 def position_of(state: TrainingState) -> Position:
     """Return the position of the run in `state`."""
     return Position(**state.meta["position"])
 
 
-Tensors = dict[str, Tensor]
-
-
-def capture_weights(module: nn.Module, average: WeightAverage | None, *, keep: bool) -> Tensors:
-    """Return `student.…`, projectors and `ema.…`, gathered, if `keep`. All processes must call it."""
+def collect_weights(module: nn.Module, average: WeightAverage | None) -> Tensors:
+    """Return `student.…`, projectors and `ema.…`, sharded as they are."""
     tensors = dict(module.state_dict())
     if average is not None:
         tensors |= {f"ema.{name}": tensor for name, tensor in average.average.items()}
-    return gathered(tensors, keep=keep)
+    return tensors
 
 
 @torch.no_grad()
@@ -175,10 +234,8 @@ def _find(
     return placed
 
 
-def capture_optimizer(
-    task: nn.Module, optimizer: torch.optim.Optimizer, *, keep: bool
-) -> tuple[Tensors, JsonDict]:
-    """Return the tensors `optimizer.<parameter>|<slot>` if `keep`, and the slots that are plain numbers."""
+def collect_optimizer(task: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[Tensors, Tensors, JsonDict]:
+    """Return the tensors `optimizer.<parameter>|<slot>`, those of groups, and the slots that are plain numbers."""
     tensors: Tensors = {}
     numbers: JsonDict = {}
     for name, parameter in task.named_parameters():
@@ -188,7 +245,7 @@ def capture_optimizer(
             elif value is not None:
                 numbers[f"optimizer.{name}|{slot}"] = value
     counters, counts = _group_counters(optimizer)
-    return gathered(tensors, keep=keep) | counters, numbers | counts
+    return tensors, counters, numbers | counts
 
 
 CONFIGURED = frozenset({"params", "lr", "initial_lr", "lr_scale", "weight_decay"})

@@ -19,7 +19,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
 from ...checkpoints.report import Place
-from ...checkpoints.weight_files import digest_header, read_rows
+from ...checkpoints.weight_files import digest_header, map_part
 from ...models.copying.teacher_view import TokensOnly, WholeModel
 from ...models.families import blocks_of, find_family
 from ..config import RunConfig
@@ -85,7 +85,9 @@ class Spread:
         start = min(len(outline), self.mesh.get_local_rank() * -(-len(outline) // self.mesh.size()))
         stop = start + len(outline.to_local())
         place = self.places.get(name)
-        rows = from_first(held, self.group)[start:stop] if place is None else read_rows(place, start, stop)
+        rows = (
+            from_first(held, self.group)[start:stop] if place is None else map_part(place, slice(start, stop))
+        )
         rows = rows.to(self.mesh.device_type, self.dtype, copy=True)
         return DTensor.from_local(
             rows, self.mesh, outline.placements, run_check=False, shape=outline.shape, stride=outline.stride()

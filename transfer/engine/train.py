@@ -258,7 +258,10 @@ def training(config: RunConfig, accelerator: Accelerator, others: Company) -> Ge
             )
             _start(loop, state)
             del state  # as large as all trained parameters, and the run is long
-            stopped = yield from loop.run()
+            try:
+                stopped = yield from loop.run()
+            finally:
+                run_state.wait()
         if loop.finished:
             export_students(
                 parts,

@@ -10,8 +10,9 @@ import timm
 import torch
 from graftvit.checkpoints.files import read_records
 from graftvit.checkpoints.preprocessing import Preprocessing
-from graftvit.checkpoints.state import read_state
+from graftvit.checkpoints.state import find_state
 from graftvit.checkpoints.student import write_student
+from graftvit.checkpoints.weight_files import read_file
 from graftvit.transfer.config import RunConfig
 from graftvit.transfer.engine.runlog import WALL_CLOCK
 from graftvit.transfer.engine.train import train
@@ -116,7 +117,8 @@ def resume_cut(
 
 
 def state(folder: Path, name: str = "last") -> dict[str, Tensor]:
-    return read_state(folder / "checkpoints" / f"{name}.safetensors").tensors
+    """The whole tensors of a state of a run, sharded or not."""
+    return read_file(find_state(folder / "checkpoints", name)).tree
 
 
 def records(folder: Path) -> list[dict[str, Any]]:

@@ -29,7 +29,7 @@ from graftvit.transfer.engine.optim import (
     plan_schedule,
     set_learning_rate,
 )
-from graftvit.transfer.engine.run_state import capture_optimizer, restore_optimizer
+from graftvit.transfer.engine.run_state import collect_optimizer, restore_optimizer
 from graftvit.transfer.engine.train import train
 from graftvit.transfer.first_checks import check_first
 from support.runs.engine_runs import ARCHITECTURE, ARGUMENTS, config, make_teacher
@@ -303,7 +303,8 @@ def test_a_restored_optimizer_goes_on_bit_for_bit(name: str) -> None:
     model, optimizer = make(name)
     for seed in range(3):
         step(model, optimizer, seed)
-    tensors, numbers = capture_optimizer(model, optimizer, keep=True)
+    slots, counters, numbers = collect_optimizer(model, optimizer)
+    tensors = {name: tensor.clone() for name, tensor in {**slots, **counters}.items()}
     tensors = {key: value.clone() for key, value in tensors.items()}
     other, restored = make(name)
     other.load_state_dict(model.state_dict())

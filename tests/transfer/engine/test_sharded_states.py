@@ -1,0 +1,32 @@
+"""The states of sharded runs: whole or not at all, and the same on any number of ranks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from support.runs.scenarios import NEEDS_FSDP, RunScenario
+
+pytestmark = [NEEDS_FSDP, pytest.mark.slow]
+
+
+@pytest.mark.parametrize("first", [4])
+def test_a_state_is_the_same_on_other_numbers_of_ranks(
+    run_scenario: RunScenario, tmp_path: Path, first: int
+) -> None:
+    report = run_scenario("sharded_states", "ranks", tmp_path, first)
+    assert report["codes"] == [[0] * first, [0] * (first // 2), [0]], report["stderr"]
+    assert report["kinds"] == ["last", "last.safetensors"]
+    assert report["names"] == ["best", "last.safetensors", "previous"]
+
+
+def test_a_rank_that_is_killed_while_it_writes_leaves_the_state_before(
+    run_scenario: RunScenario, tmp_path: Path
+) -> None:
+    report = run_scenario("sharded_states", "killed", tmp_path)
+    assert report["ends"][1] == -9, report["stderr"]
+    assert report["ends"][0] not in (0, -9), report["stderr"]
+    assert "incoming" in report["names"]
+    assert report["steps"] == [3, 3]
+    assert report["last"] == [0, 0], report["stderr"]
+    assert report["differences"] == []
