@@ -18,7 +18,7 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 import torch
 from timm.data.mixup import Mixup
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, default_collate
 
 from ...models.errors import DataError, counted
 from ..config import DataConfig
@@ -230,7 +230,9 @@ class TrainBatches(Dataset[Batch]):
     def _joined(self, ready: Sequence[Any], request: BatchRequest, view: int, bad: list[BadImage]) -> Batch:
         """Return the batch of what `_prepared` gave for each sample."""
         pixels = [each.pixels for each in ready]
-        images_BCHW = torch.stack(pixels if self.kept is None else [self._finish(each) for each in pixels])
+        images_BCHW = default_collate(
+            pixels if self.kept is None else [self._finish(each) for each in pixels]
+        )
         targets_B = torch.tensor([each.target for each in ready])
         beside = None
         if self.beside is not None:
