@@ -26,9 +26,8 @@ from filelock import FileLock
 from ...checkpoints.files import at_home, is_url
 from ...models.errors import DataError, GraftError
 from .augment import reason_of
-from .loading import SourceLostError
 from .sampler import Indices
-from .shard_places import check_same, reached, stamp_of, store_of
+from .shard_places import changed, check_same, reached, stamp_of, store_of
 
 logger = logging.getLogger(__name__)
 
@@ -172,11 +171,7 @@ def check_header(place: str, block: bytes, size: int) -> None:
     except tarfile.HeaderError:
         same = False
     if not same:
-        raise not_as_indexed(place)
-
-
-def not_as_indexed(place: str) -> SourceLostError:
-    return SourceLostError(f"{place} is not as its index says: make the index again by `graftvit data index`")
+        raise changed(place)
 
 
 # Where the index of a shard is.
@@ -218,22 +213,20 @@ def keep(path: Path, content: bytes) -> None:
 def _held(place: str, stamp: str, *, exact: bool) -> ShardIndex | None:
     """Return the index of the shard with that stamp.
 
-    Beside a shard that was copied lies the index with the stamp of the first one: unless `exact`, its size has to be
-    the same alone, and `check_header` looks at each file that is read.
+    Beside a copy of a shard lies an index with the stamp of the first one: unless `exact`, only the size has to be the
+    same, and `check_header` looks at each file that is read.
     """
-    index = _load_index(cached(place, stamp))
-    if index is not None:
-        return index
-    index = _load_index(beside(place))
-    if index is None or (index.stamp != stamp and (exact or _size(index.stamp) != _size(stamp))):
-        return None
-    index = replace(index, stamp=stamp)
-    if is_url(place):
-        keep(cached(place, stamp), index.to_bytes())
-    return index
+    for where in (str(cached(place, stamp)), beside(place)):
+        index = _load_index(where)
+        if index is None or (index.stamp != stamp and (exact or _size(index.stamp) != _size(stamp))):
+            continue
+        if is_url(where):
+            keep(cached(place, stamp), index.to_bytes())
+        return replace(index, stamp=stamp)
+    return None
 
 
-def _load_index(place: str | Path) -> ShardIndex | None:
+def _load_index(place: str) -> ShardIndex | None:
     return None if (content := load(place)) is None else ShardIndex.of(content)
 
 
@@ -255,7 +248,7 @@ def find_index(place: str, stamp: str | None = None, *, exact: bool = False) -> 
         if index is not None:
             return index
         with _alone(cached(place, found)):
-            index = _load_index(cached(place, found))  # made while this process waited
+            index = _held(place, found, exact=exact)  # made while this process waited
             if index is None:
                 with store.stream(place) as stream:
                     index = read_members(stream, found)

@@ -77,9 +77,13 @@ def stamp_of_file(status: os.stat_result) -> str:
 
 def check_same(place: str, found: str, stamp: str) -> None:
     if found != stamp:
-        raise SourceLostError(
-            f"{place} has changed since its index was made: start again with the shard as it is"
-        )
+        raise changed(place)
+
+
+def changed(place: str) -> SourceLostError:
+    return SourceLostError(
+        f"{place} has changed since its index was made: make the index again by `graftvit data index`"
+    )
 
 
 class Web:

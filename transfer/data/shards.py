@@ -33,9 +33,8 @@ from .shard_index import (
     index_shard,
     keep,
     load,
-    not_as_indexed,
 )
-from .shard_places import reached, stamp_of, stamp_of_file, store_of
+from .shard_places import changed, reached, stamp_of, stamp_of_file, store_of
 
 logger = logging.getLogger(__name__)
 
@@ -257,7 +256,7 @@ class ShardImages:
         if found is None:
             found = find_index(self._places[shard], self._stamp(shard))
             if len(found) != self.counts[shard]:
-                raise not_as_indexed(self._places[shard])
+                raise changed(self._places[shard])
             while len(self._indexes) > WINDOW:
                 self._indexes.pop(next(iter(self._indexes)))
         self._indexes[shard] = found

@@ -280,17 +280,22 @@ def test_indexes_are_made_ahead_and_found_beside_their_shards(
     assert len(made) == 7 + 1
 
 
-def test_an_index_of_another_shard_is_refused_when_a_sample_is_read(root: Path, cache: Path) -> None:
+@pytest.mark.parametrize("served", [False, True])
+def test_an_index_of_another_shard_is_refused_when_a_sample_is_read(
+    root: Path, url: str, cache: Path, served: bool
+) -> None:
     """The shard has as many bytes as the one whose index is beside it, and other files."""
-    write_tar(root / "s-0.tar", {f"a{n}.{kind}": b"1" for n in range(2) for kind in ("png", "cls")})
-    index_again(root, aside=True)
-    write_tar(root / "s-0.tar", {f"a{n}.{kind}": b"12" for n in range(2) for kind in ("png", "cls")})
-    shutil.rmtree(cache)
-    images = ShardImages(config(root), "s-{0..5}.tar", "RGB")
-    with pytest.raises(SourceLostError, match=r"s-0\.tar is not as its index says.*graftvit data index"):
+    place = url if served else root
+    for label in (b"1", b"12"):
+        write_tar(root / "s-0.tar", {f"a{n}.{kind}": label for n in range(2) for kind in ("png", "cls")})
+        if label == b"1":
+            index_again(root, aside=True)
+            shutil.rmtree(cache)
+    images = ShardImages(config(place), "s-{0..5}.tar", "RGB")
+    with pytest.raises(SourceLostError, match=r"s-0\.tar has changed.*graftvit data index"):
         images.read(0)
-    assert index_again(root) == 1
-    assert ShardImages(config(root), "s-{0..5}.tar", "RGB")._contents(0, (512, 2)) == [b"12"]
+    assert index_again(place) == 1 + 5 * served
+    assert ShardImages(config(place), "s-{0..5}.tar", "RGB")._contents(0, (512, 2)) == [b"12"]
 
 
 def test_of_many_processes_one_makes_an_index(root: Path, made: list[str]) -> None:
@@ -437,6 +442,8 @@ def test_a_busy_server_is_asked_again_and_a_changed_shard_refused(root: Path, ur
     (root / "s-0.tar").touch()
     with pytest.raises(SourceLostError, match=r"s-0\.tar has changed"):
         images.read(4)
+    assert index_again(url) == 1
+    assert ShardImages(config(url), "s-{0..5}.tar", "RGB").read(4)[1] == 4
     Ranges.busy += [403]
     with pytest.raises(SourceLostError, match="403"):
         images.read(20)
