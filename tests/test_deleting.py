@@ -17,7 +17,6 @@ ALLOWED = {
     "checkpoints/atomic.py unlink": "see remove",
     "checkpoints/export.py unlink": "the file that --force replaces, and its weights",
     "checkpoints/state.py remove": STATES,
-    "checkpoints/state.py unlink": STATES,
     "launch/slurm/folder.py unlink": "a submission that was not sent",
     "launch/slurm/environment.py unlink": "a result of submitit, by the number of this job",
     "launch/slurm/stop.py unlink": "a request to stop; the number of its job is a safe_name",
