@@ -28,7 +28,6 @@ from multiprocessing.process import BaseProcess, parent_process
 from pathlib import Path
 from typing import Annotated, Any, Literal, Protocol, TypeVar
 
-import joblib
 import torch
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
@@ -364,11 +363,23 @@ def parse_share(text: str) -> Share:
 
 # The threads of torch, on which the rounding of its sums depends, and the cores for processes.
 
+CONTAINER = Path("/sys/fs/cgroup/cpu.max")
+"""Microseconds of computing that this container is granted in a period, and the period; not there without one."""
+
 
 def usable_cores() -> int:
-    """Return the cores of this process: those of its task in a SLURM job, else those of the machine."""
+    """Return the cores of this process: those of its task in a SLURM job, else those that it may run on, of which a
+    container can grant a share.
+    """
     granted = os.environ.get("SLURM_CPUS_PER_TASK", "")
-    return int(granted) if granted.isdecimal() else int(joblib.cpu_count())
+    if granted.isdecimal():
+        return int(granted)
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        share, period = CONTAINER.read_text().split()
+    except OSError:
+        return allowed
+    return allowed if share == "max" else max(1, min(allowed, int(share) // int(period)))
 
 
 @contextmanager

@@ -14,7 +14,7 @@ def of_family(*families: str) -> Need:
 
 IN_A_FOLDER = Need(
     lambda run: run.data.family != "digits",
-    "with data.dataset={run.data.dataset}, which comes with scikit-learn: leave it out, or set data.dataset",
+    "with data.dataset={run.data.dataset}, which is part of graftvit: leave it out, or set data.dataset",
 )
 SUBSET = Need(
     lambda run: run.data.train_samples is not None,

@@ -12,7 +12,7 @@ def run(argv: list[str]) -> int:
     """Run the demo and print the path of its report."""
     parser = command_parser(
         "demo",
-        "Train two small teachers on scikit-learn's digits or on Fashion-MNIST, one with all labels and one without "
+        "Train two small teachers on handwritten digits or on Fashion-MNIST, one with all labels and one without "
         "any, then students with few labels: from scratch, fine-tuned, with copied and with distilled attention. Write "
         "a report. Finished cells are kept: repeat the command to continue a stopped demo.",
         [

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
 from graftvit.models.errors import ConfigError
+from graftvit.transfer import cells
 from graftvit.transfer.cells import (
     Ending,
     State,
@@ -15,6 +17,7 @@ from graftvit.transfer.cells import (
     load_record,
     run_in_turn,
     save_record,
+    usable_cores,
 )
 
 
@@ -58,3 +61,17 @@ def test_cells_that_are_done_are_left_out_and_each_line_says_where_we_are() -> N
     assert told[1::2] == ["[1/3] b", "[2/3] c", "[3/3] d"]
     assert [line.partition(";")[0] for line in told[2::2]] == ["    B", "    C", "    D"]
     assert told[-1] == "    D; 0 s to go"
+
+
+def test_a_process_has_the_cores_that_slurm_the_kernel_and_its_container_grant(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("SLURM_CPUS_PER_TASK", raising=False)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(6)), raising=False)
+    monkeypatch.setattr(cells, "CONTAINER", tmp_path / "cpu.max")
+    assert usable_cores() == 6
+    for text, cores in (("max 100000", 6), ("250000 100000", 2), ("20000 100000", 1), ("900000 100000", 6)):
+        (tmp_path / "cpu.max").write_text(text)
+        assert usable_cores() == cores
+    monkeypatch.setenv("SLURM_CPUS_PER_TASK", "9")
+    assert usable_cores() == 9

@@ -99,7 +99,7 @@ DATA_SETS = {
             full={"supervised": {}, "mae": {}},
             quick={"supervised": {"epochs": 25}, "mae": {"epochs": 40}},
             seconds=_seconds(2.0, 1.3, 16.0, 18.0, 20.0),
-            images="scikit-learn's digits, 8 by 8 pixels, are enlarged to 12 by 12",
+            images="The handwritten digits, 8 by 8 pixels, are enlarged to 12 by 12",
             why="There are 36 patches because with 16 it is easy to learn where to look, and position embeddings "
             "start with a deviation of 0.2 because students from scratch would need more steps at the usual 0.02, "
             "which would flatter attention transfer.",
@@ -270,7 +270,7 @@ def find_data(
     if data.dataset is None:
         if download or data_path is not None:
             flag = "--download" if download else f"--data_path {data_path}"
-            raise ConfigError(f"{flag} is for --dataset fashion_mnist: {name} is part of scikit-learn")
+            raise ConfigError(f"{flag} is for --dataset fashion_mnist: {name} is part of graftvit")
         return data, None
     folder = output_dir / "data" if data_path is None else data_path.resolve()
     if data_path is None:

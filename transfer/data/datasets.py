@@ -1,4 +1,4 @@
-"""From `dataset`, `data_path` and a split to images: whatever timm reads, and scikit-learn's digits."""
+"""From `dataset`, `data_path` and a split to images: whatever timm reads, and the handwritten digits."""
 
 from __future__ import annotations
 

@@ -1,12 +1,14 @@
-"""scikit-learn's handwritten digits (1,797 images of 8x8, ten classes): a data set that needs no download."""
+"""Handwritten digits (1,797 images of 8x8, ten classes): a data set that needs no download.
+
+digits.npz has pixels from 0 to 16, classes, and which images the split `validation` has; digits.txt says where they
+are from. scikit-learn's `load_digits` gives the same pixels, its stratified split by the seed 0 the same split.
+"""
 
 from __future__ import annotations
 
-import base64
 import functools
 import logging
 from collections.abc import Sequence
-from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -21,12 +23,6 @@ from .image_folder import Header, ImageSource, SourceView
 Places = NDArray[np.int64]
 Pixels = NDArray[np.uint8]
 VALIDATION_SIZE = 500
-VALIDATION = base64.b64decode(
-    "ACAEyLUmMEAAFkEhk0IFAFoACAEiJAAoBiweCBEIlgoAkBkSBCD8oBKBEOBACArasEQVJMlCyKAKIDCAQATYIUCLgCAASIXEABBA"
-    "DqCQAAVI6AAwEAACDswJAFIkhACDuAE8IaacCgIkAA/JQCgEpJjNAhJAYeUAgCxgTpw3aoGSFgFUyEBIQqCkGApQALQLhWHmiBGA"
-    "SxJsgMAiBQaOQgEJ8gLBQTmIE8AJGQAAFI4hAoQQqPUAMyg5IMlEyMhoCgECkyKSAwkipkAsJgYhCKhggZjIoBQShhIKEoU8pBUA"
-)
-"""A bit for each image of the data set, 1 in the split `validation`: scikit-learn's stratified split by the seed 0."""
 SPLITS = {
     "train": "train",
     "training": "train",
@@ -39,27 +35,10 @@ SPLITS = {
 @functools.cache
 def _read_split(split: str) -> tuple[Places, Pixels, Places]:
     """Return the numbers of a split's images, their pixels and their classes."""
-    values = _read()
-    is_validation = np.unpackbits(np.frombuffer(VALIDATION, np.uint8))[: len(values)] == 1
+    with np.load(Path(__file__).with_name("digits.npz")) as file:
+        pixels, classes, is_validation = (file[name] for name in ("pixels", "classes", "is_validation"))
     places = np.flatnonzero(~is_validation if split == "train" else is_validation)
-    images = values[places, :-1].reshape(-1, 8, 8)
-    return places, np.rint(images * (255 / 16)).astype(np.uint8), values[places, -1].astype(np.int64)
-
-
-def _read() -> NDArray[np.float64]:
-    """Return pixels from 0 to 16 and the class of each image, (1797, 65).
-
-    They are read from scikit-learn's file, which is far quicker than to import scikit-learn.
-    """
-    package = find_spec("sklearn")
-    if package is not None and package.origin is not None:
-        file = Path(package.origin).parent / "datasets" / "data" / "digits.csv.gz"
-        if file.is_file():
-            return np.loadtxt(file, delimiter=",")
-    from sklearn.datasets import load_digits  # another version may keep the file elsewhere
-
-    digits = load_digits()
-    return np.column_stack([digits.data, digits.target])
+    return places, np.rint(pixels[places] * (255 / 16)).astype(np.uint8), classes[places].astype(np.int64)
 
 
 class DigitsSource:

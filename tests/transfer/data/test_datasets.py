@@ -18,9 +18,8 @@ import torch
 from graftvit.checkpoints.preprocessing import Preprocessing
 from graftvit.models.errors import ConfigError, DataError, GraftError
 from graftvit.transfer.config import DataConfig
-from graftvit.transfer.data import digits as module
 from graftvit.transfer.data.datasets import check_dataset, has_split, open_dataset
-from graftvit.transfer.data.digits import DigitsSource
+from graftvit.transfer.data.digits import DigitsSource, _read_split
 from graftvit.transfer.data.image_folder import IMAGE_TYPES, UNLABELED, ImageSource
 from graftvit.transfer.data.labels import real_labels, subset_classes
 from graftvit.transfer.data.loaders import (
@@ -431,17 +430,11 @@ def test_the_split_is_fixed_stratified_and_whole() -> None:
 
 
 @pytest.mark.parametrize("split", ["train", "validation"])
-@pytest.mark.parametrize("elsewhere", [False, True])
-def test_the_images_are_those_of_scikit_learns_own_functions(
-    split: str, elsewhere: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Read from the file of the package, or by the package where the file is not."""
+def test_the_images_are_those_of_scikit_learns_own_functions(split: str) -> None:
     digits = load_digits()
     drawn = train_test_split(np.arange(1797), test_size=500, stratify=digits.target, random_state=0)
     expected = np.sort(drawn[split == "validation"])
-    if elsewhere:
-        monkeypatch.setattr(module, "find_spec", lambda _: None)
-    places, pixels, targets = module._read_split.__wrapped__(split)
+    places, pixels, targets = _read_split(split)
     assert (places.dtype, pixels.dtype, targets.dtype) == (np.int64, np.uint8, np.int64)
     np.testing.assert_array_equal(places, expected)
     np.testing.assert_array_equal(targets, digits.target[expected])

@@ -169,11 +169,11 @@ def _draw_line(axes: Any, line: Line, log: bool) -> None:
 
 def spread(places: Sequence[float], gap: float, low: float | None = None, high: float | None = None) -> Array:
     """Return the least-squares places, ascending as the given ones, that are at least `gap` apart."""
-    from sklearn.isotonic import isotonic_regression  # here: it takes a second, and few figures need it
+    from scipy.optimize import isotonic_regression  # here: it takes long, and few figures need it
 
     room = gap * np.arange(len(places))
     top = None if high is None else max(high - room[-1], 1e-6)
-    apart: Array = isotonic_regression(np.asarray(places) - room, y_min=low, y_max=top) + room
+    apart: Array = np.clip(isotonic_regression(np.asarray(places) - room).x, low, top) + room
     return apart
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from graftvit.transfer.analysis.report import rendering as module
-from graftvit.transfer.analysis.report.ink import INK, Line, Theme, draw_lines, new_plots, to_png
+from graftvit.transfer.analysis.report.ink import INK, Line, Theme, draw_lines, new_plots, spread, to_png
 from graftvit.transfer.analysis.report.rendering import Figure, Report, Text, compose
 from graftvit.transfer.analysis.report.tables import Table, tabulate, to_json
 from markupsafe import Markup
@@ -189,3 +189,8 @@ def test_the_ground_is_transparent_and_the_ink_is_that_of_the_theme(theme: Theme
     assert np.asarray(Image.open(io.BytesIO(to_png(figure))))[0, 0, 3] == 0
     solid = Image.open(io.BytesIO(to_png(figure, ground="white")))
     assert solid.getpixel((0, 0)) == (255, 255, 255, 255)
+
+
+def test_names_beside_a_plot_are_moved_apart_as_little_as_possible() -> None:
+    np.testing.assert_allclose(spread([0.2, 0.5, 0.5, 0.9], 0.2), [0.2, 0.4, 0.6, 0.9])
+    np.testing.assert_allclose(spread([0.0, 0.0, 1.0, 1.0], 0.1, 0.0, 1.0), [0.0, 0.1, 0.9, 1.0])
