@@ -340,7 +340,7 @@ class DataConfig(Section):
         VIEWED,
         BYTES,
         outside=True,
-        see="[kept views](data.md#kept-views)",
+        see="[kept views](scale.md#kept-views)",
     )
     aug_repeats: int = setting(
         1,
