@@ -159,11 +159,21 @@ def random_config(draw: random.Random, folder: Path, teachers: list[Path]) -> Ru
 def keep_targets(draw: random.Random, folder: Path, transfer: dict[str, Any], data: dict[str, Any]) -> None:
     """Add a cache of teacher targets and, mostly, what it needs."""
     transfer |= {"cache": str(folder.parent / "targets"), **sometimes(draw, 0.2, "cache_limit", 1e-6, 1.0)}
+    transfer |= sometimes(draw, 0.4, "cache_type", "bf16", "int8") | sometimes(draw, 0.2, "cache_pool", 2)
+    transfer |= sometimes(draw, 0.2, "cache_top", 3, 10)
     data |= {"views": draw.choice((0, 1, 2, 2, None)), "mixup": draw.choice((0.0, 0.0, 0.2))}
     if draw.random() < 0.8 and not transfer.get("losses"):
-        kept = {name: transfer[name] for name in ("cache", "cache_limit", "task_weight") if name in transfer}
+        kept = {
+            name: value
+            for name, value in transfer.items()
+            if name.startswith("cache") or name == "task_weight"
+        }
         transfer.clear()
-        transfer |= {**kept, "method": draw.choice(("logits", "feature"))}
+        transfer |= {
+            **kept,
+            "method": draw.choice(("logits", "feature")),
+            **sometimes(draw, 0.4, "tokens", "both"),
+        }
 
 
 def refusal(start: Any, settings: RunConfig) -> str:
