@@ -26,6 +26,7 @@ from torch.distributed.checkpoint.staging import AsyncStager
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import async_save
 from torch.distributed.checkpoint.storage import StorageReader, StorageWriter, WriteResult
+from torch.distributed.tensor import DTensor
 from torch.futures import Future
 
 from ..models.errors import GraftError, JsonDict
@@ -37,18 +38,33 @@ from .weight_files import SHARD_NAME, Piece, map_part
 class ShardWriter(StorageWriter, AsyncStager):
     """Write the parts of a state into the files of `folder`, and then call `commit` in the first process.
 
-    `meta` is the JSON part of the state, of which the first process writes its own.
+    `meta` is the JSON part of the state, of which the first process writes its own. `copies` is what the writer before
+    has copied, whose memory is used again: to take new memory from the system takes longer than to copy.
     """
 
     def __init__(
-        self, folder: Path, meta: JsonDict, commit: Callable[[], None], rank: int, processes: int
+        self,
+        folder: Path,
+        meta: JsonDict,
+        commit: Callable[[], None],
+        rank: int,
+        processes: int,
+        copies: dict[str, Tensor],
     ) -> None:
+        self.copies = copies
         self.path = folder / SHARD_NAME.format(rank, processes)
         self.meta, self.commit, self.rank = meta, commit, rank
 
+    @torch.no_grad()
     def stage(self, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Copy the tensors, because training changes them while they are written."""
-        return {name: tensor.detach().to("cpu", copy=True) for name, tensor in state_dict.items()}
+        for name, tensor in state_dict.items():
+            copied = self.copies.get(name)
+            if copied is not None and copied.shape == tensor.shape:  # sums of losses start empty
+                _local(copied).copy_(_local(tensor))
+            else:
+                self.copies[name] = tensor.detach().to("cpu", copy=True)
+        return {name: self.copies[name] for name in state_dict}
 
     def synchronize_staging(self) -> None:
         """Do nothing: the copies are there."""
@@ -144,6 +160,10 @@ class ShardReader(StorageReader):
     def validate_checkpoint_id(cls, checkpoint_id: object) -> bool:
         """Return True: the state was checked when it was found."""
         return True
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def _done(value: Any) -> Future[Any]:

@@ -132,9 +132,9 @@ def outline(path: Path) -> Weights:
     Raises CheckpointError in one sentence: no regular file, empty, of no known kind, damaged, larger inside than
     outside, or holding what only code could make.
     """
-    if is_sharded(path):
-        return _join_outlines(path)
     try:
+        if is_sharded(path):
+            return _join_outlines(path)
         with open_regular(path) as file:
             size = file.seek(0, 2)
             found = _outline(path, file, size)

@@ -22,6 +22,7 @@ from graftvit.checkpoints.files import read_records
 from graftvit.checkpoints.pretrained import load_pretrained
 from graftvit.checkpoints.provenance import Pretrained
 from graftvit.checkpoints.state import TrainingState, read_state, write_state
+from graftvit.checkpoints.weight_files import SHARD_NAME, read_file
 from graftvit.launch.load_config import dump_config, load_config, load_rows
 from graftvit.models.errors import GraftError
 from graftvit.transfer.analysis.benchmark_cases import Results, read_results
@@ -268,11 +269,15 @@ def _make_state(folder: Path) -> None:
 
 
 def _damage_state(rng: Random, folder: Path) -> str:
-    path = folder / "last.safetensors"
+    return damage_meta(rng, folder / "last.safetensors")
+
+
+def damage_meta(rng: Random, path: Path) -> str:
+    """Damage the bytes of a state's file, or write its JSON part anew, with a digest that is right."""
     if rng.random() < 0.6:
         return damage_bytes(rng, path)
     state = read_state(path)
-    scratch = folder / "meta.json"
+    scratch = path.with_name("meta.json")
     scratch.write_text(json.dumps(state.meta))
     how = damage_json(rng, scratch)
     try:
@@ -290,6 +295,34 @@ def _check_state(folder: Path) -> None:
     there = {f"student.{name}": tensor for name, tensor in weights().items()}
     _same(read_state(path).tensors, there)
     _hold(load_pretrained(str(path)), weights())
+
+
+def _make_parts(folder: Path) -> None:
+    """Write the state of a sharded run: the first half of each tensor's rows, and the others."""
+    for rank in range(2):
+        tensors, pieces = {}, {}
+        for name, tensor in weights().items():
+            first = rank * (len(tensor) // 2)
+            tensors[f"student.{name}"] = tensor[first : None if rank else len(tensor) // 2]
+            pieces[f"student.{name}"] = [[first] + [0] * (tensor.ndim - 1), list(tensor.shape)]
+        entry = {"architecture": ARCHITECTURE, "model_args": ARGUMENTS}
+        meta = {"pieces": pieces, "whole": {"student": entry, "position": {"step": 3}}}
+        (folder / "last").mkdir(parents=True, exist_ok=True)
+        write_state(folder / "last" / SHARD_NAME.format(rank, 2), TrainingState(tensors, meta))
+
+
+def _damage_parts(rng: Random, folder: Path) -> str:
+    path = folder / "last" / SHARD_NAME.format(rng.randint(0, 1), 2)
+    if rng.random() < 0.1:
+        path.unlink()
+        return "part removed"
+    return damage_meta(rng, path)
+
+
+def _check_parts(folder: Path) -> None:
+    """A state that reads is bit for bit what was written."""
+    _same(read_file(folder / "last").tree, {f"student.{name}": tensor for name, tensor in weights().items()})
+    _hold(load_pretrained(str(folder / "last")), weights())
 
 
 # A recipe.
@@ -661,6 +694,7 @@ FORMATS: dict[str, Format] = {
     "segmenter": Format(make_segmenter, damage_segmenter, lambda folder: _same(*read_segmenter(folder))),
     "shards": Format(_make_shards, _damage_shards, _check_shards),
     "training state": Format(_make_state, _damage_state, _check_state),
+    "state of a sharded run": Format(_make_parts, _damage_parts, _check_parts),
     "recipe": Format(
         _make_recipe, lambda rng, folder: damage_yaml(rng, folder / "recipe.yaml"), _check_recipe
     ),

@@ -146,7 +146,7 @@ def build(
     size = input_size(config.student, whole)[1:]
     loaded = replace(like, weights=None) if like is not None and follows else None
     teachers = read_once(
-        lambda: load_teachers(mode, size, commits, loaded, weights=weights), group, _outlines
+        lambda: load_teachers(mode, size, commits, loaded, weights=weights), group, outline_teachers
     )
     teacher = teachers.get(DEFAULT_TEACHER)
     spec = resolve_preprocessing(config, start or teacher, whole)
@@ -215,7 +215,8 @@ def _outline(found: Pretrained | None) -> Pretrained | None:
     return None if found is None else replace(found, model=outline_of(found.model), weights=None)
 
 
-def _outlines(found: dict[str, Pretrained]) -> dict[str, Pretrained]:
+def outline_teachers(found: dict[str, Pretrained]) -> dict[str, Pretrained]:
+    """Return what another process than the first one gets of teachers: all but the weights."""
     return {name: replace(each, model=outline_of(each.model), weights=None) for name, each in found.items()}
 
 

@@ -63,6 +63,7 @@ class RunState:
     def __post_init__(self) -> None:
         self._saving: Saving | None = None
         self._saved_step: int | None = None
+        self._copies: Tensors = {}
         if self.config.engine.fsdp:
             self._background = cast(dist.ProcessGroup, dist.new_group(backend="gloo", timeout=PATIENCE))
             self._incoming = gather(self.folder.incoming, self.group)[0]
@@ -104,6 +105,7 @@ class RunState:
             partial(self.folder.commit, last=last, best=best, keep=keep, step=step),
             self.accelerator.process_index,
             self.accelerator.num_processes,
+            self._copies,
         )
         self._saving = Saving(state.tensors, writer, self._background)
         self._saved_step = step if last else self.last_step

@@ -19,7 +19,7 @@ from graftvit.checkpoints.preprocessing import Preprocessing
 from graftvit.checkpoints.pretrained import load_pretrained
 from graftvit.checkpoints.student import write_student
 from graftvit.transfer.config import RunConfig, TeacherConfig
-from graftvit.transfer.engine.build import DTYPES, _outlines, load_teacher
+from graftvit.transfer.engine.build import DTYPES, load_teacher, outline_teachers
 from graftvit.transfer.engine.loop import Loop
 from graftvit.transfer.engine.parallel import outline_of, read_once, receive
 from graftvit.transfer.engine.shard_teachers import Spread, gather_to_run, shard_units
@@ -95,7 +95,9 @@ def load_sharded(path: Path, dtype: str) -> dict[str, Any]:
     group = dist.group.WORLD
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
         how = TeacherConfig(source=str(path), shard=True, dtype=dtype)  # type: ignore[arg-type]
-        loaded = read_once(lambda: load_teacher(how, None), group, lambda own: _outlines({"": own})[""])
+        loaded = read_once(
+            lambda: load_teacher(how, None), group, lambda own: outline_teachers({"": own})[""]
+        )
         mesh = init_device_mesh("cpu", (dist.get_world_size(),))
         spread = Spread(mesh, group, loaded.report.places, DTYPES[dtype])
         for index, unit in enumerate(shard_units(loaded.model)):
