@@ -21,8 +21,8 @@ import yaml
 from graftvit.checkpoints.files import read_records
 from graftvit.checkpoints.pretrained import load_pretrained
 from graftvit.checkpoints.provenance import Pretrained
-from graftvit.checkpoints.state import TrainingState, read_state, write_state
-from graftvit.checkpoints.weight_files import SHARD_NAME, read_file
+from graftvit.checkpoints.state import read_state
+from graftvit.checkpoints.weight_files import read_file
 from graftvit.launch.load_config import dump_config, load_config, load_rows
 from graftvit.models.errors import GraftError
 from graftvit.transfer.analysis.benchmark_cases import Results, read_results
@@ -58,6 +58,7 @@ from torch import Tensor
 from .mutations import damage_bytes, damage_json, damage_tensors, damage_yaml
 from .segmenter_files import damage_segmenter, make_segmenter, read_segmenter
 from .shard_files import damage_shard, make_shard, read_shard
+from .state_files import damage_parts, damage_state, make_parts, make_state
 
 TOKENS = ("pos_embed", "cls_token")
 """What legitimately changes where the number of tokens does."""
@@ -256,37 +257,7 @@ def _check_shards(folder: Path) -> None:
     _hold(teacher, {name: read[file][name] for name, file in names.items()})
 
 
-# A training state.
-
-
-def _make_state(folder: Path) -> None:
-    folder.mkdir(exist_ok=True)
-    tensors = {f"student.{name}": tensor for name, tensor in weights().items()}
-    entry = {"architecture": ARCHITECTURE, "model_args": ARGUMENTS}
-    write_state(
-        folder / "last.safetensors", TrainingState(tensors, {"student": entry, "position": {"step": 3}})
-    )
-
-
-def _damage_state(rng: Random, folder: Path) -> str:
-    return damage_meta(rng, folder / "last.safetensors")
-
-
-def damage_meta(rng: Random, path: Path) -> str:
-    """Damage the bytes of a state's file, or write its JSON part anew, with a digest that is right."""
-    if rng.random() < 0.6:
-        return damage_bytes(rng, path)
-    state = read_state(path)
-    scratch = path.with_name("meta.json")
-    scratch.write_text(json.dumps(state.meta))
-    how = damage_json(rng, scratch)
-    try:
-        meta = json.loads(scratch.read_text())
-    except (ValueError, RecursionError, MemoryError):
-        meta = {"student": "torn"}
-    scratch.unlink()
-    write_state(path, TrainingState(state.tensors, meta))
-    return f"meta {how}"
+# A training state, in one file and in one of each process.
 
 
 def _check_state(folder: Path) -> None:
@@ -295,28 +266,6 @@ def _check_state(folder: Path) -> None:
     there = {f"student.{name}": tensor for name, tensor in weights().items()}
     _same(read_state(path).tensors, there)
     _hold(load_pretrained(str(path)), weights())
-
-
-def _make_parts(folder: Path) -> None:
-    """Write the state of a sharded run: the first half of each tensor's rows, and the others."""
-    for rank in range(2):
-        tensors, pieces = {}, {}
-        for name, tensor in weights().items():
-            first = rank * (len(tensor) // 2)
-            tensors[f"student.{name}"] = tensor[first : None if rank else len(tensor) // 2]
-            pieces[f"student.{name}"] = [[first] + [0] * (tensor.ndim - 1), list(tensor.shape)]
-        entry = {"architecture": ARCHITECTURE, "model_args": ARGUMENTS}
-        meta = {"pieces": pieces, "whole": {"student": entry, "position": {"step": 3}}}
-        (folder / "last").mkdir(parents=True, exist_ok=True)
-        write_state(folder / "last" / SHARD_NAME.format(rank, 2), TrainingState(tensors, meta))
-
-
-def _damage_parts(rng: Random, folder: Path) -> str:
-    path = folder / "last" / SHARD_NAME.format(rng.randint(0, 1), 2)
-    if rng.random() < 0.1:
-        path.unlink()
-        return "part removed"
-    return damage_meta(rng, path)
 
 
 def _check_parts(folder: Path) -> None:
@@ -693,8 +642,8 @@ FORMATS: dict[str, Format] = {
     "onnx": Format(_make_onnx, lambda rng, folder: damage_bytes(rng, folder / "m.onnx"), _check_onnx),
     "segmenter": Format(make_segmenter, damage_segmenter, lambda folder: _same(*read_segmenter(folder))),
     "shards": Format(_make_shards, _damage_shards, _check_shards),
-    "training state": Format(_make_state, _damage_state, _check_state),
-    "state of a sharded run": Format(_make_parts, _damage_parts, _check_parts),
+    "training state": Format(make_state, damage_state, _check_state),
+    "state of a sharded run": Format(make_parts, damage_parts, _check_parts),
     "recipe": Format(
         _make_recipe, lambda rng, folder: damage_yaml(rng, folder / "recipe.yaml"), _check_recipe
     ),
