@@ -29,7 +29,7 @@ from graftvit.models.attention.ttt import NORM_EPSILON, TTTAttention
 from graftvit.models.attention.veca import CoreAttention
 from graftvit.models.attention.vit3 import RATE, ViT3Attention
 from graftvit.models.attention.window import TileTables, WindowAttention
-from graftvit.models.errors import ConfigError
+from graftvit.models.errors import ConfigError, install_command
 from torch import Tensor, nn
 
 Call = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -61,7 +61,7 @@ def public_form(
         missing = isinstance(error, ModuleNotFoundError) and error.name == public.module.partition(".")[0]
         why = "is not installed" if missing else f"cannot be imported ({error})"
         raise ConfigError(
-            f"{name} is compared with {public.package}, which {why}; pip install 'graftvit[peers]'"
+            f"{name} is compared with {public.package}, which {why}; {install_command('peers')}"
         ) from error
     call, module = public.make(package, operator, heads)
     module.to(heads.known.device, heads.known.dtype).eval()

@@ -24,7 +24,13 @@ from torch.export import Dim, ExportedProgram
 
 from ..models.conversion import converted_layers
 from ..models.copied import copying_of
-from ..models.errors import CheckpointError, RunFailedError, UnsupportedModelError, did_you_mean
+from ..models.errors import (
+    CheckpointError,
+    RunFailedError,
+    UnsupportedModelError,
+    did_you_mean,
+    install_command,
+)
 from ..models.families import has_relative_bias
 from .architecture import one_line
 
@@ -199,7 +205,7 @@ def check_onnx(opset: int | None) -> None:
     missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
     if missing:
         raise CheckpointError(
-            f"exporting to ONNX needs {' and '.join(missing)}, not installed: pip install 'graftvit[export]'"
+            f"exporting to ONNX needs {' and '.join(missing)}, not installed: {install_command('export')}"
         )
     onnx: Any = importlib.import_module("onnx")
     newest = onnx.defs.onnx_opset_version()

@@ -217,7 +217,7 @@ def of_state(meta: Json, part: str) -> JsonDict:
     data = config.get("data") or {}
     dataset = data.get("dataset") or Path(data.get("data_path") or "").name
     return {
-        "version": version("graftvit"),
+        "version": meta.get("version"),
         "part": part,
         "step": (meta.get("position") or {}).get("step"),
         **(meta.get("origins") or {}),

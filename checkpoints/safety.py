@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.serialization import StorageType
 
-from ..models.errors import CheckpointError
+from ..models.errors import CheckpointError, install_command
 from .files import check_regular, open_regular
 from .report import printable
 
@@ -385,7 +385,7 @@ def _package(path: Path) -> Any:
         return importlib.import_module("onnx")
     except ImportError as error:
         raise CheckpointError(
-            f"{path} is an ONNX file, and to read it needs onnx, not installed: pip install 'graftvit[export]'"
+            f"{path} is an ONNX file, and to read it needs onnx, not installed: {install_command('export')}"
         ) from error
 
 

@@ -17,7 +17,7 @@ from jinja2 import Environment, StrictUndefined
 from torch import Tensor
 
 from ..models.conversion import plan_of
-from ..models.errors import CheckpointError
+from ..models.errors import CheckpointError, install_command
 from .atomic import write_text
 from .export import export
 from .export_graph import Dynamic, check_onnx, data_file, explained
@@ -52,7 +52,7 @@ def check_target(target: Target) -> None:
     elif target == "executorch":
         if importlib.util.find_spec("executorch") is None:
             raise CheckpointError(
-                "--to executorch needs the package executorch, not installed: pip install 'graftvit[executorch]'"
+                f"--to executorch needs the package executorch, not installed: {install_command('executorch')}"
             )
     else:
         check_onnx(None)

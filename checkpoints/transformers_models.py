@@ -12,7 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from ..models.conversion import convert
-from ..models.errors import CheckpointError, ConfigError, Json, JsonDict, UnsupportedModelError
+from ..models.errors import (
+    CheckpointError,
+    ConfigError,
+    Json,
+    JsonDict,
+    UnsupportedModelError,
+    install_command,
+)
 from ..models.families.towers import PLAN
 from ..models.parts import OutsideTeacher
 from .class_names import KEY as LABEL_NAMES
@@ -28,7 +35,6 @@ from .weight_files import INDEX_SUFFIX, as_pair
 
 NAMES = ("model.safetensors", f"model.safetensors{INDEX_SUFFIX}")
 logger = logging.getLogger(__name__)
-EXTRA = "pip install 'graftvit[transformers]'"
 DROPPED = (
     "auto_map",
     "_attn_implementation",
@@ -215,7 +221,8 @@ def _config(folder: ModelFolder) -> Any:
         from transformers import CONFIG_MAPPING
     except ImportError as error:
         raise CheckpointError(
-            f"{folder.origin} is a transformers model of type {kind!r}, and transformers is not installed: {EXTRA}"
+            f"{folder.origin} is a transformers model of type {kind!r}, and transformers is not "
+            f"installed: {install_command('transformers')}"
         ) from error
     if kind not in CONFIG_MAPPING:
         raise CheckpointError(

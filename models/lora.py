@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from torch import Tensor, nn
 
 from .converted import new_parameters
-from .errors import ConfigError, UnsupportedModelError
+from .errors import ConfigError, UnsupportedModelError, install_command
 from .families import check_supported, classifier_of, sites
 
 SCALE = 2
@@ -30,7 +30,7 @@ def add_lora(model: nn.Module, rank: int) -> None:
     try:
         from peft import LoraConfig, inject_adapter_in_model
     except ImportError as error:
-        raise ConfigError("optim.lora needs peft, not installed: pip install 'graftvit[lora]'") from error
+        raise ConfigError(f"optim.lora needs peft, not installed: {install_command('lora')}") from error
     try:
         check_supported(model)
     except UnsupportedModelError as error:

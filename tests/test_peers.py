@@ -79,7 +79,7 @@ def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     monkeypatch.syspath_prepend(tmp_path)
     operator, heads = Case("linear").build(GRID), draw(GRID)
     for module, words in [
-        ("a_package_that_nobody_has", r"is not installed; pip install 'graftvit\[peers\]'"),
+        ("a_package_that_nobody_has", r"is not installed; pip install 'kornia>="),
         ("broken_package", r"cannot be imported \(No module named 'a_package_that"),
     ]:
         monkeypatch.setitem(PUBLIC, "linear", PUBLIC["linear"]._replace(module=module))

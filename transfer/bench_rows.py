@@ -18,7 +18,7 @@ from scipy import stats
 
 from ..checkpoints.atomic import write_file, write_text
 from ..checkpoints.files import open_regular, parse_record, read_lines
-from ..models.errors import ConfigError, counted
+from ..models.errors import ConfigError, counted, install_command
 from ..models.programs.program import parse_program
 from .cells import Ending, Whole
 from .search.matching import SCORES
@@ -220,7 +220,7 @@ def _arrow(path: Path) -> Any:
         return importlib.import_module("pyarrow")
     except ImportError as error:
         raise ConfigError(
-            f"{path}: Parquet needs pyarrow; pip install 'graftvit[parquet]', or give a name that ends in .jsonl"
+            f"{path}: Parquet needs pyarrow; {install_command('parquet')}, or give a name that ends in .jsonl"
         ) from error
 
 

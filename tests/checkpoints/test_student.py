@@ -173,6 +173,7 @@ ARGUMENTS: dict[str, Any] = {
     "embed_dim": 16, "depth": 2, "num_heads": 2, "img_size": [16, 24], "patch_size": 4, "num_classes": 3,
 }  # fmt: skip
 META = {
+    "version": "0.0.9",
     "student": {"architecture": NAME, "model_args": ARGUMENTS, "mean": MEAN, "std": STD},
     "config": {"mode": "transfer", "output_dir": "/home/me/runs", "engine": {"fsdp": False},
                "data": {"dataset": "digits"}},
@@ -212,7 +213,7 @@ def test_a_run_gives_its_student_alone(run: Any, tmp_path: Path, part: str) -> N
 def test_what_was_learned_from_what_is_in_the_config(run: Any, tmp_path: Path) -> None:
     written = graftvit.save(f"{run[0]}#ema", tmp_path / "out")
     made = json.loads((written / "config.json").read_text())["graftvit"]
-    assert made["version"] == graftvit.__version__
+    assert made["version"] == "0.0.9", "of what trained it"
     assert made["part"] == "ema"
     assert made["teacher"] == META["origins"]["teacher"]  # type: ignore[index]
     assert made["results"] == {"dataset": "digits", "top1": 82.0}

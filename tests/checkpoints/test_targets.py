@@ -221,9 +221,9 @@ def test_a_missing_package_or_compiler_is_named(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(
         importlib.util, "find_spec", lambda name, *more: None if name in absent else find(name, *more)
     )
-    with pytest.raises(CheckpointError, match=r"pip install 'graftvit\[executorch\]'"):
+    with pytest.raises(CheckpointError, match=r"pip install 'executorch>="):
         check_target("executorch")
-    with pytest.raises(CheckpointError, match=r"pip install 'graftvit\[export\]'"):
+    with pytest.raises(CheckpointError, match=r"pip install 'onnx>=\S+ 'onnxruntime>=\S+ 'onnxscript>="):
         check_target("onnx-int8")
     monkeypatch.setenv("CXX", "no-such-compiler")
     monkeypatch.setattr("torch._inductor.config.cpp.cxx", ("no-such-compiler",))

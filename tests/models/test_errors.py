@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import re
 
 import pytest
 from graftvit.models.errors import (
@@ -13,6 +14,7 @@ from graftvit.models.errors import (
     counted,
     did_you_mean,
     escaped,
+    install_command,
     one_sentence,
 )
 from hypothesis import given
@@ -79,3 +81,10 @@ def test_of_equally_similar_names_the_one_with_the_same_beginning_is_nearest() -
         "did you mean 'attnzero_105'?"
     )
     assert did_you_mean("zzz", ["linear", "agent"]) == "valid: agent, linear"
+
+
+def test_a_missing_extra_is_installed_by_the_names_of_its_packages() -> None:
+    """The name of this package says nothing where it is installed from a clone or a wheel."""
+    assert re.fullmatch(
+        r"pip install 'onnx>=[\d.]+' 'onnxruntime>=[\d.]+' 'onnxscript>=[\d.]+'", install_command("export")
+    )

@@ -19,7 +19,7 @@ from pydantic_core import to_json
 from typing_extensions import NotRequired, TypedDict
 
 from ...checkpoints.files import read_regular
-from ...models.errors import DataError, counted
+from ...models.errors import DataError, counted, install_command
 from .digits import synonyms
 from .image_folder import open_image
 
@@ -215,8 +215,7 @@ def require_coder() -> None:
     """Raise DataError where the package that reads masks and scores boxes is missing."""
     if importlib.util.find_spec("faster_coco_eval") is None:
         raise DataError(
-            "masks and average precision need the package faster-coco-eval: pip install faster-coco-eval (or pip "
-            "install 'graftvit[dense]')"
+            f"masks and average precision need the package faster-coco-eval: {install_command('dense')}"
         )
 
 

@@ -11,7 +11,7 @@ from typing import Any
 from torch.utils.data import IterableDataset
 
 from ...checkpoints.files import is_folder
-from ...models.errors import ConfigError, DataError, did_you_mean
+from ...models.errors import ConfigError, DataError, did_you_mean, install_command
 from ..config import DataConfig
 from ..first_checks import check_folder
 from .archives import create, is_packed, must_be_unpacked
@@ -155,8 +155,8 @@ def _check_family(name: str) -> str:
         raise ConfigError(f"data.dataset={name!r} is not known; {did_you_mean(name, FAMILIES)}")
     if family in PACKAGES and importlib.util.find_spec(PACKAGES[family]) is None:
         package = PACKAGES[family]
-        extra = f" (or pip install 'graftvit[{EXTRAS[family]}]')" if family in EXTRAS else ""
-        raise DataError(f"data.dataset={name} needs the package {package}: pip install {package}{extra}")
+        command = install_command(EXTRAS[family]) if family in EXTRAS else f"pip install {package}"
+        raise DataError(f"data.dataset={name} needs the package {package}: {command}")
     return family
 
 

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import cast
 
@@ -144,6 +145,7 @@ class RunState:
         """Return the description of the run, as JSON, for states and for the students written at the end."""
         return {
             "format": FORMAT,
+            "version": version("graftvit"),
             "config": settings(self.config),
             "student": self.plan.meta() | self.task.described,
             "origins": self.origins,

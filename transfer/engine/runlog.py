@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from ...checkpoints.atomic import write_bytes
 from ...checkpoints.files import append_line, open_lines, parse_record, read_lines
-from ...models.errors import ConfigError, Json, JsonDict, RunFailedError, one_sentence
+from ...models.errors import ConfigError, Json, JsonDict, RunFailedError, install_command, one_sentence
 from ..metrics.measure import LAYER as LAYER_METRIC
 from .parallel import local
 
@@ -451,7 +451,7 @@ def check_trackers(names: tuple[str, ...]) -> None:
     """Raise ConfigError if the package of a tracker is not installed."""
     if "wandb" in names and not is_wandb_available():
         raise ConfigError(
-            "engine.trackers asks for wandb, which is not installed: pip install 'graftvit[wandb]'"
+            f"engine.trackers asks for wandb, which is not installed: {install_command('wandb')}"
         )
 
 

@@ -235,7 +235,7 @@ def test_inspect_and_names_of_paths(foreign: Path) -> None:
 
 def test_without_the_package(foreign: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "onnx", None)
-    with pytest.raises(CheckpointError, match=r"is an ONNX file.*pip install 'graftvit\[export\]'"):
+    with pytest.raises(CheckpointError, match=r"is an ONNX file.*pip install 'onnx>="):
         read_file(foreign)
 
 

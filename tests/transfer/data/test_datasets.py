@@ -131,7 +131,7 @@ def test_what_is_missing_is_named(
     image = tmp_path / "a" / "0.png"
     assert f"data.data_path={image} is a file, not a folder" in refusal(DataError, data_path=str(image))
     monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
-    assert "pip install datasets" in refusal(DataError, dataset="hfds/mnist")
+    assert "pip install 'datasets>=" in refusal(DataError, dataset="hfds/mnist")
 
 
 @pytest.mark.parametrize(

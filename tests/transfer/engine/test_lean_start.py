@@ -30,6 +30,12 @@ code = main()
 print(json.dumps(seen))
 sys.exit(code)
 """
+LIBRARY = """
+import json, sys
+from graftvit import DualViT, convert, load, save
+
+print(json.dumps(list(sys.modules)))
+"""
 PLAIN = """
 import json, sys, timm, torch
 
@@ -66,6 +72,10 @@ def test_a_rank_imports_little_beyond_timm_and_torch(before_the_step: set[str]) 
     ours = {name for name in before_the_step - modules(PLAIN) if name.split(".")[0] != "graftvit"}
     assert packages(ours) & {"torchvision", "torch._dynamo", "torch._inductor", "sympy", "triton"} == set()
     assert len(ours) < 300, sorted(ours)
+
+
+def test_the_library_imports_neither_a_trainer_nor_what_draws() -> None:
+    assert packages(modules(LIBRARY)) & {*NOT_BEFORE_A_STEP, "accelerate", "submitit"} == set()
 
 
 def test_a_run_lists_its_images_once_and_a_resumed_run_never(

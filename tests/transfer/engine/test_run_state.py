@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 from collections.abc import Generator, Iterator
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -287,7 +288,7 @@ def test_a_full_disk_is_one_sentence_and_the_old_state_goes_on(
     filler.unlink()
     kept = StateFolder(small_disk / "run" / "checkpoints").load()
     assert kept is not None
-    assert kept.meta["position"]["step"] == 8
+    assert (kept.meta["position"]["step"], kept.meta["version"]) == (8, version("graftvit"))
     shutil.copytree(small_disk / "run", tmp_path / "run")
     assert train(config(tmp_path / "run", teacher, engine=seldom)).finished
     ended, learned = state(tmp_path / "run"), state(whole)
