@@ -97,6 +97,7 @@ def test_evaluate_refuses_what_does_not_go_together(
     assert "--short" in typed("evaluate", "vit_tiny_patch16_224", "--short", 64, code=2).err
 
 
+@pytest.mark.slow
 def test_export_writes_the_maps_that_the_head_gets(
     tmp_path: Path, typed: Typed, detectors: list[str]
 ) -> None:
@@ -167,6 +168,7 @@ def test_the_lines_of_the_page_run(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert [each["boxes"].shape[1] for each in names["found"]] == [4, 4]
 
 
+@pytest.mark.slow
 def test_visualize_draws_what_is_found(
     tmp_path: Path, typed: Typed, detectors: list[str], segmenter: str
 ) -> None:

@@ -150,6 +150,7 @@ def test_the_commands_of_a_kit_of_a_file_name_the_file(tmp_path: Path, typed: Ty
     assert typed(words).out.count(f"graftvit {words} ") == 2
 
 
+@pytest.mark.slow
 def test_a_surrogate_that_is_killed_goes_on_to_the_same_verdict(tmp_path: Path, typed: Typed) -> None:
     config = write_config(tmp_path, {"linear": "*: linear"}, seeds=[0, 1])
     words = write_kits(tmp_path, f"compare {config} --only uniform,linear") + " --surrogate --output_dir"

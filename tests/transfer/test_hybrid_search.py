@@ -136,7 +136,10 @@ def test_a_mix_of_a_pyramid_errs_as_the_layers_in_their_places(kind: str) -> Non
     assert set(palette.pairs) == set(itertools.product((0, 2), NAMES))
 
 
-@pytest.mark.parametrize("measure", ["macs", "energy", "memory", "keep"])
+@pytest.mark.parametrize(
+    "measure",
+    ["keep", *(pytest.param(each, marks=pytest.mark.slow) for each in ("macs", "energy", "memory"))],
+)
 def test_the_hybrid_is_the_best_of_all_within_its_budget(tmp_path: Path, measure: Measure) -> None:
     found = search(tmp_path)
     costs = {mix: found.cost(measure, mix) for mix in every_mix(3)}
