@@ -12,6 +12,8 @@
 #   make docs    write the tables of docs/configuration.md and docs/transfer.md
 #   make bench   time and memory against the dense form, results in benchmarks/, README.md and docs/transfer.md
 #                (again with ARGS=--keep_freed_memory for the numbers where the C library keeps freed memory)
+#   make dist    the wheel and the source distribution in dist/, checked; the wheel runs the short demo in an empty
+#                environment, for which every dependency is installed again
 #   make gpu     what only a GPU can show: its tests, then time and memory, a table in docs/transfer.md
 #   make dev     an editable install for editors, mypy and pyright, which the other targets keep until `make clean`
 # PYTHON chooses the interpreter: make test PYTHON=python3.12
@@ -32,7 +34,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # Where no bytecode is kept, every worker and process compiles the tests again.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo compare test test-all acceptance real lint docs bench gpu dev install clean
+.PHONY: demo compare test test-all acceptance real lint docs bench dist gpu dev install clean
 
 demo: install
 	images=$(if $(filter fashion%,$(DATA)),"$$($(BIN)/python -m benchmarks.real_data --images)") && \
@@ -74,6 +76,17 @@ bench: install
 	env -u OMP_NUM_THREADS KINETO_LOG_LEVEL=99 $(BIN)/python -m benchmarks $(ARGS)
 	$(BIN)/python -m benchmarks.pages
 
+# The wheel is built from the source distribution.
+dist: install
+	$(BIN)/pytest -m "slow or not slow" -k "distribution or environment" tests/test_project.py
+	$(BIN)/python -m pip install --quiet "build>=1.2" "twine>=6"
+	rm -rf dist build/dist
+	$(BIN)/python -m build --no-isolation
+	$(BIN)/twine check --strict dist/*
+	$(PYTHON) -m venv build/dist
+	build/dist/bin/python -m pip install --quiet dist/*.whl
+	cd build/dist && bin/graftvit demo --quick --output_dir demo
+
 # The runs take every GPU of this machine; the table is measured on one.
 gpu: install
 	$(BIN)/pytest -m cuda tests/cuda $(ARGS)
@@ -104,4 +117,4 @@ $(VENV)/.dependencies: pyproject.toml
 	touch $@
 
 clean:
-	rm -rf $(VENV) build graftvit.egg-info
+	rm -rf $(VENV) build dist graftvit.egg-info

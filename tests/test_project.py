@@ -11,11 +11,13 @@ import re
 import shutil
 import subprocess
 import sys
-from importlib.metadata import version
+import tarfile
+from importlib.metadata import distributions, metadata, version
 from pathlib import Path
 
 import graftvit
 import pytest
+import yaml
 from graftvit.launch.fields import find_key, find_stage_key, leaves, sections
 from graftvit.transfer.config import RunConfig
 from graftvit.transfer.engine.modes import MODES
@@ -162,7 +164,20 @@ print(graftvit.__file__, *names, sep="\\n")
 
 
 @pytest.mark.slow
-def test_the_wheel_has_every_module_and_each_can_be_imported(tmp_path: Path) -> None:
+def test_a_distribution_has_every_file_and_each_module_of_its_wheel_can_be_imported(tmp_path: Path) -> None:
+    listing = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
+    if not (ROOT / ".git").exists():
+        pytest.skip("only a clone knows which files belong to it")
+    listed = subprocess.run(listing, cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
+    sources = tmp_path / "sources"
+    for name in listed:
+        (sources / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, sources / name)
+    packed = [sys.executable, "setup.py", "-q", "sdist", "--dist-dir", str(tmp_path)]
+    subprocess.run(packed, cwd=sources, capture_output=True, check=True)
+    [archive] = tmp_path.glob("graftvit-*.tar.gz")
+    with tarfile.open(archive) as file:
+        assert {f"graftvit-{version('graftvit')}/{name}" for name in listed} <= set(file.getnames())
     install = [
         "-m",
         "pip",
@@ -173,12 +188,11 @@ def test_the_wheel_has_every_module_and_each_can_be_imported(tmp_path: Path) -> 
         "--target",
         str(tmp_path),
     ]
-    sources = tmp_path / "sources"
-    for name in (*ORDER, "cfgs", "pyproject.toml", "setup.py", "README.md", "LICENSE"):
-        copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
-        sources.mkdir(exist_ok=True)
-        copy(ROOT / name, sources / name)
-    subprocess.run([sys.executable, *install, str(sources)], check=True)
+    subprocess.run([sys.executable, *install, str(archive)], check=True)
+    [page] = distributions(name="graftvit", path=[str(tmp_path)])
+    assert not re.search(r"\]\((?!https?:)", page.read_text("METADATA") or ""), (
+        "a link that an index does not have"
+    )
     run = subprocess.run(
         [sys.executable, "-c", IMPORT_ALL], cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(tmp_path)},
         capture_output=True, text=True, check=True,
@@ -197,8 +211,21 @@ def test_the_wheel_has_every_module_and_each_can_be_imported(tmp_path: Path) -> 
     assert [str(path) for path in templates if not (tmp_path / "graftvit" / path).is_file()] == []
 
 
+def test_the_environment_of_conda_is_that_of_the_project() -> None:
+    channel, dependencies = (
+        yaml.safe_load((ROOT / "environment.yml").read_text())[key] for key in ("channels", "dependencies")
+    )
+    python, *rest = dependencies
+    assert (channel, rest) == (["conda-forge"], ["pip", {"pip": ["."]}]), (
+        "pyproject.toml alone names packages"
+    )
+    assert f"Programming Language :: Python :: {python.removeprefix('python=')}" in metadata(
+        "graftvit"
+    ).get_all("Classifier")
+
+
 @pytest.mark.parametrize(
-    "target", ["demo", "compare", "test-all", "acceptance", "real", "lint", "bench", "dev"]
+    "target", ["demo", "compare", "test-all", "acceptance", "real", "lint", "bench", "dist", "dev"]
 )
 def test_each_make_target_sets_itself_up(target: str, tmp_path: Path) -> None:
     command = [
