@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import json
+import multiprocessing
 import os
 import shutil
 import signal
@@ -488,6 +490,16 @@ def test_a_run_resumes_with_a_cache_or_without(teacher: Path, passes: list[int],
 NONE = {"one": [], "two": []}
 BATCHES = 2 * (5 * 2 + 1)
 """Two views of six files; a file of 24 images is two batches, the last one of ten images is one."""
+
+
+def test_the_loader_processes_of_a_run_end_with_it(teacher: Path, tmp_path: Path) -> None:
+    others = multiprocessing.active_children()
+    gc.disable()  # what ends them must not wait for it
+    try:
+        train(run(tmp_path / "run", teacher, tmp_path / "cache", data={"workers": 1}, optim={"epochs": 1}))
+        assert [each for each in multiprocessing.active_children() if each not in others] == []
+    finally:
+        gc.enable()
 
 
 @pytest.fixture(scope="module")

@@ -21,8 +21,9 @@ from ...checkpoints.atomic import WriteFailedError, write_shared
 from ...checkpoints.files import is_url
 from ...checkpoints.provenance import digest_tensors
 from ...models.cost import counted_macs
-from ...models.errors import ConfigError, DataError, GraftError, counted
+from ...models.errors import ConfigError, DataError, GraftError, JsonDict, counted
 from ..config import RunConfig
+from ..data.loaders import TrainLoader
 from ..data.sampler import preserved
 from ..data.shard_index import load
 from ..methods.dual import DualViT
@@ -271,47 +272,46 @@ def prepare_targets(
             if accelerator.is_main_process:
                 _keep_note(path, note)
     parts.cached_top1 = (note or {}).get("teacher_top1") if wanted else None
-    parts.rows = TargetRows(cache, Refill(config, parts, accelerator))
+    parts.rows = TargetRows(cache, Refill(config, parts.origins, cache.folder, accelerator))
     parts.task.dual.dismiss()
 
 
 @dataclass
 class Refill:
-    """Computes an object of targets again, in the middle of a run, by teachers that are loaded for it and then stay."""
+    """Computes an object of targets again, in the middle of a run, by teachers that are loaded for it and then stay.
+
+    It holds nothing of the run, which holds it: loader processes end with the last reference to their loader.
+    """
 
     config: RunConfig
-    parts: Parts
+    origins: JsonDict
+    folder: str
     accelerator: Accelerator
 
     def __call__(self, shard: Shard) -> None:
         """Raise DataError: the teachers are others than when the run began. WriteFailedError: a disk is full."""
         with preserved():
-            cache, dual = self.teachers
+            loader, cache, dual = self.built
             fill(
                 cache,
                 [shard],
-                self.parts.train_loader,
+                loader,
                 _teach(dual, cache, self.accelerator),
                 moved=lambda images: deadline.moved(),
                 again=True,
             )
 
     @cached_property
-    def teachers(self) -> tuple[TargetShards, DualViT]:
-        """The cache and its teachers, on the device."""
-        again = build(self.config, commits=commits_of({"origins": self.parts.origins}))
+    def built(self) -> tuple[TrainLoader, TargetShards, DualViT]:
+        """The images, the cache and its teachers, on the device."""
+        again = build(self.config, commits=commits_of({"origins": self.origins}))
         cache, dual = again.targets, again.task.taught_by
-        if (
-            cache is None
-            or dual is None
-            or self.parts.targets is None
-            or cache.folder != self.parts.targets.folder
-        ):
+        if cache is None or dual is None or cache.folder != self.folder:
             raise DataError(
                 "transfer.cache lacks targets, and the teacher is another one than when the run began: start the run "
                 "again"
             )
-        return cache, dual.to(self.accelerator.device)
+        return again.train_loader, cache, dual.to(self.accelerator.device)
 
 
 def _teach(
