@@ -107,13 +107,7 @@ class Ranges(BaseHTTPRequestHandler):
     folder: ClassVar[Path]
     sent: ClassVar[Any]
 
-    def do_HEAD(self) -> None:
-        self._answer(0)
-
     def do_GET(self) -> None:
-        self._answer(None)
-
-    def _answer(self, most: int | None) -> None:
         path = self.folder / self.path.rpartition("/")[2]
         if not path.is_file():
             self.send_error(404)
@@ -129,7 +123,7 @@ class Ranges(BaseHTTPRequestHandler):
         self.end_headers()
         with path.open("rb") as file:
             file.seek(first)
-            content = file.read(last - first + 1 if most is None else most)
+            content = file.read(last - first + 1)
         self.wfile.write(content)
         with self.sent.get_lock():
             self.sent.value += len(content)

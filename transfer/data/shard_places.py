@@ -90,13 +90,8 @@ class Web:
     """Shards of a web server (http, https), one request a range."""
 
     def stamp(self, place: str) -> str:
-        request = urllib.request.Request(place, method="HEAD")
-
-        def ask() -> str:
-            with urllib.request.urlopen(request, timeout=TIMEOUT_S) as answer:
-                return self._version(answer, answer.headers.get("Content-Length"))
-
-        return _tried(ask)
+        """Return the size, a dash, and the version, as `read` will see them: a server may tell HEAD more than ranges."""
+        return self._range(place, 0, 1)[0]
 
     @contextmanager
     def stream(self, place: str) -> Iterator[IO[bytes]]:
@@ -114,25 +109,27 @@ class Web:
         )
 
     def read(self, place: str, start: int, size: int, stamp: str) -> bytes:
+        found, content = self._range(place, start, size, stamp)
+        return content
+
+    def _range(self, place: str, start: int, size: int, stamp: str | None = None) -> tuple[str, bytes]:
         request = urllib.request.Request(place)
         request.add_header("Range", f"bytes={start}-{start + max(size, 1) - 1}")
 
-        def ask() -> bytes:
+        def ask() -> tuple[str, bytes]:
             with urllib.request.urlopen(request, timeout=TIMEOUT_S) as answer:
                 if answer.status != 206:
                     raise SourceLostError(f"the server of {place} sends no ranges: copy the shards to a disk")
                 total = answer.headers.get("Content-Range", "").rpartition("/")[2]
-                check_same(place, self._version(answer, total), stamp)
+                version = answer.headers.get("ETag") or answer.headers.get("Last-Modified") or ""
+                found = f"{total}-{version}"
+                check_same(place, found, stamp or found)
                 content: bytes = answer.read(size)
             if len(content) < size:
                 raise ConnectionError(f"the server ended after {len(content)} of {size} bytes")
-            return content
+            return found, content
 
         return _tried(ask)
-
-    def _version(self, answer: Any, size: str | None) -> str:
-        version = answer.headers.get("ETag") or answer.headers.get("Last-Modified") or ""
-        return f"{size}-{version}"
 
 
 def _tried(ask: Callable[[], T]) -> T:

@@ -110,9 +110,10 @@ def _described(root: str, split: str) -> JsonDict:
             )
         found: JsonDict = splits[split]
         return found
+    form = json.dumps({"splits": {split: {"filenames": expand(NAMES)[:2]}}})
     raise DataError(
-        f"data.dataset=wds has no shards of split {split!r}: {reasons[0]}; write an _info.json beside the shards, or "
-        f"name them, as in data.train_split='{NAMES}'"
+        f"data.dataset=wds has no shards of split {split!r}: {reasons[0]}; write an _info.json such as {form} beside "
+        f"the shards, or name them, as in data.train_split='{NAMES}'"
     )
 
 

@@ -367,16 +367,11 @@ class Ranges(BaseHTTPRequestHandler):
     folder: ClassVar[Path]
     asked: ClassVar[list[str]]
     busy: ClassVar[list[int]]
-
-    def do_HEAD(self) -> None:
-        self._answer(body=False)
+    whole: ClassVar[bool] = False
 
     def do_GET(self) -> None:
-        self._answer(body=True)
-
-    def _answer(self, body: bool) -> None:
         path = self.folder / self.path.rpartition("/")[2]
-        wanted = self.headers.get("Range")
+        wanted = None if self.whole else self.headers.get("Range")
         self.asked.append(f"{self.command} {wanted}")
         status = self.busy.pop() if self.busy else 200 if path.is_file() else 404
         content = path.read_bytes() if status == 200 else b""
@@ -390,8 +385,7 @@ class Ranges(BaseHTTPRequestHandler):
             self.send_header("ETag", f'"{path.stat().st_mtime_ns}"')
         self.send_header("Content-Length", str(len(content)))
         self.end_headers()
-        if body:
-            self.wfile.write(content)
+        self.wfile.write(content)
 
     def log_message(self, *_: object) -> None:
         pass
@@ -417,8 +411,17 @@ def test_a_server_gives_the_same_batches(root: Path, url: str) -> None:
     before = len(Ranges.asked)
     assert len(trained(url, start=12)) == 1
     later = Ranges.asked[before:]
-    assert sum("bytes=" in line for line in later) == 12
-    assert not any(line == "GET None" for line in later)
+    assert (later.count("GET bytes=0-0"), len(later)) == (6, 6 + 12)
+    assert "GET None" not in later
+
+
+def test_a_server_without_ranges_is_refused_before_a_shard_is_read(
+    root: Path, url: str, made: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Ranges, "whole", True)
+    with pytest.raises(SourceLostError, match="sends no ranges: copy the shards to a disk"):
+        index_again(url)
+    assert not made
 
 
 def test_a_server_gives_indexes_that_lie_beside_shards(
