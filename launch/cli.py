@@ -54,9 +54,10 @@ HARMLESS = (
     r"torch\.searchsorted\(\): input value tensor is non-contiguous",
     "Using a non-tuple sequence for multi",
     r"FSDP2-wrapped module \(\w+\) returned a view tensor",
+    "torch.distributed is disabled, unavailable or uninitialized",
 )
-"""Beginnings of torch's warnings to timm's authors: timm resamples a relative position bias, and a sharded block of
-Swin returns a view, which nothing changes in place."""
+"""Beginnings of torch's warnings: timm resamples a relative position bias; a sharded block of Swin returns a view,
+which nothing changes in place; and one process reads the state of several."""
 SAVING = ("train",)
 """Commands that save their state before a signal stops them."""
 

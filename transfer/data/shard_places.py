@@ -90,7 +90,7 @@ class Web:
     """Shards of a web server (http, https), one request a range."""
 
     def stamp(self, place: str) -> str:
-        """Return the size, a dash, and the version, as `read` will see them: a server may tell HEAD more than ranges."""
+        """Return the size, a dash, and the version, as `read` sees them: a server may answer HEAD otherwise."""
         return self._range(place, 0, 1)[0]
 
     @contextmanager
@@ -109,8 +109,7 @@ class Web:
         )
 
     def read(self, place: str, start: int, size: int, stamp: str) -> bytes:
-        found, content = self._range(place, start, size, stamp)
-        return content
+        return self._range(place, start, size, stamp)[1]
 
     def _range(self, place: str, start: int, size: int, stamp: str | None = None) -> tuple[str, bytes]:
         request = urllib.request.Request(place)
