@@ -1,6 +1,7 @@
 """The index of a shard: where each file of each sample begins, and how long it is.
 
-A sample is the files of a tar that follow each other and have one name before its first point, as WebDataset has them.
+A sample is the files of a tar that follow each other and have one name before its first point, as WebDataset has them;
+an ending that comes again begins another sample.
 One pass over a shard makes its index. It is looked for in the cache folder of this machine, under the shard's place and
 its stamp (size and time, or what the server calls its version), and then beside the shard. Nothing else knows where an
 index is.
@@ -33,7 +34,7 @@ logger = logging.getLogger(__name__)
 
 BLOCK = 512
 """Bytes of a tar's header."""
-FORMAT = 2
+FORMAT = 3
 """Of the file of an index."""
 LARGEST = 1 << 28
 """Bytes of an index: four million samples."""
@@ -131,6 +132,7 @@ def read_members(stream: IO[bytes], stamp: str) -> ShardIndex:
     """Return the index of a shard, by one pass over it. Raises DataError: it is cut off, damaged, or no tar file."""
     keys: list[str] = []
     endings: dict[str, int] = {}
+    own: set[str] = set()  # the endings of the last sample
     firsts: list[int] = []
     rows: list[tuple[int, int, int]] = []
     forward, name = _Forward(stream), ""
@@ -144,14 +146,24 @@ def read_members(stream: IO[bytes], stamp: str) -> ShardIndex:
                 key, ending = _parts(name)
                 if not info.isreg() or info.issparse() or not ending:
                     continue
-                if not keys or keys[-1] != key:
+                if not keys or keys[-1] != key or ending in own:
                     keys.append(key)
                     firsts.append(len(rows))
+                    own.clear()
+                own.add(ending)
                 rows.append((endings.setdefault(ending, len(endings)), info.offset_data, info.size))
     except tarfile.TarError as error:
         raise DataError(f"it is cut off or damaged after {name!r}: {error}") from error
-    if any(forward.last):  # tarfile takes any block that is no header for the end
+    if (
+        not forward.last
+    ):  # tarfile takes the end of the stream, or any block that is no header, for that of the files
+        raise DataError(f"it is cut off after {name!r}: the mark of its end is missing")
+    if any(forward.last):
         raise DataError(f"it is damaged after {name!r}: there is no header of a file")
+    if any(forward.read(tarfile.RECORDSIZE)):
+        raise DataError(
+            f"it has more after its end, {name!r}, as tar files do that were joined by cat: write them again"
+        )
     columns = np.array(rows, dtype=np.int64).reshape(-1, 3).T
     text = "\n".join(key.replace("\n", " ") for key in keys).encode("utf-8", "surrogateescape")
     return ShardIndex(stamp, text, tuple(endings), np.array([*firsts, len(rows)], dtype=np.int64), *columns)

@@ -341,6 +341,26 @@ def test_a_shard_that_is_cut_or_damaged_is_named(root: Path, cut: int) -> None:
         ShardImages(config(root), "s-{0..5}.tar", "RGB")
 
 
+def test_a_shard_that_ends_between_two_files_or_was_joined_to_another_is_refused(root: Path) -> None:
+    path = root / "s-1.tar"
+    content = path.read_bytes()
+    path.write_bytes(content[: content.index(b"in/005.cls")])
+    with pytest.raises(DataError, match=r"s-1\.tar cannot be read: it is cut off after 'in/005\.seg\.bin'"):
+        find_index(str(path))
+    path.write_bytes(content + content)
+    with pytest.raises(DataError, match=r"s-1\.tar cannot be read: it has more after its end"):
+        find_index(str(path))
+
+
+def test_samples_of_one_name_that_follow_each_other_stay_apart(tmp_path: Path) -> None:
+    one = write_tar(tmp_path / "one.tar", {"a.jpg": b"0", "a.cls": b"0"}).read_bytes()
+    shard = tmp_path / "two.tar"
+    shard.write_bytes(one[:2048] + one)  # two headers and two contents of a block each
+    index = find_index(str(shard))
+    assert [index.key(sample) for sample in range(len(index))] == ["a", "a"]
+    assert [list(index.files(sample)) for sample in range(2)] == [["jpg", "cls"]] * 2
+
+
 def test_a_bad_sample_is_named_and_replaced(root: Path) -> None:
     path = root / "s-3.tar"
     content = path.read_bytes()
