@@ -296,7 +296,8 @@ class TargetShards:
                 (length,) = LENGTH.unpack(store.read(place, 0, LENGTH.size, stamp))
                 described = store.read(place, LENGTH.size, min(length, LONGEST), stamp)
                 fields = [Field(*each) for each in json.loads(described)["fields"]]
-                whole = described == self._describe(shard, fields)
+                same_size = stamp.partition("-")[0] == str(self.size(shard, fields))
+                whole = same_size and described == self._describe(shard, fields)
                 opened = Opened(place, stamp, described, fields)
         except SourceLostError as error:
             if isinstance(error.__cause__, FileNotFoundError):

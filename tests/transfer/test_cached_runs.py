@@ -236,19 +236,21 @@ def test_a_damaged_or_missing_object_is_named_and_computed_again(
     """What is missing before the first step, what is damaged when it is read: then its teachers are loaded again."""
     data = {"workers": workers}
     train(run(tmp_path / "first", teacher, tmp_path / "cache", data=data))
-    damaged, missing, moved, kept, cut, whole = sorted((tmp_path / "cache").rglob("shard-*"))
-    before = {path: path.read_bytes() for path in (damaged, missing, moved, cut, whole)}
+    damaged, missing, moved, kept, cut, untyped = sorted((tmp_path / "cache").rglob("shard-*"))
+    before = {path: path.read_bytes() for path in (damaged, missing, moved, cut, untyped)}
     damage(damaged)
     missing.unlink()
     shutil.copy(kept, moved)
     cut.write_bytes(cut.read_bytes()[:-99])
+    untyped.write_bytes(untyped.read_bytes().replace(b"torch.float32", b"torch.flnat32"))
     passes.clear()
     train(run(tmp_path / "second", teacher, tmp_path / "cache", data=data))
-    for path, why in ((damaged, "a checksum"), (moved, "of other images"), (cut, "a checksum")):
+    for path in (damaged, moved, cut, untyped):
+        why = "a checksum" if path == damaged else "of other images"
         found = [line for line in caplog.text.splitlines() if f"{path} is damaged" in line]
         assert len(found) == 1, found
         assert why in found[0]
-    assert len(passes) == 4 * 3
+    assert len(passes) == 5 * 3
     assert before == {path: path.read_bytes() for path in before}
     assert differences(tmp_path / "first", tmp_path / "second") == []
 
