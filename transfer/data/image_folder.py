@@ -589,6 +589,9 @@ class FolderImages:
     def path(self, index: int) -> str:
         return self._files[index]
 
+    def size(self, index: int) -> int:
+        return os.stat(self._files[index]).st_size  # noqa: PTH116 - for each image of each epoch
+
 
 def _classified(found: Found) -> list[str]:
     """Return all images where none lies in a class folder, else those that do."""

@@ -3,9 +3,10 @@
     DIR/<digest of all that the pixels depend on>/view-000.rows
 
 The file of a view has a row for each sample, and a hole where none was written. A row is a header, then the image
-(C, H, W), one byte a value. The header is written last. It holds a checksum of the sample's name, its label and its
-bytes: a row that is missing, cut, damaged or of another image is made again. All processes write the same bytes into a
-row, so none waits for another. A row begins where a page of memory does: two machines never write one page.
+(C, H, W), one byte a value. The header is written last. It holds a checksum of the sample's name and size, its label,
+its bytes and what the file is of: a row that is missing, cut, damaged or of another image or view is made again. All
+processes write the same bytes into a row, so none waits for another. A row begins where a page of memory does: two
+machines never write one page.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ from ..setting import rule_of
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 1
+FORMAT = 2
 PAGE = 4096
 HEADER = struct.Struct("<Iq")
 """The checksum, 0 in a hole, and the label."""
@@ -83,9 +84,11 @@ class KeptViews:
         label = kept if label is None else label
         if checksum == 0:
             return None
-        if checksum != self._checksum(name, label, memoryview(row)[HEADER.size :]):
+        if checksum != self._checksum(path, name, label, memoryview(row)[HEADER.size :]):
             logger.warning(
-                "data.keep_views: %s is damaged or of another image in %s; it is made again", name, path
+                "data.keep_views: %s is damaged or of another image or view in %s; it is made again",
+                name,
+                path,
             )
             return None
         return torch.frombuffer(row, dtype=torch.uint8, offset=HEADER.size).view(self._shape), label
@@ -102,7 +105,7 @@ class KeptViews:
                 file.seek(place + HEADER.size)
                 file.write(pixels)
                 file.seek(place)
-                file.write(HEADER.pack(self._checksum(name, label, pixels), label))
+                file.write(HEADER.pack(self._checksum(path, name, label, pixels), label))
 
     def path(self, view: int) -> Path:
         """Return the file of a view."""
@@ -125,9 +128,10 @@ class KeptViews:
             f"{free / 2**30:.2f} GiB that are free there: make room, name another folder, or lower data.views"
         )
 
-    def _checksum(self, name: str, label: int, pixels: memoryview) -> int:
+    def _checksum(self, path: Path, name: str, label: int, pixels: memoryview) -> int:
         """Return a checksum above 0."""
-        key = f"{label} {name.removeprefix(self._prefix)}".encode("utf-8", "surrogatepass")
+        file = path.relative_to(self._root)
+        key = f"{file} {label} {name.removeprefix(self._prefix)}".encode("utf-8", "surrogatepass")
         return zlib.crc32(pixels, zlib.crc32(key)) or 1
 
     @contextmanager

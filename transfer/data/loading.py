@@ -13,7 +13,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 import torch
 from timm.data.mixup import Mixup
@@ -109,6 +109,13 @@ class Named(Protocol):
     def path(self, index: int) -> str: ...
 
 
+@runtime_checkable
+class Sized(Protocol):
+    """What knows the bytes of its images."""
+
+    def size(self, index: int) -> int: ...
+
+
 def prepared(source: ImageSource, index: int, transform: Transform) -> Ready | BadImage:
     """Return an image that is ready for a batch, or why it cannot be. Raises as `attempted`."""
 
@@ -144,6 +151,15 @@ def name_of(source: Named, index: int) -> str:
         return source.path(index)
     except Exception:  # of a damaged table
         return f"image {index}"
+
+
+def identity_of(source: Named, index: int) -> str:
+    """Return the name of an image, with its bytes where the source counts them without reading it."""
+    name = name_of(source, index)
+    try:
+        return f"{name} ({source.size(index)} bytes)" if isinstance(source, Sized) else name
+    except (DataError, OSError):  # it is gone
+        return name
 
 
 def cause(error: Exception) -> str:
@@ -251,7 +267,7 @@ class TrainBatches(Dataset[Batch]):
             result = self._prepared(self._place(place))
             if not isinstance(result, BadImage):
                 if self.kept is not None and place == index:
-                    self.kept.keep(view, index, self.name(index), *result)
+                    self.kept.keep(view, index, identity_of(self._source, self._place(index)), *result)
                 return result
             bad.append(result)
         return None
@@ -260,9 +276,9 @@ class TrainBatches(Dataset[Batch]):
         """Return what is kept of a sample. One that cannot be read has no row: each epoch tries it again."""
         if self.kept is None:
             return None
-        labels = self._source.targets
-        label = None if labels is None else labels[self._place(index)]
-        found = self.kept.find(view, index, self.name(index), label)
+        labels, place = self._source.targets, self._place(index)
+        label = None if labels is None else labels[place]
+        found = self.kept.find(view, index, identity_of(self._source, place), label)
         return None if found is None else Ready(*found)
 
     def _prepared(self, place: int) -> Any:

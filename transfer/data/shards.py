@@ -236,6 +236,10 @@ class ShardImages:
         shard, sample = self._find(index)
         return f"{self._places[shard]}: {self._index(shard).key(sample)}"
 
+    def size(self, index: int) -> int:
+        _, files, ending = self._files(index)
+        return files[ending][1]
+
     def _files(self, index: int) -> tuple[int, dict[str, tuple[int, int]], str]:
         """Return the shard of a sample, where each of its files begins, and its size, and the ending of the image."""
         shard, sample = self._find(index)

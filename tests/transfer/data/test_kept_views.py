@@ -106,6 +106,7 @@ def test_a_row_that_is_damaged_cut_or_missing_is_made_again(
     content[5 * ROW : 6 * ROW] = bytes(ROW)
     content[6 * ROW : 7 * ROW] = content[7 * ROW : 8 * ROW]
     first.write_bytes(content[: 29 * ROW + 50])
+    kept = second.read_bytes()
     second.unlink()
     reads.clear()
     assert same(epochs(loader(tmp_path, batch_size=5), 2), plain[:12])
@@ -117,6 +118,8 @@ def test_a_row_that_is_damaged_cut_or_missing_is_made_again(
     reads.clear()
     assert same(epochs(loader(tmp_path, batch_size=5)), plain)
     assert reads == []
+    first.write_bytes(kept)
+    assert same(epochs(loader(tmp_path, batch_size=5), 2), plain[:12]), "rows of another view are made again"
 
 
 def killed_in_row(number: int, found: TrainLoader) -> None:
@@ -176,6 +179,9 @@ def test_labels_and_images_are_those_of_today(reads: list[int], tmp_path: Path) 
     (two / "b").rename(two / "d")
     moved = {"data_path": str(tmp_path / "two"), **keys}
     assert same(epochs(loader(tmp_path / "kept", **moved)), epochs(loader(None, **moved)))
+    changed = next((two / "c").iterdir())
+    changed.write_bytes(encoded(77, side=40))
+    assert same(epochs(loader(tmp_path / "kept", **moved)), epochs(loader(None, **moved)))
 
 
 def test_rows_of_shards_hold_the_labels(
@@ -193,6 +199,9 @@ def test_rows_of_shards_hold_the_labels(
     reads.clear()
     assert same(epochs(loader(tmp_path / "kept", **keys)), plain)
     assert reads == []
+    samples = [(name, encoded(77, side=40) if name == "4.png" else content) for name, content in samples]
+    write_tar(tmp_path / "s-0.tar", dict(sorted(samples)))
+    assert same(epochs(loader(tmp_path / "kept", **keys)), epochs(loader(None, **keys)))
 
 
 @pytest.mark.parametrize(
