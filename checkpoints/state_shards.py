@@ -6,6 +6,8 @@ part of a tensor, so the number of processes and their mesh may differ between t
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -98,7 +100,9 @@ class ShardWriter(StorageWriter, AsyncStager):
             assert isinstance(tensor, Tensor)
             tensors[name] = tensor
             pieces[name] = [list(data.chunk.offsets), list(data.size)]
-        meta = {"pieces": pieces} | ({"whole": self.meta} if self.rank == 0 else {})
+        known = json.dumps([self.meta["config"], self.meta["position"]["step"]], sort_keys=True)
+        meta = {"pieces": pieces, "state": hashlib.sha256(known.encode()).hexdigest()}
+        meta |= {"whole": self.meta} if self.rank == 0 else {}
         write_state(self.path, TrainingState(tensors, meta))
         return _done([WriteResult(item.index, 0, self.path.name) for item in plan.items])
 

@@ -399,8 +399,9 @@ def compute_digest(path: Path, file: BinaryIO) -> tuple[int, bytes]:
 
 # A state in a folder, of a run whose weights are sharded: a file of each process, with a digest of its own.
 #
-# Each file is a state whose JSON part says where its tensors lie in the whole ones (`pieces`), and in the first file
-# what the JSON part of the whole state is (`whole`). The names of the files say how many there are.
+# Each file is a state whose JSON part says where its tensors lie in the whole ones (`pieces`), of which state it is
+# (`state`: a digest of the run's settings and step), and in the first file what the JSON part of the whole state is
+# (`whole`). The names of the files say how many there are.
 
 SHARD_NAME = "shard-{:05}-of-{:05}.safetensors"
 
@@ -438,6 +439,7 @@ def read_pieces(folder: Path) -> tuple[list[Piece], JsonDict]:
     """
     pieces: list[Piece] = []
     whole: JsonDict = {}
+    states: set[object] = set()
     for path in shard_files(folder):
         found = outline(path)
         try:
@@ -446,8 +448,11 @@ def read_pieces(folder: Path) -> tuple[list[Piece], JsonDict]:
                 offset, shape = (tuple(map(int, sizes)) for sizes in described["pieces"][name])
                 pieces.append(Piece(path.name, name, offset, tuple(tensor.shape), shape, tensor.dtype))
             whole = described.get("whole", whole)
+            states.add(described.get("state"))
         except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
             raise CheckpointError(f"{path} is damaged or no part of a state") from error
+    if len(states) > 1:
+        raise CheckpointError(f"{folder} is damaged: its files are of {len(states)} states")
     by_name: dict[str, list[Piece]] = {}
     for piece in pieces:
         by_name.setdefault(piece.name, []).append(piece)

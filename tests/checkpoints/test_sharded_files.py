@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shutil
 from pathlib import Path
 
 import pytest
@@ -26,9 +27,11 @@ def write_shards(folder: Path, step: int, offsets: tuple[int, int] = (0, 3)) -> 
     folder.mkdir(parents=True)
     for rank, (first, rows) in enumerate(zip(offsets, (3, 2), strict=True)):
         tensors = {"student.weight": step * WHOLE[first : first + rows]}
-        meta = {"pieces": {"student.weight": [[first, 0], [5, 3]]}} | (
-            {} if rank else {"whole": {"step": step}}
-        )
+        meta: dict[str, object] = {
+            "pieces": {"student.weight": [[first, 0], [5, 3]]},
+            "state": f"digest {step}",
+        }
+        meta |= {} if rank else {"whole": {"step": step}}
         write_state(folder / SHARD_NAME.format(rank, 2), TrainingState(tensors, meta))
 
 
@@ -49,7 +52,7 @@ def test_the_parts_are_read_as_one_state(tmp_path: Path) -> None:
     assert torch.equal(read_file(tmp_path / "last").tree["student.weight"], 2 * WHOLE)
 
 
-@pytest.mark.parametrize("how", ["flip", "truncate", "remove", "overlap"])
+@pytest.mark.parametrize("how", ["flip", "truncate", "remove", "overlap", "exchange"])
 def test_a_damaged_part_leaves_the_state_before(
     tmp_path: Path, how: str, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -65,8 +68,10 @@ def test_a_damaged_part_leaves_the_state_before(
     if how == "remove":
         path.unlink()
     if how == "overlap":
-        meta = {"pieces": {"student.weight": [[4, 0], [5, 3]]}}
+        meta = {"pieces": {"student.weight": [[4, 0], [5, 3]]}, "state": "digest 2"}
         write_state(path, TrainingState({"student.weight": WHOLE[3:]}, meta))
+    if how == "exchange":
+        shutil.copy(tmp_path / "previous" / path.name, path)
     with pytest.raises(CheckpointError, match=str(tmp_path / "last")):
         check_state(tmp_path / "last")
     with caplog.at_level(logging.WARNING):
