@@ -23,7 +23,7 @@ ALLOWED = {
     "transfer/analysis/visualize/visualize.py unlink": "pictures beside the numbers.json that names them",
     "transfer/bench_run.py rmtree": "the run of a trial, whose folder has a safe_name and no link",
     "transfer/data/shard_index.py unlink": "the lock of an index in the cache folder, which its holder made",
-    "transfer/target_fill.py unlink": OWN_NAME,
+    "transfer/engine/cached_targets.py unlink": OWN_NAME,
     "transfer/engine/fence.py rmdir": "a run folder that is empty",
     "transfer/engine/fence.py unlink": OWN_NAME,
     "transfer/staging.py unlink": "a file of the copy that is being made",

@@ -206,7 +206,7 @@ def test_other_kinds_of_line_ends_are_part_of_a_record(tmp_path: Path) -> None:
 OPENS = re.compile(r"""open\(\s*["']a|json\.loads\((?:line|row)\b""")
 NO_RECORDS = {
     "launch/slurm/environment.py": "what submitit's local controller says",
-    "transfer/target_shards.py": "a lock, which is empty",
+    "transfer/engine/cached_targets.py": "a lock, which is empty",
     "transfer/cells.py": "what a process of a cell says",
 }
 

@@ -24,12 +24,11 @@ from graftvit.transfer.config import RunConfig
 from graftvit.transfer.data import loaders
 from graftvit.transfer.engine import early_signals
 from graftvit.transfer.engine.build import build
-from graftvit.transfer.engine.cached_targets import views_of
-from graftvit.transfer.engine.dry_run import dry_run
+from graftvit.transfer.engine.cached_targets import ShardLock
+from graftvit.transfer.engine.dry_run import dry_run, views_of
 from graftvit.transfer.engine.resume_check import Position
 from graftvit.transfer.engine.train import train
 from graftvit.transfer.methods.dual import DualViT
-from graftvit.transfer.target_fill import ShardLock
 from support.files.data_sets import image, write_classes, write_shards
 from support.runs.engine_runs import config, differences, make_convnext, make_teacher, tiny_vit
 from support.runs.interrupting import terminated_after

@@ -1,231 +1,60 @@
-"""Before the first step of a run with `transfer.cache`: compute what is missing, then let go of the teachers."""
+"""Before the first step of a run with `transfer.cache`: compute what is missing, then let go of the teachers.
+
+Several processes and several runs fill one cache side by side, each another object.
+"""
 
 from __future__ import annotations
 
-import copy
 import json
 import logging
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+import os
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from itertools import chain
+from pathlib import Path
+from typing import BinaryIO
 
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
-from torch import Tensor, nn
-from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from torch import Tensor
 
 from ...checkpoints.atomic import WriteFailedError, write_shared
 from ...checkpoints.files import is_url
 from ...checkpoints.provenance import digest_tensors
-from ...models.cost import counted_macs
-from ...models.errors import ConfigError, DataError, GraftError, JsonDict, counted
+from ...models.errors import DataError, GraftError, JsonDict
 from ..config import RunConfig
 from ..data.loaders import TrainLoader
-from ..data.sampler import preserved
+from ..data.sampler import BatchRequest, preserved
 from ..data.shard_index import load
 from ..methods.dual import DualViT
-from ..target_fill import fill
-from ..target_forms import TargetForm
 from ..target_shards import (
-    Field,
+    PIXELS,
     Shard,
     TargetRows,
     TargetShards,
-    check_size,
+    add_checksums,
     digest_of,
-    gibibytes,
-    has_weights,
     write_object,
 )
 from . import deadline
 from .build import Parts, build
-from .modes import goal_of
-from .optim import Schedule, WeightAverage, create_optimizer
+from .dry_run import plan_targets
+from .optim import Schedule
 from .parallel import gather, raise_together, read_once, receive
 from .resume_check import Position, commits_of
 from .runlog import ProgressBar
 from .scoring import teacher_top1
 from .signals import StopSignals
-from .tasks import Task, TransferTask, check_learns
-
-# The first step of a run on tensors that have shapes and no memory: what it would keep, and what it would refuse.
-#
-# torch's fake tensors run every operation for its shapes alone, in a second or two for a large model, so the
-# sizes are those of the step itself: of whatever method, operators and frozen parameters the run has.
-
-RATE = 4e14
-"""Operations of a device in a second, for hours in a dry run: two fifths of what an H100 does in bf16."""
-MIXED = {"bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-@dataclass(frozen=True)
-class Footprint:
-    """Bytes of a step on one device, not sharded."""
-
-    student: int
-    """Parameters and buffers of the task."""
-    teacher: int
-    gradients: int
-    optimizer: int
-    average: int
-    activations: int
-    """Tensors that the forward pass keeps for the backward pass."""
-
-
-def rehearse(config: RunConfig, parts: Parts, *, here: bool = True) -> Footprint:
-    """Return the footprint of a first step with `parts`, which stay as they are.
-
-    An optimizer that this machine does not have is left out, unless the run would be `here`.
-
-    Raises GraftError: what the step itself refuses.
-    """
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
-    teacher = [each.model for each in parts.teachers.values()]
-    memo = {id(tensor): _faked(mode, tensor) for tensor in _tensors([parts.task, *teacher])}
-    task = copy.deepcopy(parts.task, memo)  # with its teachers
-    taught = {id(memo[id(tensor)]) for tensor in _tensors(teacher)}
-    task.measured()
-    own = list(_tensors([task]))
-    with mode:
-        images, targets = _batch(config, parts)
-        with _kept([*own, *(tensor for tensor in memo.values() if id(tensor) in taught)]) as kept:
-            with torch.autocast("cpu", MIXED.get(config.engine.precision), config.engine.precision in MIXED):
-                loss = task.rehearsed(images, targets)["loss"]
-            activations = _bytes(kept)
-        check_learns(loss)
-        loss.backward()
-        gradients = _bytes(p.grad for p in task.parameters() if p.grad is not None)
-        slots = _optimizer_bytes(config, task, here)
-        average = WeightAverage(task.trainable, 0.5).average.values() if config.optim.ema is not None else ()
-    return Footprint(
-        student=_bytes(own),
-        teacher=_bytes(tensor for tensor in memo.values() if id(tensor) in taught),
-        gradients=gradients,
-        optimizer=slots,
-        average=_bytes(average),
-        activations=activations,
-    )
-
-
-def rehearse_teachers(config: RunConfig, parts: Parts, form: TargetForm) -> tuple[list[Field], float]:
-    """Return what `transfer.cache` keeps of an image, and the operations (FLOP) of the teachers for it."""
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
-    teachers = [each.model for each in parts.teachers.values()]
-    memo = {id(tensor): _faked(mode, tensor) for tensor in _tensors([parts.task, *teachers])}
-    task: Any = copy.deepcopy(parts.task, memo)
-    fields: list[Field] = []
-    with mode, torch.autocast("cpu", MIXED.get(config.engine.precision), config.engine.precision in MIXED):
-        images = _batch(config, parts)[0]
-
-        def teach() -> None:
-            fields.extend(Field.of(*each) for each in form.pack(task.dual.teach(images)).items())
-
-        macs = counted_macs(teach)
-    return fields, 2 * macs / len(images)
-
-
-def _optimizer_bytes(config: RunConfig, task: Task, here: bool) -> int:
-    """Return the bytes that the optimizer holds after a step, which drops the gradients."""
-    try:
-        optimizer = create_optimizer(task, task.layered, config.optim, 1e-3)
-    except ConfigError:
-        if here:
-            raise
-        return 0
-    alike = _alike(optimizer)
-    for _, *others in alike:  # a step of one tells what all hold, in a fraction of the time
-        for parameter in others:
-            parameter.grad = None
-    try:
-        optimizer.step()
-    except DataDependentOutputException:  # it looks at numbers: take as many slots as the first parameter has
-        first: dict[str, Any] = next(iter(optimizer.state.values()), {})
-        count = sum(isinstance(slot, Tensor) and slot.dim() > 0 for slot in first.values())
-        return count * _bytes(p for group in optimizer.param_groups for p in group["params"])
-    return sum(
-        len(same) * _bytes(slot for slot in optimizer.state[same[0]].values() if isinstance(slot, Tensor))
-        for same in alike
-    )
-
-
-def _alike(optimizer: torch.optim.Optimizer) -> list[list[nn.Parameter]]:
-    """Return the parameters with a gradient, those of one group and shape in a list."""
-    found: dict[Any, list[nn.Parameter]] = {}
-    for number, group in enumerate(optimizer.param_groups):
-        for parameter in group["params"]:
-            if parameter.grad is not None:
-                found.setdefault((number, parameter.shape, parameter.dtype), []).append(parameter)
-    return list(found.values())
-
-
-def _tensors(modules: Iterable[nn.Module]) -> Iterator[Tensor]:
-    for module in modules:
-        yield from module.parameters()
-        yield from module.buffers()
-
-
-def _faked(mode: FakeTensorMode, tensor: Tensor) -> Tensor:
-    """Return a tensor of the same shape on the CPU, where the kernels are that a step would have."""
-    with mode:
-        fake = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="cpu")
-    if isinstance(tensor, nn.Parameter):
-        return nn.Parameter(fake, requires_grad=tensor.requires_grad)
-    return fake
-
-
-def _batch(config: RunConfig, parts: Parts) -> tuple[Tensor, Tensor]:
-    """Return images and targets as the training set gives them."""
-    data, count = config.data, parts.train_loader.batch_size
-    classes = parts.train_loader.num_classes
-    if classes and (data.mixup > 0 or data.cutmix > 0):
-        targets = torch.empty(count, classes)
-    else:
-        targets = torch.zeros(count, dtype=torch.long)
-    channels, size = parts.spec.input_size[0], goal_of(config).image_size(parts.spec, parts.task.backbone)
-    return torch.empty(count, channels, *size), targets
-
-
-@contextmanager
-def _kept(others: list[Tensor]) -> Iterator[list[Tensor]]:
-    """Yield the list of the tensors that autograd keeps inside, save those that share the memory of `others`."""
-    known = {tensor.untyped_storage()._cdata for tensor in others}
-    kept: list[Tensor] = []
-
-    def pack(tensor: Tensor) -> Tensor:
-        if tensor.untyped_storage()._cdata not in known:
-            kept.append(tensor)
-        return tensor
-
-    def unpack(tensor: Tensor) -> Tensor:
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
-        yield kept
-
-
-def _bytes(tensors: Iterable[Any]) -> int:
-    """Return the memory of distinct storages."""
-    storages = {storage._cdata: storage.nbytes() for storage in (each.untyped_storage() for each in tensors)}
-    return sum(storages.values())
-
+from .tasks import TransferTask
 
 logger = logging.getLogger(__name__)
 Note = dict[str, float | None]
 KEPT_TARGETS = "targets.txt"
 """The file of a run folder that names its cache, written again for each shard that the run adds to it."""
-
-
-def views_of(config: RunConfig, schedule: Schedule, position: Position) -> list[int]:
-    """Return the views that a run shows from a position to its end."""
-    left = schedule.total_steps - position.step
-    if left <= 0:
-        return []
-    epochs = -(-(position.epoch_step + left) // schedule.steps_per_epoch)
-    count = max(1, config.data.views or 0)
-    return sorted({(position.epoch + epoch) % count for epoch in range(epochs)})
 
 
 def prepare_targets(
@@ -260,7 +89,7 @@ def prepare_targets(
     with preserved():
         if todo:
             _place(parts, accelerator, group)
-            _fill(config, parts, parts.task.dual, accelerator, group, cache, todo, signals)
+            _fill_by_all(config, parts, parts.task.dual, accelerator, group, cache, todo, signals)
         if any(gather(signals.received is not None, group)):
             return
         if wanted:
@@ -333,78 +162,7 @@ def _place(parts: Parts, accelerator: Accelerator, group: dist.ProcessGroup | No
     parts.task.to(accelerator.device)
 
 
-@dataclass(frozen=True)
-class CacheSize:
-    """What a run keeps, where, and how much of it is there."""
-
-    cache: TargetShards
-    shards: list[Shard]
-    todo: list[Shard]
-    whole: int
-    """Bytes of all shards."""
-    missing: int
-    """Bytes of the shards to compute."""
-    flop: float
-    """Operations of the teachers for an image."""
-    shown: int
-    """Images that the run shows: as many as its teachers would see without a cache."""
-
-    def describe_cost(self) -> str:
-        """Say how long the teachers compute, and what a sweep saves."""
-        own, without = (
-            images * self.flop / RATE / 3600
-            for images in (sum(shard.size for shard in self.todo), self.shown)
-        )
-        return (
-            f"{self.flop / 1e9:,.3g} GFLOP an image: {own:.2g} hours of a device at {RATE / 1e12:.0f} TFLOP/s; without "
-            f"the cache {without:.2g} in this run, and in each further run that reads these targets"
-        )
-
-    def describe(self) -> str:
-        """Return it in words."""
-        views = counted(len({shard.view for shard in self.shards}), "view")
-        files = counted(len(self.shards), "file")
-        if not has_weights(self.cache):
-            where = f"{gibibytes(self.whole)} in {self.cache.root}"
-            return (
-                f"{self.cache.samples:,} images in {views}, {where}; the weights say whether they are there"
-            )
-        state = (
-            f"{len(self.todo):,} of {files} to compute"
-            if self.todo
-            else f"{files}, complete: no teacher runs"
-        )
-        return f"{self.cache.samples:,} images in {views}, {gibibytes(self.whole)} in {self.cache.folder}: {state}"
-
-
-def plan_targets(
-    config: RunConfig,
-    parts: Parts,
-    cache: TargetShards,
-    schedule: Schedule,
-    position: Position,
-    *,
-    here: bool = True,
-) -> CacheSize:
-    """Return what a run keeps of its teachers from a position on; what is not there is counted without computing it.
-
-    `here`: the run is on this machine, whose disk is known. Files are listed, and not read.
-
-    Raises ConfigError: the targets are too large.
-    """
-    shards = cache.shards(views_of(config, schedule, position))
-    known = has_weights(cache)
-    stored = cache.stored(shards) if known else {}
-    todo = [shard for shard in shards if shard not in stored]
-    fields, flop = rehearse_teachers(config, parts, cache.form)
-    missing = sum(cache.size(shard, fields) for shard in todo)
-    whole = sum(stored.values()) + missing
-    check_size(cache.root, config.transfer.cache_limit, whole, missing, here=here and known)
-    shown = (schedule.total_steps - position.step) * schedule.effective_batch
-    return CacheSize(cache, shards, todo, whole, missing, flop, shown)
-
-
-def _fill(
+def _fill_by_all(
     config: RunConfig,
     parts: Parts,
     dual: DualViT,
@@ -476,3 +234,176 @@ def _read_note(place: str) -> Note | None:
         return {"teacher_top1": None if top1 is None else float(top1)}
     except (ValueError, KeyError, TypeError, RecursionError):
         return None
+
+
+# A lock of one file among the processes that may write it; the system frees it when its process dies.
+
+
+class ShardLock:
+    """The right to write `path`, held until `free`."""
+
+    def __init__(self, path: Path, file: BinaryIO | None) -> None:
+        self._path = path
+        self._file = file
+
+    @classmethod
+    def take(cls, place: str) -> ShardLock | None:
+        """Return the lock; None where another process has it. A bucket, or a disk without locks, lets everybody in.
+
+        Raises WriteFailedError: nothing can be written beside it.
+        """
+        path = Path(place)
+        try:
+            import fcntl
+        except ImportError:  # Windows
+            return cls(path, None)
+        if is_url(place):
+            return cls(path, None)
+        own = path.with_name(f".{path.name}.lock")
+        try:
+            own.parent.mkdir(parents=True, exist_ok=True)
+            file = own.open("ab")
+        except OSError as error:
+            raise WriteFailedError(
+                f"transfer.cache: {path} is missing or damaged, and cannot be written ({error.strerror}): let someone "
+                "who may write there compute the targets first, or name another folder"
+            ) from error
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.close()
+            return None
+        except OSError:
+            return cls(own, file)
+        if not _is_same(own, file):  # its holder removed it meanwhile
+            file.close()
+            return None
+        return cls(own, file)
+
+    def free(self) -> None:
+        """Give the lock back."""
+        if self._file is not None:
+            self._path.unlink(missing_ok=True)
+            self._file.close()
+
+
+def _is_same(path: Path, file: BinaryIO) -> bool:
+    try:
+        return os.path.samestat(path.stat(), os.fstat(file.fileno()))
+    except OSError:
+        return False
+
+
+# The objects that a cache lacks, each computed by one of the processes that lack it.
+
+FILL_POLL = 1.0
+"""Seconds between two looks at the shards that other processes compute."""
+Teach = Callable[[Tensor], dict[str, Tensor]]
+
+
+def fill(
+    cache: TargetShards,
+    todo: Sequence[Shard],
+    loader: TrainLoader,
+    teach: Teach,
+    *,
+    stopped: Callable[[], bool] = lambda: False,
+    moved: Callable[[int], object] = lambda images: None,
+    kept: Callable[[], object] = lambda: None,
+    again: bool = False,
+) -> None:
+    """Write the shards of `todo`, each by one of the processes that call this; return when all are there.
+
+    Batches are as large as those of the run: the last one of a shard is padded, because sums over another number of
+    images may be rounded otherwise.
+
+    Args:
+        cache: Where they are written.
+        todo: The shards of which there is no object, or a damaged one.
+        loader: The training images.
+        teach: Gives the targets of images.
+        stopped: Whether to leave early.
+        moved: Called after each batch with the number of its images, and with 0 after each look while others compute.
+        kept: Called after each shard that this process has written.
+        again: Whether to write objects that are there, because they are damaged.
+    """
+    left = list(todo)
+    while left and not stopped():
+        claims = _Claims(cache, left, loader.batch_size, again)
+        requests = claims.requests()
+        first = next(requests, None)
+        if first is not None:
+            try:
+                _compute(cache, claims, chain([first], requests), loader, teach, stopped, moved, kept)
+            finally:
+                claims.free()
+        left = claims.busy
+        if left and first is None:
+            moved(0)
+            time.sleep(FILL_POLL)
+
+
+def _compute(
+    cache: TargetShards,
+    claims: _Claims,
+    requests: Iterator[BatchRequest],
+    loader: TrainLoader,
+    teach: Teach,
+    stopped: Callable[[], bool],
+    moved: Callable[[int], object],
+    kept: Callable[[], object],
+) -> None:
+    rows: list[dict[str, Tensor]] = []
+    for batch in loader.fetch_apart(requests, add_checksums):
+        shard, valid = claims.asked.popleft()
+        if batch.images is not None:
+            found = {**teach(batch.images), **(batch.beside or {})}
+            rows.append({name: tensor[:valid].cpu() for name, tensor in found.items()})
+        if sum(len(row[PIXELS]) for row in rows) == shard.size:
+            cache.write(shard, {name: torch.cat([row[name] for row in rows]) for name in rows[0]})
+            claims.done(shard)
+            kept()
+            rows = []
+        moved(valid)
+        if stopped():
+            return
+
+
+@dataclass
+class _Claims:
+    """The shards that this process computes, each claimed when the loader asks for its first batch."""
+
+    cache: TargetShards
+    todo: Sequence[Shard]
+    batch_size: int
+    again: bool
+    busy: list[Shard] = field(default_factory=list)
+    """Shards that another process computes."""
+    asked: deque[tuple[Shard, int]] = field(default_factory=deque)
+    """Shard and number of images of each batch that was requested and has not come."""
+    held: dict[Shard, ShardLock] = field(default_factory=dict)
+
+    def requests(self) -> Iterator[BatchRequest]:
+        for shard in self.todo:
+            lock = ShardLock.take(self.cache.place(shard))
+            if lock is None:
+                self.busy.append(shard)
+                continue
+            self.held[shard] = lock
+            if not self.again and self.cache.holds(shard):
+                self.done(shard)
+                continue
+            end = shard.first + shard.size
+            for first in range(shard.first, end, self.batch_size):
+                indices = tuple(range(first, min(first + self.batch_size, end)))
+                padding = indices[-1:] * (self.batch_size - len(indices))
+                self.asked.append((shard, len(indices)))
+                yield BatchRequest(shard.view, first, indices + padding, len(indices))
+
+    def done(self, shard: Shard) -> None:
+        self.held.pop(shard).free()
+
+    def free(self) -> None:
+        for lock in self.held.values():
+            lock.free()
+        self.held.clear()

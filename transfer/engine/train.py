@@ -29,7 +29,8 @@ from ..config import DataConfig, RunConfig
 from ..data.image_folder import INDEX, Found, keep_index, listed
 from ..data.sampler import preserved
 from .build import Parts, build, check_settings
-from .cached_targets import prepare_targets, views_of
+from .cached_targets import prepare_targets
+from .dry_run import views_of
 from .elastic import GlobalBatch, describe, settle
 from .fence import Fence
 from .fit_operators import fit_operators, leave_to_us, measure_features, stage_together
