@@ -29,18 +29,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..checkpoints.atomic import WriteFailedError
 from ..checkpoints.files import is_url, nearest_folder
 from ..checkpoints.preprocessing import Preprocessing
 from ..checkpoints.provenance import Pretrained, collect_identity
 from ..models.errors import ConfigError, DataError, JsonDict
 from ..models.parts import num_classes
 from .config import RunConfig
-from .data.augment import reason_of
 from .data.loaders import FullBatch, TrainLoader
 from .data.loading import Samples, SourceLostError
-from .data.shard_index import load
-from .data.shard_places import reached, store_of
+from .data.shard_places import load, reached, store_of, write
 from .methods.dual import DualViT
 from .methods.loss_terms import DEFAULT_TEACHER, TeacherSide
 from .methods.method import TransferMethod
@@ -272,7 +269,7 @@ class TargetShards:
             )
         if found is not None:
             logger.warning("transfer.cache: %s is damaged; it is written again", place)
-        write_object(place, text)
+        write(place, text)
 
     def write(self, shard: Shard, tensors: Mapping[str, Tensor]) -> None:
         """Write an object of targets (B, ...) and checksums of pixels. Raises WriteFailedError."""
@@ -284,7 +281,7 @@ class TargetShards:
         pixels = tensors[PIXELS].tolist()
         for row, pixel in zip(torch.cat(parts, 1).numpy(), pixels, strict=True):
             content += SUMS.pack(pixel, _checksum(described, pixel, row.data)) + row.tobytes()
-        write_object(self.place(shard), bytes(content))
+        write(self.place(shard), bytes(content))
 
     def open_object(self, shard: Shard) -> Opened:
         """Return how the rows of an object are read. Raises LostTargetsError."""
@@ -324,16 +321,6 @@ class TargetShards:
 
 def _checksum(described: bytes, pixel: int, row: bytes | memoryview) -> int:
     return zlib.crc32(row, zlib.crc32(LENGTH.pack(pixel), zlib.crc32(described)))
-
-
-def write_object(place: str, content: bytes) -> None:
-    """Write a file of a cache, whole or not at all. Raises WriteFailedError."""
-    try:
-        store_of(place).write(place, content)
-    except WriteFailedError:
-        raise
-    except Exception as error:  # each kind of place fails in its own way
-        raise WriteFailedError(f"{place} cannot be written: {reason_of(error)}") from error
 
 
 def _is_json(content: bytes) -> bool:

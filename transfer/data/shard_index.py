@@ -26,9 +26,8 @@ from filelock import FileLock
 
 from ...checkpoints.files import at_home, is_url
 from ...models.errors import DataError, GraftError
-from .augment import reason_of
 from .sampler import Indices
-from .shard_places import changed, check_same, reached, stamp_of, store_of
+from .shard_places import changed, check_same, load, reached, stamp_of, store_of, write
 
 logger = logging.getLogger(__name__)
 
@@ -36,8 +35,6 @@ BLOCK = 512
 """Bytes of a tar's header."""
 FORMAT = 3
 """Of the file of an index."""
-LARGEST = 1 << 28
-"""Bytes of an index: four million samples."""
 
 
 class _Forward:
@@ -205,20 +202,11 @@ def beside(place: str) -> str:
     return f"{path}.npz{mark}{query}"
 
 
-def load(place: str | Path) -> bytes | None:
-    """Return the content of a small file; None where it is missing or cannot be read."""
-    try:
-        with store_of(str(place)).stream(str(place)) as file:
-            return file.read(LARGEST)
-    except Exception:  # each kind of place says in its own way that it is missing
-        return None
-
-
 def keep(path: Path, content: bytes) -> None:
     """Write a file of the cache folder, where that is possible."""
     try:
-        store_of(str(path)).write(str(path), content)
-    except Exception as error:  # a full or a read-only disk: the index is made again
+        write(str(path), content)
+    except GraftError as error:  # a full or a read-only disk: the index is made again
         logger.warning("the index of shards is not kept: %s", error)
 
 
@@ -286,7 +274,7 @@ def _alone(path: Path) -> Iterator[None]:
 def index_shard(place: str, *, aside: bool) -> tuple[ShardIndex, bool]:
     """Return the index of a shard as it is now, and whether it was written now: `aside` the shard, or in the cache.
 
-    Raises SourceLostError: the shard cannot be read. DataError: nothing can be written beside it.
+    Raises SourceLostError: the shard cannot be read; as `write`: nothing can be written beside it.
     """
     stamp = stamp_of(place)
     held = _load_index(beside(place)) if aside else _held(place, stamp, exact=True)
@@ -294,14 +282,5 @@ def index_shard(place: str, *, aside: bool) -> tuple[ShardIndex, bool]:
         return held, False
     index = find_index(place, stamp, exact=True)
     if aside:
-        _write(beside(place), index.to_bytes())
+        write(beside(place), index.to_bytes())
     return index, True
-
-
-def _write(place: str, content: bytes) -> None:
-    try:
-        store_of(place).write(place, content)
-    except GraftError:
-        raise
-    except Exception as error:  # each kind of place fails in its own way
-        raise DataError(f"{place} cannot be written: {reason_of(error)}") from error

@@ -14,9 +14,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
-from ...checkpoints.atomic import write_shared
+from ...checkpoints.atomic import WriteFailedError, write_shared
 from ...checkpoints.files import is_url, open_regular
-from ...models.errors import DataError
+from ...models.errors import DataError, GraftError
 from .augment import reason_of
 from .loading import SourceLostError
 
@@ -26,6 +26,8 @@ TRIES, WAIT_S, TIMEOUT_S = 4, 0.5, 60.0
 """Attempts to reach a server, the wait before the second one, which then doubles, and the time of an answer."""
 PACKAGES = {"s3": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "az": "adlfs", "abfs": "adlfs"}
 """What fsspec needs beside itself."""
+LARGEST = 1 << 28
+"""Bytes of a small file: an index of four million samples."""
 
 
 class Files:
@@ -219,3 +221,22 @@ def stamp_of(place: str) -> str:
     """Return the stamp of a shard. Raises SourceLostError: it cannot be read."""
     with reached(place):
         return store_of(place).stamp(place)
+
+
+def load(place: str | Path) -> bytes | None:
+    """Return the content of a small file; None where it is missing or cannot be read."""
+    try:
+        with store_of(str(place)).stream(str(place)) as file:
+            return file.read(LARGEST)
+    except Exception:  # each kind of place says in its own way that it is missing
+        return None
+
+
+def write(place: str, content: bytes) -> None:
+    """Write a small file, whole or not at all. Raises WriteFailedError; DataError: a web server takes no files."""
+    try:
+        store_of(place).write(place, content)
+    except GraftError:
+        raise
+    except Exception as error:  # each kind of place fails in its own way
+        raise WriteFailedError(f"{place} cannot be written: {reason_of(error)}") from error

@@ -32,9 +32,8 @@ from .shard_index import (
     find_index,
     index_shard,
     keep,
-    load,
 )
-from .shard_places import changed, reached, stamp_of, stamp_of_file, store_of
+from .shard_places import changed, load, reached, stamp_of, stamp_of_file, store_of
 
 logger = logging.getLogger(__name__)
 

@@ -29,7 +29,7 @@ from ...models.errors import DataError, GraftError, JsonDict
 from ..config import RunConfig
 from ..data.loaders import TrainLoader
 from ..data.sampler import BatchRequest, preserved
-from ..data.shard_index import load
+from ..data.shard_places import load, write
 from ..methods.dual import DualViT
 from ..target_shards import (
     PIXELS,
@@ -38,7 +38,6 @@ from ..target_shards import (
     TargetShards,
     add_checksums,
     digest_of,
-    write_object,
 )
 from . import deadline
 from .build import Parts, build
@@ -222,7 +221,7 @@ def _digest_of_test(parts: Parts, group: dist.ProcessGroup | None) -> str:
 def _keep_note(place: str, note: Note) -> None:
     """Write the teacher's accuracy. A cache that this user may only read stays as it is."""
     try:
-        write_object(place, json.dumps(note).encode())
+        write(place, json.dumps(note).encode())
     except WriteFailedError as error:
         logger.warning("transfer.cache does not keep the teacher's accuracy: %s", error.__cause__ or error)
 
