@@ -23,11 +23,11 @@ import torch
 import yaml
 from graftvit import load, save, visualize
 from graftvit.checkpoints.atomic import write_text
+from graftvit.checkpoints.files import digest
 from graftvit.checkpoints.preprocessing import Preprocessing
 from graftvit.checkpoints.pretrained import build_untrained, load_pretrained
 from graftvit.transfer.analysis.benchmark_cases import machine, peak_bytes, step_of, time_steps
 from graftvit.transfer.analysis.report.tables import Table
-from graftvit.transfer.cells import digest
 from graftvit.transfer.config import DataConfig
 from graftvit.transfer.data.loaders import create_reference_loader
 from graftvit.transfer.metrics.distance import Reader, compared_layers

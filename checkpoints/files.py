@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import errno
 import functools
+import hashlib
 import json
 import logging
 import os
@@ -77,6 +78,11 @@ def safe_name(name: str, what: str, *, refusal: type[GraftError] = ConfigError) 
         f"{what}: {name!r} is no name of a file: give at most {LONGEST_NAME} letters, digits and _+-.,=~, no dot "
         "first"
     )
+
+
+def digest(described: Any) -> str:
+    """Return the name of plain data: the same data have the same name."""
+    return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def nearest_folder(path: Path) -> Path:

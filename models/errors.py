@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import functools
 import inspect
+import math
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from itertools import takewhile
@@ -109,6 +110,13 @@ def counted(count: int, thing: str) -> str:
         if count == 1
         else f"{count} {thing}{'es' if thing.endswith(('s', 'tch')) else 's'}"
     )
+
+
+def gibibytes(size: float) -> str:
+    """Return a size in GiB, in MiB where it is small."""
+    if size < 2**28:
+        return f"{math.ceil(size / 2**20 * 10) / 10:.1f} MiB"
+    return f"{size / 2**30:.2f} GiB"
 
 
 def did_you_mean(name: str, valid: Iterable[str]) -> str:

@@ -19,7 +19,7 @@ from random import Random
 import torch
 from pydantic import Field, ValidationError, model_validator
 
-from ..checkpoints.files import read_records, safe_name
+from ..checkpoints.files import digest, read_records, safe_name
 from ..checkpoints.pretrained import load_pretrained
 from ..models.cost import attention_macs, other_macs
 from ..models.errors import ConfigError, JsonDict, RunFailedError, did_you_mean
@@ -32,7 +32,6 @@ from .cells import (
     CELL_FILE,
     State,
     cell_state,
-    digest,
     load_record,
     refuse_links,
     run_in_processes,

@@ -11,7 +11,6 @@ from __future__ import annotations
 import dataclasses
 import faulthandler
 import gc
-import hashlib
 import json
 import logging
 import multiprocessing
@@ -53,11 +52,6 @@ class Ending:
     """The digest of all settings that the cell's numbers depend on."""
     error: str | None = None
     """Why the cell failed; None where it is done."""
-
-
-def digest(settings: Any) -> str:
-    """Return the digest of settings, as plain data."""
-    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def cell_state(folder: Path, settings: str, differing: str = "settings", flag: str = "--output_dir") -> State:

@@ -27,14 +27,13 @@ import torch.nn.functional as F
 from scipy.optimize import Bounds, LinearConstraint, milp
 from torch import Tensor, nn
 
-from ..checkpoints.files import append_line, open_lines, read_records
+from ..checkpoints.files import append_line, digest, open_lines, read_records
 from ..models.conversion import convert, converted_layers, resize
 from ..models.cost import count_operations
 from ..models.errors import ConfigError, TransferError
 from ..models.families import classifier_of, family_of, image_channels, image_size, sites
 from .align import check_alike
 from .analysis.benchmark_cases import Prices, Step, machine, peak_bytes, step_of, time_steps
-from .cells import digest
 from .metrics.measure import evaluate
 
 KEEP = "keep"

@@ -14,14 +14,13 @@ from typing import Annotated
 from pydantic import Field, ValidationError, field_validator
 from scipy import stats
 
-from ..checkpoints.files import read_regular
+from ..checkpoints.files import digest, read_regular
 from ..checkpoints.provenance import Pretrained
 from ..models.cost import attention_macs, other_macs
 from ..models.errors import ConfigError, Json, JsonDict
 from ..models.plain_yaml import MAX_BYTES, YamlError, parse_yaml
 from .bench_rows import Point, Row
 from .bench_run import environment
-from .cells import digest
 from .config import RunConfig
 from .engine.resume_check import differences
 from .engine.stages import Stage, chain

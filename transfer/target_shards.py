@@ -10,7 +10,6 @@ the image's pixels, one of the description and the row, and the targets. So each
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import math
@@ -29,19 +28,19 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..checkpoints.files import is_url, nearest_folder
+from ..checkpoints.files import digest, is_url, nearest_folder
 from ..checkpoints.preprocessing import Preprocessing
 from ..checkpoints.provenance import Pretrained, collect_identity
-from ..models.errors import ConfigError, DataError, JsonDict
+from ..models.errors import ConfigError, DataError, JsonDict, gibibytes
 from ..models.parts import num_classes
 from .config import RunConfig
+from .data.kept_views import describe_drawn
 from .data.loaders import FullBatch, TrainLoader
 from .data.loading import Samples, SourceLostError
 from .data.shard_places import load, reached, store_of, write
 from .methods.dual import DualViT
 from .methods.loss_terms import DEFAULT_TEACHER, TeacherSide
 from .methods.method import TransferMethod
-from .setting import rule_of
 from .target_forms import TargetForm
 
 logger = logging.getLogger(__name__)
@@ -119,13 +118,6 @@ def check_size(folder: str, limit: float | None, whole: int, missing: int, *, he
         )
 
 
-def gibibytes(size: float) -> str:
-    """Return a size in GiB, in MiB where it is small."""
-    if size < 2**28:
-        return f"{math.ceil(size / 2**20 * 10) / 10:.1f} MiB"
-    return f"{size / 2**30:.2f} GiB"
-
-
 # The objects of a cache.
 
 ABOUT = "about.json"
@@ -179,11 +171,6 @@ def row_size(fields: Iterable[Field]) -> int:
     return SUMS.size + sum(field.size for field in fields)
 
 
-def digest_of(described: JsonDict) -> str:
-    """Return the name of what is described as plain data."""
-    return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()[:16]
-
-
 @dataclass(frozen=True)
 class TargetShards:
     """The targets of one set of images by one set of teachers."""
@@ -201,7 +188,7 @@ class TargetShards:
     @property
     def folder(self) -> str:
         """The place of these targets alone."""
-        return f"{self.root.rstrip('/')}/{digest_of(self.described)}"
+        return f"{self.root.rstrip('/')}/{digest(self.described)}"
 
     @cached_property
     def ends(self) -> list[int]:
@@ -312,10 +299,10 @@ class TargetShards:
     def _name(self, shard: Shard) -> str:
         samples = self.ranges[bisect_right(self.ends, shard.first)]
         known = {"samples": samples.name, "size": samples.size}
-        return f"shard-{digest_of({**known, 'first': shard.first} if self.numbered else known)}.rows"
+        return f"shard-{digest({**known, 'first': shard.first} if self.numbered else known)}.rows"
 
     def _describe(self, shard: Shard, fields: Sequence[Field]) -> bytes:
-        known = {"targets": digest_of(self.described), "view": shard.view, "object": self._name(shard)}
+        known = {"targets": digest(self.described), "view": shard.view, "object": self._name(shard)}
         return json.dumps({**known, "fields": fields}).encode()
 
 
@@ -389,16 +376,9 @@ def _describe_teacher(
 
 
 def _describe_images(config: RunConfig, spec: Preprocessing) -> JsonDict:
-    data = config.data
-    described: JsonDict = {
-        "dataset": data.dataset,
-        **spec.described(),
-    }
-    if data.views == 0:
-        return described
-    fields = type(data).model_fields.items()
-    drawn = data.model_dump(mode="json", include={name for name, field in fields if rule_of(field).drawn})
-    return {**described, "augmentation": {**drawn, "seed": config.seed}}
+    described: JsonDict = {"dataset": config.data.dataset, **spec.described()}
+    drawn = describe_drawn(config.data, config.seed)
+    return described if drawn is None else {**described, "augmentation": drawn}
 
 
 # What loader processes add to images: a checksum of their pixels, and the targets that were computed of them.

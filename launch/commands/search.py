@@ -147,7 +147,8 @@ def _open_search(arguments: argparse.Namespace, config: RunConfig) -> Search:
     """Load the teacher and record its layers."""
     from ...checkpoints.pretrained import load_pretrained
     from ...checkpoints.provenance import identify
-    from ...transfer.cells import digest, torch_threads
+    from ...checkpoints.files import digest
+    from ...transfer.cells import torch_threads
     from ...transfer.data.survey import sample_images
     from ...transfer.search.matching import record_layers
     from ...transfer.search.program_search import Search, SearchSettings

@@ -6,13 +6,13 @@ import os
 from pathlib import Path
 
 import pytest
+from graftvit.checkpoints.files import digest
 from graftvit.models.errors import ConfigError
 from graftvit.transfer import cells
 from graftvit.transfer.cells import (
     Ending,
     State,
     cell_state,
-    digest,
     left_to_run,
     load_record,
     run_in_turn,

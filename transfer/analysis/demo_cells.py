@@ -15,10 +15,10 @@ from typing import Literal
 import torch
 
 from ...checkpoints.atomic import write_bytes
-from ...checkpoints.files import open_regular, read_records
+from ...checkpoints.files import digest, open_regular, read_records
 from ...models.errors import ConfigError, DataError, Json, JsonDict, did_you_mean
 from ...models.plain_yaml import parse_yaml
-from ..cells import Ending, State, cell_state, digest, save_record
+from ..cells import Ending, State, cell_state, save_record
 from ..config import DataConfig, RunConfig
 from ..data.datasets import open_dataset
 from ..engine.train import train

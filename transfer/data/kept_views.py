@@ -11,7 +11,6 @@ machines never write one page.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import math
@@ -29,9 +28,9 @@ import torch
 from torch import Tensor
 
 from ...checkpoints.atomic import WriteFailedError, write_shared
-from ...checkpoints.files import nearest_folder, open_regular
+from ...checkpoints.files import digest, nearest_folder, open_regular
 from ...checkpoints.preprocessing import Preprocessing
-from ...models.errors import ConfigError, DataError, JsonDict
+from ...models.errors import ConfigError, DataError, JsonDict, gibibytes
 from ..config import DataConfig
 from ..setting import rule_of
 
@@ -53,8 +52,7 @@ class KeptViews:
     def __init__(self, config: DataConfig, spec: Preprocessing, *, seed: int, samples: int) -> None:
         self._root = Path(str(config.keep_views))
         self._described = _describe(config, spec, seed, samples)
-        digest = hashlib.sha256(json.dumps(self._described, sort_keys=True).encode())
-        self.folder = self._root / digest.hexdigest()[:16]
+        self.folder = self._root / digest(self._described)
         self._shape, self._samples = spec.input_size, samples
         self._size = HEADER.size + math.prod(self._shape)
         self._row = -(-self._size // PAGE) * PAGE
@@ -124,8 +122,8 @@ class KeptViews:
         if whole - there <= free:
             return None
         return ConfigError(
-            f"data.keep_views={self._root} lacks {(whole - there) / 2**30:.2f} GiB, more than the "
-            f"{free / 2**30:.2f} GiB that are free there: make room, name another folder, or lower data.views"
+            f"data.keep_views={self._root} lacks {gibibytes(whole - there)}, more than the {gibibytes(free)} that "
+            "are free there: make room, name another folder, or lower data.views"
         )
 
     def _checksum(self, path: Path, name: str, label: int, pixels: memoryview) -> int:
@@ -148,14 +146,18 @@ class KeptViews:
 
 def _describe(config: DataConfig, spec: Preprocessing, seed: int, samples: int) -> JsonDict:
     """Return all that the pixels of a sample depend on, beside its file."""
-    fields = type(config).model_fields.items()
-    drawn = {name for name, field in fields if rule_of(field).drawn}
     return {
         "format": FORMAT,
         "images": {**config.model_dump(mode="json", include=set(IMAGES)), "samples": samples},
         **spec.described(),
-        "augmentation": None
-        if config.views == 0
-        else {**config.model_dump(mode="json", include=drawn), "seed": seed},
+        "augmentation": describe_drawn(config, seed),
         "code": {name: version(name) for name in CODE},
     }
+
+
+def describe_drawn(config: DataConfig, seed: int) -> JsonDict | None:
+    """Return the settings of the augmentation with its seed; None for images that are not augmented."""
+    if config.views == 0:
+        return None
+    drawn = {name for name, field in type(config).model_fields.items() if rule_of(field).drawn}
+    return {**config.model_dump(mode="json", include=drawn), "seed": seed}

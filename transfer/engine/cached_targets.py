@@ -23,7 +23,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from ...checkpoints.atomic import WriteFailedError, write_shared
-from ...checkpoints.files import is_url
+from ...checkpoints.files import digest, is_url
 from ...checkpoints.provenance import digest_tensors
 from ...models.errors import DataError, GraftError, JsonDict
 from ..config import RunConfig
@@ -37,7 +37,6 @@ from ..target_shards import (
     TargetRows,
     TargetShards,
     add_checksums,
-    digest_of,
 )
 from . import deadline
 from .build import Parts, build
@@ -174,7 +173,7 @@ def _fill_by_all(
     processes = int(accelerator.num_processes)
     own = len(todo) * int(accelerator.process_index) // processes
     if is_url(cache.root):  # no locks: runs begin at different places, and meet seldom
-        own = (own + int(digest_of({"run": str(config.output_dir)}), 16)) % len(todo)
+        own = (own + int(digest({"run": str(config.output_dir)}), 16)) % len(todo)
     shown = accelerator.is_main_process and config.engine.progress
     error: GraftError | None = None
     with ProgressBar(sum(shard.size for shard in todo), shown=shown, name="teacher targets") as bar:
@@ -213,7 +212,7 @@ def _digest_of_test(parts: Parts, group: dist.ProcessGroup | None) -> str:
         deadline.moved()
         for image, target in zip(images[valid], targets[valid], strict=True):
             total += int(digest_tensors({"image": image, "target": target}), 16)
-    return digest_of(
+    return digest(
         {"images": sum(gather(total, group)), "classes": loader.class_names, "names": teacher.label_names}
     )
 

@@ -17,12 +17,12 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 
 from ...checkpoints.state import StateFolder
 from ...models.cost import counted_macs
-from ...models.errors import ConfigError, GraftError, Json, counted
+from ...models.errors import ConfigError, GraftError, Json, counted, gibibytes
 from ..config import RunConfig
 from ..data.loaders import AbsentTrainLoader
 from ..staging import check_stage
 from ..target_forms import TargetForm
-from ..target_shards import Field, Shard, TargetShards, check_size, gibibytes, has_weights
+from ..target_shards import Field, Shard, TargetShards, check_size, has_weights
 from .build import Parts, build
 from .elastic import GlobalBatch, settle
 from .modes import goal_of

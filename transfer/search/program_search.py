@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import Field, TypeAdapter, ValidationError
 
 from ...checkpoints.atomic import write_shared
-from ...checkpoints.files import read_if_there
+from ...checkpoints.files import digest, read_if_there
 from ...models.errors import ConfigError, JsonDict
 from ...models.programs.drawing import cross, draw_program, mutate
 from ...models.programs.program import FOUND, LINEAR, Program, ProgramError, parse_program
@@ -28,7 +28,6 @@ from ..cells import (
     StoppedError,
     Whole,
     cell_state,
-    digest,
     load_record,
     refuse_links,
     run_in_processes,

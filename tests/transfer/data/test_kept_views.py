@@ -227,7 +227,7 @@ def test_a_disk_that_is_full_or_refuses_is_named(tmp_path: Path, monkeypatch: py
     with monkeypatch.context() as full:
         full.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=11_000))
         for refuses in (lambda: dry_run(made, 1, here=True), lambda: train(made)):
-            with pytest.raises(ConfigError, match=r"lacks 0\.00 GiB, more than the 0\.00 GiB that are free"):
+            with pytest.raises(ConfigError, match=r"lacks 1\.1 MiB, more than the 0\.1 MiB that are free"):
                 refuses()
         dry_run(made, 1, here=False)
     (tmp_path / "file").touch()

@@ -11,10 +11,11 @@ from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
 
+from ....checkpoints.files import digest
 from ....models.converted import plan_of
 from ....models.errors import ConfigError, GraftError, JsonDict, RunFailedError, one_sentence
 from ....models.families import check_supported
-from ...cells import StoppedError, digest, left_to_run, load_record, refuse_links, run_in_turn, save_record
+from ...cells import StoppedError, left_to_run, load_record, refuse_links, run_in_turn, save_record
 from ...data.loading import followed
 from ...engine.build import identify_teachers
 from ...engine.train import train

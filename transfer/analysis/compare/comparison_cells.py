@@ -12,13 +12,13 @@ import torch
 from pydantic import Field, NonNegativeInt
 from torch import Tensor, nn
 
-from ....checkpoints.files import safe_name
+from ....checkpoints.files import digest, safe_name
 from ....models.conversion import ConvertedAttention, converted_layers, sharing_copy
 from ....models.errors import ConfigError, did_you_mean
 from ....models.families import family_of, sites
 from ....models.host import AttentionHost
 from ....models.hosting import Call, watch_layer
-from ...cells import State, cell_state, digest, load_record, pick_named
+from ...cells import State, cell_state, load_record, pick_named
 from ...config import RunConfig
 from ...engine.stages import Stage
 from ...engine.students import input_size
