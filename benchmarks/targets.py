@@ -10,6 +10,7 @@ import tempfile
 import time
 from collections.abc import Iterable
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import timm
@@ -17,8 +18,9 @@ import torch
 from graftvit.checkpoints.pretrained import load_pretrained
 from graftvit.transfer.analysis.report.tables import Table
 from graftvit.transfer.data.loading import Samples
+from graftvit.transfer.loss_config import CacheType
 from graftvit.transfer.methods.dual import DualViT
-from graftvit.transfer.target_forms import TargetForm
+from graftvit.transfer.target_forms import SCALE, TargetForm
 from graftvit.transfer.target_shards import Shard, TargetRows, TargetShards, add_checksums
 from torch import Tensor
 from torchvision.transforms.functional import to_tensor
@@ -52,7 +54,7 @@ def main() -> None:
 
 def forms(classes: int) -> Iterable[tuple[str, str, TargetForm]]:
     for result in ("classes", "pooled", "patches"):
-        for kind in ("exact", "bf16", "int8"):
+        for kind in get_args(CacheType):
             yield f"{result}, {kind}", result, TargetForm(kind)
     for kind in ("exact", "bf16"):
         yield f"10 largest logits, {kind}", "classes", TargetForm(kind, top=10, classes=classes)
@@ -92,7 +94,7 @@ def measure(name: str, form: TargetForm, targets: dict[str, Tensor], images: Ten
     seconds -= time.process_time() - start
     ((key, found),) = form.unpack(packed).items()
     error = (found - exact[key]).abs()
-    scale = packed.get(f"{key}.scale")
+    scale = packed.get(key + SCALE)
     return [
         name,
         f"{size / count:,.0f}",

@@ -20,6 +20,9 @@ CACHED = Need(
     lambda run: run.transfer.cache is not None, "without transfer.cache: leave it out, or set transfer.cache"
 )
 
+CacheType = Literal["exact", "bf16", "int8"]
+"""The types of `transfer.cache_type`: `TargetForm` packs them, `python -m benchmarks.targets` measures each."""
+
 
 class LossConfig(Section):
     """One loss or one copy: what to take from a teacher, from where, and its weight."""
@@ -130,7 +133,7 @@ class TransferConfig(LossConfig):
         outside=True,
         see="[the cache](transfer.md#a-teacher-that-runs-once)",
     )
-    cache_type: Literal["exact", "bf16", "int8"] = setting(
+    cache_type: CacheType = setting(
         "exact",
         "numbers in transfer.cache: as the teacher gives them, bf16, or int8 with a scale for each vector, which is "
         "wrong by at most half of it",

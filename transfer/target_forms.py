@@ -5,17 +5,20 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from ..models.errors import ConfigError
+from .loss_config import CacheType
 from .methods.feature import average_to
 
 INDEX, SCALE = ".index", ".scale"
 """Ends of the names of what is kept beside a target."""
 LARGEST_INT8 = 127
+KEPT = ("float32", "bfloat16", "float16", "int8", "int16", "int32")
+TYPES: dict[str, torch.dtype] = {f"torch.{name}": getattr(torch, name) for name in KEPT}
+"""The types of all that `pack` gives: no other one is read from a file of a cache."""
 
 
 @dataclass(frozen=True)
@@ -28,7 +31,7 @@ class TargetForm:
     so that no number is wrong by more than s / 2.
     """
 
-    type: Literal["exact", "bf16", "int8"] = "exact"
+    type: CacheType = "exact"
     top: int | None = None
     pool: int = 1
     classes: int = 0

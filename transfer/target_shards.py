@@ -41,7 +41,7 @@ from .data.shard_places import load, reached, store_of, write
 from .methods.dual import DualViT
 from .methods.loss_terms import DEFAULT_TEACHER, TeacherSide
 from .methods.method import TransferMethod
-from .target_forms import TargetForm
+from .target_forms import TYPES, TargetForm
 
 logger = logging.getLogger(__name__)
 
@@ -128,8 +128,6 @@ LONGEST = 1 << 20
 PIXELS = "pixels"
 """The checksums of pixels, beside the targets."""
 NO_DESCRIPTION = (struct.error, ValueError, LookupError, TypeError, RecursionError)
-NUMBERS = ("float32", "bfloat16", "float16", "int8", "int16", "int32")
-TYPES: dict[str, torch.dtype] = {f"torch.{name}": getattr(torch, name) for name in NUMBERS}
 
 
 class Shard(NamedTuple):

@@ -145,9 +145,9 @@ def _parse(argv: list[str]) -> tuple[argparse.Namespace, RunConfig]:
 
 def _open_search(arguments: argparse.Namespace, config: RunConfig) -> Search:
     """Load the teacher and record its layers."""
+    from ...checkpoints.files import digest
     from ...checkpoints.pretrained import load_pretrained
     from ...checkpoints.provenance import identify
-    from ...checkpoints.files import digest
     from ...transfer.cells import torch_threads
     from ...transfer.data.survey import sample_images
     from ...transfer.search.matching import record_layers
