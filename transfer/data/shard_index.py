@@ -214,8 +214,10 @@ def _held(place: str, stamp: str, *, exact: bool) -> ShardIndex | None:
     """Return the index of the shard with that stamp.
 
     Beside a copy of a shard lies an index with the stamp of the first one: unless `exact`, only the size has to be the
-    same, and `check_header` looks at each file that is read.
+    same, and `check_header` looks at each file that is read. A stamp without a version proves nothing.
     """
+    if exact and stamp.endswith("-"):
+        return None
     for where in (str(cached(place, stamp)), beside(place)):
         index = _load_index(where)
         if index is None or (index.stamp != stamp and (exact or _size(index.stamp) != _size(stamp))):

@@ -388,6 +388,7 @@ class Ranges(BaseHTTPRequestHandler):
     asked: ClassVar[list[str]]
     busy: ClassVar[list[int]]
     whole: ClassVar[bool] = False
+    versions: ClassVar[bool] = True
 
     def do_GET(self) -> None:
         path = self.folder / self.path.rpartition("/")[2]
@@ -401,7 +402,7 @@ class Ranges(BaseHTTPRequestHandler):
             first, last = wanted.removeprefix("bytes=").split("-")
             self.send_header("Content-Range", f"bytes {first}-{last}/{total}")
             content = content[int(first) : int(last) + 1]
-        if path.is_file():
+        if path.is_file() and self.versions:
             self.send_header("ETag", f'"{path.stat().st_mtime_ns}"')
         self.send_header("Content-Length", str(len(content)))
         self.end_headers()
@@ -456,6 +457,13 @@ def test_a_server_gives_indexes_that_lie_beside_shards(
     assert len(made) == 6
     with pytest.raises(DataError, match="a web server takes no files"):
         index_again(url, aside=True)
+
+
+def test_indexes_of_a_server_without_versions_are_made_again(
+    root: Path, url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Ranges, "versions", False)
+    assert index_again(url) == index_again(url) == 6
 
 
 def test_a_busy_server_is_asked_again_and_a_changed_shard_refused(root: Path, url: str) -> None:
