@@ -22,7 +22,7 @@ from .loading import SourceLostError
 
 T = TypeVar("T")
 
-TRIES, WAIT_S, TIMEOUT_S = 4, 0.5, 60.0
+TRIES, WAIT_S, TIMEOUT_S = 8, 0.5, 60.0
 """Attempts to reach a server, the wait before the second one, which then doubles, and the time of an answer."""
 PACKAGES = {"s3": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "az": "adlfs", "abfs": "adlfs"}
 """What fsspec needs beside itself."""

@@ -83,13 +83,11 @@ def check_placement(config: RunConfig, processes: int, *, on_cpu: bool) -> None:
         return
     if processes == 1:
         raise ConfigError(
-            "engine.fsdp=true shards over processes and this run has one: "
+            f"engine.fsdp={str(engine.fsdp).lower()} shards over processes and this run has one: "
             "start it with torchrun, or set engine.fsdp=false"
         )
     if config.student.compile:
-        raise ConfigError(
-            "student.compile=true cannot be used with engine.fsdp=true: set one of them to false"
-        )
+        raise ConfigError("student.compile=true cannot be used with engine.fsdp: set one of them to false")
 
 
 def looks_for_unused(config: RunConfig, world_size: int, *, cpu: bool) -> bool:
@@ -166,7 +164,7 @@ def check_layers_apart(task: nn.Module) -> None:
     """Raise ConfigError if a layer computes with the parameters of another, which FSDP shards separately."""
     if any(isinstance(module, AttentionOperator) and module.borrows for module in task.modules()):
         raise ConfigError(
-            "engine.fsdp=true shards layer by layer, but with sharing=layerwise a layer uses the parameters of another "
+            "engine.fsdp shards layer by layer, but with sharing=layerwise a layer uses the parameters of another "
             "one: choose another sharing, or set engine.fsdp=false"
         )
 
