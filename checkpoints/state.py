@@ -30,6 +30,7 @@ from .weight_files import (
 
 LAST, PREVIOUS, BEST = "last", "previous", "best"
 """The names of states: the newest, the one before it, and the one that a run's metric picks."""
+STATES = (LAST, PREVIOUS, BEST)
 
 
 def find_state(folder: Path, name: str = LAST) -> Path:
@@ -184,9 +185,13 @@ class StateFolder:
     def save_best(self, state: TrainingState) -> None:
         """Write `best`. Raises as `save`."""
         with self._guard():
-            best = self.folder / f".{BEST}.safetensors.tmp"
-            write_state(best, state)
-            self._name(best, BEST)
+            best = self.folder / f"{BEST}.safetensors"
+            if find_state(self.folder, BEST) == best:
+                write_state(best, state)
+                return
+            incoming = self.folder / f".{best.name}.tmp"
+            write_state(incoming, state)
+            self._name(incoming, BEST)
 
     def commit(self, *, last: bool, best: bool, keep: int = 0, step: int = 0) -> None:
         """Give what all processes have written into `incoming` its names. Raises as `save`."""
@@ -221,8 +226,8 @@ class StateFolder:
         """Rename a state. A folder cannot be replaced in one step: one of this name is set aside first."""
         target = self.folder / (name if state.is_dir() else f"{name}.safetensors")
         before = find_state(self.folder, name)
-        if before == target and not target.is_dir():
-            state.replace(target)
+        if before == target and not state.is_dir():
+            state.replace(target)  # which a folder that is no state refuses
             return
         aside = self.folder / f"{before.name}.old"
         with suppress(FileNotFoundError):
@@ -249,6 +254,8 @@ class StateFolder:
                 remove(path)
         for aside in self.folder.glob("*.old"):
             name = aside.name.partition(".")[0]
+            if name not in STATES:
+                continue
             if find_state(self.folder, name).exists():
                 remove(aside)
             else:  # died before what was to replace it had its name

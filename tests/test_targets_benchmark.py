@@ -16,11 +16,8 @@ def test_forms_take_the_bytes_of_their_numbers() -> None:
     command = [sys.executable, "-m", "benchmarks.targets", "--teacher", "test_vit", "--images", "500"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    rows = {
-        line.split(" | ")[0]: line.split(" | ")[1:]
-        for line in done.stdout.replace("| ", "", 1).splitlines()[2:]
-    }
-    found = {name.removeprefix("| "): (int(row[0].replace(",", "")), row[3]) for name, row in rows.items()}
+    table = [line.strip("| ").split(" | ") for line in done.stdout.splitlines() if line.startswith("| ")][2:]
+    found = {name: (int(size.replace(",", "")), error) for name, size, _, _, error, *_ in table}
     assert found["classes, exact"][0] == 8 + 4 * 1000
     assert found["patches, int8"][0] == 8 + 100 * (64 + 4)
     assert found["10 largest logits, bf16"][0] == 8 + 2 * 11 + 2 * 10

@@ -48,6 +48,18 @@ def damage(path: Path) -> None:
     path.write_bytes(content)
 
 
+def test_what_is_no_state_stays(tmp_path: Path) -> None:
+    for name in ("best.safetensors", "notes.old"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "own.txt").write_text("of a user")
+    folder = StateFolder(tmp_path)
+    folder.save(at(1))
+    with pytest.raises(CheckpointError, match=r"best\.safetensors cannot be written"):
+        folder.save_best(at(1))
+    folder.take_over()
+    assert all((tmp_path / name / "own.txt").is_file() for name in ("best.safetensors", "notes.old"))
+
+
 def test_last_previous_and_best(tmp_path: Path) -> None:
     folder = StateFolder(tmp_path / "run" / "checkpoints")
     assert folder.load() is None
