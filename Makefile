@@ -47,10 +47,11 @@ test: install
 	$(BIN)/pytest -n auto --dist worksteal -m "not slow and not slurm and not cuda" $(ARGS)
 
 # Most of the rest waits for other processes, so there are three workers a core. A worker runs all tests of a cluster.
-# (nproc counts the threads of OpenMP where its variable is set.)
+# (nproc counts the threads of OpenMP where its variable is set.) Files without such tests are not even imported.
+SLOW := grep -rlwE "slow|slurm" tests --include="test_*.py" --exclude-dir=acceptance
 CORES := env -u OMP_NUM_THREADS nproc 2>/dev/null || echo 2
 test-all: test
-	$(BIN)/pytest -n $(shell expr 3 '*' $$($(CORES))) --dist loadgroup -m "slow or slurm" $(ARGS)
+	$(BIN)/pytest -n $(shell expr 3 '*' $$($(CORES))) --dist loadgroup -m "slow or slurm" $(if $(ARGS),$(ARGS),$$($(SLOW)))
 
 # The tests of one model run in one process, which trains it once.
 acceptance: install

@@ -246,8 +246,7 @@ def test_a_file_comes_before_rows_of_that_name(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("backbone", ["plain", "pyramid"])
-@pytest.mark.parametrize("name", SHIPPED)
+@pytest.mark.parametrize(("name", "backbone"), list(zip(SHIPPED, ("plain", "pyramid"), strict=True)))
 def test_a_sample_of_the_rows_verifies_here(name: str, backbone: str, typed: Typed) -> None:
     verify = f"programs bench verify {name} --backbone {backbone}"
     assert "2 rows agree" in typed(f"{verify} --sample 2 --sample_seed 1").out

@@ -51,6 +51,7 @@ def test_files_that_a_library_keeps_to_its_user_are_opened(tmp_path: Path, umask
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("umask", [0o027], indirect=True)
 def test_all_that_a_run_and_the_commands_write(tmp_path: Path, umask: int) -> None:
     run, image = tmp_path / "run", tmp_path / "image.png"
     Image.new("L", (8, 8), 99).save(image)
