@@ -27,7 +27,7 @@ def damage_state(rng: Random, folder: Path) -> str:
 
 
 def _damage_meta(rng: Random, path: Path) -> str:
-    """Damage the bytes of a state's file, or write its JSON part anew, with a digest that is right."""
+    """Flip bytes of a state's file, or rewrite its JSON header with a valid digest."""
     if rng.random() < 0.6:
         return damage_bytes(rng, path)
     state = read_state(path)

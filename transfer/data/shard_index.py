@@ -151,9 +151,8 @@ def read_members(stream: IO[bytes], stamp: str) -> ShardIndex:
                 rows.append((endings.setdefault(ending, len(endings)), info.offset_data, info.size))
     except tarfile.TarError as error:
         raise DataError(f"it is cut off or damaged after {name!r}: {error}") from error
-    if (
-        not forward.last
-    ):  # tarfile takes the end of the stream, or any block that is no header, for that of the files
+    # tarfile takes the end of the stream, or any block that is no header, for the end of the files
+    if not forward.last:
         raise DataError(f"it is cut off after {name!r}: the mark of its end is missing")
     if any(forward.last):
         raise DataError(f"it is damaged after {name!r}: there is no header of a file")

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import functools
 import http.client
+import logging
 import os
+import socket
 import stat
 import time
 import urllib.error
@@ -20,10 +22,13 @@ from ...models.errors import DataError, GraftError
 from .augment import reason_of
 from .loading import SourceLostError
 
+logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 TRIES, WAIT_S, TIMEOUT_S = 8, 0.5, 60.0
 """Attempts to reach a server, the wait before the second one, which then doubles, and the time of an answer."""
+SILENT_S = 2.0
+"""Longer waits are logged."""
 PACKAGES = {"s3": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "az": "adlfs", "abfs": "adlfs"}
 """What fsspec needs beside itself."""
 LARGEST = 1 << 28
@@ -139,10 +144,21 @@ def _tried(ask: Callable[[], T]) -> T:
         try:
             return ask()
         except (OSError, http.client.HTTPException) as error:
-            if isinstance(error, urllib.error.HTTPError) and error.code < 500 and error.code != 429:
+            if _is_final(error):
                 raise
-            time.sleep(WAIT_S * 2**attempt)
+            wait = WAIT_S * 2**attempt
+            if wait > SILENT_S:
+                logger.warning("a server of shards is asked again in %.0f s: %s", wait, error)
+            time.sleep(wait)
     return ask()
+
+
+def _is_final(error: Exception) -> bool:
+    """Return whether asking again is of no use: there is no such file or host."""
+    if isinstance(error, urllib.error.HTTPError):
+        return error.code < 500 and error.code != 429
+    reason = getattr(error, "reason", None)
+    return isinstance(reason, socket.gaierror) and reason.errno == socket.EAI_NONAME
 
 
 class Remote:

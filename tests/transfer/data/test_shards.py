@@ -6,13 +6,18 @@ import importlib.util
 import pickle
 import random
 import shutil
+import socket
 import threading
+import time
 import tracemalloc
+import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, ClassVar
+from unittest.mock import Mock
+from urllib.error import URLError
 
 import numpy as np
 import pytest
@@ -480,6 +485,14 @@ def test_a_busy_server_is_asked_again_and_a_changed_shard_refused(root: Path, ur
         images.read(20)
     with pytest.raises(SourceLostError, match="404"):
         ShardImages(config(url), "none-{0..1}.tar", "RGB")
+
+
+def test_a_host_that_does_not_exist_is_asked_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(time, "sleep", lambda _: pytest.fail("it was asked again"))
+    unknown = URLError(socket.gaierror(socket.EAI_NONAME, "Name or service not known"))
+    monkeypatch.setattr(urllib.request, "urlopen", Mock(side_effect=unknown))
+    with pytest.raises(SourceLostError, match=r"no-such-host.* not known"):
+        ShardImages(config("http://no-such-host.invalid"), "s-{0..5}.tar", "RGB")
 
 
 def test_other_places_are_read_by_fsspec_and_say_what_they_need(
