@@ -10,7 +10,11 @@ from ..flags import command_parser, parse_command
 from ..say import hint, say, tell
 
 if TYPE_CHECKING:
+    import argparse
+    from collections.abc import Sequence
+
     from ...transfer.analysis.compare.comparison_cells import Cell, Comparison
+    from ..load_config import Setting
 
 EXAMPLES = (
     "graftvit compare digits_compare",
@@ -28,8 +32,8 @@ DESCRIPTION = (
 )
 
 
-def run(argv: list[str]) -> int:
-    """Run the cells, or list them, or rebuild the report."""
+def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[Setting]]:
+    """Return the flags of the command, and the settings given beside them."""
     parser = command_parser("compare", DESCRIPTION, EXAMPLES, usage="CONFIG [--flag value ...]")
     parser.add_argument("config", metavar="CONFIG", help="recipe or YAML file with a section 'compare'")
     text = "run only the cells with these names, separated by commas"
@@ -40,7 +44,12 @@ def run(argv: list[str]) -> int:
     parser.switch("--report", "make the tables and plots of the finished cells, and stop")
     text = "time all finished cells again in the same rounds, and make the report"
     parser.flag("--speed", text, type=int, metavar="ROUNDS")
-    arguments, settings = parse_command(parser, argv)
+    return parse_command(parser, argv)
+
+
+def run(argv: list[str]) -> int:
+    """Run the cells, or list them, or rebuild the report."""
+    arguments, settings = parse(argv)
     if arguments.speed is not None and arguments.speed < 2:
         raise ConfigError(f"--speed {arguments.speed}: give at least two rounds")
     if arguments.cell is not None and arguments.only is not None:

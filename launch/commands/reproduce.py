@@ -11,6 +11,7 @@ from ...models.errors import ConfigError, RunFailedError, did_you_mean
 from ..flags import command_parser, output_file, parse_command
 from ..load_config import Setting, load_comparison, load_config, load_stages
 from ..say import hint, say
+from . import compare
 from .evaluate import SETTINGS
 
 if TYPE_CHECKING:
@@ -49,6 +50,8 @@ def run(argv: list[str]) -> int:
         return _run_surrogate(kit, arguments.output_dir)
     if arguments.row:
         return _make_row(arguments, kit, settings)
+    for recipe in kit.recipes:
+        _load_recipe(recipe)  # before anybody is told to run it
     say(_explain(arguments, kit))
     return 0
 
@@ -163,7 +166,8 @@ def _read_demo(words: Sequence[str], folder: Path) -> Scores:
 
 def _read_compare(words: Sequence[str], folder: Path) -> Scores:
     """Return the last accuracies of a comparison's students."""
-    comparison = load_comparison(words[1], [Setting("output_dir", str(folder), "--output_dir")])
+    arguments, settings = compare.parse([*words[1:], "--output_dir", str(folder)])
+    comparison = load_comparison(arguments.config, settings)
     found: Scores = {}
     for record in comparison.records():
         if record.final is not None and record.seed is not None:
@@ -213,7 +217,6 @@ def _make_row(arguments: argparse.Namespace, kit: Kit, settings: list[Setting]) 
 def _row(arguments: argparse.Namespace, kit: Kit, settings: list[Setting]) -> Row:
     """Check that the students are of the kit's recipes, evaluate them, and return their row."""
     from ...checkpoints.pretrained import load_pretrained
-    from ...transfer.engine.stages import Stage
     from ...transfer.kits import make_row
     from ...transfer.metrics.measure import ENSEMBLE
     from ..evaluation import Evaluation, evaluate
@@ -224,12 +227,19 @@ def _row(arguments: argparse.Namespace, kit: Kit, settings: list[Setting]) -> Ro
             f"--row: {arguments.name} has the recipe{'s' * (len(kit.recipes) > 1)} {', '.join(kit.recipes)}; give one "
             "student of each, in this order"
         )
-    recipes = [load_stages(recipe) or [Stage("", load_config(recipe))] for recipe in kit.recipes]
+    recipes = [_load_recipe(recipe) for recipe in kit.recipes]
     models = [load_pretrained(source, identified=True) for source in sources]
     seeds = [_check(*each) for each in zip(sources, models, recipes, strict=True)]
     results = evaluate(Evaluation(sources, settings, ["top1"], None, None, False), lambda line: None)
     measured = results[sources[0] if len(sources) == 1 else ENSEMBLE]
     return make_row(arguments.name, kit, models, recipes, seeds[0], measured)
+
+
+def _load_recipe(recipe: str) -> list[Stage]:
+    """Return the stages of a recipe of runs. Raises ConfigError: it is missing, or not valid."""
+    from ...transfer.engine.stages import Stage
+
+    return load_stages(recipe) or [Stage("", load_config(recipe))]
 
 
 def _check(source: str, loaded: Pretrained, stages: list[Stage]) -> int:

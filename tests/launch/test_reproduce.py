@@ -148,12 +148,15 @@ def write_kits(folder: Path, command: str = "demo", recipes: tuple[str, ...] = (
 def test_the_commands_of_a_kit_of_a_file_name_the_file(tmp_path: Path, typed: Typed) -> None:
     words = write_kits(tmp_path)
     assert typed(words).out.count(f"graftvit {words} ") == 2
+    (tmp_path / "small.yaml").unlink()
+    assert "small.yaml" in typed(words, code=2).err, "nobody is told to run a recipe that is not there"
 
 
 @pytest.mark.slow
 def test_a_surrogate_that_is_killed_goes_on_to_the_same_verdict(tmp_path: Path, typed: Typed) -> None:
     config = write_config(tmp_path, {"linear": "*: linear"}, seeds=[0, 1])
-    words = write_kits(tmp_path, f"compare {config} --only uniform,linear") + " --surrogate --output_dir"
+    comparison = f"compare {config} --optim.lr 2e-3 --only uniform,linear"
+    words = write_kits(tmp_path, comparison) + " --surrogate --output_dir"
     cut, done = tmp_path / "cut", tmp_path / "cut" / "cells" / "uniform-8-seed1" / "cell.json"
     command = [sys.executable, "-m", "graftvit.launch", *shlex.split(words), str(cut)]
     with subprocess.Popen(

@@ -186,8 +186,11 @@ def _explained(archive: Path) -> Iterator[None]:
 
 # What timm reads: tar files, torchvision's data sets and streams, with errors of one sentence.
 
-HINTS = {"Dataset length is unknown": "; give --download, or read it with hfds/"}
-"""What to do about an error of timm's readers, by words of it."""
+HINTS = {
+    "Dataset length is unknown": "Dataset length is unknown; give --download, or read it with hfds/",
+    "You can use download=True to download it": "--download fetches it",
+}
+"""What users are told in place of words of timm's and torchvision's errors."""
 
 
 def create(
@@ -236,6 +239,7 @@ def _keys(config: DataConfig, name: str, split: str) -> JsonDict:
 
 def _sentence(config: DataConfig, name: str, split: str, error: Exception) -> str:
     reason = " ".join(str(error).split()) or type(error).__name__
-    hint = next((hint for words, hint in HINTS.items() if words in reason), "")
+    for words, ours in HINTS.items():
+        reason = reason.replace(words, ours)
     where = f"data.dataset={name or 'folder'}, split {split!r}, cannot be read from data.data_path={config.data_path}"
-    return f"{where}: {reason}{hint}"
+    return f"{where}: {reason}"
