@@ -1,14 +1,19 @@
-"""Write the tables of settings, methods, kits and models in `docs/` from what the code says: `make docs`."""
+"""Write the tables of settings, recipes, methods, operators, kits and models in `docs/`: `make docs`."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import timm
+from graftvit.launch.commands.list import class_of, read_equation, write_in_a_plan
 from graftvit.launch.fields import leaves, sections, short_names
+from graftvit.launch.load_config import recipe_names, recipe_summary
 from graftvit.models.errors import UnsupportedModelError
 from graftvit.models.families import check_supported, family_of
+from graftvit.models.layer_plan import OPERATORS
+from graftvit.models.programs.program import FOUND
 from graftvit.models.small import without_memory
 from graftvit.transfer.kits import load_kits
 from graftvit.transfer.methods.method_facts import LAYERS, METHODS
@@ -25,7 +30,7 @@ HEAD = "| key | flag | default | meaning |\n| --- | --- | --- | --- |\n"
 def render_settings() -> str:
     """Return a table for each section, in the order of the configuration."""
     titles = {"": "### The run\n"} | {
-        name: f"### {name}\n\n{' '.join((section.__doc__ or '').split())}\n"
+        name: f"### {name}\n\n{' '.join((section.__doc__ or '').partition('Args:')[0].split())}\n"
         for name, section in sections().items()
     }
     parts = [
@@ -82,6 +87,27 @@ def render_kits() -> str:
         number = f"{published.top1} ± {published.tolerance}"
         rows.append(f"| `{name}` | {recipes} | {number} | {published.source} | {kit.gpu_hours:,.0f} |")
     return "\n".join(["", *rows, "", ""])
+
+
+def render_recipes() -> str:
+    """Return a row for each recipe: its name, and its first line."""
+    rows = [f"| `{name}` | {recipe_summary(name)} |" for name in recipe_names()]
+    return "\n".join(["", "| recipe | what it is |", "| --- | --- |", *rows, "", ""])
+
+
+def render_operators() -> str:
+    """Return a section for each class of operators: its equation and source, and how a plan names them."""
+    names: dict[Callable[..., object], list[str]] = {}
+    for name, operator in OPERATORS.items():
+        names.setdefault(class_of(operator), []).append(name)
+    return "\n" + "".join(render_operator(kind, names[kind]) for kind in names)
+
+
+def render_operator(kind: Callable[..., object], names: list[str]) -> str:
+    text = re.sub(r"^([a-z]+(?:, [a-z]+)*): +", r"- **\1**: ", read_equation(kind), flags=re.MULTILINE)
+    lines = [f"{name}: {FOUND[name]}" if name in FOUND else write_in_a_plan(name) for name in names]
+    heading = ", ".join(name for name in names if name not in FOUND)
+    return "\n".join([f"## {heading}", "", text, "", "```text", *lines, "```", "", ""])
 
 
 # The models of timm, module by module.
@@ -156,6 +182,8 @@ def describe_maps(name: str) -> str:
 
 PAGES = {
     "configuration.md": render_settings,
+    "recipes.md": render_recipes,
+    "operators.md": render_operators,
     "transfer.md": render_methods,
     "reproduce.md": render_kits,
 }

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import textwrap
+from collections.abc import Callable
 
 from ...models.errors import ConfigError, did_you_mean
 from ...transfer.analysis.report.tables import aligned
@@ -122,13 +124,24 @@ def _explain(name: str) -> str:
     from ...models.layer_plan import OPERATORS
     from ...models.programs.program import FOUND
 
-    operator = OPERATORS[name]
-    kind = getattr(operator, "func", operator)
-    text = textwrap.dedent("    " + (inspect.getdoc(kind) or "")).split("\n\nRaises")[0]
-    if name in FOUND:
-        text = f"{text.strip()}\n\ncode: {FOUND[name]}"
+    code = f"\n\ncode: {FOUND[name]}" if name in FOUND else ""
+    return f"\n{read_equation(OPERATORS[name])}{code}\n\nin a plan: {write_in_a_plan(name)}\n"
+
+
+def read_equation(operator: Callable[..., object]) -> str:
+    """Return the docstring of an operator, without its errors."""
+    return textwrap.dedent("    " + (inspect.getdoc(class_of(operator)) or "")).split("\n\nRaises")[0].strip()
+
+
+def class_of(operator: Callable[..., object]) -> Callable[..., object]:
+    """Return the class of an operator, which may be a preset of its options."""
+    return operator.func if isinstance(operator, functools.partial) else operator
+
+
+def write_in_a_plan(name: str) -> str:
+    """Return a plan with an operator in every layer, and with its options where they have a default."""
     options = ", ".join(f"{key}={value}" for key, value in _read_options(name).items() if value != "auto")
-    return f"\n{text.strip()}\n\nin a plan: '*: {name}{f'({options})' if options else ''}'\n"
+    return f"'*: {name}{f'({options})' if options else ''}'"
 
 
 ACTIONS = {
