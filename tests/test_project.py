@@ -225,7 +225,7 @@ def test_the_environment_of_conda_is_that_of_the_project() -> None:
 
 
 @pytest.mark.parametrize(
-    "target", ["demo", "compare", "test-all", "acceptance", "real", "lint", "bench", "dist", "dev"]
+    "target", ["demo", "compare", "test-all", "acceptance", "real", "lint", "docs", "bench", "dist", "dev"]
 )
 def test_each_make_target_sets_itself_up(target: str, tmp_path: Path) -> None:
     command = [

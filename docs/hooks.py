@@ -1,0 +1,70 @@
+"""Make README.md the first page of the site, and its table of pages the navigation (`hooks` of mkdocs.yml)."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from posixpath import dirname, join, normpath, relpath
+
+import graftvit
+from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.structure.files import File, Files, InclusionLevel
+from mkdocs.structure.pages import Page
+
+ROOT = Path(__file__).resolve().parent.parent
+ROW = re.compile(r"^\| ([^|]+) \| (\[.+) \|$", re.MULTILINE)
+NAMED = re.compile(r"\[([^]]+)\]\(([^)]+)\)")
+TARGET = re.compile(r"(?<=\]\()[^)#:]+")
+"""The file of a link to a file of the repository."""
+
+
+def on_config(config: MkDocsConfig) -> MkDocsConfig:
+    """Make the table in README.md the navigation."""
+    sections = {
+        task.capitalize(): [
+            {name[0].upper() + name[1:]: place_of(link)} for name, link in NAMED.findall(links)
+        ]
+        for task, links in ROW.findall((ROOT / "README.md").read_text())
+    }
+    sections["Look up"].append({"Python": "api.md"})
+    config.nav = [{"Overview": "index.md"}, *({task: pages} for task, pages in sections.items())]
+    return config
+
+
+def on_files(files: Files, config: MkDocsConfig) -> Files:
+    """Add README.md, the page of the public names, and what pages link to outside of `docs/`."""
+    files.append(File.generated(config, "api.md", content=write_names()))
+    found = ["README.md", *(f"docs/{file.src_uri}" for file in files.documentation_pages() if file.src_dir)]
+    for path in found:
+        if not path.startswith("docs/"):
+            source, level = str(ROOT / path), InclusionLevel.NOT_IN_NAV
+            files.append(File.generated(config, place_of(path), abs_src_path=source, inclusion=level))
+        if path.endswith(".md"):
+            links = {
+                normpath(join(dirname(path), link)) for link in TARGET.findall((ROOT / path).read_text())
+            }
+            found += sorted(link for link in links if (ROOT / link).is_file() and link not in found)
+    return files
+
+
+def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+    """Link to the places that files of the repository have in the site."""
+    if page.file.abs_src_path is None:
+        return markdown
+    here = Path(page.file.abs_src_path).relative_to(ROOT).as_posix()
+
+    def place(link: re.Match[str]) -> str:
+        return relpath(place_of(normpath(join(dirname(here), link[0]))), dirname(page.file.src_uri))
+
+    return TARGET.sub(place, markdown)
+
+
+def write_names() -> str:
+    """Return the page of the public names: the help of the package, and the place of each for mkdocstrings."""
+    text = re.sub(r"^(\w.*?) {2,}(.+)$", r"- **\1**: \2", str(graftvit.__doc__), flags=re.MULTILINE)
+    return "\n".join(["# Python", "", text, *(f"::: graftvit.{name}" for name in graftvit.__all__)])
+
+
+def place_of(path: str) -> str:
+    """Return the place of a file of the repository in the site."""
+    return "index.md" if path == "README.md" else path.removeprefix("docs/")
