@@ -573,8 +573,11 @@ class EngineConfig(Section):
     resume: Literal["auto", "never"] = setting(
         "auto", "resumption: auto continues the run in output_dir if it holds one", outside=True
     )
-    trackers: tuple[Literal["tensorboard", "wandb"], ...] = setting(
-        ("tensorboard",), "trackers that record curves", outside=True
+    trackers: tuple[str, ...] = setting(
+        ("tensorboard",),
+        "trackers that record curves: any that accelerate knows, such as tensorboard, wandb or mlflow",
+        outside=True,
+        see="[trackers](runs.md#trackers)",
     )
     evaluate_teacher: bool = setting(
         True, "report of the teacher's accuracy at the start if it has a head", resume="free"

@@ -271,7 +271,6 @@ def test_a_mistake_within_a_list_of_sections_is_named(word: str, sentence: str, 
     [
         ("mode=scrach", ", did you mean 'scratch'? It must be one of transfer, "),
         ("mode=x", ", but must be one of transfer, "),
-        ("trackers=[wandbb]", ", did you mean 'wandb'? It must be a list of "),
     ],
 )
 def test_a_misspelled_choice_is_told_the_nearest(word: str, hint: str) -> None:

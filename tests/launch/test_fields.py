@@ -103,7 +103,7 @@ def test_texts_become_values(key: str, text: str, value: object) -> None:
         ("transfer.loss", "one of ce, kl"),
         ("engine.fsdp", "true or false or node"),
         ("optim.betas", "2 numbers"),
-        ("engine.trackers", "a list of tensorboard, wandb"),
+        ("engine.trackers", "a list of texts"),
         ("student.model_args", "a mapping such as {depth: 6}"),
         ("optim.scales", "a mapping of texts to numbers above 0, such as {head: 0.1}"),
         ("data.data_path", "text or none"),

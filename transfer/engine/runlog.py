@@ -18,13 +18,12 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
-from accelerate.tracking import GeneralTracker, TensorBoardTracker, WandBTracker
-from accelerate.utils import is_wandb_available
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker, get_available_trackers
 from torch import Tensor, nn
 
 from ...checkpoints.atomic import write_bytes
 from ...checkpoints.files import append_line, open_lines, parse_record, read_lines
-from ...models.errors import ConfigError, Json, JsonDict, RunFailedError, install_command, one_sentence
+from ...models.errors import ConfigError, Json, JsonDict, RunFailedError, did_you_mean, one_sentence
 from ..metrics.measure import LAYER as LAYER_METRIC
 from .parallel import local
 
@@ -442,33 +441,47 @@ def _short(value: Any) -> str:
     return f"{value:.5g}" if isinstance(value, float) else str(value)
 
 
-# Experiment trackers of accelerate: TensorBoard in the run folder, Weights & Biases if requested.
+# Experiment trackers of accelerate. A tracker is called as its package.
 
 HELP = {"wandb": ": `wandb login` once, or WANDB_MODE=offline where there is no network"}
 
 
 def check_trackers(names: tuple[str, ...]) -> None:
-    """Raise ConfigError if the package of a tracker is not installed."""
-    if "wandb" in names and not is_wandb_available():
-        raise ConfigError(
-            f"engine.trackers asks for wandb, which is not installed: {install_command('wandb')}"
-        )
+    """Raise ConfigError for a tracker that accelerate does not know, or whose package is not installed."""
+    for name in names:
+        if name not in LOGGER_TYPE_TO_CLASS:
+            raise ConfigError(
+                f"engine.trackers={name} is no tracker of accelerate; {did_you_mean(name, LOGGER_TYPE_TO_CLASS)}"
+            )
+        if name not in map(str, get_available_trackers()):
+            raise ConfigError(f"engine.trackers asks for {name}, which is not installed: pip install {name}")
 
 
 def create_trackers(names: tuple[str, ...], folder: Path, run_id: str, step: int) -> list[GeneralTracker]:
     """Create the trackers of a run at `step`, and drop what an earlier attempt logged after it.
 
-    Raises ConfigError: a tracker's package is missing, or it does not start.
+    A tracker that lets its caller choose the name of a record continues the record of the attempt before.
+
+    Raises ConfigError: a tracker is unknown, its package is missing, or it does not start.
     """
     check_trackers(names)
+    named = {"id": run_id, "resume": "allow"}
+    arguments: dict[str, JsonDict] = {
+        "tensorboard": {"purge_step": step + 1},
+        "wandb": {"name": folder.name, "dir": str(folder), **named},
+        "swanlab": {"experiment_name": folder.name, "logdir": str(folder / "swanlab"), **named},
+        "trackio": {"name": f"{folder.name}-{run_id}", "resume": "allow"},
+        "comet_ml": {"experiment_key": run_id},
+        "dvclive": {"dir": str(folder / "dvclive"), "resume": True},
+        "mlflow": {"run_name": folder.name},
+        "clearml": {"task_name": folder.name},
+    }
     trackers: list[GeneralTracker] = []
     for name in names:
-        if name == "tensorboard":
-            trackers.append(TensorBoardTracker("tensorboard", logging_dir=folder, purge_step=step + 1))
-        else:
-            trackers.append(
-                WandBTracker("graftvit", name=folder.name, dir=str(folder), id=run_id, resume="allow")
-            )
+        kind = LOGGER_TYPE_TO_CLASS[name]
+        place = [folder] if kind.requires_logging_directory else []
+        project = name if name == "tensorboard" else "graftvit"  # the former's is the folder of its files
+        trackers.append(kind(project, *place, **arguments.get(name, {})))
     for tracker in trackers:
         _start(tracker)
     return trackers

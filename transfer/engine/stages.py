@@ -228,9 +228,10 @@ def _check_shared(name: str, config: RunConfig, other_name: str, other: RunConfi
 
 def _check_alone(name: str, config: RunConfig) -> None:
     """Raise ConfigError for a setting of runs that have a process for themselves."""
+    of_a_process = [name for name in config.engine.trackers if name != "tensorboard"]
     refused = {
         "engine.fsdp=true": config.engine.fsdp,
-        "engine.trackers=wandb": "wandb" in config.engine.trackers,
+        f"engine.trackers={','.join(of_a_process)}": bool(of_a_process),
         "teacher.shard=true": any(each.shard for each in (config.teacher, *config.teachers.values())),
         "transfer.cache": config.transfer.cache is not None,
         "student.compile=true": config.student.compile,

@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from accelerate import Accelerator
-from accelerate.tracking import GeneralTracker
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 from graftvit.checkpoints.files import read_records
 from graftvit.models.errors import ConfigError, RunFailedError
 from graftvit.transfer.config import RunConfig
 from graftvit.transfer.data.loaders import EvalLoader
 from graftvit.transfer.data.loading import TrainBatches
 from graftvit.transfer.engine import runlog as trackers
+from graftvit.transfer.engine.build import build
 from graftvit.transfer.engine.loop import Loop
 from graftvit.transfer.engine.resume_check import settings
 from graftvit.transfer.engine.runlog import (
@@ -314,22 +316,39 @@ def test_what_came_after_the_resumed_step_is_dropped(tmp_path: Path) -> None:
     assert found == [(1, 1.0), (2, 1.0), (3, 5.0), (4, 5.0)]
 
 
-def test_a_tracker_that_is_missing_or_does_not_start_is_one_sentence(
+def test_a_resumed_run_continues_the_record_of_its_tracker(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    class Unknown(GeneralTracker):
-        name = "wandb"
-        requires_logging_directory = False
-        tracker = None
+    started: list[dict[str, Any]] = []
+    steps: list[int] = []
+    run = SimpleNamespace(log=lambda values, step: steps.append(step), finish=lambda: None)
+    fake: Any = ModuleType("swanlab")
+    fake.init, fake.config = lambda **words: (started.append(words), run)[1], {}
+    monkeypatch.setitem(sys.modules, "swanlab", fake)
+    monkeypatch.setattr(trackers, "get_available_trackers", lambda: ["swanlab"])
+    for last in (1, 2):
+        short = {"max_steps": last, "warmup_epochs": 0.0, "ema": None}
+        train(config(tmp_path / "run", optim=short, engine={"trackers": ("swanlab",), "log_interval": 1}))
+    assert sorted({*steps}) == [1, 2]
+    first, second = started
+    assert first == second
+    assert (first["project"], first["experiment_name"], first["resume"]) == ("graftvit", "run", "allow")
+    assert first["logdir"] == str(tmp_path / "run" / "swanlab")
 
+
+def test_a_tracker_that_cannot_start_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Unknown(LOGGER_TYPE_TO_CLASS["wandb"]):  # type: ignore[misc]
         def start(self) -> None:
             raise RuntimeError("No API key configured.\nUse `wandb login`")
 
-    monkeypatch.setattr(trackers, "is_wandb_available", lambda: False)
-    with pytest.raises(ConfigError, match=r"wandb, which is not installed: pip install 'wandb>=[\d.]+'"):
-        create_trackers(("wandb",), tmp_path, "id", 0)
-    monkeypatch.setattr(trackers, "is_wandb_available", lambda: True)
-    monkeypatch.setattr(trackers, "WandBTracker", lambda *args, **words: Unknown())
+    for name, sentence in {
+        "wandbb": "trackers=wandbb is no tracker of accelerate; did you mean 'wandb'?",
+        "wandb": "trackers asks for wandb, which is not installed: pip install wandb",
+    }.items():
+        with pytest.raises(ConfigError, match=re.escape(sentence)):
+            build(config(tmp_path, engine={"trackers": (name,)}))
+    monkeypatch.setattr(trackers, "get_available_trackers", lambda: ["wandb"])
+    monkeypatch.setitem(LOGGER_TYPE_TO_CLASS, "wandb", Unknown)
     with pytest.raises(ConfigError, match=r"trackers=wandb does not start \(No API key.* WANDB_MODE=offline"):
         create_trackers(("wandb",), tmp_path, "id", 0)
 
