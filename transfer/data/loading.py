@@ -116,6 +116,19 @@ class Sized(Protocol):
     def size(self, index: int) -> int: ...
 
 
+@runtime_checkable
+class Distant(Protocol):
+    """What reads its images faster if it knows which come next."""
+
+    def read_ahead(self, indices: Sequence[int]) -> None: ...
+
+
+def read_ahead(source: object, indices: Sequence[int]) -> None:
+    """Tell a source which images are read next."""
+    if isinstance(source, Distant):
+        source.read_ahead(indices)
+
+
 def prepared(source: ImageSource, index: int, transform: Transform) -> Ready | BadImage:
     """Return an image that is ready for a batch, or why it cannot be. Raises as `attempted`."""
 
@@ -236,8 +249,12 @@ class TrainBatches(Dataset[Batch]):
         bad: list[BadImage] = []
         ready: list[Any] = []
         view = request.epoch if self._views is None else request.epoch % max(1, self._views)
-        for position, index in enumerate(request.indices, request.position):
-            found = self._first_ready(index, view, position % self._repeats, bad)
+        kept = [self._find(view, index) for index in request.indices]
+        unknown = [index for index, found in zip(request.indices, kept, strict=True) if found is None]
+        read_ahead(self._source, [self._place(index) for index in unknown])
+        for position, (index, found) in enumerate(zip(request.indices, kept, strict=True), request.position):
+            if found is None:
+                found = self._first_ready(index, view, position % self._repeats, bad)
             if found is None:
                 return Batch(None, torch.empty(0), torch.empty(0), bad)
             ready.append(found)
@@ -259,8 +276,6 @@ class TrainBatches(Dataset[Batch]):
         return Batch(images_BCHW, targets_B, torch.ones(len(ready), dtype=torch.bool), bad, beside=beside)
 
     def _first_ready(self, index: int, view: int, copy: int, bad: list[BadImage]) -> Any:
-        if (found := self._find(view, index)) is not None:
-            return found
         seed = derive_seed(SAMPLE, self._seed, view, index, *([copy] if copy else []))
         for place in range(index, index + self._tries):
             seed_generators(seed)
@@ -312,6 +327,7 @@ class EvalBatches(Dataset[Batch]):
         targets = torch.zeros(len(request.indices), dtype=torch.long)
         valid = torch.zeros(len(request.indices), dtype=torch.bool)
         bad: list[BadImage] = []
+        read_ahead(self._source, request.indices[: request.valid])
         for row, index in enumerate(request.indices[: request.valid]):
             result = prepared(self._source, index, self._transform)
             if isinstance(result, BadImage):

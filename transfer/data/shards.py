@@ -7,9 +7,10 @@ import json
 import logging
 import os
 import re
+import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from functools import partial
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -184,6 +185,14 @@ def _read_counts(content: bytes, shards: int) -> Indexed | None:
 ENDINGS = "jpg;jpeg;png;webp"
 NEAR = 1 << 16
 """Bytes between two files of a sample that are read rather than asked for apart."""
+REQUESTS = 16
+"""Samples that a process asks a server for at the same time."""
+
+
+@lru_cache(maxsize=1)
+def _readers(process: int) -> ThreadPoolExecutor:
+    """Return what reads samples ahead in a process: threads do not live on in a forked one."""
+    return ThreadPoolExecutor(REQUESTS)
 
 
 class ShardImages:
@@ -198,6 +207,8 @@ class ShardImages:
         self.counts, self._stamps, _ = count_samples(self._places, config.workers)
         self._ends = np.cumsum(self.counts)
         self._indexes: dict[int, ShardIndex] = {}
+        self._alone = threading.Lock()
+        self._ahead: dict[int, Future[tuple[bytes, bytes]]] = {}
         if not len(self):
             raise DataError(f"the {len(self._places)} shards of split {split!r} have no samples")
         if said not in (None, len(self)):
@@ -207,7 +218,11 @@ class ShardImages:
         return int(self._ends[-1])
 
     def __getstate__(self) -> JsonDict:
-        return {**self.__dict__, "_indexes": {}}
+        kept = {name: value for name, value in self.__dict__.items() if name != "_alone"}
+        return {**kept, "_indexes": {}, "_ahead": {}}
+
+    def __setstate__(self, state: JsonDict) -> None:
+        self.__dict__.update(state, _alone=threading.Lock())
 
     def shards(self) -> list[tuple[str, int]]:
         """Return the place of each shard and the number of its samples."""
@@ -217,14 +232,27 @@ class ShardImages:
         """Return the order of an epoch."""
         return WindowOrder(self.counts, seed, epoch, repeats)
 
+    def read_ahead(self, indices: Sequence[int]) -> None:
+        """Ask servers for the samples that `read` gives next. What was asked for before is forgotten."""
+        for left in self._ahead.values():
+            left.cancel()
+        far = [index for index in indices if is_url(self._places[self._find(index)[0]])]
+        self._ahead = {index: _readers(os.getpid()).submit(self._fetch, index) for index in far}
+
     def read(self, index: int) -> tuple[Image.Image, int]:
+        asked = self._ahead.get(index)
+        content, label = self._fetch(index) if asked is None else asked.result()
+        with Image.open(io.BytesIO(content)) as image:
+            return image.convert(self._mode), self._label(label)
+
+    def _fetch(self, index: int) -> tuple[bytes, bytes]:
+        """Return the content of an image and of its label."""
         shard, files, ending = self._files(index)
         kind = "json" if self._field else "cls"
         if kind not in files:
             raise DataError(f"has no label: its files end in {', '.join(files)}, and not in {kind}")
         content, label = self._contents(shard, files[ending], files[kind])
-        with Image.open(io.BytesIO(content)) as image:
-            return image.convert(self._mode), self._label(label)
+        return content, label
 
     def header(self, index: int) -> Header:
         shard, files, ending = self._files(index)
@@ -256,15 +284,16 @@ class ShardImages:
 
     def _index(self, shard: int) -> ShardIndex:
         """Return the index of a shard; those of a window are kept."""
-        found = self._indexes.pop(shard, None)
-        if found is None:
-            found = find_index(self._places[shard], self._stamp(shard))
-            if len(found) != self.counts[shard]:
-                raise changed(self._places[shard])
-            while len(self._indexes) > WINDOW:
-                self._indexes.pop(next(iter(self._indexes)))
-        self._indexes[shard] = found
-        return found
+        with self._alone:
+            found = self._indexes.pop(shard, None)
+            if found is None:
+                found = find_index(self._places[shard], self._stamp(shard))
+                if len(found) != self.counts[shard]:
+                    raise changed(self._places[shard])
+                while len(self._indexes) > WINDOW:
+                    self._indexes.pop(next(iter(self._indexes)))
+            self._indexes[shard] = found
+            return found
 
     def _stamp(self, shard: int) -> str:
         return os.fsdecode(self._stamps[shard])

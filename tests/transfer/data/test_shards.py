@@ -394,11 +394,14 @@ class Ranges(BaseHTTPRequestHandler):
     busy: ClassVar[list[int]]
     whole: ClassVar[bool] = False
     versions: ClassVar[bool] = True
+    together: ClassVar[threading.Barrier | None] = None
 
     def do_GET(self) -> None:
         path = self.folder / self.path.rpartition("/")[2]
         wanted = None if self.whole else self.headers.get("Range")
         self.asked.append(f"{self.command} {wanted}")
+        if self.together and wanted != "bytes=0-0":
+            self.together.wait(20)  # its error ends the request, so that the reader asks again and again
         status = self.busy.pop() if self.busy else 200 if path.is_file() else 404
         content = path.read_bytes() if status == 200 else b""
         total = len(content)
@@ -439,6 +442,19 @@ def test_a_server_gives_the_same_batches(root: Path, url: str) -> None:
     later = Ranges.asked[before:]
     assert (later.count("GET bytes=0-0"), len(later)) == (6, 6 + 12)
     assert "GET None" not in later
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_the_samples_of_a_batch_are_asked_for_together(
+    url: str, monkeypatch: pytest.MonkeyPatch, training: bool
+) -> None:
+    settings = config(url, batch_size=12, eval_batch_size=12)
+    loader = create_train_loader(settings, SPEC, seed=7) if training else create_eval_loader(settings, SPEC)
+    before = len(Ranges.asked)
+    monkeypatch.setattr(Ranges, "together", threading.Barrier(12))
+    batches = list(loader.epoch_from(1, 0)) if training else list(loader)
+    assert [len(batch[0]) for batch in batches] == [12, 12]
+    assert sum(asked != "GET bytes=0-0" for asked in Ranges.asked[before:]) == 24
 
 
 def test_a_server_without_ranges_is_refused_before_a_shard_is_read(
