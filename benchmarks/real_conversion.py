@@ -2,6 +2,7 @@
 
 OMP_NUM_THREADS=1 python -m benchmarks.real_conversion      three seeds, one after the other; a stopped one is resumed
 python -m benchmarks.real_conversion --report               write the page from the results that are there
+python -m benchmarks.real_conversion --kernels FOUND.JSON   print how far those of another --out and kernel are away
 
 A seed chooses the images and what operators draw at random. Every number is written down as soon as it is known. No
 label is read but by nearest neighbors and the probe.
@@ -12,6 +13,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import statistics
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
@@ -413,28 +415,22 @@ def over(cells: Cells, seeds: Sequence[int], key: str, find: Callable[[Any], flo
     return spread([find(cells[f"{seed}/{key}"]) for seed in seeds], form)
 
 
+NUMBERS: tuple[tuple[str, Callable[[Any], float], str], ...] = (
+    ("cosine: garments", lambda each: each["garments"]["cosine"], ".3f"),
+    ("photographs", lambda each: each["photographs"]["cosine"], ".3f"),
+    ("CKA: garments", lambda each: last(each["garments"], "cka"), ".3f"),
+    ("photographs", lambda each: last(each["photographs"], "cka"), ".3f"),
+    ("kNN, %", lambda each: each["garments"]["knn_top1"], ".1f"),
+    ("probe, %", lambda each: each["garments"]["probe_top1"], ".1f"),
+)
+"""What a row of an operator has at the small size: its header, the number, its form."""
+
+
 def small_table(cells: Cells, settings: Settings) -> Table:
     """Return a row for each operator and state, in headed groups by state."""
-    head = [
-        "operator",
-        "cosine: garments",
-        "photographs",
-        "CKA: garments",
-        "photographs",
-        "kNN, %",
-        "probe, %",
-    ]
-    numbers: list[tuple[Callable[[Any], float], str]] = [
-        (lambda each: each["garments"]["cosine"], ".3f"),
-        (lambda each: each["photographs"]["cosine"], ".3f"),
-        (lambda each: last(each["garments"], "cka"), ".3f"),
-        (lambda each: last(each["photographs"], "cka"), ".3f"),
-        (lambda each: each["garments"]["knn_top1"], ".1f"),
-        (lambda each: each["garments"]["probe_top1"], ".1f"),
-    ]
 
     def row(name: str, key: str, seeds: Sequence[int]) -> list[str]:
-        return [name, *(over(cells, seeds, key, find, form) for find, form in numbers)]
+        return [name, *(over(cells, seeds, key, find, form) for _, find, form in NUMBERS)]
 
     rows = [
         row(name, key, seeds)
@@ -448,7 +444,30 @@ def small_table(cells: Cells, settings: Settings) -> Table:
                 [f"{words}, {counted(seeds)}"],
                 *(row(key.partition("/")[2], key, seeds) for key in keys),
             ]
-    return Table(head, rows)
+    return Table(["operator", *(head for head, _, _ in NUMBERS)], rows)
+
+
+def kernel_table(cells: Cells, others: Cells, settings: Settings) -> Table:
+    """Return how far the operators' means over seeds are apart in two studies: mean / largest, by state and number."""
+
+    def apart(find: Callable[[Any], float], keys: Sequence[str], seeds: Sequence[int]) -> list[float]:
+        means = (
+            statistics.mean(find(found[f"{seed}/{key}"]) for seed in seeds)
+            for key in keys
+            for found in (cells, others)
+        )
+        return [abs(one - other) for one, other in zip(means, means, strict=True)]
+
+    rows = []
+    for state, words in STATES.items():
+        (ours, keys), (theirs, _) = of_state(cells, settings, state), of_state(others, settings, state)
+        if seeds := sorted({*ours} & {*theirs}):
+            row = [f"{words}, {counted(seeds)}"]
+            for _, find, form in NUMBERS:
+                found = apart(find, keys, seeds)
+                row.append(f"{statistics.mean(found):{form}} / {max(found):{form}}")
+            rows.append(row)
+    return Table(["state", *(head for head, _, _ in NUMBERS)], rows)
 
 
 def layer_table(cells: Cells, settings: Settings) -> Table:
@@ -515,7 +534,12 @@ def main() -> None:
     )
     parser.add_argument("--out", type=Path, default=Path("runs/real_conversion"))
     parser.add_argument("--report", action="store_true", help="measure nothing")
+    parser.add_argument("--kernels", type=Path, metavar="FOUND.JSON", help="measure nothing, and compare")
     arguments = parser.parse_args()
+    if arguments.kernels is not None:
+        cells = [json.loads(path.read_text())["cells"] for path in (RESULTS, arguments.kernels)]
+        print(kernel_table(*cells, Settings()).to_markdown())
+        return
     if not arguments.report:
         from .real_data import fashion_mnist, teacher  # here: a report needs neither
 

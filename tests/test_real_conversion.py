@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 import json
 from collections.abc import Callable
@@ -28,6 +29,17 @@ SMALL = study.Settings(
 def test_the_page_has_the_tables_of_the_results() -> None:
     tables = study.tables(json.loads(study.RESULTS.read_text()))
     assert f"<!-- conversion -->\n{tables}\n<!-- end -->" in PAGE.read_text()
+
+
+def test_results_of_two_kernels_are_compared() -> None:
+    cells = json.loads(study.RESULTS.read_text())["cells"]
+    others = copy.deepcopy(cells)
+    for key, cell in others.items():
+        if key.endswith("/converted/linear"):
+            cell["garments"]["cosine"] -= 0.25
+    zero_shot = study.kernel_table(cells, others, study.Settings()).rows[0]
+    assert zero_shot[1] == f"{0.25 / len(study.Settings().operators):.3f} / 0.250"
+    assert set(zero_shot[2:]) == {"0.000 / 0.000", "0.0 / 0.0"}
 
 
 @pytest.fixture
