@@ -18,7 +18,7 @@ from .submitted import SUBMITTED, Interrupted, ended_by_signals
 GROUPS = {
     "start": {
         "demo": "pretrain a small teacher on digits, transfer its attention, write a report; minutes on a CPU",
-        "list": "list the recipes that come with the package, and the operators that a plan can name",
+        "list": "list the recipes, the operators that a plan can name, and the schema of YAML files",
         "data": "describe a data set, and draw training images as the model sees them",
     },
     "train": {

@@ -1,4 +1,5 @@
-"""Write the tables of settings, recipes, methods, operators, kits and models in `docs/`: `make docs`."""
+"""Write the tables of settings, recipes, methods, operators, kits and models in `docs/`, and the schema of
+recipes: `make docs`."""
 
 from __future__ import annotations
 
@@ -10,6 +11,7 @@ import timm
 from graftvit.launch.commands.list import class_of, read_equation, write_in_a_plan
 from graftvit.launch.fields import leaves, sections, short_names
 from graftvit.launch.load_config import recipe_names, recipe_summary
+from graftvit.launch.schema import schema_text
 from graftvit.models.errors import UnsupportedModelError
 from graftvit.models.families import check_supported, family_of
 from graftvit.models.layer_plan import OPERATORS
@@ -195,6 +197,7 @@ def main() -> None:
     for name, render in {**PAGES, **SLOW_PAGES}.items():
         text = (DOCS / name).read_text()
         (DOCS / name).write_text(MARKED.sub(lambda _, render=render: render(), text))
+    (DOCS.parent / "cfgs" / "schema.json").write_text(schema_text())
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ from typing import Annotated, Any, ClassVar, Literal, TypedDict
 
 from pydantic import field_validator, model_validator
 
+from ..models.errors import JsonDict
 from .methods.method_facts import facts_of, method_names, reads_setting
 from .setting import Need, OneOf, Section, in_mode, rule_of, setting
 
@@ -24,6 +25,11 @@ CacheType = Literal["exact", "bf16", "int8"]
 """The types of `transfer.cache_type`: `TargetForm` packs them, `python -m benchmarks.targets` measures each."""
 
 
+def _or_number(schema: JsonDict) -> None:
+    """Add the single number that `LossConfig` reads as text."""
+    schema["anyOf"].append({"type": "integer"})
+
+
 class LossConfig(Section):
     """One loss or one copy: what to take from a teacher, from where, and its weight."""
 
@@ -34,9 +40,12 @@ class LossConfig(Section):
         "all",
         "all, first:N, last:N, every:N, A:B (half open, negative from the end), 0,3-5, stages of a pyramid "
         "stage2,stage3 or stage3.0-1, or teacher>student pairs 2>0,5>1 or stage2>stage3",
+        json_schema_extra=_or_number,
     )
     heads: str | list[int] = setting(
-        "all", "all, a list such as 0,1,4, 'mean' (groups) or 'match' (assignment) when head counts differ"
+        "all",
+        "all, a list such as 0,1,4, 'mean' (groups) or 'match' (assignment) when head counts differ",
+        json_schema_extra=_or_number,
     )
     loss: Literal["ce", "kl"] = setting(
         "ce", "loss between maps; equal gradients, kl also subtracts the entropy"

@@ -37,7 +37,10 @@ from ..models.plain_yaml import YamlError, parse_yaml
 from ..models.plugins import load_plugins
 
 if TYPE_CHECKING:
+    from pydantic import GetJsonSchemaHandler
     from pydantic._internal._model_construction import ModelMetaclass
+    from pydantic.json_schema import JsonSchemaValue
+    from pydantic_core import CoreSchema
 else:
     ModelMetaclass = type(BaseModel)
 T = TypeVar("T")
@@ -118,6 +121,12 @@ class OneOf:
     """Mark of a setting whose valid values are names in a registry, which other packages can extend."""
 
     names: Callable[[], Iterable[str]]
+
+    def __get_pydantic_json_schema__(
+        self, core: CoreSchema, handler: GetJsonSchemaHandler
+    ) -> JsonSchemaValue:
+        """Return the schema of any text, of which an editor completes the names."""
+        return {"anyOf": [{"enum": [*self.names()]}, handler(core)]}
 
 
 MAX_WHOLE = 2**63

@@ -1,4 +1,4 @@
-"""`graftvit list operators | recipes`: list what a plan or a command line can name, or explain one of them."""
+"""`graftvit list operators | recipes | schema`: list what a plan, a command line or a YAML file can name."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import functools
 import inspect
 import textwrap
 from collections.abc import Callable
+from importlib import resources
 
 from ...models.errors import ConfigError, did_you_mean
 from ...transfer.analysis.report.tables import aligned
@@ -16,6 +17,7 @@ from ..say import say
 EXAMPLES = (
     "graftvit list recipes",
     "graftvit list recipes attention_distill_vit_large > mine.yaml",
+    "graftvit list schema > schema.json",
     "graftvit list operators",
     "graftvit list operators hybrid",
     "graftvit list operators window --grid 64",
@@ -47,11 +49,24 @@ def _list_recipes(argv: list[str]) -> int:
     parser.add_argument("name", nargs="?", metavar="NAME", help="recipe to print")
     name = parser.parse_args(argv).name
     if name is not None:
-        say(recipe_text(name))
+        schema = (
+            resources.files("graftvit.cfgs") / "schema.json"
+        )  # an editor finds it beside the recipe alone
+        say(recipe_text(name).replace("$schema=schema.json", f"$schema={schema}"))
         return 0
     width = max(map(len, recipe_names()), default=0)
     for recipe in recipe_names():
         say(f"{recipe:<{width}}  {recipe_summary(recipe)}\n")
+    return 0
+
+
+def _list_schema(argv: list[str]) -> int:
+    """Print the JSON schema of recipes and YAML files."""
+    text = "Print the JSON schema of recipes and YAML files, with which an editor completes and checks them."
+    command_parser("list schema", text, EXAMPLES).parse_args(argv)
+    from ..schema import schema_text
+
+    say(schema_text())
     return 0
 
 
@@ -151,4 +166,5 @@ ACTIONS = {
     "recipes": Action(
         "the recipes that come with the package; `list recipes NAME` prints one", _list_recipes
     ),
+    "schema": Action("the JSON schema of recipes and YAML files, for editors", _list_schema),
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 from importlib import resources
 from pathlib import Path
@@ -264,7 +265,10 @@ def test_recipes_travel_with_the_package() -> None:
 def test_the_command_lists_and_prints(typed: Typed) -> None:
     table = typed("list", "recipes").out.splitlines()
     assert [line.split()[0] for line in table] == recipe_names()
-    assert typed("list", "recipes", "attention_copy_vit_base").out == recipe_text("attention_copy_vit_base")
+    printed = typed("list", "recipes", "attention_copy_vit_base").out
+    (schema,) = re.findall(r"\$schema=(.*)", printed)
+    assert Path(schema).is_file()
+    assert printed.replace(schema, "schema.json") == recipe_text("attention_copy_vit_base")
 
 
 # By recipe: the model, its drop path, epochs of warm-up, clipping, and how often an epoch shows an image.
