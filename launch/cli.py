@@ -19,6 +19,7 @@ GROUPS = {
     "start": {
         "demo": "pretrain a small teacher on digits, transfer its attention, write a report; minutes on a CPU",
         "list": "list the recipes, the operators that a plan can name, and the schema of YAML files",
+        "completion": "print a script with which bash, zsh or fish completes commands, flags and recipes",
         "data": "describe a data set, and draw training images as the model sees them",
     },
     "train": {

@@ -46,8 +46,8 @@ def _list_recipes(argv: list[str]) -> int:
         EXAMPLES,
         "[NAME]",
     )
-    parser.add_argument("name", nargs="?", metavar="NAME", help="recipe to print")
-    name = parser.parse_args(argv).name
+    parser.add_argument("recipe", nargs="?", metavar="NAME", help="recipe to print")
+    name = parser.parse_args(argv).recipe
     if name is not None:
         schema = (
             resources.files("graftvit.cfgs") / "schema.json"
