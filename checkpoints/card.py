@@ -236,6 +236,8 @@ class CardFacts:
     parameters: int | None = None
     sharded: bool = False
     """Whether the weights are in several files, which timm does not read."""
+    alone: bool = False
+    """Whether there is a file by which the model loads without graftvit."""
     dataset_name: str | None = None
     """A pretty name of the data that was evaluated on."""
     describe_transfer: DescribeTransfer = plain_transfer
@@ -246,11 +248,19 @@ class CardFacts:
         return self.repository.rpartition("/")[2]
 
 
-def load_lines(config: Json, facts: CardFacts) -> list[str]:
-    """Return the three lines of Python that load the model from the hub, with timm alone if possible."""
+def load_lines(config: Json, facts: CardFacts, *, alone: bool = False) -> list[str]:
+    """Return the three lines of Python that load the model from the hub: with timm if it can, else with graftvit.
+
+    With `alone`, they load it by its own file, through transformers.
+    """
     source = json.dumps(f"hf-hub:{facts.repository}" + (f"@{facts.revision}" if facts.revision else ""))
     prepared = "timm.data.resolve_model_data_config(model)"
     transform = f"transform = timm.data.create_transform(**{prepared}, is_training=False)"
+    if alone:
+        branch = f", revision={json.dumps(facts.revision)}" if facts.revision else ""
+        given = f"{json.dumps(facts.repository)}{branch}, trust_remote_code=True"
+        load = f"model = transformers.AutoModel.from_pretrained({given}).model"
+        return ["import timm, transformers", load, transform]
     if needs_graftvit(config, facts):
         return ["import graftvit, timm", f"model = graftvit.load({source}).eval()", transform]
     return ["import timm", f"model = timm.create_model({source}, pretrained=True).eval()", transform]
@@ -409,7 +419,8 @@ def student_card(config: Json, facts: CardFacts) -> str:
         "classes": classes(config),
         "source": section(made, "teacher").get("source"),
         "has_teacher": bool(section(made, "teacher")),
-        "package": "graftvit" if needs_graftvit(config, facts) else "timm",
+        "needs_graftvit": needs_graftvit(config, facts),
+        "alone": "\n".join(load_lines(config, facts, alone=True)),
         "lines": "\n".join(load_lines(config, facts)),
         "loading": _loading_rows(config),
         "bare": BARE_WORDS if made.get(BARE) is True else "",

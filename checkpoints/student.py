@@ -37,6 +37,7 @@ from .atomic import write_file, write_folder
 from .class_names import KEY as LABEL_NAMES
 from .files import place, read_json
 from .fit import check_dtype, own_norm_eps, refuse_changed, refuse_not_finite
+from .one_file import write_modeling
 from .preprocessing import Preprocessing
 from .pretrained import DENSE, LoadSettings, describe
 from .provenance import COST, NORM_EPS, Pretrained, carried_license, of_weights
@@ -50,7 +51,7 @@ from .weight_files import read_file
 FOLDER = "fit"
 KEY, RESULT = "graftvit_fit", "result"
 WRITTEN = re.compile(
-    rf"{FOLDER}|config\.json|(model|pytorch_model)(-\d+-of-\d+)?\.(safetensors|bin)(\.index\.json)?|"
+    rf"{FOLDER}|config\.json|modeling_graftvit\.py|(model|pytorch_model)(-\d+-of-\d+)?\.(safetensors|bin)(\.index\.json)?|"
     r"(detector|segmenter)\.(json|safetensors)"
 )
 """What this package and timm write into the folder of a model."""
@@ -117,6 +118,7 @@ def save(
     dtype: torch.dtype | None = None,
     max_shard_size: int | str = SHARD_SIZE,
     overwrite: bool = False,
+    standalone: bool = False,
     **how: Unpack[LoadSettings],
 ) -> Path:
     """Write a model, the student of a `DualViT`, or the model of any source, and return its folder.
@@ -132,10 +134,13 @@ def save(
         dtype: of the floating-point weights, their own by default. `load` makes float32 of any, unless it is told.
         max_shard_size: bytes, or "5GB"; larger weights are spread over several files with an index.
         overwrite: replace a model folder that is there.
+        standalone: also write `modeling_graftvit.py`, by whose `load`, and by `transformers.AutoModel`, the model loads
+            without graftvit.
         how: of a source: `model_args`, `img_size`, `bare` and the rest, as of `load_pretrained`.
 
     Raises:
-        CheckpointError: as `load_pretrained` and `write_student`, or where `folder` holds something.
+        CheckpointError: as `load_pretrained` and `write_student`, where `folder` holds something, or where an operator
+            cannot be `standalone`, because no module defines it.
         UnsupportedModelError: `model` is not a model.
     """
     folder = place(folder)
@@ -144,7 +149,8 @@ def save(
     dense: Any = import_module(DENSE)
     whole = dense.dense_of(model)
     if whole is not None:
-        given = next((name for name, value in how.items() if value not in (None, False, {}, "timm")), None)
+        asked = {**how, "standalone": standalone}
+        given = next((name for name, value in asked.items() if value not in (None, False, {}, "timm")), None)
         if given is not None:
             raise ConfigError(
                 f"{given} is of classifiers, and a detector or segmenter is written as it is: leave it out"
@@ -165,6 +171,7 @@ def save(
         label_names=known.label_names,
         dtype=dtype,
         max_shard_size=max_shard_size,
+        beside=write_modeling if standalone else None,
     )
     return folder
 

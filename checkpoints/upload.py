@@ -29,6 +29,7 @@ from torch import Tensor
 
 from ..models.errors import CheckpointError, Json, JsonDict, RunFailedError, check_types
 from ..models.given import HoldsBody, Model
+from .architecture import is_ours
 from .card import (
     CardFacts,
     Claim,
@@ -43,6 +44,7 @@ from .card import (
 from .files import place, read_json, read_regular
 from .hub import download, is_network, line, status_of
 from .licenses import public
+from .one_file import FILE, for_transformers, modeling_file
 from .provenance import Pretrained
 from .report import some
 from .sources import CONFIG, PICKLE_SUFFIXES, STUDENTS, split_part
@@ -56,7 +58,8 @@ WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 TEXTS = ("LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE", "NOTICE.txt")
 """Go up where they are there: some licenses ask that their text goes with the weights."""
-WEIGHTS_PATTERN = re.compile(r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?")
+REPLACED = re.compile(r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?|modeling_graftvit\.py")
+"""What a push takes from the hub where it does not bring it."""
 
 
 @dataclass(frozen=True)
@@ -86,6 +89,8 @@ class Upload:
     card: str
     own_card: bool
     """Whether the card is the folder's own, written or edited by a person."""
+    needs_package: str
+    """Why there is no file by which the model loads without graftvit; empty if there is one, or timm needs none."""
 
 
 @contextmanager
@@ -152,25 +157,38 @@ def plan_upload(
     own = _own_card(folder)
     if own is not None:
         claim = replace(claim, license=license_of_card(own, claim, CARD))
+    alone, needs_package = _modeling(config, asked=(folder / FILE).is_file())
     facts = CardFacts(
         repository,
         claim.license,
         revision=None if revision == "main" else revision,
         parameters=sum(map(_parameters, weights)),
         sharded=len(weights) > 1,
+        alone=bool(alone),
         dataset_name=dataset_name,
         describe_transfer=describe_transfer,
     )
-    config = _published(config, claim.license)
+    config = _published(for_transformers(config) if alone else config, claim.license)
     card = own if own is not None else student_card(config, facts)
     files = [UploadFile(path.name, path) for path in weights]
     files += [UploadFile(INDEX, _inside(folder, INDEX))] if facts.sharded else []
     files += [UploadFile(name, _inside(folder, name)) for name in TEXTS if (folder / name).is_file()]
+    files += [UploadFile(FILE, alone.encode())] if alone else []
     files.append(UploadFile(CONFIG, (json.dumps(config, indent=2) + "\n").encode()))
     files.append(UploadFile(CARD, card.encode()))
     names = {file.name for file in files}
     left = sorted(path.name + "/" * path.is_dir() for path in folder.iterdir() if path.name not in names)
-    return Upload(facts, config, claim, tuple(files), tuple(left), card, own is not None)
+    return Upload(facts, config, claim, tuple(files), tuple(left), card, own is not None, needs_package)
+
+
+def _modeling(config: Json, *, asked: bool) -> tuple[str, str]:
+    """Return the file by which a model of ours loads without graftvit, or why it cannot be written."""
+    if not asked and not is_ours(config["architecture"]):
+        return "", ""
+    try:
+        return modeling_file(config), ""
+    except CheckpointError as error:
+        return "", str(error)
 
 
 def _check_repository(repository: str) -> None:
@@ -316,7 +334,7 @@ def replaced_and_removed(upload: Upload, remote: Remote) -> tuple[list[str], lis
     """Return files of the hub that the commit overwrites, and weights that it removes because they are not the
     student's."""
     names = {file.name for file in upload.files}
-    stale = [name for name in remote.files if name not in names and WEIGHTS_PATTERN.fullmatch(name)]
+    stale = [name for name in remote.files if name not in names and REPLACED.fullmatch(name)]
     return sorted(names & remote.files.keys()), sorted(stale)
 
 

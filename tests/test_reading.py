@@ -16,6 +16,7 @@ LOADERS = {("np", "load"), ("torch", "load"), ("onnx", "load"), ("pickle", "load
 """Readers whose plain name says too little."""
 STREAM = "reads a stream that is open"
 CHECKED = "reads a file that was checked before, by `outline`, `check_state` or `stat`"
+ALONE = "runs in a student's own file, beside what it reads"
 OWN = "reads a file of an installed package"
 SYSTEM = "reads a file of the system"
 ALLOWED = {
@@ -25,6 +26,8 @@ ALLOWED = {
     "checkpoints/card.py read_text": OWN,
     "checkpoints/targets.py load": "reads the graph that was just written",
     "checkpoints/targets.py read_text": OWN,
+    "checkpoints/modeling_graftvit.py load_file": ALONE,
+    "checkpoints/modeling_graftvit.py read_text": ALONE,
     "checkpoints/safety.py FileIO": STREAM,
     "checkpoints/safety.py ZipFile": STREAM,
     "checkpoints/safety.py open": STREAM,

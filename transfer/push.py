@@ -25,6 +25,8 @@ def push(
 ) -> Pushed:
     """Write a model as `graftvit.save` does, and send it to the hub in one commit, with its card and its license.
 
+    If timm does not have its architecture, its code goes with it (`save` with `standalone`), where that can be written.
+
     Log in first: `hf auth login`, or set HF_TOKEN. `graftvit push --dry_run` shows what would be sent.
 
     Args:

@@ -31,6 +31,7 @@ EXAMPLES = (
     "graftvit checkpoint save runs/distill/checkpoints/best.safetensors#ema student --max_shard_size 2GB",
     "graftvit checkpoint save mae_finetuned_vit_base.pth mae_vit_base",
     "graftvit checkpoint save runs/copy student --bare",
+    "graftvit checkpoint save converted student --standalone",
 )
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 
@@ -129,6 +130,10 @@ def _save(argv: list[str]) -> int:
         "--bare",
         "for a student that copies attention: write only its own weights; their own attention is untrained",
     )
+    parser.switch(
+        "--standalone",
+        "also write modeling_graftvit.py, which loads the model where graftvit is not installed",
+    )
     parser.switch("--force", "replace an existing model folder")
     arguments, settings = parse_command(parser, argv, only=SOURCE_SETTINGS)
     how = keywords_of(settings)
@@ -143,11 +148,14 @@ def _save(argv: list[str]) -> int:
         max_shard_size=_parse_size(arguments.max_shard_size),
         overwrite=arguments.force,
         bare=arguments.bare,
+        standalone=arguments.standalone,
         **how,
     )
     for path in sorted(folder.iterdir()):
         say(f"{path}  {path.stat().st_size:,} bytes\n")
     say(_describe_loading(folder))
+    if arguments.standalone:
+        say(f'without graftvit: from modeling_graftvit import load, in {folder}; load("{folder}")\n')
     if arguments.bare:
         from ...checkpoints.copying_students import BARE_WORDS
 

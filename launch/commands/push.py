@@ -25,9 +25,9 @@ def run(argv: list[str]) -> int:
     """Push a student's folder, or show what would be pushed."""
     parser = command_parser(
         "push",
-        "Create a repository on the hub and upload a student's folder in one commit: its weights, its config.json "
-        "and a model card, nothing else. The student keeps the license of the weights that it was made from. "
-        f"{LOG_IN}",
+        "Create a repository on the hub and upload a student's folder in one commit: its weights, its config.json, "
+        "a model card and, where timm does not have its architecture, the code that loads it. The student keeps the "
+        f"license of the weights that it was made from. {LOG_IN}",
         EXAMPLES,
         usage="DIR ORG/NAME [--flag value ...]",
     )
@@ -83,6 +83,8 @@ def _report_left_out(upload: Upload) -> None:
     """Print the files that the upload leaves out."""
     if upload.left_behind:
         say_aside(f"not pushed: {', '.join(upload.left_behind)}\n")
+    if upload.needs_package:
+        say_aside(f"it loads with graftvit alone: {upload.needs_package}\n")
 
 
 def _describe_pushed(upload: Upload, pushed: Pushed) -> str:
@@ -98,7 +100,8 @@ def _describe_pushed(upload: Upload, pushed: Pushed) -> str:
     if pushed.private:
         lines.append("It is private; --public makes it public.")
     lines.append(f"license: {_describe_license(upload)}")
-    return "\n".join([*lines, "", *load_lines(upload.config, upload.facts), ""])
+    loading = load_lines(upload.config, upload.facts, alone=upload.facts.alone)
+    return "\n".join([*lines, "", *loading, ""])
 
 
 def _describe_upload(upload: Upload, *, private: bool, public: bool) -> str:
@@ -108,6 +111,7 @@ def _describe_upload(upload: Upload, *, private: bool, public: bool) -> str:
     lines = [f"Would push to {facts.repository}{branch}:"]
     lines += [f"  {file.name:<{width}}  {file.size:>14,} bytes" for file in upload.files]
     lines += [f"Not pushed: {', '.join(upload.left_behind)}"] if upload.left_behind else []
+    lines += [f"It loads with graftvit alone: {upload.needs_package}"] if upload.needs_package else []
     lines += [*_describe_hub(upload, private=private, public=public), f"License: {_describe_license(upload)}"]
     kind = "your own README.md" if upload.own_card else "generated"
     return "\n".join([*lines, f"Card ({kind}):", "", upload.card.rstrip("\n"), ""])

@@ -18,11 +18,16 @@ Shape suffixes: B batch, H heads, M query rows, N keys, D head width.
 
 from __future__ import annotations
 
+import re
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from . import kernels
+
+NAMESPACE = re.sub(r"\W", "_", __name__.removesuffix(".models.attention.fused"))
+"""Of the operators: `graftvit`. A student's own file has another, so that a process may have several of both."""
 
 
 def attention_with_lse(
@@ -66,14 +71,14 @@ def map_logsumexp(q_BHMD: Tensor, k_BHND: Tensor, scale: float, bias: Tensor | N
 # The operators. Each is opaque to torch.compile, so the compiled step runs the same kernels as the eager one.
 
 
-@torch.library.custom_op("graftvit::attention_with_lse", mutates_args=())
+@torch.library.custom_op(f"{NAMESPACE}::attention_with_lse", mutates_args=())
 def _attention_with_lse(
     q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor]:
     return kernels.forward(q, k, v, bias, scale)
 
 
-@torch.library.custom_op("graftvit::attention_with_lse_backward", mutates_args=())
+@torch.library.custom_op(f"{NAMESPACE}::attention_with_lse_backward", mutates_args=())
 def _attention_with_lse_backward(
     grad_out: Tensor,
     grad_lse: Tensor,
@@ -93,12 +98,12 @@ def _attention_with_lse_backward(
     return dq, dk, dv, q.new_empty(0)
 
 
-@torch.library.custom_op("graftvit::apply_map", mutates_args=())
+@torch.library.custom_op(f"{NAMESPACE}::apply_map", mutates_args=())
 def _apply_map(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
     return kernels.forward(q, k, v, bias, scale)
 
 
-@torch.library.custom_op("graftvit::apply_map_backward", mutates_args=())
+@torch.library.custom_op(f"{NAMESPACE}::apply_map_backward", mutates_args=())
 def _apply_map_backward(
     grad_out: Tensor,
     q: Tensor,
@@ -116,13 +121,13 @@ def _apply_map_backward(
     return kernels.by_token(dv)
 
 
-@torch.library.custom_op("graftvit::map_logsumexp", mutates_args=())
+@torch.library.custom_op(f"{NAMESPACE}::map_logsumexp", mutates_args=())
 def _map_logsumexp(q: Tensor, k: Tensor, bias: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
     mean_key, lse = kernels.forward(q, k, k, bias, scale)
     return lse, mean_key
 
 
-@torch.library.custom_op("graftvit::map_logsumexp_backward", mutates_args=())
+@torch.library.custom_op(f"{NAMESPACE}::map_logsumexp_backward", mutates_args=())
 def _map_logsumexp_backward(
     grad_lse: Tensor, q: Tensor, k: Tensor, bias: Tensor | None, lse: Tensor, mean_key: Tensor, scale: float
 ) -> tuple[Tensor, Tensor]:
@@ -200,9 +205,9 @@ def _map_logsumexp_gradient(ctx, grad_lse, _):  # type: ignore[no-untyped-def]
 
 
 torch.library.register_autograd(
-    "graftvit::attention_with_lse", _attention_with_lse_gradient, setup_context=_save_attention
+    f"{NAMESPACE}::attention_with_lse", _attention_with_lse_gradient, setup_context=_save_attention
 )
-torch.library.register_autograd("graftvit::apply_map", _apply_map_gradient, setup_context=_save_attention)
+torch.library.register_autograd(f"{NAMESPACE}::apply_map", _apply_map_gradient, setup_context=_save_attention)
 torch.library.register_autograd(
-    "graftvit::map_logsumexp", _map_logsumexp_gradient, setup_context=_save_logsumexp
+    f"{NAMESPACE}::map_logsumexp", _map_logsumexp_gradient, setup_context=_save_logsumexp
 )

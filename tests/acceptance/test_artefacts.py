@@ -243,12 +243,7 @@ def test_push_and_the_three_lines_of_the_card(
     card = hub.files[name, hub.refs[name]["main"], "README.md"].decode()
     lines = re.findall(r"```python\n(.*?)```", card, re.DOTALL)[0]
     assert len(lines.splitlines()) == 3
-    if made.alone:
-        made.agrees(plain_timm.measure(lines, tests))
-        return
-    found: dict[str, Any] = {}
-    exec(lines, found)
-    made.agrees(measure(found["model"], found["transform"], str(tests)))
+    made.agrees(plain_timm.measure(lines, tests))
 
 
 def test_onnx(made: Made, tests: Path, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -262,10 +263,21 @@ def test_a_converted_student_needs_graftvit() -> None:
     assert ModelCard(card).data.library_name == "graftvit"
     assert "Its attention was converted: `*: linear; 9-11: softmax`." in card
     assert load_lines(made, FACTS)[1] == 'model = graftvit.load("hf-hub:me/my-vit").eval()'
-    assert "pip install graftvit" in card
+    assert "`pip install ./graftvit`, of a clone" in card
     assert "first import" not in card + student_card(converted("*: keep; 1: none"), FACTS)
     assert "| `mean`: first import the package" in student_card(converted("*: mean(size=3); 1: keep"), FACTS)
     assert "first import" not in student_card(converted("no plan at all"), FACTS)
+
+
+def test_a_student_with_its_own_code_loads_by_that_first() -> None:
+    facts = replace(FACTS, alone=True, revision="half")
+    card = student_card(converted("*: linear"), facts)
+    first, local, ours = (block.partition("```")[0] for block in card.split("```python\n")[1:])
+    assert first.splitlines() == load_lines(converted("*: linear"), facts, alone=True)
+    assert '("me/my-vit", revision="half", trust_remote_code=True)' in first
+    assert "from modeling_graftvit import load" in local
+    assert 'graftvit.load("hf-hub:me/my-vit@half")' in ours
+    assert "modeling_graftvit" not in student_card(converted("*: linear"), FACTS)
 
 
 def test_an_architecture_of_our_own_needs_graftvit() -> None:
