@@ -12,7 +12,7 @@ import shutil
 import subprocess
 import sys
 import tarfile
-from importlib.metadata import distributions, metadata, version
+from importlib.metadata import distributions, entry_points, metadata, version
 from pathlib import Path
 
 import graftvit
@@ -211,6 +211,10 @@ def test_a_distribution_has_every_file_and_each_module_of_its_wheel_can_be_impor
     assert [str(path) for path in templates if not (tmp_path / "graftvit" / path).is_file()] == []
 
 
+def is_supported(python: str) -> bool:
+    return f"Programming Language :: Python :: {python}" in metadata("graftvit").get_all("Classifier")
+
+
 def test_the_environment_of_conda_is_that_of_the_project() -> None:
     channel, dependencies = (
         yaml.safe_load((ROOT / "environment.yml").read_text())[key] for key in ("channels", "dependencies")
@@ -219,9 +223,29 @@ def test_the_environment_of_conda_is_that_of_the_project() -> None:
     assert (channel, rest) == (["conda-forge"], ["pip", {"pip": ["."]}]), (
         "pyproject.toml alone names packages"
     )
-    assert f"Programming Language :: Python :: {python.removeprefix('python=')}" in metadata(
-        "graftvit"
-    ).get_all("Classifier")
+    assert is_supported(python.removeprefix("python="))
+
+
+CONDA_NAMES = {"torch": "pytorch", "matplotlib": "matplotlib-base", "lazy_loader": "lazy-loader"}
+"""Packages with another name on conda-forge."""
+
+
+def test_the_recipe_of_conda_needs_what_the_project_needs() -> None:
+    recipe = yaml.safe_load((ROOT / "conda" / "recipe.yaml").read_text())
+    project = metadata("graftvit")
+    needed = [line for line in project.get_all("Requires-Dist") if ";" not in line]
+    named = [re.split("(?=[<>=])", line, maxsplit=1) for line in needed]
+    python = project["Requires-Python"].removeprefix(">=")
+    assert recipe["context"] == {"version": project["Version"], "python_min": python}
+    assert recipe["requirements"]["run"] == [
+        "python >=${{ python_min }}",
+        *(f"{CONDA_NAMES.get(name, name)} {bound}" for name, bound in named),
+    ]
+    assert f'"{recipe["requirements"]["host"][-1].replace(" ", "")}"' in (ROOT / "pyproject.toml").read_text()
+    assert recipe["about"]["license"] == project["License-Expression"]
+    assert recipe["about"]["license_file"] == project.get_all("License-File")
+    [command] = entry_points(group="console_scripts", name="graftvit")
+    assert recipe["build"]["python"]["entry_points"] == [f"graftvit = {command.value}"]
 
 
 @pytest.mark.parametrize(
@@ -267,6 +291,34 @@ def test_ci_is_a_script_that_runs_all_of_them() -> None:
     text = script.read_text()
     assert "set -euo pipefail" in text
     assert "\nmake test-all\nmake acceptance\nmake lint\n" in text
+
+
+def test_the_workflow_runs_that_script_and_may_only_read() -> None:
+    workflow = yaml.safe_load((ROOT / ".github" / "workflows" / "ci.yml").read_text())
+    [job] = workflow["jobs"].values()
+    assert workflow["permissions"] == {"contents": "read"}
+    assert [step["run"] for step in job["steps"] if "run" in step] == [".ci/run"]
+    [python] = [step["with"] for step in job["steps"] if "python-version" in step.get("with", {})]
+    assert is_supported(python["python-version"])
+    assert (ROOT / python["cache-dependency-path"]).is_file()
+
+
+@pytest.mark.parametrize(
+    ("file", "copied", "base", "starts"),
+    [
+        ("Dockerfile", r"^COPY (\S+) (\S+)$", r"^FROM python:(.*)$", r'^ENTRYPOINT \["(.*)"\]$'),
+        ("apptainer.def", r"^ +(dist\S+) (\S+)$", r"^From: python:(.*)$", r'^ +exec (.*) "\$@"$'),
+    ],
+)
+def test_a_container_installs_the_wheel_of_make_dist(file: str, copied: str, base: str, starts: str) -> None:
+    text = (ROOT / file).read_text()
+    [(wheel, folder)] = re.findall(copied, text, re.MULTILINE)
+    assert f"pip install --quiet {wheel}\n" in (ROOT / "Makefile").read_text()
+    assert f"pip install --no-cache-dir {folder}{Path(wheel).name}\n" in text
+    assert f"!{wheel}\n" in (ROOT / ".dockerignore").read_text()
+    [python], [command] = (re.findall(pattern, text, re.MULTILINE) for pattern in (base, starts))
+    assert is_supported(python)
+    assert entry_points(group="console_scripts", name=command)
 
 
 def test_make_test_leaves_out_the_acceptance_suite_alone(request: pytest.FixtureRequest) -> None:
