@@ -11,6 +11,7 @@
 #   make lint    ruff and mypy --strict
 #   make docs    write the tables of docs/ from the code, and the pages as a site with search into site/
 #   make docs-serve  show the site on this machine, and again after each change of a page
+#   make notebooks  run the notebooks of docs/notebooks, and keep what their cells show
 #   make bench   time and memory against the dense form, results in benchmarks/, README.md and docs/transfer.md
 #                (again with ARGS=--keep_freed_memory for the numbers where the C library keeps freed memory)
 #   make dist    the wheel and the source distribution in dist/, checked; the wheel runs the short demo in an empty
@@ -36,7 +37,7 @@ export NO_MKDOCS_2_WARNING := 1
 # Where no bytecode is kept, every worker and process compiles the tests again.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo compare test test-all acceptance real lint docs docs-serve bench dist gpu dev install clean
+.PHONY: demo compare test test-all acceptance real lint docs docs-serve notebooks bench dist gpu dev install clean
 
 demo: install
 	images=$(if $(filter fashion%,$(DATA)),"$$($(BIN)/python -m benchmarks.real_data --images)") && \
@@ -75,6 +76,9 @@ lint: $(VENV)/.dependencies
 docs: install
 	$(BIN)/python tests/settings_page.py
 	$(BIN)/mkdocs build
+
+notebooks: install
+	$(BIN)/python tests/notebooks.py
 
 docs-serve: install
 	$(BIN)/mkdocs serve

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import re
+from html import escape
 from pathlib import Path
 from posixpath import dirname, join, normpath, relpath
+from typing import Any
 
 import graftvit
 from mkdocs.config.defaults import MkDocsConfig
@@ -14,7 +17,7 @@ from mkdocs.structure.pages import Page
 ROOT = Path(__file__).resolve().parent.parent
 ROW = re.compile(r"^\| ([^|]+) \| (\[.+) \|$", re.MULTILINE)
 NAMED = re.compile(r"\[([^]]+)\]\(([^)]+)\)")
-TARGET = re.compile(r"(?<=\]\()[^)#:]+")
+TARGET = re.compile(r"(?<=\]\()(?![a-z]+:)[^)#]+")
 """The file of a link to a file of the repository."""
 
 
@@ -36,10 +39,10 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     files.append(File.generated(config, "api.md", content=write_names()))
     found = ["README.md", *(f"docs/{file.src_uri}" for file in files.documentation_pages() if file.src_dir)]
     for path in found:
-        if not path.startswith("docs/"):
+        if not path.startswith("docs/") or path.endswith(".ipynb"):
             source, level = str(ROOT / path), InclusionLevel.NOT_IN_NAV
             files.append(File.generated(config, place_of(path), abs_src_path=source, inclusion=level))
-        if path.endswith(".md"):
+        if path.endswith((".md", ".ipynb")):
             links = {
                 normpath(join(dirname(path), link)) for link in TARGET.findall((ROOT / path).read_text())
             }
@@ -67,4 +70,30 @@ def write_names() -> str:
 
 def place_of(path: str) -> str:
     """Return the place of a file of the repository in the site."""
-    return "index.md" if path == "README.md" else path.removeprefix("docs/")
+    return "index.md" if path == "README.md" else path.removeprefix("docs/").replace(".ipynb", ".md")
+
+
+def on_page_read_source(page: Page, config: MkDocsConfig) -> str | None:
+    """Return the cells of a notebook, and what they show, as Markdown."""
+    path = Path(page.file.abs_src_path or "")
+    if path.suffix != ".ipynb":
+        return None
+    cells = json.loads(path.read_text())["cells"]
+    download = f'<p><a href="{path.name}" download>Download this notebook</a></p>'
+    return "\n\n".join([*(part for cell in cells for part in render_cell(cell)), download])
+
+
+def render_cell(cell: dict[str, Any]) -> list[str]:
+    """Return the text or the code of a cell, and its outputs: pictures, pages and text."""
+    source = "".join(cell["source"])
+    if cell["cell_type"] == "markdown":
+        return [source]
+    outputs = [{"text/plain": each["text"]} if "text" in each else each["data"] for each in cell["outputs"]]
+    return [f"```python\n{source}\n```", *map(render_output, outputs)]
+
+
+def render_output(shown: dict[str, Any]) -> str:
+    if "image/png" in shown:
+        text = escape("".join(shown["text/plain"]))
+        return f'<img alt="{text}" src="data:image/png;base64,{shown["image/png"].strip()}">'
+    return f"```text\n{''.join(shown['text/plain']).rstrip()}\n```"

@@ -1,7 +1,8 @@
-"""The Python of README.md and of docs/notebook.md, on small weights."""
+"""The Python of README.md on small weights, and the notebooks as their readers run them."""
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -11,26 +12,54 @@ import torch
 from support.models.tiny_weights import write_stand_in
 
 ROOT = Path(__file__).parents[1]
-PAGE = ROOT / "docs" / "notebook.md"
-TEACHER = "vit_tiny_patch16_224.augreg_in21k_ft_in1k"
+NOTEBOOKS = ROOT / "docs" / "notebooks"
+CLAIMS = {
+    "start": "assert found['distilled'].top1 > found['scratch'].top1 + 3",
+    "copy_and_distill": "assert all(after[name] < before[name] / 2 for name in before)",
+    "convert_and_hybrid": "assert found['hybrid'].top1 > found['teacher'].top1 - 3 and alone[kept] > alone[1] * 2",
+    "look_at_attention": "assert (rows - 1).abs().max() < 1e-5 and max(seen.numbers['js']) < 0.05",
+    "several_teachers": """
+top1 = {name: accuracy(student, test_images, test_labels) for name, student in found.items()}
+assert top1["both"] > max(top1["attention"], top1["answers"]) + 0.1
+""",
+    "deploy": "assert (graph(test_images) - model(test_images)).abs().max() < 1e-4",
+}
+"""By notebook: what its text says of its numbers."""
+
+
+def read(name: str) -> list[dict[str, Any]]:
+    cells: list[dict[str, Any]] = json.loads((NOTEBOOKS / f"{name}.ipynb").read_text())["cells"]
+    return cells
+
+
+def kinds_of(cells: list[dict[str, Any]]) -> list[list[list[str]]]:
+    """Return what the outputs of each cell of code are: text, numbers or pictures."""
+    code = (cell for cell in cells if cell["cell_type"] == "code")
+    return [[sorted(out.get("data", [out.get("name", "error")])) for out in cell["outputs"]] for cell in code]
+
+
+def test_each_notebook_is_listed_was_run_and_is_small() -> None:
+    index = (ROOT / "docs" / "notebook.md").read_text()
+    assert {path.stem for path in NOTEBOOKS.glob("*.ipynb")} == CLAIMS.keys()
+    for name in CLAIMS:
+        cells = read(name)
+        assert f"](notebooks/{name}.ipynb)" in index
+        counts = [cell["execution_count"] for cell in cells if cell["cell_type"] == "code"]
+        assert counts == list(range(1, len(counts) + 1)), "run `make notebooks`"
+        assert not {"stderr", "error"} & {kind for cell in kinds_of(cells) for out in cell for kind in out}
+        assert len(json.dumps([cell.get("outputs") for cell in cells])) < 80_000  # 60 kB of pictures as text
+        assert "## What next\n" in cells[-1]["source"]
 
 
 @pytest.mark.slow
-def test_the_cells_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    cells = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
-    assert len(cells) == 4
-    assert sum(len(cell.splitlines()) for cell in cells) < 42
-    stand_in = write_stand_in(TEACHER, tmp_path / "teacher", {"depth": 2}, 2)
-    names: dict[str, Any] = {}
-    assert TEACHER in cells[0]
-    exec(cells[0].replace(TEACHER, stand_in).replace("num_classes=2)", "num_classes=2, depth=2)"), names)
-    for cell in cells[1:]:
-        exec(cell, names)
-    assert names["out"].terms.keys() == {"distill", "feature"}
-    assert names["seen"].numbers["pairs"] == [0, 1]
-    assert set(names["seen"].figures) > {"image_0_cls.png", "image_1_cls_teacher.png"}
-    assert torch.isfinite(names["cheap"](names["images"])).all()
+@pytest.mark.parametrize("name", CLAIMS)
+def test_a_notebook_runs_and_shows_what_its_text_says(name: str, tmp_path: Path) -> None:
+    for package in ("nbclient", "ipykernel"):
+        pytest.importorskip(package, reason="notebooks need pip install '.[docs]'")
+    from notebooks import run
+
+    *cells, _ = run(NOTEBOOKS / f"{name}.ipynb", tmp_path, CLAIMS[name]).cells
+    assert kinds_of(cells) == kinds_of(read(name)), "run `make notebooks`"
 
 
 def test_the_lines_of_the_front_page_run(tmp_path: Path) -> None:

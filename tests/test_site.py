@@ -30,7 +30,9 @@ class Links(HTMLParser):
         if tag == "a" and "href" in given:
             self.links.add(given["href"])
         elif tag != "meta" and ("src" in given or "href" in given):
-            self.loaded.add(given.get("src") or given["href"])
+            self.loaded |= {
+                each for each in [given.get("src") or given["href"]] if not each.startswith("data:")
+            }
 
 
 @pytest.fixture(scope="module")
