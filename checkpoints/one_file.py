@@ -9,19 +9,21 @@ from __future__ import annotations
 
 import ast
 import builtins
-import copy
+import itertools
 import json
 import linecache
+import re
+import sys
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from importlib import import_module
-from importlib.metadata import version
+from importlib.metadata import packages_distributions, version
 from importlib.util import find_spec, resolve_name
 from pathlib import Path
 from types import ModuleType
-from typing import Any, TypeAlias
+from typing import Any
 
 from timm.models import model_entrypoint, split_model_name_tag
 
@@ -81,25 +83,22 @@ def modeling_file(config: Json) -> str:
     if described[0][0] == COPIED:
         teacher = config["model_args"]["copied"]["teacher"]
         described.append((teacher["architecture"], teacher["model_args"]))
-    names = sorted({name for each in described for name in _architectures(*each)})
     models = [build(*each, on_meta=True) for each in described]
-    operators = {choice.operator for model in models for choice in choices_of(model)} & {
-        *layer_plan.OPERATORS
-    }
-    created = {word: layer_plan.OPERATORS[word] for word in sorted(operators)}
+    words = sorted({choice.operator for model in models for choice in choices_of(model)})
+    operators = {word: layer_plan.OPERATORS[word] for word in words if word in layer_plan.OPERATORS}
+    names = sorted({name for each in described for name in _architectures(*each)})
     built = {name: each for name in names if _package(each := model_entrypoint(name)) != "timm"}
-    families = dict.fromkeys(filter(None, map(find_family, models)))
     tables = {
-        Name(layer_plan.__name__, "OPERATORS"): partial(_table, created),
-        Name(walk.__name__, "FAMILIES"): partial(_list, families),
-        Name(ROOT, "ARCHITECTURES"): partial(_table, built),
+        Name(layer_plan.__name__, "OPERATORS"): operators,
+        Name(walk.__name__, "FAMILIES"): list(dict.fromkeys(filter(None, map(find_family, models)))),
+        Name(ROOT, "ARCHITECTURES"): built,
     }
     own = {
-        _package(getattr(each, "func", each)) for each in (modeling_file, *created.values(), *built.values())
+        _package(getattr(each, "func", each))
+        for each in (modeling_file, *operators.values(), *built.values())
     }
-    return HEAD.format(version=version("graftvit"), architecture=described[0][0]) + _Merged(own, tables).text(
-        ROOT
-    )
+    head = HEAD.format(version=version("graftvit"), architecture=described[0][0])
+    return head + _Merged(own, tables).text(ROOT)
 
 
 def _architectures(name: str, arguments: Json) -> Iterator[str]:
@@ -114,39 +113,19 @@ def _package(thing: Any) -> str:
     return str(thing.__module__).partition(".")[0]
 
 
+# Names: what a module binds, and what each of its names means.
+
+
 @dataclass(frozen=True, order=True)
 class Name:
-    """What a name means: a definition in a module of ours or, with an alias, an import of another package."""
+    """A definition in a module of ours or, with an alias, an import of another package: of itself, without `name`."""
 
     module: str
     name: str
-    """Empty where the import is of the module itself."""
     alias: str = ""
 
 
-Refer: TypeAlias = Callable[[Name], str]
-"""Returns what the file calls a name, which it then has."""
-Table: TypeAlias = Callable[[Callable[[Any, str], str]], str]
-
-
-def _table(things: Mapping[str, Any], refer: Callable[[Any, str], str]) -> str:
-    return "{" + ", ".join(f"{word!r}: {refer(thing, repr(word))}" for word, thing in things.items()) + "}"
-
-
-def _list(families: Mapping[Family, None], refer: Callable[[Any, str], str]) -> str:
-    """Return the families as an expression. Raises CheckpointError: one is described by an object, as an `Adapter`."""
-    for family in families:
-        if vars(family):
-            raise CheckpointError(
-                f"the family {family.name} is described by a {type(family).__name__}: {SUBCLASS}"
-            )
-    return "[" + ", ".join(f"{refer(type(family), family.name)}()" for family in families) + "]"
-
-
-SUBCLASS = "only a class of a module can be written to modeling_graftvit.py"
-
-
-_INNER = (
+INNER_SCOPES = (
     ast.FunctionDef | ast.ClassDef | ast.Lambda | ast.ListComp | ast.SetComp | ast.DictComp | ast.GeneratorExp
 )
 
@@ -160,15 +139,9 @@ def _bound(scope: ast.AST) -> set[str]:
                 found.add(name)
             case ast.alias(name=name, asname=alias):
                 found.add(alias or name.partition(".")[0])
-            case (
-                ast.FunctionDef(name=str(name))
-                | ast.ClassDef(name=str(name))
-                | ast.ExceptHandler(name=str(name))
-                | ast.MatchAs(name=str(name))
-                | ast.MatchStar(name=str(name))
-            ):
-                found.add(name)
-        if not isinstance(each, _INNER):
+            case ast.FunctionDef() | ast.ClassDef() | ast.ExceptHandler() | ast.MatchAs() | ast.MatchStar():
+                found |= {each.name} if each.name else set()
+        if not isinstance(each, INNER_SCOPES):
             found |= _bound(each)
     return found
 
@@ -182,16 +155,20 @@ class _Source:
             spec = find_spec(module)
         except ValueError:  # of `__main__` in a notebook
             spec = None
-        text = "" if spec is None else "".join(linecache.getlines(spec.origin or ""))
-        if spec is None or not text:
+        lines = [] if spec is None else linecache.getlines(spec.origin or "")
+        if spec is None or not lines:
             raise CheckpointError(
                 f"{FILE} needs the source of {module}: put it into a file of its own, and import that"
             )
         self.package = spec.parent or ""
-        self.body = ast.parse(text).body
+        self.text = "".join(lines).encode()
+        self.starts = [0, *itertools.accumulate(len(line.encode()) for line in lines)]
+        """Where each line starts, in bytes, as syntax trees count."""
+        self.body = ast.parse(self.text).body
         self.defined, self.imported = dict[str, int](), dict[str, Name]()
-        self.for_types, self.in_blocks, self.loose = set[str](), set[str](), set[int]()
-        """The names that are imported for types alone, those that other blocks bind, and these blocks."""
+        self.for_types, self.in_blocks = set[str](), set[str]()
+        """The names that are imported for types alone, and those that the loose statements bind."""
+        self.loose, self.docs = set[int](), set[int]()
         for index, statement in enumerate(self.body):
             self._read(index, statement)
         self.in_blocks -= self.defined.keys() | self.imported.keys()
@@ -212,7 +189,9 @@ class _Source:
                 self.imported[alias] = Name(self.resolve(statement), each.name, alias)
         elif names and isinstance(statement, ast.FunctionDef | ast.ClassDef | ast.Assign | ast.AnnAssign):
             self.defined |= dict.fromkeys(names, index)
-        elif not (isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant)):
+        elif isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant):
+            self.docs.add(index)
+        else:
             self.loose.add(index)
             self.in_blocks |= names
 
@@ -220,17 +199,27 @@ class _Source:
         """Return the whole name of the module that a statement imports from."""
         return resolve_name("." * statement.level + (statement.module or ""), self.package)
 
+    def span(self, node: Any) -> tuple[int, int]:
+        """Return where a node starts and ends in `text`."""
+        return (
+            self.starts[node.lineno - 1] + node.col_offset,
+            self.starts[node.end_lineno - 1] + node.end_col_offset,
+        )
+
 
 class _Merged:
     """What some definitions need, found by following names, and then written."""
 
-    def __init__(self, own: set[str], tables: Mapping[Name, Table]) -> None:
+    def __init__(self, own: set[str], tables: Mapping[Name, Any]) -> None:
         self.own, self.tables = own, tables
+        self.installed = packages_distributions()
         self.sources = dict[str, _Source]()
         self.kept = defaultdict[str, set[int]](set)
         self.needed = defaultdict[str, set[str]](set)
         """The modules by those that need them."""
         self.imports = set[Name]()
+        self.aliased, self.local = set[Name](), set[str]()
+        """What a module calls by another name, and the names that would hide it in a function."""
         self.waiting = list[Name]()
         self.names: dict[Name, str] | None = None
         """What the file calls each of them, once all are found."""
@@ -240,19 +229,21 @@ class _Merged:
         self.waiting = [Name(root, name) for name in self.source(root).defined]
         while self.waiting:
             self._keep(self.waiting.pop())
-        order = list(dict.fromkeys(self._order(root, set())))
+        order = list(self._order(root, set()))
         self.names = self._choose_names(order)
         lines = defaultdict[str, list[str]](list)
         for each in sorted(self.imports):
             alias = self.names[each]
-            start = f"from {each.module} import " if each.name else ""
-            name = each.name or f"import {each.module}"
-            lines[start].append(name if alias in (each.name, each.module) else f"{name} as {alias}")
-        imports = [*lines.pop("", ()), *(start + ", ".join(names) for start, names in lines.items())]
+            start, name = (
+                (f"from {each.module} import ", each.name) if each.name else ("import ", each.module)
+            )
+            lines[start].append(name if alias == name else f"{name} as {alias}")
+        imports = [f"import {name}" for name in lines.pop("import ", ())]
+        imports += [start + ", ".join(names) for start, names in lines.items()]
         parts = ["\n".join(imports)]
         for module in order:
             found = (self._statement(self.source(module), index) for index in sorted(self.kept[module]))
-            parts += [f"# {module}", *(ast.unparse(ast.fix_missing_locations(each)) for each in found)]
+            parts += [f"# {module}", *found]
         return "\n" + "\n\n\n".join(parts) + "\n"
 
     def source(self, module: str) -> _Source:
@@ -261,7 +252,9 @@ class _Merged:
         return self.sources[module]
 
     def is_own(self, module: str) -> bool:
-        return module.partition(".")[0] in self.own
+        """Return whether a module goes into the file: one of the packages that `own` names, or of no package."""
+        name = module.partition(".")[0]
+        return name in self.own or not (name in sys.stdlib_module_names or name in self.installed)
 
     def find(self, source: _Source, name: str) -> Name | ModuleType | None:
         """Return what a name means in a module; None for a builtin, or what a loose statement binds.
@@ -272,14 +265,15 @@ class _Merged:
             return Name(source.module, name)
         target = source.imported.get(name)
         if target is None:
-            if name not in KNOWN and name not in source.in_blocks:
+            if name not in KNOWN | source.in_blocks:
                 raise CheckpointError(
-                    f"{source.module} uses {name}, which no statement of its file defines or imports by name"
+                    f"{source.module} uses {name}, which its file neither defines nor imports by name"
                 )
             return None
         if not self.is_own(target.module):
             return target
-        thing = getattr(import_module(target.module), target.name)
+        thing: Any = import_module(target.module)
+        thing = getattr(thing, target.name) if target.name else thing
         if isinstance(thing, ModuleType):
             return thing
         inner = self.source(target.module)
@@ -291,8 +285,9 @@ class _Merged:
         """Return the name of a class or function. Raises CheckpointError: no module defines it by its own name."""
         module, name = getattr(thing, "__module__", ""), getattr(thing, "__qualname__", "")
         if not module or name not in self.source(module).defined:
+            kind = name or f"an object of {type(thing).__name__}"
             raise CheckpointError(
-                f"{word} is {name or 'no class or function'}, which no module defines: {SUBCLASS}"
+                f"{word} is {kind}, which no module defines: {FILE} can have a class of a module alone"
             )
         return Name(module, name)
 
@@ -314,56 +309,58 @@ class _Merged:
             self.imports.add(found)
             return
         source, kept = self.source(found.module), self.kept[found.module]
-        for index in {source.defined[found.name]} | (source.loose if not kept else set()):
+        for index in {source.defined[found.name]} | (set() if kept else source.loose):
             if index not in kept:
                 kept.add(index)
                 self._statement(source, index)
 
-    def _statement(self, source: _Source, index: int) -> ast.stmt:
+    def _statement(self, source: _Source, index: int) -> str:
         """Return a statement of a module with the names of the file."""
-        statement = copy.deepcopy(source.body[index])
         for name, table in self.tables.items():
             if name.module == source.module and source.defined[name.name] == index:
-                text = table(partial(self._expression, source))
-                return ast.parse(f"{self.refer(source, name)} = {text}").body[0]
-        _Renamed(self, source).visit(statement)
-        if isinstance(statement, ast.FunctionDef | ast.ClassDef) and index not in source.loose:
-            statement.name = self.refer(source, Name(source.module, statement.name))
-        return statement
+                return f"{self.refer(source, name)} = {self._expression(source, table)}"
+        return _Renamed(self, source).text(index)
 
-    def _expression(self, source: _Source, thing: Any, word: str) -> str:
-        """Return Python for a class, a function or a `partial` of one."""
-        if not isinstance(thing, partial):
-            return self.refer(source, self.definition(thing, word))
-        inner = self._expression(source, thing.func, word)
-        options = [*map(repr, thing.args), *(f"{key}={value!r}" for key, value in thing.keywords.items())]
-        return (
-            f"{self.refer(source, Name('functools', 'partial', 'partial'))}({', '.join([inner, *options])})"
-        )
+    def _expression(self, source: _Source, thing: Any, word: str = "") -> str:
+        """Return Python for a class, a function or a `partial` of one, a family, or a table of them."""
+        if isinstance(thing, dict):
+            return (
+                "{"
+                + ", ".join(f"{key!r}: {self._expression(source, thing[key], repr(key))}" for key in thing)
+                + "}"
+            )
+        if isinstance(thing, list):
+            return "[" + ", ".join(self._expression(source, each) for each in thing) + "]"
+        if isinstance(thing, Family) and not vars(thing):
+            return f"{self._expression(source, type(thing))}()"
+        if isinstance(thing, partial):
+            inner = [thing.func, partial]
+            function, name = (self._expression(source, each, word) for each in inner)
+            options = [*map(repr, thing.args), *(f"{key}={value!r}" for key, value in thing.keywords.items())]
+            return f"{name}({', '.join([function, *options])})"
+        if thing is partial:
+            return self.refer(source, Name("functools", "partial", "partial"))
+        return self.refer(source, self.definition(thing, word or f"the family {thing.name}"))
 
     def _order(self, module: str, seen: set[str]) -> Iterator[str]:
         """Yield the modules that one needs, each after those that it needs, then itself."""
         seen.add(module)
-        for each in sorted(self.needed[module] - seen):
+        for each in sorted(self.needed[module]):
             if each not in seen:
                 yield from self._order(each, seen)
         yield module
 
     def _choose_names(self, order: list[str]) -> dict[Name, str]:
         """Return a name of its own for each import and definition: the one that it has, if nothing else has it."""
-        names, taken = (
-            dict[Name, str](),
-            {*dir(builtins)}.union(*(self.source(each).in_blocks for each in order)),
-        )
-        defined = (
-            Name(module, name)
-            for module in order
-            for name, index in self.source(module).defined.items()
-            if index in self.kept[module]
-        )
+        names, taken = dict[Name, str](), {*dir(builtins)}
+        taken = taken.union(*(self.source(module).in_blocks for module in order))
+        kept = [(self.source(module), self.kept[module]) for module in order]
+        defined = [
+            Name(of.module, name) for of, kept in kept for name, index in of.defined.items() if index in kept
+        ]
         for each in (*sorted(self.imports), *defined):
             name = each.alias or each.name
-            if name in taken:
+            if name in taken or (each in self.aliased and name in self.local):
                 name = f"{name}_of_{each.module.rpartition('.')[2]}"
             while name in taken:
                 name += "_"
@@ -372,66 +369,120 @@ class _Merged:
         return names
 
 
-class _Renamed(ast.NodeTransformer):
+def _in_braces(text: str, words: Mapping[str, str]) -> str:
+    """Return an f-string with other words for the names in its braces; before Python 3.12 these have no place."""
+    depth, parts = 0, re.split(r"(\{\{|\}\}|\{|\})", text)
+    for number, part in enumerate(parts):
+        if part == "{" or part.startswith("}"):
+            depth = max(depth + (1 if part == "{" else -len(part)), 0)
+        elif depth:
+            for old, new in words.items():
+                parts[number] = re.sub(rf"(?<![\w.]){re.escape(old)}\b", new, parts[number])
+    return "".join(parts)
+
+
+class _Renamed(ast.NodeVisitor):
     """Gives the names in a statement of a module those that they have in the file."""
 
     def __init__(self, merged: _Merged, source: _Source) -> None:
         self.merged, self.source, self.local = merged, source, set[str]()
         self.of_class = set[str]()
         """The names that a class binds, which its methods do not see."""
+        self.edits = list[tuple[int, int, str]]()
+        self.in_string: dict[str, str] | None = None
+        """The names in an f-string that get others."""
 
-    def visit(self, node: ast.AST) -> Any:
-        is_scope = isinstance(node, _INNER) and not isinstance(node, ast.FunctionDef | ast.ClassDef)
-        return self._scope(node) if is_scope else super().visit(node)
+    def text(self, index: int) -> str:
+        """Return the statement of a number, with the text that documents it."""
+        source, node = self.source, self.source.body[index]
+        self.visit(node)
+        start, _ = source.span(node)
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            at = start + len("class " if isinstance(node, ast.ClassDef) else "def ")
+            if index not in source.loose:
+                name = self.merged.refer(source, Name(source.module, node.name))
+                self.edits.append((at, at + len(node.name.encode()), name))
+            start = source.starts[min(each.lineno for each in (node, *node.decorator_list)) - 1]
+        is_documented = isinstance(node, ast.Assign | ast.AnnAssign) and index + 1 in source.docs
+        _, end = source.span(source.body[index + is_documented])
+        parts = list[bytes]()
+        for first, last, new in sorted(self.edits):
+            parts += [source.text[start:first], new.encode()]
+            start = last
+        return b"".join([*parts, source.text[start:end]]).decode()
 
-    def visit_Name(self, node: ast.Name) -> Any:
-        if node.id not in self.local | self.of_class:
-            found = self.merged.find(self.source, node.id)
-            if isinstance(found, ModuleType):
-                raise CheckpointError(
-                    f"{self.source.module} reads the module {node.id} other than by a name in it"
-                )
-            if found is not None:
-                now = node.id not in self.source.for_types
-                node.id = self.merged.refer(self.source, found, now=now)
-        return node
+    def visit(self, node: ast.AST) -> None:
+        is_scope = isinstance(node, INNER_SCOPES) and not isinstance(node, ast.FunctionDef | ast.ClassDef)
+        (self._scope if is_scope else super().visit)(node)
 
-    def visit_Attribute(self, node: ast.Attribute) -> Any:
-        if isinstance(node.value, ast.Name) and node.value.id not in self.local | self.of_class:
-            module = self.merged.find(self.source, node.value.id)
-            if isinstance(module, ModuleType):
-                found = self.merged.find(self.merged.source(module.__name__), node.attr)
-                if isinstance(found, Name):
-                    return ast.Name(self.merged.refer(self.source, found), ast.Load())
-        return self.generic_visit(node)
+    def visit_Name(self, node: ast.Name) -> None:
+        found = self._find(node)
+        if isinstance(found, ModuleType):
+            raise CheckpointError(
+                f"{self.source.module} reads the module {node.id} other than by a name in it"
+            )
+        if found is not None:
+            self._rename(node, node.id, found)
 
-    def visit_ImportFrom(self, node: ast.ImportFrom) -> Any:
+    def visit_Attribute(self, node: ast.Attribute) -> None:
+        module = self._find(node.value)
+        if not isinstance(module, ModuleType):
+            self.generic_visit(node)
+            return
+        found = self.merged.find(self.merged.source(module.__name__), node.attr)
+        if isinstance(found, Name):
+            self._rename(node, ast.unparse(node), found)
+
+    def _find(self, node: ast.AST) -> Name | ModuleType | None:
+        if not isinstance(node, ast.Name) or node.id in self.local | self.of_class:
+            return None
+        return self.merged.find(self.source, node.id)
+
+    def _rename(self, node: ast.AST, old: str, found: Name) -> None:
+        if old != found.name:
+            self.merged.aliased.add(found)
+        new = self.merged.refer(self.source, found, now=old not in self.source.for_types)
+        if new != old and self.in_string is None:
+            self.edits.append((*self.source.span(node), new))
+        elif new != old and self.in_string is not None:
+            self.in_string[old] = new
+
+    def visit_JoinedStr(self, node: ast.JoinedStr) -> None:
+        if self.in_string is not None:  # in the format of a value in another one
+            self.generic_visit(node)
+            return
+        words = self.in_string = {}
+        self.generic_visit(node)
+        self.in_string = None
+        if words:
+            start, end = self.source.span(node)
+            self.edits.append((start, end, _in_braces(self.source.text[start:end].decode(), words)))
+
+    def visit_ImportFrom(self, node: ast.ImportFrom) -> None:
         if self.merged.is_own(self.source.resolve(node)):
             raise CheckpointError(
                 f"{self.source.module} imports {node.module} inside of a block: move that to its top"
             )
-        return node
 
-    def visit_ClassDef(self, node: ast.ClassDef) -> Any:
-        outer = self.of_class
-        self.of_class = _bound(node)
+    def visit_ClassDef(self, node: ast.ClassDef) -> None:
+        outer, self.of_class = self.of_class, _bound(node)
         self.generic_visit(node)
         self.of_class = outer
-        return node
 
-    def visit_FunctionDef(self, node: ast.FunctionDef) -> Any:
-        decorators = [
-            each for each in node.decorator_list if ast.unparse(each).partition("(")[0] not in DROPPED
-        ]
-        decorators = [self.visit(each) for each in decorators]
-        node.decorator_list = []
+    def visit_FunctionDef(self, node: ast.FunctionDef) -> None:
+        for each in node.decorator_list:
+            if ast.unparse(each).partition("(")[0] in DROPPED:
+                last = each.end_lineno or each.lineno
+                self.edits.append((self.source.starts[each.lineno - 1], self.source.starts[last], ""))
+            else:
+                self.visit(each)
         self._scope(node)
-        node.decorator_list = decorators
-        return node
 
-    def _scope(self, node: Any) -> Any:
+    def _scope(self, node: ast.AST) -> None:
         outer = self.local, self.of_class
         self.local, self.of_class = self.local | _bound(node), set()
-        self.generic_visit(node)
+        self.merged.local |= self.local
+        for each in ast.iter_child_nodes(node):
+            if each not in getattr(node, "decorator_list", ()):
+                self.visit(each)
         self.local, self.of_class = outer
-        return node

@@ -214,7 +214,8 @@ from collections.abc import Callable as Anything
 
 from graftvit.models import AttentionOperator
 from graftvit.models.attention.base import Traits as _rows
-from helpers_of_mine import factor
+import helpers_of_mine as helpers
+from helpers_of_mine import half as factor
 
 _sizes: dict[str, float] = {}
 _sizes["one"] = m.sqrt(1.0)
@@ -240,7 +241,9 @@ class Mean(AttentionOperator):
 
     def attend(self, heads):
         forget = [factor(_sizes["one"]) for resize in range(1)]
-        return sum(forget, resize()) * heads.values().mean(2, keepdim=True).expand_as(heads.values())
+        if f"sum {sum([resize()], m.pi):.{len(_sizes)}f} {{sum}}" != "sum 3.1 {sum}":
+            raise ValueError("a name in braces is another's")
+        return helpers.forget(sum(forget, resize())) * heads.values().mean(2, keepdim=True).expand_as(heads.values())
 
     def macs(self, geometry):
         return 0
@@ -256,17 +259,28 @@ def sum(values: Anything, start):
     return start
 '''
 
+HELPERS = """
+def half(x):
+    return 0.5 * x
+
+
+def forget(x):
+    return x
+"""
+
 
 def test_names_of_several_modules_stay_apart(
     registered: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "operator_of_mine.py").write_text(OWN)
-    (tmp_path / "helpers_of_mine.py").write_text("def factor(x):\n    return 0.5 * x\n")
+    (tmp_path / "helpers_of_mine.py").write_text(HELPERS)
     monkeypatch.syspath_prepend(tmp_path)
     registered["mean"] = __import__("operator_of_mine").Mean
     model, images = graftvit.convert(vit(), "0: mean").eval(), torch.randn(1, 3, 32, 32)
     graftvit.save(model, tmp_path / "student", standalone=True)
     monkeypatch.syspath_prepend(tmp_path / "student")
+    for name in ("operator_of_mine", "helpers_of_mine"):
+        monkeypatch.setitem(sys.modules, name, None)
     own = __import__("modeling_graftvit")
     assert own.AttentionOperator is not AttentionOperator
     torch.testing.assert_close(own.load(tmp_path / "student")(images), model(images), rtol=0, atol=0)
