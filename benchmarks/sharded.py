@@ -31,9 +31,10 @@ from graftvit.checkpoints.student import write_student
 from graftvit.transfer.analysis.report.tables import Table
 from graftvit.transfer.config import TeacherConfig
 from graftvit.transfer.engine.build import load_teacher, outline_teachers
-from graftvit.transfer.engine.parallel import PROCESSES, gathered, mesh_of_nodes, read_once, receive, shard
+from graftvit.transfer.engine.parallel import PROCESSES, gathered, mesh_of_nodes, read_once, receive
 from graftvit.transfer.engine.run_state import collect_optimizer, collect_weights
 from graftvit.transfer.engine.shard_teachers import Spread, shard_units
+from graftvit.transfer.engine.weight_rows import shard
 from torch import Tensor, multiprocessing, nn
 from torch.profiler import ProfilerActivity, profile
 
@@ -131,7 +132,7 @@ def load_sharded(path: Path, accelerator: Accelerator, group: dist.ProcessGroup)
     """Load a teacher as a run does, and shard it within the node."""
     how = TeacherConfig(source=str(path), shard=True)
     loaded = read_once(lambda: {"": load_teacher(how, None)}, group, outline_teachers)[""]
-    spread = Spread(mesh_of_nodes(accelerator, group)[PROCESSES], group, loaded.report.places)
+    spread = Spread(mesh_of_nodes(accelerator, group, "cpu")[PROCESSES], group, loaded.report.places)
     names = {module: name for name, module in loaded.model.named_modules()}
     for unit in shard_units(loaded.model):
         spread.shard(unit, f"{names[unit]}.")
@@ -141,7 +142,7 @@ def load_sharded(path: Path, accelerator: Accelerator, group: dist.ProcessGroup)
 
 def shard_student(student: nn.Module, accelerator: Accelerator, group: dist.ProcessGroup) -> None:
     student.predict = student.forward  # type: ignore[assignment]
-    shard(student, shard_units(student), mesh_of_nodes(accelerator, group))
+    shard(student, shard_units(student), mesh_of_nodes(accelerator, group, "cpu"))
 
 
 def step(student: nn.Module, teacher: nn.Module, optimizer: torch.optim.Optimizer) -> None:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -193,8 +194,11 @@ def fit(
     method: Method,
     classifiers: tuple[str, ...],
     mapped: bool = False,
+    take: Callable[[dict[str, Tensor]], object] | None = None,
 ) -> LoadReport:
     """Load `weights` into `model` in place; if `mapped`, its parameters are those of the weights, and not copied.
+
+    With `take`, that gets the tensors instead, by the model's names.
 
     Position embeddings are resampled to the model's grid by `method`; nothing else changes its shape.
     Keys that are missing or unexpected must have a reason (`KeyRules`). A teacher's norms get the epsilon that
@@ -214,7 +218,8 @@ def fit(
         weights.origin, found.present, {key: tensor.dtype for key, tensor in model.state_dict().items()}
     )
     if mapped or not without_values(model.state_dict()):
-        model.load_state_dict({**marks_of(model), **found.present}, strict=False, assign=mapped)
+        take = take or partial(model.load_state_dict, strict=False, assign=mapped)
+        take({**marks_of(model), **found.present})
     if role == "teacher" and weights.norm_eps is not None:
         set_norm_eps(model, weights.norm_eps)
     return LoadReport(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from importlib import import_module
 from os import PathLike
@@ -13,7 +13,7 @@ from typing import Any, Protocol, TypedDict, runtime_checkable
 
 import torch
 from timm.models import get_model_args, split_model_name_tag
-from torch import nn
+from torch import Tensor, nn
 from typing_extensions import Unpack
 
 from ..models.conversion import ARCHITECTURE as CONVERTED
@@ -344,13 +344,15 @@ def load_weights(
     *,
     position_embedding: Method = "timm",
     replanned: bool = False,
+    take: Callable[[dict[str, Tensor]], object] | None = None,
 ) -> LoadReport:
     """Load any source, or what was read from one, into `model`, to continue training from it.
 
     A head that is absent or of another size stays fresh, and so does the final norm where the pooling
     differs; the report says it. With `replanned`, for a model that was converted by a plan of its own, so does an
     operator where the weights have another. A model on the meta device, or one for weights without values, is held
-    against them by the shapes alone.
+    against them by the shapes alone. With `take`, that gets the tensors by the model's names, and the model stays as it
+    is.
 
     Raises CheckpointError as `load_pretrained`.
     """
@@ -368,7 +370,14 @@ def load_weights(
         left_out |= others
     weights = replace(weights, tensors=tensors, left_out={**weights.left_out, **left_out})
     config: Json = getattr(model, "default_cfg", None) or {}
-    report = fit(model, weights, role="init", method=position_embedding, classifiers=_classifiers(config))
+    report = fit(
+        model,
+        weights,
+        role="init",
+        method=position_embedding,
+        classifiers=_classifiers(config),
+        take=take,
+    )
     return replace(report, resampled={**report.resampled, **resampled})
 
 

@@ -17,6 +17,7 @@ import torch.distributed as dist
 from timm.layers.weight_init import trunc_normal_
 from timm.models import is_model, split_model_name_tag
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 
 from ...checkpoints import provenance
 from ...checkpoints.architecture import check_published
@@ -25,7 +26,9 @@ from ...checkpoints.model_folders import open_source
 from ...checkpoints.preprocessing import Preprocessing
 from ...checkpoints.pretrained import load_pretrained, load_weights, read_outline
 from ...checkpoints.provenance import Pretrained, identify
+from ...checkpoints.report import Place
 from ...checkpoints.transformers_models import load_transformers
+from ...checkpoints.weight_files import find_place
 from ...models.attention.base import AttentionOperator
 from ...models.conversion import nothing_given_up
 from ...models.converted import start_fresh
@@ -52,7 +55,7 @@ from .best import Criterion, choose, classifies
 from .goals import Models
 from .modes import Mode, goal_of, mode_of
 from .optim import check_adapters, check_optimizer
-from .parallel import check_layers_apart, outline_of, read_once, receive, take_first
+from .parallel import check_layers_apart, outline_of, read_once, receive
 from .runlog import check_trackers
 from .students import (
     FRESH,
@@ -64,6 +67,7 @@ from .students import (
     settle_student,
 )
 from .tasks import Task
+from .weight_rows import StoredWeights, cut_parameters, fill, filling_rows
 
 logger = logging.getLogger(__name__)
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -119,6 +123,7 @@ def build(
     commits: Mapping[str, str | None] = NO_COMMITS,
     weights: bool = True,
     group: dist.ProcessGroup | None = None,
+    mesh: DeviceMesh | None = None,
 ) -> Parts:
     """Build a run on the CPU. The student's fresh weights depend on `config.seed` alone, not on the rank.
 
@@ -130,6 +135,7 @@ def build(
         weights: False for a dry run: parameters are on the meta device, published weights are not downloaded, and the
             training set may be absent where the settings say its number of classes.
         group: Of all processes, whose first one reads all weights. The others' teachers have none until `receive`.
+        mesh: Of the processes, each of which makes its rows of the student alone; None where each makes all of it.
 
     Raises ConfigError, CheckpointError, DataError or TransferError, one sentence each.
     """
@@ -137,8 +143,9 @@ def build(
     check_settings(mode)
     _check_data(mode, weights=weights)  # before a teacher is downloaded
     torch.manual_seed(config.seed)
-    whole = read_once(lambda: find_whole(config.student), group, _outline)
-    start = read_once(lambda: find_start(mode, commits, weights=weights), group, _outline)
+    mapped = mesh is not None
+    whole = read_once(lambda: find_whole(config.student, mapped=mapped), group, _outline)
+    start = read_once(lambda: find_start(mode, commits, weights=weights, mapped=mapped), group, _outline)
     like = read_once(lambda: find_like(mode, start, commits, weights=weights), group, _outline)
     follows = config.follows_teacher
     config = settle(config, like)
@@ -155,14 +162,17 @@ def build(
         eval_loader = _eval_loader(mode, spec, train_loader, rank, world_size)
     origin = start
     if whole is not None:
-        origin = read_once(lambda: _open_start(mode, whole, commits, weights=weights), group, _outline)
+        origin = read_once(
+            lambda: _open_start(mode, whole, commits, weights=weights, mapped=mapped), group, _outline
+        )
     head = mode.goal.head(mode.head(train_loader.head(), teachers, origin))
     mode.check_classes(teachers, head)
     plan = mode.plan(head.num_classes, teacher, spec, whole)
     plan = replace(plan, label_names=head.label_names)
-    student, init, warnings = _student(mode, plan, origin, group, weights=weights)
-    images = _calibration(mode, spec, teachers, student, group, weights=weights)
-    task = mode.task(Models(student, teachers, spec, images, train_loader.head()))
+    with nullcontext() if mesh is None else filling_rows():
+        student, init, warnings = _student(mode, plan, origin, group, mesh, weights=weights)
+        images = _calibration(mode, spec, teachers, student, group, weights=weights)
+        task = mode.task(Models(student, teachers, spec, images, train_loader.head()))
     mode.freeze(task.trainable)
     check_adapters(task.trainable, config.optim)
     if config.engine.fsdp:
@@ -221,7 +231,11 @@ def outline_teachers(found: dict[str, Pretrained]) -> dict[str, Pretrained]:
 
 
 def find_start(
-    mode: Mode, commits: Mapping[str, str | None] = NO_COMMITS, *, weights: bool = False
+    mode: Mode,
+    commits: Mapping[str, str | None] = NO_COMMITS,
+    *,
+    weights: bool = False,
+    mapped: bool = False,
 ) -> Pretrained | None:
     """Return the model whose weights a new student starts from: the teacher, or another one without its values.
 
@@ -234,7 +248,7 @@ def find_start(
         return None
     if source != TEACHER:
         return read_outline(source)
-    return _load_own(mode, commits, weights=weights, starts=True)
+    return _load_own(mode, commits, weights=weights, starts=True, mapped=mapped)
 
 
 def find_like(
@@ -253,24 +267,34 @@ def find_like(
     return _load_own(mode, commits, weights=weights, starts=False)
 
 
-def _load_own(mode: Mode, commits: Mapping[str, str | None], *, weights: bool, starts: bool) -> Pretrained:
-    """Return the teacher at the size that the student is given, else at its own."""
+def _load_own(
+    mode: Mode, commits: Mapping[str, str | None], *, weights: bool, starts: bool, mapped: bool = False
+) -> Pretrained:
+    """Return the teacher at the size that the student is given, else at its own; in its file if `mapped`, and no step
+    runs it.
+    """
     student, how = mode.config.student, mode.config.teacher
     if how.source is None:
         setting = f"model={SAME}" if student.model == SAME else f"init={TEACHER}"
         raise ConfigError(f"student.{setting} needs a teacher: set teacher.source")
     size = student.img_size or student.model_args.get("img_size")
     how = mode.goal.fitted(how)
-    return load_teacher(how, size, commits.get(DEFAULT_TEACHER), weights=weights, starts=starts)
+    mapped = mapped and not mode.config.facts.taught
+    return load_teacher(
+        how, size, commits.get(DEFAULT_TEACHER), weights=weights, starts=starts, mapped=mapped
+    )
 
 
 def _open_start(
-    mode: Mode, whole: Pretrained, commits: Mapping[str, str | None], *, weights: bool
+    mode: Mode, whole: Pretrained, commits: Mapping[str, str | None], *, weights: bool, mapped: bool
 ) -> Pretrained | None:
     """Return the model whose weights a student starts from that is a whole model itself; None for fresh weights."""
     source, how = mode.config.starting_source, mode.config.teacher
     if source == TEACHER:
-        return load_teacher(how, None, commits.get(DEFAULT_TEACHER), weights=weights, starts=True)
+        mapped = mapped and not mode.config.facts.taught
+        return load_teacher(
+            how, None, commits.get(DEFAULT_TEACHER), weights=weights, starts=True, mapped=mapped
+        )
     return whole if source in (None, mode.config.student.whole_name) else read_outline(source)
 
 
@@ -376,12 +400,15 @@ def load_teacher(
     *,
     weights: bool = True,
     starts: bool = False,
+    mapped: bool = False,
 ) -> Pretrained:
     """Load a teacher for students of images of `size`; for None at its own. `starts`: a student starts from it, too.
 
+    If `mapped`, or sharded, its weights stay in their file.
+
     Raises CheckpointError.
     """
-    known, key = _known.get({}), (how.model_dump_json(), size, commit, weights, starts)
+    known, key = _known.get({}), (how.model_dump_json(), size, commit, weights, starts, mapped)
     if key in known:
         return known[key]
     source = open_source(str(how.source), commit or how.revision)
@@ -396,7 +423,7 @@ def load_teacher(
         identified=True,
         download=weights,
         keep=starts,
-        mapped=how.shard and weights,
+        mapped=(how.shard or mapped) and weights,
     )
     if not teacher.report.places:
         teacher.model.to(DTYPES[how.dtype])
@@ -429,13 +456,14 @@ def _student(
     plan: StudentPlan,
     start: Pretrained | None,
     group: dist.ProcessGroup | None,
+    mesh: DeviceMesh | None,
     *,
     weights: bool,
 ) -> tuple[nn.Module, JsonDict | None, list[str]]:
     """Return the student with its starting weights, where these are from, and what of them it does not take over."""
     config = mode.config
-    memory: AbstractContextManager[object] = nullcontext() if weights else without_memory()
-    with memory:
+    memory: AbstractContextManager[object] = nullcontext() if mesh is None else cut_parameters(mesh)
+    with memory if weights else without_memory():
         student = plan.create(config.student.drop_path)
     note = nothing_given_up(student, config.student.without)
     if note:
@@ -451,7 +479,7 @@ def _student(
             raise ConfigError(f"student.pos_embed_std: {plan.architecture} has no learned position embedding")
         trunc_normal_(position, std=config.student.pos_embed_std)
     mode.start_head(student)
-    init, warnings = _started(mode, student, start, group, weights=weights)
+    init, warnings = _started(mode, student, start, group, mesh, weights=weights)
     if config.optim.lora is not None:
         add_lora(student, config.optim.lora)
     if config.student.grad_checkpointing:
@@ -475,17 +503,22 @@ def _started(
     student: nn.Module,
     start: Pretrained | None,
     group: dist.ProcessGroup | None,
+    mesh: DeviceMesh | None,
     *,
     weights: bool,
 ) -> tuple[JsonDict | None, list[str]]:
-    """Give a student fresh weights, or those to start from, which the first process has; return as `_start_from`."""
+    """Give a student fresh weights, or those to start from, which the first process has; return where they are from,
+    and what is left out.
+    """
     if start is None:
         start_fresh(student)
         _check_fitted(mode, student, student.state_dict())
         return None, _warn_of_small_scale(student)
-    found = read_once(lambda: _start_from(mode, student, start, weights=weights), group)
-    take_first(student, group)
-    return found
+    init, warnings, held, places = read_once(
+        lambda: _start_from(mode, student, start, weights=weights), group, _outline_start
+    )
+    fill(student, held, StoredWeights({} if mesh is None else places, group))
+    return init, warnings
 
 
 def _warn_of_small_scale(student: nn.Module) -> list[str]:
@@ -499,21 +532,33 @@ def _warn_of_small_scale(student: nn.Module) -> list[str]:
     ]
 
 
-def _start_from(
-    mode: Mode, student: nn.Module, start: Pretrained, *, weights: bool
-) -> tuple[JsonDict, list[str]]:
-    """Load the weights to start from, the teacher's own or others; say where they are from, and what is left out."""
+Start = tuple[JsonDict, list[str], dict[str, Tensor], dict[str, Place]]
+
+
+def _start_from(mode: Mode, student: nn.Module, start: Pretrained, *, weights: bool) -> Start:
+    """Return where the weights to start from are from, what is left out, and the weights, with their places in files.
+
+    They are the teacher's own or others; a dry run has none.
+    """
+    held: dict[str, Tensor] = {}
     report = load_weights(
         student,
         start.source if start.weights is None else start.weights,
         position_embedding=mode.config.teacher.position_embedding,
         replanned=mode.config.student.plan is not None,
+        take=held.update,
     )
     _check_fitted(mode, student, report.missing)
     logger.info("student starts from %s: %s", start.source, report)
     for warning in report.warnings() if weights else ():
         logger.warning("student: %s", warning)
-    return provenance.of_weights(start.source, report), report.warnings()
+    places = {name: place for name, each in held.items() if (place := find_place(each)) is not None}
+    return provenance.of_weights(start.source, report), report.warnings(), held, places
+
+
+def _outline_start(found: Start) -> Start:
+    init, warnings, held, places = found
+    return init, warnings, {name: each.to("meta") for name, each in held.items()}, places
 
 
 def _check_fitted(mode: Mode, student: nn.Module, fresh: Collection[str]) -> None:

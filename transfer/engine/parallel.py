@@ -23,7 +23,6 @@ from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import DistributedDataParallelKwargs
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from ...models.attention.base import AttentionOperator
@@ -121,8 +120,8 @@ def node_size(world: int) -> int:
     return int(os.environ.get("LOCAL_WORLD_SIZE", world))
 
 
-def mesh_of_nodes(accelerator: Accelerator, group: dist.ProcessGroup | None) -> DeviceMesh:
-    """Return all processes as a mesh (nodes, processes of a node).
+def mesh_of_nodes(accelerator: Accelerator, group: dist.ProcessGroup | None, device: str) -> DeviceMesh:
+    """Return all processes as a mesh (nodes, processes of a node), for tensors on a kind of device.
 
     Raises ConfigError on every process: nodes have unlike numbers of processes, or these are not numbered in a row.
     """
@@ -135,29 +134,16 @@ def mesh_of_nodes(accelerator: Accelerator, group: dist.ProcessGroup | None) -> 
             f"the nodes have {', '.join(map(str, sorted({*sizes})))} processes of {world} (0: not numbered in a row), "
             "and shards need as many on each node: start as many on each, and number them node by node"
         )
-    return init_device_mesh(accelerator.device.type, (world // size, size), mesh_dim_names=(NODES, PROCESSES))
+    return init_device_mesh(device, (world // size, size), mesh_dim_names=(NODES, PROCESSES))
 
 
 def student_mesh(
-    engine: EngineConfig, accelerator: Accelerator, group: dist.ProcessGroup | None
+    engine: EngineConfig, accelerator: Accelerator, group: dist.ProcessGroup | None, device: str
 ) -> DeviceMesh:
     """Return the mesh that `engine.fsdp` shards over: all processes in a row, or with `node` as `mesh_of_nodes`."""
     if engine.fsdp == "node":
-        return mesh_of_nodes(accelerator, group)
-    return init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
-
-
-def shard(task: nn.Module, units: Iterable[nn.Module], mesh: DeviceMesh) -> None:
-    """Shard `task` in place with FSDP2, each of `units` on its own and the rest together.
-
-    Over a mesh of one dimension, each process has a shard; over (nodes, processes), nodes replicate what they shard.
-    The root is also resharded after its forward pass, so that the next one gathers shards that were changed (averaged
-    weights in evaluation).
-    """
-    for unit in units:
-        fully_shard(unit, mesh=mesh)
-    fully_shard(task, mesh=mesh, reshard_after_forward=True)
-    register_fsdp_forward_method(task, "predict")
+        return mesh_of_nodes(accelerator, group, device)
+    return init_device_mesh(device, (accelerator.num_processes,))
 
 
 def check_layers_apart(task: nn.Module) -> None:
@@ -316,13 +302,6 @@ def receive(model: nn.Module, group: dist.ProcessGroup | None, device: torch.dev
             if tensor.is_meta:
                 own = nn.Parameter(value, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else value
                 torch.utils.swap_tensors(tensor, own)
-
-
-@torch.no_grad()
-def take_first(model: nn.Module, group: dist.ProcessGroup | None) -> None:
-    """Copy the first process's parameters and buffers into those of the others, which are there."""
-    for tensor in (*model.parameters(), *model.buffers()) if group is not None else ():
-        tensor.copy_(from_first(tensor, group))
 
 
 def list_together(

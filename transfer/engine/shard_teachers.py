@@ -16,16 +16,15 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.distributed.tensor import DTensor
 
 from ...checkpoints.report import Place
-from ...checkpoints.weight_files import digest_header, map_part
 from ...models.copying.teacher_view import TokensOnly, WholeModel
 from ...models.families import blocks_of, find_family
 from ..config import RunConfig
 from .build import DTYPES, Parts
-from .parallel import PROCESSES, from_first, gather, mesh_of_nodes, receive
+from .parallel import PROCESSES, mesh_of_nodes, receive
 from .students import sharded_teachers, teacher_settings
+from .weight_rows import StoredWeights, give_rows, outline, rows_of
 
 
 def shard_teachers(
@@ -38,7 +37,7 @@ def shard_teachers(
     sharded, dual = sharded_teachers(config), parts.task.taught_by
     if not sharded or dual is None:
         return
-    mesh = mesh_of_nodes(accelerator, group)[PROCESSES]
+    mesh = mesh_of_nodes(accelerator, group, accelerator.device.type)[PROCESSES]
     for name in sharded:
         teacher, dtype = dual.teachers[name], DTYPES[teacher_settings(config)[name].dtype]
         spread = Spread(mesh, group, parts.teachers[name].report.places, dtype)
@@ -48,11 +47,7 @@ def shard_teachers(
 
 
 class Spread:
-    """Shard modules over the processes of a mesh, and read only this process's rows of their parameters.
-
-    A parameter that lies in a file which every process can open is read there by each. Others are in the first process
-    of `group` alone, which sends one at a time.
-    """
+    """Shard modules over the processes of a mesh, and read only this process's rows of their parameters."""
 
     def __init__(
         self,
@@ -62,40 +57,21 @@ class Spread:
         dtype: torch.dtype | None = None,
     ) -> None:
         self.mesh, self.group, self.dtype = mesh, group, dtype
-        first, *others = gather([digest_header(path) for path in _files(places)], group)
-        reached = None not in first and all(found == first for found in others)
-        self.places: Mapping[str, Place] = places if reached else {}
+        self.stored = StoredWeights(places, group)
 
     @torch.no_grad()
     def shard(self, unit: nn.Module, prefix: str) -> None:
         """Shard a module whose parameters have the names `prefix`… in its model. All processes must call it."""
         held = dict(unit.named_parameters())
-        for module in unit.modules():
-            for name, parameter in module.named_parameters(recurse=False):
-                outline = parameter.to("meta", self.dtype)
-                module.register_parameter(name, nn.Parameter(outline, requires_grad=False))
+        outline(unit, held, self.dtype)
         receive(unit, self.group)  # buffers alone
         fully_shard(unit, mesh=self.mesh, reshard_after_forward=True)
-        own = {name: self._own(held[name], prefix + name, each) for name, each in unit.named_parameters()}
-        unit.load_state_dict(own, strict=False, assign=True)
+        give_rows(unit, self.mesh, {name: self._own(prefix + name, each) for name, each in held.items()})
 
-    def _own(self, held: Tensor, name: str, outline: Tensor) -> DTensor:
-        """Return this process's rows of a parameter, sharded as its outline."""
-        assert isinstance(outline, DTensor)
-        start = min(len(outline), self.mesh.get_local_rank() * -(-len(outline) // self.mesh.size()))
-        stop = start + len(outline.to_local())
-        place = self.places.get(name)
-        rows = (
-            from_first(held, self.group)[start:stop] if place is None else map_part(place, slice(start, stop))
-        )
-        rows = rows.to(self.mesh.device_type, self.dtype, copy=True)
-        return DTensor.from_local(
-            rows, self.mesh, outline.placements, run_check=False, shape=outline.shape, stride=outline.stride()
-        )
-
-
-def _files(places: Mapping[str, Place]) -> list[str]:
-    return sorted({place.path for place in places.values()})
+    def _own(self, name: str, held: Tensor) -> Tensor:
+        """Return this process's rows of a parameter, on its device."""
+        rows = self.stored.read(name, held, rows_of(held, self.mesh))
+        return rows.to(self.mesh.device_type, self.dtype, copy=True)
 
 
 def gather_to_run(teacher: nn.Module, view: nn.Module, spread: Spread) -> None:

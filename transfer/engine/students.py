@@ -124,13 +124,17 @@ def settle_student(config: StudentConfig, start: StudentConfig = FRESH) -> Stude
     return config.model_copy(update=settled)
 
 
-def find_whole(config: StudentConfig) -> Pretrained | None:
-    """Return the model that the student continues; None for a fresh student.
+def find_whole(config: StudentConfig, *, mapped: bool = False) -> Pretrained | None:
+    """Return the model that the student continues, in its file if `mapped`; None for a fresh student.
 
     Raises CheckpointError: it cannot be loaded. ConfigError: it runs with its teacher's attention.
     """
     source = config.whole_name
-    whole = None if source is None else load_pretrained(source, img_size=config.img_size, keep=True)
+    whole = (
+        None
+        if source is None
+        else load_pretrained(source, img_size=config.img_size, keep=True, mapped=mapped)
+    )
     copying = None if whole is None else copying_of(whole.model)
     if copying is not None:
         raise ConfigError(

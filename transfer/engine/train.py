@@ -47,7 +47,6 @@ from .parallel import (
     raise_together,
     read_once,
     receive,
-    shard,
     student_mesh,
 )
 from .resume_check import (
@@ -66,6 +65,7 @@ from .runlog import Meters, ProgressBar, Recorder, RunLog, create_trackers, hype
 from .scoring import score, teacher_top1
 from .shard_teachers import shard_teachers
 from .signals import StopSignals
+from .weight_rows import find_student_mesh, shard
 
 if TYPE_CHECKING:
     from ..verdict import Verdict
@@ -221,7 +221,8 @@ def training(config: RunConfig, accelerator: Accelerator, others: Company) -> Ge
             splits = data.train_split, data.val_split if config.evaluates else None
             found = list_together(data, splits, waiting, index)
             others.stack.enter_context(listed(found))
-            parts = build(here, rank=rank, world_size=world, commits=commits, group=waiting)
+            mesh = find_student_mesh(here, accelerator, group)
+            parts = build(here, rank=rank, world_size=world, commits=commits, group=waiting, mesh=mesh)
         check_same_code(gather(parts.origins, group))
         check_same_split(gather(parts.eval_loader is not None, group))
         early = _signal(signals, group)
@@ -394,7 +395,8 @@ def _wrap(
     if config.student.compile:
         task.compile(fullgraph=True)
     if config.engine.fsdp:
-        shard(task, parts.task.shard_units, student_mesh(config.engine, accelerator, group))
+        mesh = student_mesh(config.engine, accelerator, group, accelerator.device.type)
+        shard(task, parts.task.shard_units, mesh)
     elif accelerator.num_processes > 1:
         leave_to_us(parts.task)
         task = accelerator.prepare_model(task)

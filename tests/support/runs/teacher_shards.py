@@ -115,7 +115,7 @@ def load_sharded(path: Path, dtype: str) -> dict[str, Any]:
         "weights": sum(parameter.nbytes for parameter in whole.parameters()),
         "largest": max(parameter.nbytes for parameter in whole.parameters()),
         "equal": all(torch.equal(block[name].full_tensor(), expected[name]) for name in expected),
-        "read": len(spread.places),
+        "read": len(spread.stored.places),
         "tensors": len(list(whole.parameters())),
     }
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 from graftvit.models.errors import CheckpointError
-from graftvit.transfer.engine.parallel import from_first, outline_of, patient, read_once, receive, take_first
+from graftvit.transfer.engine.parallel import from_first, outline_of, patient, read_once, receive
 from support.models.dense import tiny
 from support.runs.scenarios import NEEDS_FSDP, RunScenario
 
@@ -18,7 +18,7 @@ def test_one_process_reads_for_itself() -> None:
     assert read_once(lambda: model, None, outline_of) is model
     weight = kept["head.weight"]
     assert from_first(weight, None) is weight
-    receive(model, None), take_first(model, None)
+    receive(model, None)
     assert all(parameter is kept[name] for name, parameter in model.named_parameters())
     with patient(None) as group:
         assert group is None
