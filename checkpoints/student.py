@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 import os
 import re
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from importlib import import_module
 from importlib.metadata import version
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
-from huggingface_hub import save_torch_state_dict
+from huggingface_hub import split_torch_state_dict_into_shards
+from safetensors.torch import save as to_bytes
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from typing_extensions import Unpack
@@ -44,7 +47,7 @@ from .provenance import COST, NORM_EPS, Pretrained, carried_license, of_weights
 from .provenance import KEY as PROVENANCE
 from .report import some
 from .sources import CONFIG
-from .weight_files import read_file
+from .weight_files import INDEX_SUFFIX, read_file
 
 # Keep the layers of a conversion that are fitted, each in a file of its own until the whole model is written.
 
@@ -104,6 +107,8 @@ def only_fitted(folder: Path) -> bool:
 
 
 SHARD_SIZE = "5GB"
+METADATA = {"format": "pt"}
+"""What loaders of other libraries ask a .safetensors file for."""
 
 KEPT = ("classifier", "first_conv", "fixed_input_size", "pool_size")
 """Fields of timm's description that are the architecture's and not of some published weights."""
@@ -255,6 +260,7 @@ def write_student(
     max_shard_size: int | str = SHARD_SIZE,
     check: Callable[[], object] | None = None,
     beside: Callable[[Path], None] | None = None,
+    values: Iterable[tuple[str, Tensor]] = (),
 ) -> None:
     """Write weights and `config.json` of `model` to `folder`, whole or not at all; an older folder is replaced.
 
@@ -266,6 +272,7 @@ def write_student(
         label_names: the classes of its head in their order, where they are known.
         check: as of `write_folder`.
         beside: writes more files into the folder.
+        values: the tensors on the CPU that `model` has on the meta device, each written before the next one is taken.
 
     Raises CheckpointError: these arguments do not build a model with these weights, or one is not JSON;
     with exit code 1 if the disk is full, and the old folder is then intact.
@@ -281,28 +288,88 @@ def write_student(
     config = _config(model, name, arguments, preprocessing, license) | {PROVENANCE: made}
     if label_names is not None:
         config[LABEL_NAMES] = list(label_names)
-    kinds = {key: tensor.dtype if dtype is None else dtype for key, tensor in tensors.items()}
+    kinds = {
+        key: tensor.dtype if dtype is None or not tensor.is_floating_point() else dtype
+        for key, tensor in tensors.items()
+    }
     refuse_not_finite(f"the model for {folder}", tensors, kinds)
-    if dtype is not None:
-        tensors = {key: t.to(dtype) if t.is_floating_point() else t for key, t in tensors.items()}
 
     if not re.fullmatch(r"0*[1-9]\d*( ?[KMGT]B)?", str(max_shard_size), re.IGNORECASE):
         raise ConfigError(f"max_shard_size={max_shard_size!r}; give bytes, or text such as '5GB'")
 
+    def checked(item: tuple[str, Tensor]) -> tuple[str, Tensor]:
+        refuse_not_finite(f"the model for {folder}", dict([item]), kinds)
+        return item
+
     def write(temporary: Path) -> None:
-        save_torch_state_dict(tensors, temporary, max_shard_size=max_shard_size, metadata={"format": "pt"})
+        own = (item for item in tensors.items() if not item[1].is_meta)
+        write_tensors(temporary, outlines, itertools.chain(own, map(checked, values)), max_shard_size)
         (temporary / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         if beside is not None:
             beside(temporary)
 
-    size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
-    write_folder(folder, write, size=size, check=check)
+    outlines = {
+        key: torch.empty(each.shape, dtype=kinds[key], device="meta") for key, each in tensors.items()
+    }
+    write_folder(folder, write, size=sum(each.nbytes for each in outlines.values()), check=check)
+
+
+def write_tensors(
+    folder: Path,
+    outlines: Mapping[str, Tensor],
+    values: Iterable[tuple[str, Tensor]],
+    max_shard_size: int | str = SHARD_SIZE,
+) -> None:
+    """Write tensors to `model.safetensors`, or to several files and an index, each at its place as it comes.
+
+    The files are those of `huggingface_hub.save_torch_state_dict`, which needs all tensors at once. `values` has each
+    of `outlines` once, on the CPU, in any order; they get the types of these.
+    """
+    split = split_torch_state_dict_into_shards(dict(outlines), max_shard_size=max_shard_size)
+    with ExitStack() as stack:
+        places: dict[str, tuple[IO[bytes], int]] = {}
+        for name, keys in split.filename_to_tensors.items():
+            file: IO[bytes] = stack.enter_context((folder / name).open("wb"))
+            header, starts = _header({key: outlines[key] for key in keys})
+            file.write(header)
+            places |= {key: (file, len(header) + start) for key, start in starts.items()}
+        for key, value in values:
+            file, start = places.pop(key)
+            file.seek(start)
+            kept = value.to(outlines[key].dtype).contiguous()
+            file.write(kept.view(-1).view(torch.uint8).numpy().data)
+            del value, kept  # before the next one comes
+    assert not places, f"no values of {some(places)}"
+    if split.is_sharded:
+        index = {"metadata": {**split.metadata, **METADATA}, "weight_map": split.tensor_to_filename}
+        text = json.dumps(index, indent=2)
+        (folder / f"model.safetensors{INDEX_SUFFIX}").write_text(text, encoding="utf-8")
+
+
+def _header(outlines: Mapping[str, Tensor]) -> tuple[bytes, dict[str, int]]:
+    """Return the header of a .safetensors file, and where each tensor begins behind it.
+
+    safetensors orders the tensors and names their types: it writes the header of empty ones here.
+    """
+    empty = to_bytes({key: torch.empty(0, dtype=each.dtype) for key, each in outlines.items()}, METADATA)
+    fields: JsonDict = json.loads(empty[8:])
+    starts: dict[str, int] = {}
+    end = 0
+    for key in (key for key in fields if key in outlines):
+        starts[key], end = end, end + outlines[key].nbytes
+        fields[key] |= {"shape": list(outlines[key].shape), "data_offsets": [starts[key], end]}
+    text = json.dumps(fields, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text, starts
 
 
 def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return tensors on the CPU of which none shares its numbers with another, or is a part of something larger."""
     apart, seen = dict[str, Tensor](), set[int]()
     for key, tensor in tensors.items():
+        if tensor.is_meta:
+            apart[key] = tensor
+            continue
         own = tensor.detach().cpu().contiguous()
         storage = own.untyped_storage()
         if storage.data_ptr() in seen or storage.nbytes() != own.nbytes:

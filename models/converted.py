@@ -195,7 +195,7 @@ def is_mark(key: str) -> bool:
 
 def marks_of(model: nn.Module) -> dict[str, Tensor]:
     """Return the marks of all converted layers by their keys, whether the state dict has them or not."""
-    return {f"{path}.{MARK}": layer.own_mark() for path, layer in _named_layers(model).items()}
+    return {f"{path}.{MARK}": as_mark(layer.resolved) for path, layer in _named_layers(model).items()}
 
 
 def refuse_other_operators(

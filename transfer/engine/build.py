@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -462,9 +462,7 @@ def _student(
 ) -> tuple[nn.Module, JsonDict | None, list[str]]:
     """Return the student with its starting weights, where these are from, and what of them it does not take over."""
     config = mode.config
-    memory: AbstractContextManager[object] = nullcontext() if mesh is None else cut_parameters(mesh)
-    with memory if weights else without_memory():
-        student = plan.create(config.student.drop_path)
+    student = _create(plan, config.student.drop_path, mesh, weights=weights)
     note = nothing_given_up(student, config.student.without)
     if note:
         logger.warning("student.%s", note)
@@ -485,6 +483,24 @@ def _student(
     if config.student.grad_checkpointing:
         _recompute(student)
     return student, init, warnings
+
+
+def _create(plan: StudentPlan, drop_path: float, mesh: DeviceMesh | None, *, weights: bool) -> nn.Module:
+    """Create the student: on the meta device, whole, or with this process's rows of its parameters alone."""
+    if not weights:
+        with without_memory():
+            return plan.create(drop_path)
+    if mesh is not None:
+        generator = torch.get_rng_state()
+        try:
+            with cut_parameters(mesh):
+                return plan.create(drop_path)
+        except ConfigError as error:
+            torch.set_rng_state(generator)
+            logger.info(
+                "the student's constructor computes with its parameters, so they are whole: %s", error
+            )
+    return plan.create(drop_path)
 
 
 def _recompute(student: nn.Module) -> None:

@@ -159,9 +159,18 @@ def whole(tensor: Tensor) -> Tensor:
     """Return a copy of `tensor` on the CPU, gathered if it is sharded. All processes must call it in one order."""
     tensor = tensor.detach()
     if isinstance(tensor, DTensor):
-        tensor = tensor.full_tensor()
+        return tensor.full_tensor().cpu()
     # Copy CPU tensors too: training continues while the state is being written.
     return tensor.to("cpu", copy=True)
+
+
+def gather_each(tensors: Mapping[str, Tensor], *, keep: bool) -> Iterator[tuple[str, Tensor]]:
+    """Gather one tensor after the other on the CPU, and yield it if `keep`. All processes must exhaust it."""
+    for name, tensor in tensors.items():
+        if keep:
+            yield name, whole(tensor)
+        elif isinstance(tensor, DTensor):
+            tensor.full_tensor()
 
 
 def gathered(tensors: Mapping[str, Tensor], *, keep: bool) -> dict[str, Tensor]:
@@ -169,13 +178,7 @@ def gathered(tensors: Mapping[str, Tensor], *, keep: bool) -> dict[str, Tensor]:
 
     Only the process that writes keeps them: eight copies of a large state do not fit into one machine.
     """
-    kept = {}
-    for name, tensor in tensors.items():
-        if keep:
-            kept[name] = whole(tensor)
-        elif isinstance(tensor, DTensor):
-            tensor.full_tensor()
-    return kept
+    return dict(gather_each(tensors, keep=keep))
 
 
 def local(tensor: Tensor) -> Tensor:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import uuid
-from collections.abc import Generator, Iterator, Sequence
+from collections import deque
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -25,6 +26,7 @@ from ...models.copied import copy_attention
 from ...models.errors import GraftError, Json, check_types
 from ...models.lora import merged
 from ...models.plain_yaml import write_yaml
+from ...models.small import without_memory
 from ..config import DataConfig, RunConfig
 from ..data.image_folder import INDEX, Found, keep_index, listed
 from ..data.sampler import preserved
@@ -40,7 +42,7 @@ from .optim import Schedule, WeightAverage, create_optimizer, describe_batch
 from .parallel import (
     create_accelerator,
     gather,
-    gathered,
+    gather_each,
     host_group,
     list_together,
     patient,
@@ -65,6 +67,7 @@ from .runlog import Meters, ProgressBar, Recorder, RunLog, create_trackers, hype
 from .scoring import score, teacher_top1
 from .shard_teachers import shard_teachers
 from .signals import StopSignals
+from .tasks import Task
 from .weight_rows import find_student_mesh, shard
 
 if TYPE_CHECKING:
@@ -85,37 +88,55 @@ def export_students(
 ) -> None:
     """Write `student/` and `student_ema/`; for a masked autoencoder, only the encoder.
 
-    The weights are loaded into a new timm model of the same arguments, so it contains nothing of the training; a
-    student that copies attention gets the part of the teacher that it needs. `meta` is the meta part of a state.
+    The weights are those of a new timm model of the same arguments, so it contains nothing of the training; a student
+    that copies attention gets the part of the teacher that it needs. `meta` is the meta part of a state.
     All processes must call it; only the first one writes.
     """
-    named = {"student": gathered(parts.task.trainable.state_dict(), keep=writes)}
+    own = parts.task.trainable.state_dict()
+    named = {"student": own}
     if average is not None:
         # Integer buffers have no average: use the student's own.
-        named["student_ema"] = named["student"] | gathered(average.average, keep=writes)
-    error: GraftError | None = None
-    if writes:
-        try:
-            for name, tensors in named.items():
-                made = provenance.of_state(meta, "ema" if name == "student_ema" else "student")
+        named["student_ema"] = own | average.average
+    with without_memory():
+        model = parts.plan.create()
+    body = _body(parts.task, own)
+    planned = model if parts.plan.copying is None and body.keys() == model.state_dict().keys() else None
+    for name, tensors in named.items():
+        made = provenance.of_state(meta, "ema" if name == "student_ema" else "student")
+        values = gather_each(tensors if planned is None else _body(parts.task, tensors), keep=writes)
+        error: GraftError | None = None
+        if writes:
+            try:
                 with fence.guard():
-                    _export(parts, tensors, folder / name, made)
-        except GraftError as failure:
-            failure.exit_code = 1
-            error = failure
-    raise_together(error, group)
+                    _export(parts, planned, values, folder / name, made)
+            except GraftError as failure:
+                failure.exit_code = 1
+                error = failure
+        deque(values, maxlen=0)  # every process takes part until the last tensor
+        raise_together(error, group)
 
 
-def _export(parts: Parts, tensors: dict[str, Tensor], folder: Path, made: Json) -> None:
-    plan, task = parts.plan, parts.task
-    body = {n.removeprefix(task.prefix): value for n, value in tensors.items() if n.startswith(task.prefix)}
-    with preserved():
-        model = plan.create()
-    model.load_state_dict(merged(body), strict=not task.pruned)
-    if plan.copying is not None and parts.teacher is not None:
-        copy_attention(model, parts.teacher.model, plan.copying)
+def _body(task: Task, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the tensors of the model that leaves the run, by its own names."""
+    prefix = task.prefix
+    return {name.removeprefix(prefix): each for name, each in tensors.items() if name.startswith(prefix)}
+
+
+def _export(
+    parts: Parts,
+    planned: nn.Module | None,
+    values: Iterator[tuple[str, Tensor]],
+    folder: Path,
+    made: Json,
+) -> None:
+    """Write a student with `values`: as `planned`, tensor by tensor, or put together from all of them (None)."""
+    plan, beside = parts.plan, None
+    if planned is None:
+        tensors = dict(values)
+        planned = _put_together(parts, tensors)
+        beside = partial(parts.task.write_beside, tensors)
     write_student(
-        model,
+        planned,
         folder,
         architecture=plan.architecture,
         model_args=plan.arguments,
@@ -123,8 +144,20 @@ def _export(parts: Parts, tensors: dict[str, Tensor], folder: Path, made: Json) 
         license=provenance.carried_license(made),
         provenance=made,
         label_names=plan.label_names,
-        beside=partial(task.write_beside, tensors),
+        beside=beside,
+        values=values,
     )
+
+
+def _put_together(parts: Parts, tensors: Mapping[str, Tensor]) -> nn.Module:
+    """Return the student in memory: with its adapters merged, and with the part of the teacher that it copies."""
+    plan, task = parts.plan, parts.task
+    with preserved():
+        model = plan.create()
+    model.load_state_dict(merged(_body(task, tensors)), strict=not task.pruned)
+    if plan.copying is not None and parts.teacher is not None:
+        copy_attention(model, parts.teacher.model, plan.copying)
+    return model
 
 
 logger = logging.getLogger(__name__)

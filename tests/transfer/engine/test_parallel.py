@@ -154,7 +154,7 @@ def test_nodes_of_unlike_size_are_refused(monkeypatch: pytest.MonkeyPatch) -> No
     accelerator = cast(Any, SimpleNamespace(process_index=1, num_processes=3, device=torch.device("cpu")))
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     with pytest.raises(ConfigError, match="start as many on each"):
-        mesh_of_nodes(accelerator, None)
+        mesh_of_nodes(accelerator, None, "cpu")
 
 
 def test_the_parts_that_are_gathered_one_by_one() -> None:
