@@ -395,12 +395,13 @@ def refuse_not_finite(origin: str, tensors: Mapping[str, Tensor], kinds: Mapping
     bad = [key for key, tensor in floating.items() if not _is_finite(tensor.to(kinds[key]))]
     if bad:
         kind = str(kinds[bad[0]]).removeprefix("torch.")
-        beyond = f" as {kind}" if _is_finite(tensors[bad[0]]) else ""
+        beyond = f" as {kind}" if _is_finite(tensors[bad[0]].double()) else ""
         raise CheckpointError(f"{origin} holds values that are not finite{beyond} in {some(bad)}")
 
 
 def _is_finite(tensor: Tensor) -> bool:
-    return tensor.is_meta or bool(torch.isfinite(tensor).all())
+    """Return whether all numbers are finite, without another tensor of this size: an extreme of NaN is NaN."""
+    return tensor.is_meta or not tensor.numel() or bool(torch.isfinite(torch.stack(tensor.aminmax())).all())
 
 
 def _resample(

@@ -17,9 +17,11 @@ import timm
 import torch
 from graftvit.checkpoints.pretrained import load, load_pretrained, load_weights
 from graftvit.checkpoints.state import TrainingState, write_state
+from graftvit.checkpoints.student import write_tensors
 from graftvit.models.conversion import convert, plan_of, with_plan
 from graftvit.models.errors import CheckpointError
 from graftvit.models.mae import MaskedAutoencoder
+from huggingface_hub import save_torch_state_dict
 from safetensors.torch import load_file, save_file
 from support.models.tiny_students import same_weights, save_folder
 from timm.models import save_for_hf
@@ -259,6 +261,42 @@ def test_part_dtype_and_shards_keep_bits(
     name = "model.safetensors"
     assert (back / name).read_bytes() == (whole / name).read_bytes()
     assert json.loads((back / "config.json").read_text())["graftvit"]["part"] == part
+
+
+@pytest.mark.parametrize("size", ["5GB", 40])
+def test_tensors_written_one_by_one_are_the_files_of_the_hub(tmp_path: Path, size: int | str) -> None:
+    kinds = [
+        torch.float32,
+        torch.bfloat16,
+        torch.float16,
+        torch.float64,
+        torch.uint8,
+        torch.int64,
+        torch.bool,
+    ]
+    tensors = {f"{kind}".removeprefix("torch."): torch.arange(6).view(2, 3).to(kind) for kind in kinds}
+    tensors |= {"scalar é": torch.tensor(1.5), "empty": torch.zeros(0, 3)}
+    theirs, ours = tmp_path / "theirs", tmp_path / "ours"
+    theirs.mkdir(), ours.mkdir()
+    save_torch_state_dict(dict(tensors), theirs, max_shard_size=size, metadata={"format": "pt"})
+    outlines = {name: each.to("meta") for name, each in tensors.items()}
+    write_tensors(ours, outlines, reversed(list(tensors.items())), size)
+    names = sorted(path.name for path in theirs.iterdir())
+    assert names == sorted(path.name for path in ours.iterdir())
+    assert all((ours / name).read_bytes() == (theirs / name).read_bytes() for name in names)
+
+
+def test_a_value_that_is_not_finite_leaves_the_folder_as_it_was(
+    tmp_path: Path, tiny: Callable[..., nn.Module]
+) -> None:
+    save(tiny(**ARGUMENTS), tmp_path / "out", NAME, ARGUMENTS)
+    before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    values = tiny(**ARGUMENTS).state_dict()
+    values["norm.bias"][0] = float("nan")
+    with pytest.raises(CheckpointError, match=r"not finite in norm\.bias"):
+        save(tiny(**ARGUMENTS).to("meta"), tmp_path / "out", NAME, ARGUMENTS, values=values.items())
+    assert before == {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 @pytest.mark.parametrize("shards", [False, True])

@@ -99,8 +99,8 @@ def export_students(
         named["student_ema"] = own | average.average
     with without_memory():
         model = parts.plan.create()
-    body = _body(parts.task, own)
-    planned = model if parts.plan.copying is None and body.keys() == model.state_dict().keys() else None
+    changed = _body(parts.task, own).keys() != model.state_dict().keys()
+    planned = None if changed or parts.task.pruned or parts.plan.copying is not None else model
     for name, tensors in named.items():
         made = provenance.of_state(meta, "ema" if name == "student_ema" else "student")
         values = gather_each(tensors if planned is None else _body(parts.task, tensors), keep=writes)

@@ -15,7 +15,9 @@ import torch
 from graftvit.checkpoints import state_shards
 from graftvit.checkpoints.state import StateFolder, find_state, read_meta
 from graftvit.transfer.config import RunConfig
+from graftvit.transfer.engine import train
 from graftvit.transfer.engine.loop import Loop
+from graftvit.transfer.engine.parallel import local
 from support.runs.engine_killer import start, wait
 from support.runs.engine_runs import config, differences, make_teacher, state
 
@@ -101,5 +103,47 @@ def killed(folder: Path) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def made(folder: Path) -> dict[str, Any]:
+    """Runs whose students are made in rows, and the same ones with students that each rank makes whole."""
+    teacher, seven = make_teacher(folder / "teacher"), make_teacher(folder / "seven", 7)
+    like = {"model": "auto", "model_args": {}, "img_size": 12}
+    kinds: dict[str, tuple[Path, dict[str, Any]]] = {
+        "fresh": (teacher, {"student": {"plan": "0: nystrom"}, "transfer": {"method": "logits"}}),
+        "started": (seven, {"mode": "finetune", "student": like}),  # a fresh head, and other positions
+        "encoder": (teacher, {"mode": "pretrain", "teacher": {"source": None}}),
+    }
+    shares: dict[str, list[float]] = {}
+
+    def run(name: str, kind: str) -> RunConfig:
+        source, sections = kinds[kind]
+        short = {"max_steps": 2, "warmup_epochs": 0}
+        return config(folder / name, source, optim=short, engine={"fsdp": "node"}, **sections)
+
+    def make_whole(rank: int) -> None:
+        train.find_student_mesh = lambda *given: None  # type: ignore[assignment]
+
+    def measure(rank: int) -> None:
+        build = train.build
+
+        def measured(*given: Any, **named: Any) -> Any:
+            parts = build(*given, **named)
+            own = list(parts.task.trainable.parameters())
+            held = sum(local(each).numel() for each in own) / sum(each.numel() for each in own)
+            (folder / f"share{rank}").write_text(str(held))
+            return parts
+
+        train.build = measured  # type: ignore[assignment]
+
+    codes = []
+    for kind in kinds:
+        codes += wait(start(run(f"{kind}_whole", kind), 2, make_whole))
+        codes += wait(start(run(f"{kind}_rows", kind), 2, measure))
+        shares[kind] = [float((folder / f"share{rank}").read_text()) for rank in range(2)]
+    return {
+        "codes": codes, "shares": shares,
+        "differences": {kind: differences(folder / f"{kind}_whole", folder / f"{kind}_rows") for kind in kinds},
+    }  # fmt: skip
+
+
 def main(scenario: str, path: str, *arguments: int) -> dict[str, Any]:
-    return {"ranks": ranks, "killed": killed}[scenario](Path(path), *arguments)  # type: ignore[operator, no-any-return]
+    return {"ranks": ranks, "killed": killed, "made": made}[scenario](Path(path), *arguments)  # type: ignore[operator, no-any-return]
