@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[1]
 @NEEDS_FSDP
 @pytest.mark.slow
 def test_a_rank_holds_its_share_and_few_whole_tensors() -> None:
-    sizes = ["--ranks", "2", "--depth", "12", "--width", "64", "--saves", "1"]
+    sizes = ["--ranks", "2", "--depth", "8", "--width", "64", "--saves", "1"]
     command = [sys.executable, "-m", "benchmarks.sharded", *sizes]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

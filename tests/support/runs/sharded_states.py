@@ -110,7 +110,6 @@ def made(folder: Path) -> dict[str, Any]:
     kinds: dict[str, tuple[Path, dict[str, Any]]] = {
         "fresh": (teacher, {"student": {"plan": "0: nystrom"}, "transfer": {"method": "logits"}}),
         "started": (seven, {"mode": "finetune", "student": like}),  # a fresh head, and other positions
-        "encoder": (teacher, {"mode": "pretrain", "teacher": {"source": None}}),
     }
     shares: dict[str, list[float]] = {}
 
