@@ -324,6 +324,8 @@ def write_tensors(
 
     The files are those of `huggingface_hub.save_torch_state_dict`, which needs all tensors at once. `values` has each
     of `outlines` once, on the CPU, in any order; they get the types of these.
+
+    Raises CheckpointError: one has no value.
     """
     split = split_torch_state_dict_into_shards(dict(outlines), max_shard_size=max_shard_size)
     with ExitStack() as stack:
@@ -339,7 +341,8 @@ def write_tensors(
             kept = value.to(outlines[key].dtype).contiguous()
             file.write(kept.view(-1).view(torch.uint8).numpy().data)
             del value, kept  # before the next one comes
-    assert not places, f"no values of {some(places)}"
+    if places:
+        raise CheckpointError(f"there are no values of {some(places)}, which the model has")
     if split.is_sharded:
         index = {"metadata": {**split.metadata, **METADATA}, "weight_map": split.tensor_to_filename}
         text = json.dumps(index, indent=2)

@@ -284,6 +284,8 @@ def test_tensors_written_one_by_one_are_the_files_of_the_hub(tmp_path: Path, siz
     names = sorted(path.name for path in theirs.iterdir())
     assert names == sorted(path.name for path in ours.iterdir())
     assert all((ours / name).read_bytes() == (theirs / name).read_bytes() for name in names)
+    with pytest.raises(CheckpointError, match=r"no values of .*bool"):
+        write_tensors(ours, outlines, list(tensors.items())[:-3], size)
 
 
 def test_a_value_that_is_not_finite_leaves_the_folder_as_it_was(
