@@ -1,8 +1,9 @@
-"""`python -m benchmarks.pages` writes what was measured into the pages, between their marks."""
+"""`python -m benchmarks.pages` writes what was measured into the pages, and README.md leads to each of them."""
 
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -71,3 +72,10 @@ def test_the_rest_of_the_pages_stays_and_writing_again_changes_nothing(pages: Pa
     written = {name: (pages / name).read_text() for name in ("README.md", "docs/transfer.md")}
     write(pages)
     assert written == {name: (pages / name).read_text() for name in written}
+
+
+def test_the_table_of_the_front_page_has_every_page_once() -> None:
+    """It is the navigation of the site, too."""
+    _, table = (ROOT / "README.md").read_text().split("\n## Documentation\n")
+    pages = [f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md")]
+    assert sorted(re.findall(r"\]\((docs/[^)]+)\)", table)) == sorted(pages)
