@@ -24,15 +24,16 @@ from importlib.util import find_spec, resolve_name
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+from unittest.mock import patch
 
-from timm.models import model_entrypoint, split_model_name_tag
+from timm.models import _registry
 
 from ..models import layer_plan
 from ..models.converted import choices_of
 from ..models.copied import ARCHITECTURE as COPIED
 from ..models.errors import CheckpointError, Json, JsonDict
 from ..models.families import Family, find_family, walk
-from .architecture import INNER, build
+from .architecture import build
 from .files import read_json
 from .sources import CONFIG
 
@@ -79,15 +80,15 @@ def modeling_file(config: Json) -> str:
     Raises CheckpointError: an operator, architecture or family of another package is not defined in a module, or needs
     what its module does not define.
     """
-    described = [(str(config["architecture"]), config["model_args"])]
-    if described[0][0] == COPIED:
+    name, described = config["architecture"], [(config["architecture"], config["model_args"])]
+    if name == COPIED:
         teacher = config["model_args"]["copied"]["teacher"]
         described.append((teacher["architecture"], teacher["model_args"]))
-    models = [build(*each, on_meta=True) for each in described]
+    with patch.object(_registry, "_model_entrypoints", _Registry(_registry._model_entrypoints)) as registry:
+        models = [build(*each, on_meta=True) for each in described]
     words = sorted({choice.operator for model in models for choice in choices_of(model)})
     operators = {word: layer_plan.OPERATORS[word] for word in words if word in layer_plan.OPERATORS}
-    names = sorted({name for each in described for name in _architectures(*each)})
-    built = {name: each for name in names if _package(each := model_entrypoint(name)) != "timm"}
+    built = {name: registry[name] for name in sorted(registry.asked) if _package(registry[name]) != "timm"}
     tables = {
         Name(layer_plan.__name__, "OPERATORS"): operators,
         Name(walk.__name__, "FAMILIES"): list(dict.fromkeys(filter(None, map(find_family, models)))),
@@ -97,16 +98,20 @@ def modeling_file(config: Json) -> str:
         _package(getattr(each, "func", each))
         for each in (modeling_file, *operators.values(), *built.values())
     }
-    head = HEAD.format(version=version("graftvit"), architecture=described[0][0])
+    head = HEAD.format(version=version("graftvit"), architecture=name)
     return head + _Merged(own, tables).text(ROOT)
 
 
-def _architectures(name: str, arguments: Json) -> Iterator[str]:
-    """Yield timm's name of a model, and those of the models that it is made of."""
-    name = split_model_name_tag(name)[0]
-    yield name
-    if name in INNER:
-        yield from _architectures(arguments[INNER[name]], arguments)
+class _Registry(dict[str, Any]):
+    """timm's constructors by name, which keeps the names that it is asked for."""
+
+    def __init__(self, constructors: Mapping[str, Any]) -> None:
+        super().__init__(constructors)
+        self.asked = set[str]()
+
+    def __getitem__(self, name: str) -> Any:
+        self.asked.add(name)
+        return super().__getitem__(name)
 
 
 def _package(thing: Any) -> str:
@@ -334,12 +339,9 @@ class _Merged:
         if isinstance(thing, Family) and not vars(thing):
             return f"{self._expression(source, type(thing))}()"
         if isinstance(thing, partial):
-            inner = [thing.func, partial]
-            function, name = (self._expression(source, each, word) for each in inner)
+            name, inner = Name("functools", "partial", "partial"), self._expression(source, thing.func, word)
             options = [*map(repr, thing.args), *(f"{key}={value!r}" for key, value in thing.keywords.items())]
-            return f"{name}({', '.join([function, *options])})"
-        if thing is partial:
-            return self.refer(source, Name("functools", "partial", "partial"))
+            return f"{self.refer(source, name)}({', '.join([inner, *options])})"
         return self.refer(source, self.definition(thing, word or f"the family {thing.name}"))
 
     def _order(self, module: str, seen: set[str]) -> Iterator[str]:

@@ -12,6 +12,7 @@ from types import ModuleType
 from typing import Any
 
 import graftvit
+import graftvit.models.lit
 import pytest
 import timm
 import torch
@@ -79,6 +80,7 @@ def all_operators() -> nn.Module:
     return graftvit.convert(vit(len(names) + 1), plan, calibration=torch.randn(4, 3, 32, 32))
 
 
+LIT = {"img_size": 32, "embed_dims": (8, 16, 24, 32), "depths": (1, 1, 1, 1), "num_heads": (1, 2, 3, 4)}
 STUDENTS: dict[str, Any] = {
     "operators": all_operators,
     "hybrid": lambda: graftvit.convert(
@@ -92,9 +94,10 @@ STUDENTS: dict[str, Any] = {
     ),
     "swin": lambda: pyramid("swin", "stage1: linear; stage2: keep"),
     "ours": lambda: tiny_pyramid("cswin", (32, 32)),
+    "lit": lambda: timm.create_model("lit_ti", **LIT),
     "plain": vit,
 }
-"""Students of each kind; "ours" and "plain" are not converted."""
+"""Students of each kind; "ours" and "plain" are not converted, and "lit" is made of another architecture of ours."""
 BY_TRANSFORMERS = ("operators", "copying", "swin")
 
 
