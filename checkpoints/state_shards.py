@@ -38,7 +38,7 @@ from .weight_files import SHARD_NAME, Piece, map_part
 
 
 class ShardWriter(StorageWriter, AsyncStager):
-    """Write the parts of a state into the files of `folder`, and then call `commit` in the first process.
+    """Write the parts of `tensors` into the files of `folder`, and then call `commit` in the first process.
 
     `meta` is the JSON part of the state, of which the first process writes its own. `copies` is what the writer before
     has copied, whose memory is used again: to take new memory from the system takes longer than to copy.
@@ -46,6 +46,7 @@ class ShardWriter(StorageWriter, AsyncStager):
 
     def __init__(
         self,
+        tensors: Mapping[str, Tensor],
         folder: Path,
         meta: JsonDict,
         commit: Callable[[], None],
@@ -53,20 +54,24 @@ class ShardWriter(StorageWriter, AsyncStager):
         processes: int,
         copies: dict[str, Tensor],
     ) -> None:
-        self.copies = copies
+        self.tensors, self.copies = tensors, copies
         self.path = folder / SHARD_NAME.format(rank, processes)
         self.meta, self.commit, self.rank = meta, commit, rank
 
     @torch.no_grad()
     def stage(self, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Copy the tensors, because training changes them while they are written."""
-        for name, tensor in state_dict.items():
+        """Copy the tensors, because training changes them while they are written.
+
+        torch is given an empty state: of each value in one it asks first whether it makes a state of its own, which
+        takes longer than to copy.
+        """
+        for name, tensor in self.tensors.items():
             copied = self.copies.get(name)
             if copied is not None and copied.shape == tensor.shape:  # sums of losses start empty
                 _local(copied).copy_(_local(tensor))
             else:
                 self.copies[name] = tensor.detach().to("cpu", copy=True)
-        return {name: self.copies[name] for name in state_dict}
+        return {name: self.copies[name] for name in self.tensors}
 
     def synchronize_staging(self) -> None:
         """Do nothing: the copies are there."""
@@ -179,8 +184,8 @@ def _done(value: Any) -> Future[Any]:
 class Saving:
     """A state that is being written beside the training."""
 
-    def __init__(self, tensors: Mapping[str, Tensor], writer: ShardWriter, group: dist.ProcessGroup) -> None:
-        self._written: Any = async_save(dict(tensors), storage_writer=writer, process_group=group)
+    def __init__(self, writer: ShardWriter, group: dist.ProcessGroup) -> None:
+        self._written: Any = async_save({}, storage_writer=writer, process_group=group)
 
     def wait(self) -> None:
         """Wait until the state is on the disk. Raises on every process what one process met, with exit code 1."""

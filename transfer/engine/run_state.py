@@ -101,6 +101,7 @@ class RunState:
             self.log.sync()
         keep, step = self.config.engine.keep_states, position.step
         writer = ShardWriter(
+            state.tensors,
             self._incoming,
             state.meta,
             partial(self.folder.commit, last=last, best=best, keep=keep, step=step),
@@ -108,7 +109,7 @@ class RunState:
             self.accelerator.num_processes,
             self._copies,
         )
-        self._saving = Saving(state.tensors, writer, self._background)
+        self._saving = Saving(writer, self._background)
         self._saved_step = step if last else self.last_step
 
     def wait(self) -> None:

@@ -75,7 +75,7 @@ class _WholeDraws(TorchDispatchMode):
 
 @contextmanager
 def filling_rows() -> Iterator[None]:
-    """Let what initializes cut parameters inside give them the rows of whole ones, without communication."""
+    """Let what initializes cut parameters inside give them the rows of whole ones."""
     with implicit_replication(), _WholeDraws():
         yield
 
