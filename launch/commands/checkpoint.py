@@ -155,7 +155,7 @@ def _save(argv: list[str]) -> int:
         say(f"{path}  {path.stat().st_size:,} bytes\n")
     say(_describe_loading(folder))
     if arguments.standalone:
-        say(f'without graftvit: from modeling_graftvit import load, in {folder}; load("{folder}")\n')
+        say(f'without graftvit, in {folder}: from modeling_graftvit import load; load("{folder}")\n')
     if arguments.bare:
         from ...checkpoints.copying_students import BARE_WORDS
 
