@@ -53,8 +53,9 @@ HEAD = '''\
 from __future__ import annotations
 '''
 AUTO_CLASSES = {"AutoConfig": "Config", "AutoModel": "Model", "AutoModelForImageClassification": "Model"}
-DROPPED = ("register_model", "check_types")
-"""Decorators that the file leaves out: `ARCHITECTURES` has its models, and its callers' types are theirs to check."""
+DROPPED = ("register_model", "register_operator", "register_family", "register_method", "check_types")
+"""Decorators and calls that the file leaves out: its tables have its models, operators and families, and its callers'
+types are theirs to check."""
 KNOWN = {*dir(builtins), "__name__", "__package__", "__file__"}
 
 
@@ -151,6 +152,11 @@ def _bound(scope: ast.AST) -> set[str]:
     return found
 
 
+def _is_dropped(node: ast.expr) -> bool:
+    called = node.func if isinstance(node, ast.Call) else node
+    return ast.unparse(called).rpartition(".")[2] in DROPPED
+
+
 class _Source:
     """A module of ours: the numbers of its statements by the names that they define, and its imports."""
 
@@ -196,7 +202,7 @@ class _Source:
             self.defined |= dict.fromkeys(names, index)
         elif isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant):
             self.docs.add(index)
-        else:
+        elif not (isinstance(statement, ast.Expr) and _is_dropped(statement.value)):
             self.loose.add(index)
             self.in_blocks |= names
 
@@ -473,7 +479,7 @@ class _Renamed(ast.NodeVisitor):
 
     def visit_FunctionDef(self, node: ast.FunctionDef) -> None:
         for each in node.decorator_list:
-            if ast.unparse(each).partition("(")[0] in DROPPED:
+            if _is_dropped(each):
                 last = each.end_lineno or each.lineno
                 self.edits.append((self.source.starts[each.lineno - 1], self.source.starts[last], ""))
             else:

@@ -215,7 +215,7 @@ OWN = '''
 import math as m
 from collections.abc import Callable as Anything
 
-from graftvit.models import AttentionOperator
+from graftvit.models import AttentionOperator, register_operator
 from graftvit.models.attention.base import Traits as _rows
 import helpers_of_mine as helpers
 from helpers_of_mine import half as factor
@@ -260,6 +260,9 @@ def sum(values: Anything, start):
     for each in values:
         start = start + each
     return start
+
+
+register_operator("mean", Mean)
 '''
 
 HELPERS = """
@@ -278,7 +281,7 @@ def test_names_of_several_modules_stay_apart(
     (tmp_path / "operator_of_mine.py").write_text(OWN)
     (tmp_path / "helpers_of_mine.py").write_text(HELPERS)
     monkeypatch.syspath_prepend(tmp_path)
-    registered["mean"] = __import__("operator_of_mine").Mean
+    __import__("operator_of_mine")
     model, images = graftvit.convert(vit(), "0: mean").eval(), torch.randn(1, 3, 32, 32)
     graftvit.save(model, tmp_path / "student", standalone=True)
     monkeypatch.syspath_prepend(tmp_path / "student")
