@@ -54,8 +54,8 @@ from __future__ import annotations
 '''
 AUTO_CLASSES = {"AutoConfig": "Config", "AutoModel": "Model", "AutoModelForImageClassification": "Model"}
 DROPPED = ("register_model", "register_operator", "register_family", "register_method", "check_types")
-"""Decorators and calls that the file leaves out: its tables have its models, operators and families, and its callers'
-types are theirs to check."""
+"""Decorators, and statements that call these, which the file leaves out: its tables have its models, operators and
+families, and its callers' types are theirs to check."""
 KNOWN = {*dir(builtins), "__name__", "__package__", "__file__"}
 
 
@@ -152,9 +152,9 @@ def _bound(scope: ast.AST) -> set[str]:
     return found
 
 
-def _is_dropped(node: ast.expr) -> bool:
+def _is_dropped(node: ast.AST) -> bool:
     called = node.func if isinstance(node, ast.Call) else node
-    return ast.unparse(called).rpartition(".")[2] in DROPPED
+    return isinstance(called, ast.expr) and ast.unparse(called).rpartition(".")[2] in DROPPED
 
 
 class _Source:
@@ -202,7 +202,7 @@ class _Source:
             self.defined |= dict.fromkeys(names, index)
         elif isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant):
             self.docs.add(index)
-        elif not (isinstance(statement, ast.Expr) and _is_dropped(statement.value)):
+        elif not any(map(_is_dropped, ast.walk(statement))):
             self.loose.add(index)
             self.in_blocks |= names
 

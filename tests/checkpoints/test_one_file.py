@@ -262,7 +262,8 @@ def sum(values: Anything, start):
     return start
 
 
-register_operator("mean", Mean)
+for name in ["mean"]:
+    register_operator(name, Mean)
 '''
 
 HELPERS = """
