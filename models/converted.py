@@ -113,12 +113,9 @@ class ConvertedAttention(AttentionHost):
         return gated
 
     def mark(self) -> None:
-        """Add the mark to the state dict."""
-        self.operator.register_buffer("choice", self.own_mark())
-
-    def own_mark(self) -> Tensor:
-        """Return the mark, on the layer's device."""
-        return as_mark(self.resolved, next(self.original.parameters()).device)
+        """Add the mark, on the layer's device, to the state dict."""
+        device = next(self.original.parameters()).device
+        self.operator.register_buffer("choice", as_mark(self.resolved, device))
 
     @property
     def resolved(self) -> Choice:

@@ -15,13 +15,9 @@ FOLDER = Path(__file__).parent.parent / "docs" / "notebooks"
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
 
 
-def read(path: Path) -> NotebookNode:
-    return nbformat.read(path, as_version=4)
-
-
 def run(path: Path, folder: Path, *more: str) -> NotebookNode:
     """Return a notebook as a fresh process in `folder` runs its cells, and `more` cells of Python, in order."""
-    notebook = read(path)
+    notebook = nbformat.read(path, as_version=4)
     notebook.cells += map(nbformat.v4.new_code_cell, more)
     environment = {
         **os.environ,

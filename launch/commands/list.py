@@ -49,9 +49,8 @@ def _list_recipes(argv: list[str]) -> int:
     parser.add_argument("recipe", nargs="?", metavar="NAME", help="recipe to print")
     name = parser.parse_args(argv).recipe
     if name is not None:
-        schema = (
-            resources.files("graftvit.cfgs") / "schema.json"
-        )  # an editor finds it beside the recipe alone
+        # an editor finds a schema of the plain name beside the recipe alone
+        schema = resources.files("graftvit.cfgs") / "schema.json"
         say(recipe_text(name).replace("$schema=schema.json", f"$schema={schema}"))
         return 0
     width = max(map(len, recipe_names()), default=0)

@@ -84,9 +84,8 @@ def filling_rows() -> Iterator[None]:
 def cut_parameters(mesh: DeviceMesh) -> Iterator[None]:
     """Build the models inside with this process's rows of each parameter; buffers are whole."""
 
-    def cut(
-        module: nn.Module, name: str, parameter: nn.Parameter | None
-    ) -> Any:  # torch's own type says None
+    # The type of what a hook returns is wrong in torch: None alone.
+    def cut(module: nn.Module, name: str, parameter: nn.Parameter | None) -> Any:
         if parameter is None or isinstance(parameter, DTensor) or not parameter.ndim:
             return parameter
         rows = parameter.detach()[rows_of(parameter, mesh)].clone()
