@@ -87,6 +87,11 @@ def check_placement(config: RunConfig, processes: int, *, on_cpu: bool) -> None:
         )
     if config.student.compile:
         raise ConfigError("student.compile=true cannot be used with engine.fsdp: set one of them to false")
+    if config.facts.aligns:
+        raise ConfigError(
+            "mode=align runs a student's layers one by one, outside of the blocks that engine.fsdp gathers: "
+            "set engine.fsdp=false"
+        )
 
 
 def looks_for_unused(config: RunConfig, world_size: int, *, cpu: bool) -> bool:

@@ -98,6 +98,12 @@ def test_compilation_does_not_go_with_sharding(monkeypatch: pytest.MonkeyPatch) 
         create_accelerator(config(Path("runs"), engine={"fsdp": True}, student={"compile": True}))
 
 
+def test_layers_that_learn_alone_do_not_go_with_sharding(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("graftvit.transfer.engine.parallel.Accelerator.num_processes", 2)
+    with pytest.raises(ConfigError, match=r"mode=align .* set engine.fsdp=false"):
+        create_accelerator(config(Path("runs"), mode="align", engine={"fsdp": True}))
+
+
 def test_layers_that_share_parameters_are_not_sharded_one_by_one() -> None:
     student = convert(dense.tiny(dtype=torch.float32), "*: linformer(sharing=layerwise)")
     with pytest.raises(ConfigError, match=r"sharing=layerwise .* set engine.fsdp=false"):
