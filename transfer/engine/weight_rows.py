@@ -82,7 +82,10 @@ def filling_rows() -> Iterator[None]:
 
 @contextmanager
 def cut_parameters(mesh: DeviceMesh) -> Iterator[None]:
-    """Build the models inside with this process's rows of each parameter; buffers are whole."""
+    """Build the models inside with this process's rows of each parameter; buffers are whole.
+
+    It is entered within `filling_rows`, once for all: torch's part of that would end with an inner one.
+    """
 
     # The type of what a hook returns is wrong in torch: None alone.
     def cut(module: nn.Module, name: str, parameter: nn.Parameter | None) -> Any:
@@ -93,8 +96,7 @@ def cut_parameters(mesh: DeviceMesh) -> Iterator[None]:
 
     hook = register_module_parameter_registration_hook(cut)
     try:
-        with filling_rows():
-            yield
+        yield
     finally:
         hook.remove()
 
