@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import lru_cache, partial
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -187,12 +188,39 @@ NEAR = 1 << 16
 """Bytes between two files of a sample that are read rather than asked for apart."""
 REQUESTS = 16
 """Samples that a process asks a server for at the same time."""
+Sample = tuple[bytes, bytes]
+"""The content of an image and of its label."""
+
+
+class _Readers:
+    """Threads that read samples ahead. Unlike those of an executor, they let a process end while a server is silent."""
+
+    def __init__(self) -> None:
+        self._asked = SimpleQueue[tuple[Future[Sample], Callable[[int], Sample], int]]()
+        for _ in range(REQUESTS):
+            threading.Thread(target=self._work, daemon=True).start()
+
+    def submit(self, fetch: Callable[[int], Sample], index: int) -> Future[Sample]:
+        """Return what will have a sample, or why it cannot be read."""
+        found = Future[Sample]()
+        self._asked.put((found, fetch, index))
+        return found
+
+    def _work(self) -> None:
+        while True:
+            found, fetch, index = self._asked.get()
+            if not found.set_running_or_notify_cancel():
+                continue
+            try:
+                found.set_result(fetch(index))
+            except BaseException as error:  # for the thread that waits
+                found.set_exception(error)
 
 
 @lru_cache(maxsize=1)
-def _readers(process: int) -> ThreadPoolExecutor:
+def _readers(process: int) -> _Readers:
     """Return what reads samples ahead in a process: threads do not live on in a forked one."""
-    return ThreadPoolExecutor(REQUESTS)
+    return _Readers()
 
 
 class ShardImages:
@@ -208,7 +236,7 @@ class ShardImages:
         self._ends = np.cumsum(self.counts)
         self._indexes: dict[int, ShardIndex] = {}
         self._alone = threading.Lock()
-        self._ahead: dict[int, Future[tuple[bytes, bytes]]] = {}
+        self._ahead: dict[int, Future[Sample]] = {}
         if not len(self):
             raise DataError(f"the {len(self._places)} shards of split {split!r} have no samples")
         if said not in (None, len(self)):
@@ -245,8 +273,7 @@ class ShardImages:
         with Image.open(io.BytesIO(content)) as image:
             return image.convert(self._mode), self._label(label)
 
-    def _fetch(self, index: int) -> tuple[bytes, bytes]:
-        """Return the content of an image and of its label."""
+    def _fetch(self, index: int) -> Sample:
         shard, files, ending = self._files(index)
         kind = "json" if self._field else "cls"
         if kind not in files:

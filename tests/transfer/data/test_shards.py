@@ -457,6 +457,16 @@ def test_the_samples_of_a_batch_are_asked_for_together(
     assert sum(asked != "GET bytes=0-0" for asked in Ranges.asked[before:]) == 24
 
 
+def test_a_process_ends_while_a_server_is_silent(url: str) -> None:
+    shards._readers.cache_clear()
+    before = set(threading.enumerate())
+    images = ShardImages(config(url), "s-{0..5}.tar", "RGB")
+    images.read_ahead([0])
+    assert images.read(0)[1] == 0
+    started = set(threading.enumerate()) - before
+    assert started and all(thread.daemon for thread in started)  # Python waits for the others
+
+
 def test_a_server_without_ranges_is_refused_before_a_shard_is_read(
     root: Path, url: str, made: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
