@@ -76,13 +76,13 @@ class Renormalized(nn.Module):
         return images if self.size is None else self.size
 
     def forward(self, images: Tensor) -> Tensor:
-        size = self.teacher_size((images.shape[-2], images.shape[-1]))
+        size, dtype = self.teacher_size((images.shape[-2], images.shape[-1])), images.dtype
         if not self.same_normalization:
-            images = images * self.scale + self.shift
+            images = images * self.scale + self.shift  # float32 where a loader gives only the weights a type
         if images.shape[-2:] != size:  # in float32: torch has no such resize in half precision
             precise = images.to(torch.promote_types(images.dtype, torch.float32))
-            images = F.interpolate(precise, size, mode="bicubic", antialias=True).to(images.dtype)
-        return images
+            images = F.interpolate(precise, size, mode="bicubic", antialias=True)
+        return images.to(dtype)
 
 
 class ShownImages(Renormalized):

@@ -16,6 +16,7 @@ import graftvit.models.lit
 import pytest
 import timm
 import torch
+import transformers
 from graftvit.checkpoints.upload import plan_upload
 from graftvit.launch.cli import main
 from graftvit.models import layer_plan
@@ -122,6 +123,18 @@ def test_every_kind_of_student_gives_its_logits_without_graftvit(tmp_path: Path)
     found = json.loads(done.stdout.splitlines()[-1])
     assert len(found) == 2 * len(STUDENTS) + len(BY_TRANSFORMERS)
     assert max(found.values()) <= 1e-6, found
+
+
+def test_a_copying_student_runs_in_the_type_that_transformers_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    images = torch.randn(1, 3, 32, 48, dtype=torch.bfloat16)
+    graftvit.save(STUDENTS["copying"](), tmp_path / "student", standalone=True)
+    how = {"trust_remote_code": True, "dtype": torch.bfloat16}
+    model = transformers.AutoModel.from_pretrained(tmp_path / "student", **how)
+    expected = graftvit.load(tmp_path / "student").to(torch.bfloat16)(images)
+    torch.testing.assert_close(model(pixel_values=images).logits, expected, rtol=0.1, atol=0.02)
 
 
 def test_the_folder_stays_what_timm_and_graftvit_load(tmp_path: Path) -> None:
