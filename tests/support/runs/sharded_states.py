@@ -108,7 +108,10 @@ def made(folder: Path) -> dict[str, Any]:
     teacher, seven = make_teacher(folder / "teacher"), make_teacher(folder / "seven", 7)
     like = {"model": "auto", "model_args": {}, "img_size": 12}
     kinds: dict[str, tuple[Path, dict[str, Any]]] = {
-        "fresh": (teacher, {"student": {"plan": "0: nystrom; 1: manhattan"}, "transfer": {"method": "logits"}}),
+        "fresh": (
+            teacher,
+            {"student": {"plan": "0: nystrom; 1: manhattan"}, "transfer": {"method": "logits"}},
+        ),
         "started": (seven, {"mode": "finetune", "student": like}),  # a fresh head, and other positions
     }
     shares: dict[str, list[float]] = {}

@@ -464,7 +464,8 @@ def test_a_process_ends_while_a_server_is_silent(url: str) -> None:
     images.read_ahead([0])
     assert images.read(0)[1] == 0
     started = set(threading.enumerate()) - before
-    assert started and all(thread.daemon for thread in started)  # Python waits for the others
+    assert started
+    assert all(thread.daemon for thread in started)  # Python waits for the others
 
 
 def test_a_server_without_ranges_is_refused_before_a_shard_is_read(
