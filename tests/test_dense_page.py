@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import importlib
 import statistics
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from benchmarks import dense_recovery as benchmark
+
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.append(str(ROOT))
-benchmark = importlib.import_module("benchmarks.dense_recovery")
 
 
 @pytest.fixture(scope="module")

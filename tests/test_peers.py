@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,9 +13,9 @@ from graftvit.transfer.analysis.benchmark import Layer
 from graftvit.transfer.analysis.benchmark_cases import SOFTMAX
 from support.models.operator_cases import CASES, HEADS, WIDTH, Case, draw
 
+from benchmarks import forms, peers
+
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.append(str(ROOT))
-peers, forms = (importlib.import_module(f"benchmarks.{name}") for name in ("peers", "forms"))
 PUBLIC, public_form, straight_form = forms.PUBLIC, forms.public_form, forms.straight_form
 GRID = Geometry(0, (6, 8))
 FORMED = {

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import importlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +16,8 @@ from graftvit.checkpoints.preprocessing import Preprocessing
 from graftvit.checkpoints.student import write_student
 from PIL import Image
 
-study = importlib.import_module("benchmarks.real_conversion")
+from benchmarks import real_conversion as study
+
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "real.md"
 SMALL = study.Settings(
     operators=("linear", "performer"), size=28, large=56, best=1, seeds=(0,), layers=(0, 1),

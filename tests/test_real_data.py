@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import gzip
 import hashlib
-import importlib
-import sys
 import zipfile
 from pathlib import Path
 
 import pytest
 
-sys.path.append(str(Path(__file__).resolve().parents[1]))
-real_data = importlib.import_module("benchmarks.real_data")
+from benchmarks import real_data
+
 NOTHING = ("images-idx3", "labels-idx1")
 
 

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import importlib
 import shutil
 import struct
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +12,9 @@ import timm
 import torch
 from graftvit import save
 
+from benchmarks import real_transfer as benchmark
+
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.append(str(ROOT))
-benchmark = importlib.import_module("benchmarks.real_transfer")
 Cell, Outcome = benchmark.Cell, benchmark.Outcome
 
 

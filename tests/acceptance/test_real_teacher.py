@@ -5,9 +5,7 @@ Both come from packages (`python -m benchmarks.real_data`). A test that needs on
 
 from __future__ import annotations
 
-import importlib
 import json
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -27,8 +25,8 @@ from torch import Tensor, nn
 from torchvision.datasets import FashionMNIST
 from transformers import Dinov2Config, Dinov2Model
 
-sys.path.append(str(Path(__file__).resolve().parents[2]))
-real_data = importlib.import_module("benchmarks.real_data")
+from benchmarks import real_data
+
 pytestmark = pytest.mark.xdist_group("real teacher")
 ARCHITECTURE = "vit_small_patch14_dinov2"
 OWN = 224
