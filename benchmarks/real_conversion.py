@@ -34,6 +34,7 @@ from graftvit.transfer.config import DataConfig
 from graftvit.transfer.data.loaders import create_reference_loader
 from graftvit.transfer.metrics.distance import Reader, compared_layers
 from graftvit.transfer.metrics.measure import Against, Family, measure
+from scipy import stats
 from torch import Tensor, nn
 from torchvision.datasets import FashionMNIST
 
@@ -448,26 +449,27 @@ def small_table(cells: Cells, settings: Settings) -> Table:
 
 
 def kernel_table(cells: Cells, others: Cells, settings: Settings) -> Table:
-    """Return how far the operators' means over seeds are apart in two studies: mean / largest, by state and number."""
+    """Return how far the operators' means over seeds are apart in two studies: mean / largest, by state and number.
 
-    def apart(find: Callable[[Any], float], keys: Sequence[str], seeds: Sequence[int]) -> list[float]:
-        means = (
-            statistics.mean(find(found[f"{seed}/{key}"]) for seed in seeds)
-            for key in keys
-            for found in (cells, others)
-        )
-        return [abs(one - other) for one, other in zip(means, means, strict=True)]
-
+    The last column counts the means of the other study that are in the 95 % interval of this one (Student's t).
+    """
     rows = []
     for state, words in STATES.items():
         (ours, keys), (theirs, _) = of_state(cells, settings, state), of_state(others, settings, state)
-        if seeds := sorted({*ours} & {*theirs}):
-            row = [f"{words}, {counted(seeds)}"]
-            for _, find, form in NUMBERS:
-                found = apart(find, keys, seeds)
-                row.append(f"{statistics.mean(found):{form}} / {max(found):{form}}")
-            rows.append(row)
-    return Table(["state", *(head for head, _, _ in NUMBERS)], rows)
+        seeds = sorted({*ours} & {*theirs})
+        if len(seeds) < 2:
+            continue
+        row, inside = [f"{words}, {counted(seeds)}"], []
+        reach = float(stats.t.ppf(0.975, len(seeds) - 1)) / len(seeds) ** 0.5
+        for _, find, form in NUMBERS:
+            apart = []
+            for key in keys:
+                own, other = ([find(each[f"{seed}/{key}"]) for seed in seeds] for each in (cells, others))
+                apart.append(abs(statistics.mean(own) - statistics.mean(other)))
+                inside.append(apart[-1] <= reach * statistics.stdev(own))
+            row.append(f"{statistics.mean(apart):{form}} / {max(apart):{form}}")
+        rows.append([*row, f"{sum(inside)} of {len(inside)}"])
+    return Table(["state", *(head for head, _, _ in NUMBERS), "in the interval"], rows)
 
 
 def layer_table(cells: Cells, settings: Settings) -> Table:
