@@ -65,6 +65,11 @@ def for_transformers(config: Json) -> JsonDict:
     return {**config, "model_type": "graftvit", "auto_map": found}
 
 
+def for_timm(config: Json) -> JsonDict:
+    """Return a config.json that names no file beside it."""
+    return {key: value for key, value in config.items() if key not in ("model_type", "auto_map")}
+
+
 def write_modeling(folder: Path) -> None:
     """Write `modeling_graftvit.py` into a student's folder, and say so in its config.json.
 

@@ -44,7 +44,7 @@ from .card import (
 from .files import place, read_json, read_regular
 from .hub import download, is_network, line, status_of
 from .licenses import public
-from .one_file import FILE, for_transformers, modeling_file
+from .one_file import FILE, for_timm, for_transformers, modeling_file
 from .provenance import Pretrained
 from .report import some
 from .sources import CONFIG, PICKLE_SUFFIXES, STUDENTS, split_part
@@ -168,7 +168,7 @@ def plan_upload(
         dataset_name=dataset_name,
         describe_transfer=describe_transfer,
     )
-    config = _published(for_transformers(config) if alone else config, claim.license)
+    config = _published(for_transformers(config) if alone else for_timm(config), claim.license)
     card = own if own is not None else student_card(config, facts)
     files = [UploadFile(path.name, path) for path in weights]
     files += [UploadFile(INDEX, _inside(folder, INDEX))] if facts.sharded else []

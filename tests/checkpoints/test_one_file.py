@@ -17,6 +17,7 @@ import pytest
 import timm
 import torch
 import transformers
+from graftvit.checkpoints.one_file import for_transformers
 from graftvit.checkpoints.upload import plan_upload
 from graftvit.launch.cli import main
 from graftvit.models import layer_plan
@@ -208,8 +209,12 @@ def test_an_operator_that_no_module_defines_is_refused_by_name(
         graftvit.save(model, tmp_path / "student", standalone=True)
     assert not (tmp_path / "student").exists()
     graftvit.save(model, tmp_path / "student")
+    config = tmp_path / "student" / "config.json"
+    earlier = for_transformers(json.loads(config.read_text()))  # it could be, when it was saved
+    config.write_text(json.dumps(earlier))
     upload = plan_upload(tmp_path / "student", "me/vit")
     assert "'mean'" in upload.needs_package
+    assert not {"auto_map", "model_type"} & {*upload.config}
     assert FILE not in {file.name for file in upload.files}
     assert "modeling_graftvit" not in upload.card
 
