@@ -294,7 +294,10 @@ def _describe_settings(parser: Parser, only: Sequence[str] | None) -> None:
     """Add the settings to the help with their defaults, one group for each section."""
     taken = [leaf for leaf in leaves().values() if _takes(leaf, only)]
     titles = {"": ("run", "The run itself.")} | {
-        name: (name, textwrap.fill(" ".join((section.__doc__ or "").split()), _help_width() - 2))
+        name: (
+            name,
+            textwrap.fill(" ".join((section.__doc__ or "").partition("Args:")[0].split()), _help_width() - 2),
+        )
         for name, section in sections().items()
     }
     texts = dict[str, str | None]()

@@ -71,6 +71,7 @@ def test_the_description_of_a_section_is_one_block(typed: Typed) -> None:
     blocks = re.findall(r"^\w+:\n((?:.+\n)+?)\n  --", typed("train", "--help").out, re.M)
     assert len(blocks) == len(sections()) + 1
     assert all(re.fullmatch(r"  \S.*", line) for block in blocks for line in block.splitlines())
+    assert not any("Args:" in block for block in blocks), "each setting is described once, by its flag"
 
 
 def test_every_setting_is_in_the_help(typed: Typed) -> None:
