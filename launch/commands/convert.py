@@ -200,8 +200,9 @@ def _format_recovery(out: Path, teacher: Pretrained, student: nn.Module, config:
         teacher.source,
         *given_flags("teacher", config.teacher),
     ]
+    images = ["--data_path", "FOLDER", "--output_dir", f"{out}-recovered"]
     return (
-        f"recover it: {hint('train', '--mode', *mode, *models, '--data_path', 'FOLDER')}\n"
+        f"recover it: {hint('train', '--mode', *mode, *models, *images)}\n"
         + "the merges are new, and alignment trains layers alone: the command trains the whole student\n"
         * merged
     )

@@ -258,7 +258,8 @@ def test_a_folder_of_a_converted_pyramid(pyramid: Path, tmp_path: Path, typed: T
     said = typed("convert", pyramid, "--plan", plan, *words).out
     assert "images of 32x32: stages of 8x8, 4x4 tokens" in said
     feature = f"--mode transfer --method feature --student.model local-dir:{out}"
-    assert f"recover it: graftvit train {feature} --teacher.source {pyramid} --data_path FOLDER\n" in said
+    images = f"--data_path FOLDER --output_dir {out}-recovered"
+    assert f"recover it: graftvit train {feature} --teacher.source {pyramid} {images}\n" in said
     merges = sum(
         parameter.numel() for each in merge_layers(graftvit.load(str(out))) for parameter in each.parameters()
     )
@@ -284,7 +285,8 @@ def test_the_command_that_recovers_trains_what_is_new(
     tmp_path: Path, typed: Typed, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Merges are new, and only a stage that runs the whole student trains them."""
-    source, out, trained = write_swin(tmp_path, SIZE), tmp_path / "out", tmp_path / "trained"
+    source, out = write_swin(tmp_path, SIZE), tmp_path / "out"
+    trained = tmp_path / "out-recovered"
     plan = "stage1: none; stage2: softmax; merge: deformable"
     (line,) = [
         line
@@ -295,7 +297,7 @@ def test_the_command_that_recovers_trains_what_is_new(
         line.removeprefix("recover it: graftvit ").replace("--data_path FOLDER", "--dataset digits").split()
     )
     settings = "--max_steps 1 --warmup_epochs 0 --lr 0.1 --batch_size 4 --workers 0 --train_samples 8"
-    typed(*words, *settings.split(), "--output_dir", trained)
+    typed(*words, *settings.split())
     assert "lr 0.1 (as given), 1 steps" in caplog.text
     (before,), (after,) = (merge_layers(graftvit.load(str(each))) for each in (out, trained))
     assert all(not torch.equal(a, b) for a, b in zip(before.parameters(), after.parameters(), strict=True))
