@@ -139,6 +139,17 @@ def test_every_recipe_loads_and_says_where_it_comes_from(name: str) -> None:
     assert runs(name)
 
 
+def test_a_file_is_named_with_its_ending(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, typed: Typed
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert "valid: adala" in typed("train mine", code=2).err
+    Path("mine.yaml").write_text("mode: scratch\n")
+    assert typed("train mine", code=2).err.endswith(
+        "no recipe or file 'mine'; did you mean 'mine.yaml'? valid: mine.yaml\n"
+    )
+
+
 @pytest.mark.parametrize("name", recipe_names())
 def test_recipes_name_models_that_timm_has(name: str) -> None:
     import timm
