@@ -22,5 +22,5 @@ def test_a_rank_holds_its_share_and_few_whole_tensors() -> None:
     rows = [line.strip("| ").split(" | ") for line in done.stdout.splitlines() if line.startswith("| ")]
     shares = {row[0]: float(row[3]) for row in rows if len(row) == 4 and row[0].endswith(("load", "export"))}
     assert max(share for name, share in shares.items() if name.endswith("load")) < 1.15, shares
-    assert shares["student, at export"] < 1.4, shares
+    assert shares["student, at export"] < 2.0, shares  # with a whole student it would be 3
     assert sum(row[0] == "beside the training" for row in rows) == 1
