@@ -117,7 +117,8 @@ def recipe_text(name: str) -> str:
     """
     recipes = _recipes()
     if name not in recipes:
-        near = [f"{name}.yaml"] if Path(f"{name}.yaml").is_file() else recipes
+        there = os.path.isfile(f"{name}.yaml")  # noqa: PTH113 - Path raises for a name that is too long
+        near = [f"{name}.yaml"] if there else recipes
         raise ConfigError(f"no recipe or file {name!r}; {did_you_mean(name, near)}")
     return recipes[name].read_text(encoding="utf-8")
 
