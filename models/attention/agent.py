@@ -16,8 +16,9 @@ class AgentAttention(PooledAttention):
     """A of grid queries: softmax(s Q [K_P; T]ᵀ + log c) [I_P; softmax(s T Kᵀ)] (Han et al. 2024, arXiv 2312.08874).
 
     The agents T are the means of the queries over at most `num_agents` cells of the grid (default: a quarter of the
-    patches, at most 81); K_P are the keys of the prefix tokens, which every query sees exactly; c is the number of
-    tokens that a key stands for. Prefix queries attend exactly. The map is nonnegative and its rows sum to one.
+    patches, at most 81); K_P are the keys of the prefix tokens, which every query sees exactly; c is 1 for these
+    and the size of its cell for an agent. Prefix queries have softmax attention. The map is nonnegative and its
+    rows sum to one.
 
     The paper's position biases are left out: a converted model has its positions in queries and keys, and the bias
     tables would be tied to the grid. 4 N M D multiply-adds per head. `local_size` is the side of a depthwise

@@ -188,6 +188,8 @@ NEAR = 1 << 16
 """Bytes between two files of a sample that are read rather than asked for apart."""
 REQUESTS = 16
 """Samples that a process asks a server for at the same time."""
+_INDEXING = threading.Lock()
+"""Held by the thread that looks for an index, so that one alone reads it."""
 Sample = tuple[bytes, bytes]
 """The content of an image and of its label."""
 
@@ -235,7 +237,6 @@ class ShardImages:
         self.counts, self._stamps, _ = count_samples(self._places, config.workers)
         self._ends = np.cumsum(self.counts)
         self._indexes: dict[int, ShardIndex] = {}
-        self._alone = threading.Lock()
         self._ahead: dict[int, Future[Sample]] = {}
         if not len(self):
             raise DataError(f"the {len(self._places)} shards of split {split!r} have no samples")
@@ -246,11 +247,7 @@ class ShardImages:
         return int(self._ends[-1])
 
     def __getstate__(self) -> JsonDict:
-        kept = {name: value for name, value in self.__dict__.items() if name != "_alone"}
-        return {**kept, "_indexes": {}, "_ahead": {}}
-
-    def __setstate__(self, state: JsonDict) -> None:
-        self.__dict__.update(state, _alone=threading.Lock())
+        return {**self.__dict__, "_indexes": {}, "_ahead": {}}
 
     def shards(self) -> list[tuple[str, int]]:
         """Return the place of each shard and the number of its samples."""
@@ -311,7 +308,7 @@ class ShardImages:
 
     def _index(self, shard: int) -> ShardIndex:
         """Return the index of a shard; those of a window are kept."""
-        with self._alone:
+        with _INDEXING:
             found = self._indexes.pop(shard, None)
             if found is None:
                 found = find_index(self._places[shard], self._stamp(shard))

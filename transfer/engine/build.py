@@ -144,8 +144,9 @@ def build(
     _check_data(mode, weights=weights)  # before a teacher is downloaded
     torch.manual_seed(config.seed)
     mapped = mesh is not None
+    idle = mapped and not config.facts.taught  # no step runs the teacher
     whole = read_once(lambda: find_whole(config.student, mapped=mapped), group, _outline)
-    start = read_once(lambda: find_start(mode, commits, weights=weights, mapped=mapped), group, _outline)
+    start = read_once(lambda: find_start(mode, commits, weights=weights, mapped=idle), group, _outline)
     like = read_once(lambda: find_like(mode, start, commits, weights=weights), group, _outline)
     follows = config.follows_teacher
     config = settle(config, like)
@@ -163,7 +164,7 @@ def build(
     origin = start
     if whole is not None:
         origin = read_once(
-            lambda: _open_start(mode, whole, commits, weights=weights, mapped=mapped), group, _outline
+            lambda: _open_start(mode, whole, commits, weights=weights, mapped=idle), group, _outline
         )
     head = mode.goal.head(mode.head(train_loader.head(), teachers, origin))
     mode.check_classes(teachers, head)
@@ -270,16 +271,13 @@ def find_like(
 def _load_own(
     mode: Mode, commits: Mapping[str, str | None], *, weights: bool, starts: bool, mapped: bool = False
 ) -> Pretrained:
-    """Return the teacher at the size that the student is given, else at its own; in its file if `mapped`, and no step
-    runs it.
-    """
+    """Return the teacher at the size that the student is given, else at its own; in its file if `mapped`."""
     student, how = mode.config.student, mode.config.teacher
     if how.source is None:
         setting = f"model={SAME}" if student.model == SAME else f"init={TEACHER}"
         raise ConfigError(f"student.{setting} needs a teacher: set teacher.source")
     size = student.img_size or student.model_args.get("img_size")
     how = mode.goal.fitted(how)
-    mapped = mapped and not mode.config.facts.taught
     return load_teacher(
         how, size, commits.get(DEFAULT_TEACHER), weights=weights, starts=starts, mapped=mapped
     )
@@ -291,7 +289,6 @@ def _open_start(
     """Return the model whose weights a student starts from that is a whole model itself; None for fresh weights."""
     source, how = mode.config.starting_source, mode.config.teacher
     if source == TEACHER:
-        mapped = mapped and not mode.config.facts.taught
         return load_teacher(
             how, None, commits.get(DEFAULT_TEACHER), weights=weights, starts=True, mapped=mapped
         )

@@ -480,7 +480,7 @@ def create_trackers(names: tuple[str, ...], folder: Path, run_id: str, step: int
     for name in names:
         kind = LOGGER_TYPE_TO_CLASS[name]
         place = [folder] if kind.requires_logging_directory else []
-        project = name if name == "tensorboard" else "graftvit"  # the former's is the folder of its files
+        project = name if name == "tensorboard" else "graftvit"  # TensorBoard's is the folder of its files
         trackers.append(kind(project, *place, **arguments.get(name, {})))
     for tracker in trackers:
         _start(tracker)

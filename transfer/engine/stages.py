@@ -228,7 +228,7 @@ def _check_shared(name: str, config: RunConfig, other_name: str, other: RunConfi
 
 def _check_alone(name: str, config: RunConfig) -> None:
     """Raise ConfigError for a setting of runs that have a process for themselves."""
-    of_a_process = [name for name in config.engine.trackers if name != "tensorboard"]
+    of_a_process = [each for each in config.engine.trackers if each != "tensorboard"]
     refused = {
         "engine.fsdp=true": config.engine.fsdp,
         f"engine.trackers={','.join(of_a_process)}": bool(of_a_process),
