@@ -315,6 +315,13 @@ class DataConfig(Section):
         None, "number of training samples to use, balanced over classes; all by default", gt=0
     )
     label_seed: int = setting(0, "seed that chooses the train_samples", SUBSET)
+    val_samples: int | None = setting(
+        None,
+        "number of validation images to evaluate on, the same in every run and balanced over classes; all by default",
+        *EVALUATES,
+        gt=0,
+        see="[some of the images](data.md#some-of-the-images)",
+    )
     batch_size: int = setting(32, "images per device and step", gt=0, le=LARGEST_BATCH)
     eval_batch_size: int | None = setting(
         None,

@@ -34,8 +34,9 @@ SAME_WEIGHTS = 0.1
 """Points of top-1 by which two evaluations of the same weights may differ: machines round differently."""
 OWN_OF_A_RUN = {
     "seed", "imports", "teacher.source", "teacher.compile", "teacher.shard", "student.compile",
-    "student.grad_checkpointing", "data.dataset", "data.train_split", "data.val_split", "data.image_column",
-    "data.label_column", "data.classes", "data.batch_size", "data.eval_batch_size", "optim.accum_iter",
+    "student.grad_checkpointing", "data.dataset", "data.train_split", "data.val_split", "data.val_samples",
+    "data.image_column", "data.label_column", "data.classes", "data.batch_size", "data.eval_batch_size",
+    "optim.accum_iter",
 }  # fmt: skip
 """Settings that a run of a recipe may have for itself: where images and weights are, and how a batch is divided."""
 

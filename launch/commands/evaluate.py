@@ -28,7 +28,7 @@ EXAMPLES = (
 )
 DATA = (
     "dataset", "data_path", "stage", "train_split", "val_split", "download", "num_classes", "train_samples",
-    "label_seed", "batch_size", "eval_batch_size", "workers", "interpolation", "crop_pct", "crop_mode",
+    "label_seed", "val_samples", "batch_size", "eval_batch_size", "workers", "interpolation", "crop_pct", "crop_mode",
     "max_bad_images",
 )  # fmt: skip
 SETTINGS = (

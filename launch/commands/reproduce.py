@@ -230,7 +230,10 @@ def _row(arguments: argparse.Namespace, kit: Kit, settings: list[Setting]) -> Ro
     recipes = [_load_recipe(recipe) for recipe in kit.recipes]
     models = [load_pretrained(source, identified=True) for source in sources]
     seeds = [_check(*each) for each in zip(sources, models, recipes, strict=True)]
-    results = evaluate(Evaluation(sources, settings, ["top1"], None, None, False), lambda line: None)
+    whole = Setting("data.val_samples", None, "all images")  # of a run that was evaluated on some
+    results = evaluate(
+        Evaluation(sources, [whole, *settings], ["top1"], None, None, False), lambda line: None
+    )
     measured = results[sources[0] if len(sources) == 1 else ENSEMBLE]
     return make_row(arguments.name, kit, models, recipes, seeds[0], measured)
 

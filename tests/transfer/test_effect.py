@@ -65,6 +65,7 @@ OTHER: dict[str, Any] = {
     "data.dataset": "torch/cifar10", "data.data_path": "/tmp", "data.stage": "/tmp", "data.train_split": "validation",
     "data.val_split": "train", "data.download": True, "data.image_column": "x", "data.label_column": "y",
     "data.classes": ["0", "1"], "data.num_classes": 10, "data.train_samples": 20, "data.label_seed": 1,
+    "data.val_samples": 20,
     "data.batch_size": 6, "data.views": 0, "data.eval_batch_size": 3, "data.crop_scale": (0.3, 0.5), "data.hflip": 0.9,
     "data.aa": "rand-m9", "data.color_jitter": 0.9, "data.interpolation": "bilinear", "data.crop_pct": 0.5,
     "data.crop_mode": "border", "data.reprob": 0.9, "data.mixup": 0.4, "data.cutmix": 0.7, "data.smoothing": 0.3,

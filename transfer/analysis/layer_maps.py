@@ -556,7 +556,7 @@ def preprocessed(
     Raises DataError: more cannot be read than `max_bad_images` allows.
     """
     batches = EvalBatches(source, eval_transform(spec), spec.input_size, None)
-    requests = eval_requests(len(source), batch_size=batch_size, rank=0, world_size=1)
+    requests = eval_requests(range(len(source)), batch_size=batch_size, rank=0, world_size=1)
     bad = BadImages(config.max_bad_images, len(source))
     for images, _, valid in Fetcher(batches, config, bad).fetch(requests):
         if valid.any():

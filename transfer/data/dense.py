@@ -25,7 +25,7 @@ from ..config import DataConfig
 from ..mode_config import DenseConfig
 from ..setting import setting
 from .dense_sets import DenseSource, open_dense
-from .loaders import EvalLoader, TrainLoader
+from .loaders import EvalLoader, TrainLoader, val_subset
 from .loading import BadImage, Batch, EvalBatches, TrainBatches, attempted
 from .sampler import BatchRequest, Indices, Ranks
 
@@ -313,4 +313,5 @@ def create_dense_eval_loader(
         raise DataError(
             f"split {config.val_split!r} of {config.data_path} has {difference(source.class_names, names)} of the model"
         )
-    return DenseEvalLoader(source, config, augment, labels=False, **ranks)  # type: ignore[arg-type]
+    chosen = val_subset(config, source)  # type: ignore[arg-type]
+    return DenseEvalLoader(source, config, augment, labels=False, chosen=chosen, **ranks)  # type: ignore[arg-type]

@@ -25,7 +25,7 @@ from ..config import DataConfig
 from .augment import Transform, create_mixing, epoch_repeats, eval_transform, train_transform
 from .datasets import check_apart, has_split, open_dataset
 from .digits import MODEL, number_by_name
-from .image_folder import ImageSource, SourceView
+from .image_folder import ImageSource
 from .kept_views import KeptViews
 from .labels import IMAGENET_CLASSES, check_stream, count_classes, real_labels, stream_classes
 from .loading import BadImages, Batch, Beside, EvalBatches, Fetcher, Samples, TrainBatches, followed
@@ -244,7 +244,7 @@ class StreamTrainLoader(TrainLoader):
         world_size: int,
         labels: bool = True,
     ) -> None:
-        check_without_index(config)
+        check_without_index(config, "train_samples", "views", "aug_repeats")
         self.class_names = stream_classes(stream)
         self.num_classes = count_classes(config, self.class_names, None, labels)
         self.batch_size = config.batch_size
@@ -278,9 +278,9 @@ class StreamTrainLoader(TrainLoader):
 class EvalLoader:
     """Evaluation batches of this rank: (images, targets, valid), as many on every rank, padding not valid.
 
-    Over all ranks each image is valid once; unreadable ones, and those without a ReaL label, never. Targets
-    are (B,) long, or (B, classes) float, 1 for each accepted class, with ReaL labels. `num_classes` is 0 for
-    images without labels.
+    Over all ranks each image, or each of the `chosen`, is valid once; unreadable ones, and those without a ReaL label,
+    never. Targets are (B,) long, or (B, classes) float, 1 for each accepted class, with ReaL labels. `num_classes` is 0
+    for images without labels.
     """
 
     class_names: Sequence[str] | None = None
@@ -298,9 +298,11 @@ class EvalLoader:
         real: bool = False,
         labels: bool = True,
         transform: Transform | None = None,
+        chosen: Sequence[int] | None = None,
     ) -> None:
         accepted = real_labels([source.path(index) for index in range(len(source))]) if real else None
-        self.num_samples = len(source)
+        self._chosen = range(len(source)) if chosen is None else chosen
+        self.num_samples = len(self._chosen)
         self.class_names = None if real else source.class_names
         self.num_classes = (
             IMAGENET_CLASSES if real else count_classes(config, source.class_names, source.targets, labels)
@@ -322,7 +324,7 @@ class EvalLoader:
 
     def _requests(self) -> Iterator[BatchRequest]:
         return eval_requests(
-            self.num_samples, batch_size=self._batch_size, rank=self._rank, world_size=self._world_size
+            self._chosen, batch_size=self._batch_size, rank=self._rank, world_size=self._world_size
         )
 
     @property
@@ -474,13 +476,22 @@ def create_eval_loader(
     dataset = open_dataset(config, config.val_split, spec.input_size[0], training=False, names=names)
     if isinstance(dataset, IterableDataset):
         check_stream(config, dataset, names)
+        check_without_index(config, "val_samples")
         if real:
             raise DataError(f"ReaL labels need the images' file names; {config.dataset} is a stream")
         return StreamEvalLoader(
             dataset, config, spec, rank=rank, world_size=world_size, labels=labels, transform=transform
         )
     return EvalLoader(
-        dataset, config, spec, rank=rank, world_size=world_size, real=real, labels=labels, transform=transform
+        dataset,
+        config,
+        spec,
+        rank=rank,
+        world_size=world_size,
+        real=real,
+        labels=labels,
+        transform=transform,
+        chosen=val_subset(config, dataset),
     )
 
 
@@ -532,9 +543,8 @@ def create_reference_loader(
     check_apart(config, dataset)
     if names is not None:
         dataset = number_by_name(dataset, config.train_split, names, MODEL)
-    if config.train_samples is not None:
-        dataset = SourceView(dataset, dataset.class_names, train_subset(config, dataset).tolist())
-    return EvalLoader(dataset, config, spec, rank=rank, world_size=world_size)
+    chosen = None if config.train_samples is None else train_subset(config, dataset).tolist()
+    return EvalLoader(dataset, config, spec, rank=rank, world_size=world_size, chosen=chosen)
 
 
 def train_subset(config: DataConfig, source: ImageSource, labels: bool = True) -> Indices:
@@ -542,10 +552,21 @@ def train_subset(config: DataConfig, source: ImageSource, labels: bool = True) -
     count = config.train_samples
     if count is None:
         return np.arange(len(source), dtype=np.int64)
-    if count > len(source):
-        raise ConfigError(
-            f"data.train_samples={count} is more than the {len(source)} images of {config.train_split!r}"
-        )
     if source.targets is None and labels:
         raise ConfigError(f"data.train_samples needs labels by index; {config.dataset} has none")
-    return balanced_subset(source.targets or [0] * len(source), count, config.label_seed)
+    return _subset(source, count, f"data.train_samples={count}", config.train_split, config.label_seed)
+
+
+def val_subset(config: DataConfig, source: ImageSource) -> list[int] | None:
+    """Return the samples to evaluate on, the same in every run, or None for all. Raises ConfigError."""
+    count = config.val_samples
+    if count is None:
+        return None
+    return _subset(source, count, f"data.val_samples={count}", config.val_split, seed=0).tolist()
+
+
+def _subset(source: ImageSource, count: int, setting: str, split: str | None, seed: int) -> Indices:
+    """Return `count` samples, balanced over classes where labels are known by index. Raises ConfigError."""
+    if count > len(source):
+        raise ConfigError(f"{setting} is more than the {len(source)} images of {split!r}")
+    return balanced_subset(source.targets or [0] * len(source), count, seed)

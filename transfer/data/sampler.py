@@ -153,12 +153,14 @@ def train_requests(
         yield BatchRequest(epoch, position, indices, batch_size)
 
 
-def eval_requests(size: int, *, batch_size: int, rank: int, world_size: int) -> Iterator[BatchRequest]:
-    """Yield this rank's batches of a set in its own order: as many on every rank, the last padded with sample 0."""
-    for first in range(0, size, batch_size * world_size):
+def eval_requests(
+    chosen: Sequence[int], *, batch_size: int, rank: int, world_size: int
+) -> Iterator[BatchRequest]:
+    """Yield this rank's batches of samples in their order: as many on every rank, the last padded with the first."""
+    for first in range(0, len(chosen), batch_size * world_size):
         position = first + rank * batch_size
-        indices = tuple(range(min(position, size), min(position + batch_size, size)))
-        padding = (0,) * (batch_size - len(indices))
+        indices = tuple(chosen[position : position + batch_size])
+        padding = (chosen[0],) * (batch_size - len(indices))
         yield BatchRequest(0, position, indices + padding, len(indices))
 
 

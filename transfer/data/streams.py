@@ -374,14 +374,15 @@ class StreamFetcher:
                 )
 
 
-def check_without_index(config: DataConfig) -> None:
-    """Raise ConfigError for a setting that picks samples by their numbers, which a stream has not."""
+def check_without_index(config: DataConfig, *settings: str) -> None:
+    """Raise ConfigError for one of the settings that picks samples by their numbers, which a stream has not."""
     picked = {
         "train_samples": config.train_samples is not None,
+        "val_samples": config.val_samples is not None,
         "views": bool(config.views),
         "aug_repeats": epoch_repeats(config) > 1,
     }
-    for name in (name for name, given in picked.items() if given):
+    for name in (name for name in settings if picked[name]):
         raise ConfigError(
             f"data.{name}={getattr(config, name)} needs samples by index; {config.dataset} is a stream: leave it out"
         )

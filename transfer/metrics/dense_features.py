@@ -76,7 +76,8 @@ class PatchProbe:
 
     def score(self, wanted: Collection[str]) -> dict[str, float]:
         """Return `seg_knn_miou` and `seg_probe_miou` as wanted, and the first also by layer. Raises DataError."""
-        loader, reference = self._loader(self._data.val_split), self._loader(self._data.train_split)
+        split = {"val_split": self._data.train_split, "val_samples": None}
+        loader, reference = self._loader(self._data), self._loader(self._data.model_copy(update=split))
         if list(loader.class_names or ()) != list(reference.class_names or ()):
             raise DataError("the classes of the training and of the validation images differ")
         loader.shown, reference.shown = "evaluation", "features of the training images"
@@ -132,8 +133,7 @@ class PatchProbe:
             maps = self._model.forward_intermediates(prepared.tensors, norm=True, intermediates_only=True)
         return [each[0].float() for each in maps]
 
-    def _loader(self, split: str | None) -> DenseEvalLoader:
-        data = self._data.model_copy(update={"val_split": split})
+    def _loader(self, data: DataConfig) -> DenseEvalLoader:
         ranks = {"rank": self._accelerator.process_index, "world_size": self._accelerator.num_processes}
         return create_dense_eval_loader(data, Squashed(size=self._spec.input_size[1:]), **ranks)
 

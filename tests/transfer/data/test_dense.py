@@ -159,6 +159,12 @@ def test_few_images_make_small_batches(root: Path) -> None:
         create_dense_train_loader(config(root, train_samples=2), SMALL, seed=0, world_size=3)
 
 
+def test_some_validation_images_are_read(root: Path) -> None:
+    loader = create_dense_eval_loader(config(root, val_samples=2, eval_batch_size=3), SMALL)
+    batches = list(loader)
+    assert loader.num_samples == sum(int(batch.valid.sum()) for batch in batches) == 2
+
+
 def test_a_bad_image_is_replaced_and_told(tmp_path: Path) -> None:
     write_coco(tmp_path, {"train": composed("train", 6)})
     (tmp_path / "train" / "000000000012.png").write_bytes(b"no image")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import random
 from collections import Counter
+from collections.abc import Iterable
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -154,6 +155,23 @@ def test_the_subset_is_balanced_and_goes_by_its_seed() -> None:
     assert rows(list(digits(label_seed=1).epoch(0))) != rows(list(digits().epoch(0)))
 
 
+def test_some_validation_images_are_balanced_and_the_same_on_each_rank_and_with_each_seed() -> None:
+    config = DataConfig(dataset="digits", workers=0, eval_batch_size=7, val_samples=30)
+    alone = list(create_eval_loader(config, SPEC))
+    assert torch.bincount(torch.cat([targets[valid] for _, targets, valid in alone])).tolist() == [3] * 10
+    seeded = config.model_copy(update={"train_samples": 20, "label_seed": 1})
+    ranks = [create_eval_loader(seeded, SPEC, rank=rank, world_size=2) for rank in range(2)]
+    assert [loader.num_samples for loader in ranks] == [30, 30]
+
+    def images(batches: Iterable[tuple[Tensor, Tensor, Tensor]]) -> Counter[bytes]:
+        return Counter(each.numpy().tobytes() for batch, _, valid in batches for each in batch[valid])
+
+    whole = images(create_eval_loader(config.model_copy(update={"val_samples": None}), SPEC))
+    assert images(alone) == images(itertools.chain(*ranks)) <= whole
+    with pytest.raises(ConfigError, match="val_samples=501 is more than the 500 images of 'validation'"):
+        create_eval_loader(config.model_copy(update={"val_samples": 501}), SPEC)
+
+
 def test_what_cannot_be_is_named() -> None:
     with pytest.raises(ConfigError, match="train_samples=2000 is more than the 1297 images"):
         digits(train_samples=2000)
@@ -268,13 +286,13 @@ def test_seeds_of_copies_differ_from_those_of_samples() -> None:
 
 
 def test_a_stream_refuses_what_needs_numbers() -> None:
-    for name, value in (("aug_repeats", 3), ("views", 2), ("train_samples", 9)):
+    for name, value in (("aug_repeats", 3), ("views", 2), ("train_samples", 9), ("val_samples", 9)):
         config = DataConfig.model_validate({"dataset": "wds/shards", name: value})
         with pytest.raises(
             ConfigError, match=rf"^data\.{name}={value} needs samples by index; .* stream: leave"
         ):
-            check_without_index(config)
-    check_without_index(DataConfig(dataset="wds/shards", views=0))
+            check_without_index(config, name)
+    check_without_index(DataConfig(dataset="wds/shards", views=0), "views")
 
 
 def test_the_plan_says_what_an_epoch_shows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -74,7 +74,8 @@ def test_changing_the_number_of_ranks_repeats_and_drops_nothing(stays: list[tupl
 @given(SIZES, BATCHES, WORLDS)
 def test_evaluation_counts_each_sample_once_in_as_many_batches(size: int, batch: int, world: int) -> None:
     ranks = [
-        list(eval_requests(size, batch_size=batch, rank=rank, world_size=world)) for rank in range(world)
+        list(eval_requests(range(size), batch_size=batch, rank=rank, world_size=world))
+        for rank in range(world)
     ]
     assert len({len(requests) for requests in ranks}) == 1
     requests = [request for requests in ranks for request in requests]

@@ -91,6 +91,8 @@ def test_evaluation_counts_each_image_once(world: int) -> None:
 def test_what_needs_an_index_is_refused() -> None:
     with pytest.raises(ConfigError, match="train_samples=4 needs samples by index"):
         create_train_loader(CONFIG.model_copy(update={"train_samples": 4}), SPEC, seed=0)
+    with pytest.raises(ConfigError, match="val_samples=4 needs samples by index"):
+        create_eval_loader(CONFIG.model_copy(update={"val_samples": 4}), SPEC)
     with pytest.raises(ConfigError, match="another number of ranks"):
         create_train_loader(CONFIG, SPEC, seed=0).epoch_from(0, 4)
     with pytest.raises(ConfigError, match=r"data\.num_classes must be set"):
