@@ -15,7 +15,6 @@ from contextlib import contextmanager
 from itertools import product
 from pathlib import Path
 from typing import Any, Literal, get_args
-from unittest import mock
 
 import torch
 from timm.layers import RotaryEmbeddingDinoV3
@@ -144,11 +143,15 @@ def quiet() -> Iterator[None]:
 @contextmanager
 def _traceable(model: nn.Module) -> Iterator[None]:
     """Trace without branches on the size of the example, which would hold for every image."""
-    with contextlib.ExitStack() as stack:
-        for module in model.modules():
-            if isinstance(module, RotaryEmbeddingDinoV3) and module.normalize_coords == "separate":
-                stack.enter_context(mock.patch.object(module, "get_embed", _free_rope(module)))
+    rotary = (each for each in model.modules() if isinstance(each, RotaryEmbeddingDinoV3))
+    ropes = [each for each in rotary if each.normalize_coords == "separate"]
+    for rope in ropes:
+        vars(rope)["get_embed"] = _free_rope(rope)  # hides the method of the class
+    try:
         yield
+    finally:
+        for rope in ropes:
+            del vars(rope)["get_embed"]
 
 
 def _free_rope(rope: RotaryEmbeddingDinoV3) -> Callable[..., Tensor]:

@@ -1,6 +1,6 @@
 """What a student's own `modeling_graftvit.py` has beside its model: `load`, and the classes for transformers.
 
-`one_file.py` writes that file, and puts the constructors of the model's architectures into `ARCHITECTURES`.
+`one_file.py` writes that file, and puts what it knows of the model into `MODEL` and `ARCHITECTURES`.
 """
 
 from __future__ import annotations
@@ -11,28 +11,30 @@ from contextlib import suppress
 from os import PathLike
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
-import timm
 import torch
 from safetensors.torch import load_file
-from timm.models import _registry
 from torch import Tensor, nn
 
+from ..models.families.walk import CONSTRUCTORS, construct
 from .fit import set_norm_eps
-from .provenance import KEY, NORM_EPS
+from .provenance import KEY, NORM_EPS, architecture_of
 
+MODEL = ""
+"""The model that the file builds: the `architecture_of` its config.json."""
 ARCHITECTURES: dict[str, Callable[..., nn.Module]] = {}
-"""The constructors of architectures that timm does not have itself. timm knows them only while it builds one, because
-another student's file has the same names."""
+"""The constructors of architectures that timm does not have itself."""
+CONSTRUCTORS.update(ARCHITECTURES)
 
 
 def build(config: Mapping[str, Any]) -> nn.Module:
-    """Return the model that a `config.json` describes, with fresh weights."""
+    """Return the model that a `config.json` describes, with fresh weights. Raises ValueError: it is another model."""
+    if architecture_of(config) != MODEL:
+        raise ValueError(f"this file is of another model: it builds {MODEL}, not {architecture_of(config)}")
     name, made = config["architecture"], config.get(KEY, {})
-    described = {**config["pretrained_cfg"], "architecture": name}
-    with patch.dict(_registry._model_entrypoints, ARCHITECTURES):
-        model: nn.Module = timm.create_model(name, pretrained_cfg=described, **config["model_args"])
+    model = construct(
+        name, pretrained_cfg={**config["pretrained_cfg"], "architecture": name}, **config["model_args"]
+    )
     if made.get(NORM_EPS) is not None:
         set_norm_eps(model, made[NORM_EPS])
     return model

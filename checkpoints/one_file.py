@@ -24,9 +24,8 @@ from importlib.util import find_spec, resolve_name
 from pathlib import Path
 from types import ModuleType
 from typing import Any
-from unittest.mock import patch
 
-from timm.models import _registry
+from timm.models import model_entrypoint
 
 from ..models import layer_plan
 from ..models.converted import choices_of
@@ -35,6 +34,7 @@ from ..models.errors import CheckpointError, Json, JsonDict
 from ..models.families import Family, find_family, walk
 from .architecture import build
 from .files import read_json
+from .provenance import architecture_of
 from .sources import CONFIG
 
 FILE = "modeling_graftvit.py"
@@ -90,15 +90,21 @@ def modeling_file(config: Json) -> str:
     if name == COPIED:
         teacher = config["model_args"]["copied"]["teacher"]
         described.append((teacher["architecture"], teacher["model_args"]))
-    with patch.object(_registry, "_model_entrypoints", _Registry(_registry._model_entrypoints)) as registry:
+    names = set[str]()
+    token = walk.constructed.set(names)
+    try:
         models = [build(*each, on_meta=True) for each in described]
+    finally:
+        walk.constructed.reset(token)
     words = sorted({choice.operator for model in models for choice in choices_of(model)})
     operators = {word: layer_plan.OPERATORS[word] for word in words if word in layer_plan.OPERATORS}
-    built = {name: registry[name] for name in sorted(registry.asked) if _package(registry[name]) != "timm"}
+    built = {name: model_entrypoint(name) for name in sorted(names)}
+    built = {name: constructor for name, constructor in built.items() if _package(constructor) != "timm"}
     tables = {
         Name(layer_plan.__name__, "OPERATORS"): operators,
         Name(walk.__name__, "FAMILIES"): list(dict.fromkeys(filter(None, map(find_family, models)))),
         Name(ROOT, "ARCHITECTURES"): built,
+        Name(ROOT, "MODEL"): architecture_of(config),
     }
     own = {
         _package(getattr(each, "func", each))
@@ -106,18 +112,6 @@ def modeling_file(config: Json) -> str:
     }
     head = HEAD.format(version=version("graftvit"), architecture=name)
     return head + _Merged(own, tables).text(ROOT)
-
-
-class _Registry(dict[str, Any]):
-    """timm's constructors by name, which keeps the names that it is asked for."""
-
-    def __init__(self, constructors: Mapping[str, Any]) -> None:
-        super().__init__(constructors)
-        self.asked = set[str]()
-
-    def __getitem__(self, name: str) -> Any:
-        self.asked.add(name)
-        return super().__getitem__(name)
 
 
 def _package(thing: Any) -> str:
@@ -338,13 +332,15 @@ class _Merged:
         return _Renamed(self, source).text(index)
 
     def _expression(self, source: _Source, thing: Any, word: str = "") -> str:
-        """Return Python for a class, a function or a `partial` of one, a family, or a table of them."""
+        """Return Python for a text, a class, a function or a `partial` of one, a family, or a table of them."""
         if isinstance(thing, dict):
             return (
                 "{"
                 + ", ".join(f"{key!r}: {self._expression(source, thing[key], repr(key))}" for key in thing)
                 + "}"
             )
+        if isinstance(thing, str):
+            return repr(thing)
         if isinstance(thing, list):
             return "[" + ", ".join(self._expression(source, each) for each in thing) + "]"
         if isinstance(thing, Family) and not vars(thing):

@@ -81,6 +81,11 @@ class Terms(NamedTuple):
     """Of weights under no single known license: that their origin is not known."""
 
 
+def architecture_of(config: Json) -> str:
+    """Return what a `config.json` says of the model without its weights: the timm name and arguments, as JSON."""
+    return json.dumps([config.get("architecture"), config.get("model_args")], sort_keys=True)
+
+
 def carry(
     model: nn.Module, license: str | None, label_names: tuple[str, ...] | None, provenance: Json
 ) -> None:

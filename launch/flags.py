@@ -8,6 +8,8 @@ import shutil
 import sys
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn
@@ -18,6 +20,9 @@ from ..transfer.config import TeacherConfig
 from ..transfer.setting import Leaf
 from .fields import find_key, find_stage_key, leaf_of, leaves, sections, short_names, unknown
 from .load_config import Setting, at_home, load_config, parse_override, parse_setting
+
+_taken: ContextVar[list[Parser] | None] = ContextVar("_taken", default=None)
+"""The parsers whose help is not printed."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -57,9 +62,29 @@ class Parser(argparse.ArgumentParser):
         """Add a flag without a value."""
         self.add_argument(name, action="store_true", help=text)
 
+    def print_help(self, file: Any = None) -> None:
+        """Print the help, or hand the parser to `parser_of`."""
+        taken = _taken.get()
+        if taken is None:
+            super().print_help(file)
+        else:
+            taken.append(self)
+
     def error(self, message: str) -> NoReturn:
         """Raise ConfigError instead of printing the usage and exiting."""
         raise ConfigError(f"{message}; see `{self.prog} --help`")
+
+
+def parser_of(run: Callable[[list[str]], int]) -> Parser:
+    """Return the parser whose help a command or an action prints."""
+    taken: list[Parser] = []
+    token = _taken.set(taken)
+    try:
+        with suppress(SystemExit):  # argparse leaves this way after --help
+            run(["--help"])
+    finally:
+        _taken.reset(token)
+    return taken[0]
 
 
 class _Formatter(argparse.RawDescriptionHelpFormatter):

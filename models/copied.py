@@ -13,8 +13,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-import timm
-from timm.models import is_model, load_pretrained, register_model, split_model_name_tag
+from timm.models import load_pretrained, register_model
 from torch import Tensor, nn
 
 from . import conversion
@@ -23,7 +22,17 @@ from .copying.grids import GridRule, match_tokens
 from .copying.tape import HeadMap, LayerPair, Link, Tape
 from .copying.teacher_view import LARGEST, Normalization, TeacherInput, view_attention
 from .errors import WEIGHT_ARGUMENTS, Json, JsonDict, UnsupportedModelError, check_types
-from .families import attention_blocks, attention_shape, check_supported, patch_size, sites, token_layout, vit
+from .families import (
+    attention_blocks,
+    attention_shape,
+    check_supported,
+    construct,
+    find_constructor,
+    patch_size,
+    sites,
+    token_layout,
+    vit,
+)
 from .host import AttentionHost
 from .replay import replay_blocks
 
@@ -43,7 +52,7 @@ class CopiedTeacher:
 
     def build(self) -> nn.Module:
         """Return the whole teacher, with fresh weights."""
-        model: nn.Module = timm.create_model(self.architecture, pretrained=False, **self.model_args)
+        model = construct(self.architecture, **self.model_args)
         for module in model.modules():
             if isinstance(module, nn.LayerNorm) and self.norm_eps is not None:
                 module.eps = self.norm_eps
@@ -244,7 +253,7 @@ def _teacher(described: Json) -> CopiedTeacher:
     """ValueError where no teacher of timm is described, or one with weights of its own."""
     teacher = CopiedTeacher(**{**described, "normalization": _norm(described)})
     name, arguments, epsilon = teacher.architecture, teacher.model_args, teacher.norm_eps
-    if not isinstance(name, str) or not is_model(split_model_name_tag(name)[0]):
+    if not isinstance(name, str) or find_constructor(name) is None:
         raise ValueError(
             f"copied says teacher.architecture={reprlib.repr(name)}, which is no architecture of timm"
         )
@@ -285,9 +294,7 @@ def graftvit_copied(
     """Build the timm model `student` with what it copies of a teacher; `pretrained` loads what its `pretrained_cfg`
     names."""
     copying = Copying.from_json(copied)
-    model = copy_attention(
-        timm.create_model(student, pretrained=False, **arguments), copying.teacher.build(), copying
-    )
+    model = copy_attention(construct(student, **arguments), copying.teacher.build(), copying)
     if pretrained:
         channels = arguments.get("in_chans", 3)
         load_pretrained(model, num_classes=vit(model).num_classes, in_chans=channels, cache_dir=cache_dir)

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Mapping
 from importlib import import_module
 from pathlib import Path
-from unittest.mock import patch
 
 from ...models.errors import ConfigError, install_command
 from ..fields import leaves
-from ..flags import Action, Parser, command_parser, output_file, output_folder, run_folder
+from ..flags import Action, Parser, command_parser, output_file, output_folder, parser_of, run_folder
 from ..load_config import recipe_names
 from ..say import say
 
@@ -78,7 +76,7 @@ def _add(parser: Parser, actions: Mapping[str, Action], file: Mapping[str, objec
     parser._actions.insert(0, parser._actions.pop())
     found = {}
     for name, action in actions.items():
-        own = _parser_of(action.run)
+        own = parser_of(action.run)
         for argument in own._actions:
             if not argument.choices:
                 _describe(argument, file)
@@ -87,17 +85,6 @@ def _add(parser: Parser, actions: Mapping[str, Action], file: Mapping[str, objec
         if below and action not in below.values():
             _add(found[name], below, file)
     return found
-
-
-def _parser_of(run: Callable[[list[str]], int]) -> Parser:
-    """Return the parser whose help a command prints."""
-    shown: list[Parser] = []
-    with (
-        patch.object(Parser, "print_help", lambda parser, file=None: shown.append(parser)),
-        suppress(SystemExit),  # argparse leaves this way after --help
-    ):
-        run(["--help"])
-    return shown[0]
 
 
 def _describe(argument: argparse.Action, file: Mapping[str, object]) -> None:

@@ -34,11 +34,13 @@ from .walk import blocks_of as blocks_of
 from .walk import check_patches as check_patches
 from .walk import check_size as check_size
 from .walk import check_supported as check_supported
+from .walk import construct as construct
 from .walk import constructor_arguments as constructor_arguments
 from .walk import create_timm_model as create_timm_model
 from .walk import depths as depths
 from .walk import family_named as family_named
 from .walk import family_of as family_of
+from .walk import find_constructor as find_constructor
 from .walk import find_family as find_family
 from .walk import image_channels as image_channels
 from .walk import image_size as image_size

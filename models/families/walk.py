@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextvars import ContextVar
 from importlib import import_module
 from pathlib import Path
 from pkgutil import iter_modules
@@ -332,6 +333,28 @@ def check_size(model: nn.Module, size: tuple[int, int]) -> None:
 
 # Create a timm model at an image size, also where timm's constructor takes none.
 
+CONSTRUCTORS: dict[str, Callable[..., nn.Module]] = {}
+"""By name: constructors of a student's own file, which timm does not know."""
+constructed: ContextVar[set[str] | None] = ContextVar("constructed", default=None)
+"""The set that gets the names that are built."""
+
+
+def find_constructor(architecture: str) -> Callable[..., nn.Module] | None:
+    """Return the constructor of an architecture, whose name may have a tag; None for an unknown one."""
+    name = split_model_name_tag(architecture)[0]
+    return CONSTRUCTORS.get(name) or (model_entrypoint(name) if is_model(name) else None)
+
+
+def construct(name: str, /, **arguments: Any) -> nn.Module:
+    """Return `timm.create_model(name, **arguments)` without pretrained weights, also of a student's own file."""
+    names = constructed.get()
+    if names is not None:
+        names.add(split_model_name_tag(name)[0])
+    if name in CONSTRUCTORS:
+        return CONSTRUCTORS[name](**{key: value for key, value in arguments.items() if value is not None})
+    model: nn.Module = timm.create_model(name, pretrained=False, **arguments)
+    return model
+
 
 def create_timm_model(name: str, /, **arguments: Any) -> nn.Module:
     """Return `timm.create_model(name, **arguments)` without pretrained weights.
@@ -341,7 +364,7 @@ def create_timm_model(name: str, /, **arguments: Any) -> nn.Module:
     family = family_named(name)
     late = not _takes_size(name) if family is None else not family.sized_when_built
     size = arguments.pop("img_size", None) if late else None
-    model: nn.Module = timm.create_model(name, pretrained=False, **arguments)
+    model = construct(name, **arguments)
     if size is not None:
         size = (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
         family_of(model).resize(model, size)
@@ -357,18 +380,17 @@ def constructor_arguments(architecture: str, arguments: Mapping[str, Any]) -> di
 
 def _takes_size(architecture: str) -> bool:
     """Return whether timm's constructor of a model of no family takes `img_size`; true for a name that timm has not."""
-    name = split_model_name_tag(architecture)[0]
-    if not is_model(name):
+    constructor = find_constructor(architecture)
+    if constructor is None:
         return True
-    known = vars(import_module(model_entrypoint(name).__module__)).values()
+    known = vars(import_module(constructor.__module__)).values()
     kinds = [each for each in known if inspect.isclass(each) and hasattr(each, "forward_intermediates")]
     return not kinds or any("img_size" in inspect.signature(kind).parameters for kind in kinds)
 
 
 def family_named(architecture: str) -> Family | None:
     """Return the family of a timm name; None for a name of no supported family."""
-    name = split_model_name_tag(architecture)[0]
-    module = model_entrypoint(name).__module__ if is_model(name) else ""
+    module = getattr(find_constructor(architecture), "__module__", "")
     return next((each for each in FAMILIES if any(model.__module__ == module for model in each.models)), None)
 
 

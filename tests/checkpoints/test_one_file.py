@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -136,6 +137,20 @@ def test_a_copying_student_runs_in_the_type_that_transformers_is_told(
     model = transformers.AutoModel.from_pretrained(tmp_path / "student", **how)
     expected = graftvit.load(tmp_path / "student").to(torch.bfloat16)(images)
     torch.testing.assert_close(model(pixel_values=images).logits, expected, rtol=0.1, atol=0.02)
+
+
+def test_the_file_refuses_the_folder_of_another_student(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, plan in (("one", "0: linear"), ("other", "0: window")):
+        graftvit.save(graftvit.convert(vit(), plan), tmp_path / name, standalone=True)
+    spec: Any = importlib.util.spec_from_file_location("of_one", tmp_path / "one" / FILE)
+    own = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "of_one", own)
+    spec.loader.exec_module(own)
+    with pytest.raises(ValueError, match=r"of another model: it builds .*linear.*, not .*window"):
+        own.load(tmp_path / "other")
+    own.load(tmp_path / "one")
 
 
 def test_the_folder_stays_what_timm_and_graftvit_load(tmp_path: Path) -> None:
