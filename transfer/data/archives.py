@@ -6,6 +6,7 @@ import posixpath
 import shutil
 import struct
 import tarfile
+import traceback
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
@@ -16,7 +17,9 @@ from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
 from timm.data.dataset_factory import create_dataset
+from torchvision.datasets import CIFAR10, MNIST
 from torchvision.datasets.folder import IMG_EXTENSIONS
+from torchvision.datasets.utils import check_integrity
 
 from ...checkpoints.files import open_regular
 from ...models.errors import DataError, JsonDict
@@ -205,7 +208,7 @@ def create(
     """timm's data set. Raises DataError with its reason, and what to do about it where that is known."""
     try:
         keys = _keys(config, name, split)
-        return create_dataset(
+        found = create_dataset(
             name,
             root=config.data_path,
             split=split,
@@ -216,6 +219,12 @@ def create(
             input_img_mode=mode,
             **keys,
         )
+        labels = getattr(found, "targets", None)
+        if labels is not None and len(labels) != len(found):
+            raise DataError(
+                _sentence(config, name, split, f"its files have {len(found)} images and {len(labels)} labels")
+            )
+        return found
     except DataError:
         raise
     except ImportError as error:
@@ -223,7 +232,34 @@ def create(
     except (
         Exception
     ) as error:  # each reader fails in its own way: asserts, RuntimeError, errors of the network
-        raise DataError(_sentence(config, name, split, error)) from error
+        reason = " ".join(str(error).split()) or type(error).__name__
+        damaged = None if isinstance(error, OSError) else _find_damaged(error)
+        if damaged is not None:
+            reason = f"{damaged} is missing or damaged: remove it, then copy it again or give --download"
+        raise DataError(_sentence(config, name, split, reason)) from error
+
+
+def _find_damaged(error: Exception) -> Path | None:
+    """Return the file that stopped a data set of torchvision, whose errors do not name it: damaged, or missing beside
+    others."""
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        if frame.f_code.co_name in ("read_image_file", "read_label_file", "read_sn3_pascalvincent_tensor"):
+            return Path(frame.f_locals["path"])
+        files = _files_of(frame.f_locals.get("self"))
+        wrong = [path for path, md5 in files if not check_integrity(path, md5)]
+        if wrong and any(path.exists() for path, _ in files):
+            return wrong[0]
+    return None
+
+
+def _files_of(dataset: object) -> list[tuple[Path, str | None]]:
+    """Return the files of a data set of torchvision, each with its checksum if that is known."""
+    if isinstance(dataset, CIFAR10):
+        listed = [*dataset.train_list, *dataset.test_list, (dataset.meta["filename"], dataset.meta["md5"])]
+        return [(Path(dataset.root, dataset.base_folder, name), md5) for name, md5 in listed]
+    if isinstance(dataset, MNIST) and isinstance(dataset.resources, list):
+        return [(Path(dataset.raw_folder, Path(url).stem), None) for url, _ in dataset.resources]
+    return []
 
 
 def _keys(config: DataConfig, name: str, split: str) -> JsonDict:
@@ -237,8 +273,7 @@ def _keys(config: DataConfig, name: str, split: str) -> JsonDict:
     return {}
 
 
-def _sentence(config: DataConfig, name: str, split: str, error: Exception) -> str:
-    reason = " ".join(str(error).split()) or type(error).__name__
+def _sentence(config: DataConfig, name: str, split: str, reason: str) -> str:
     for words, ours in HINTS.items():
         reason = reason.replace(words, ours)
     where = f"data.dataset={name or 'folder'}, split {split!r}, cannot be read from data.data_path={config.data_path}"

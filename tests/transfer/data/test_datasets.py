@@ -33,7 +33,7 @@ from graftvit.transfer.data.survey import sample_images
 from PIL import Image
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
-from support.files.data_sets import encoded, write_classes, write_images, write_tar
+from support.files.data_sets import encoded, write_classes, write_fashion, write_images, write_tar
 from support.files.image_folders import class_folder, flat_folder
 from timm.data.readers.reader_image_folder import find_images_and_targets
 
@@ -132,6 +132,31 @@ def test_what_is_missing_is_named(
     assert f"data.data_path={image} is a file, not a folder" in refusal(DataError, data_path=str(image))
     monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
     assert "pip install 'datasets>=" in refusal(DataError, dataset="hfds/mnist")
+
+
+def test_a_damaged_file_of_a_torchvision_set_is_named(tmp_path: Path) -> None:
+    raw = write_fashion(tmp_path / "FashionMNIST" / "raw")
+    fashion = {"dataset": "torch/fashion_mnist", "data_path": str(tmp_path)}
+    images, labels = raw / "t10k-images-idx3-ubyte", raw / "t10k-labels-idx1-ubyte"
+    for file, content in ((images, images.read_bytes()), (labels, labels.read_bytes())):
+        for damaged in (
+            b"",
+            content[:-1],
+            b"<!DOCTYPE html>" * 40,
+            content[:4] + b"\xff" * 12 + content[16:],
+        ):
+            file.write_bytes(damaged)
+            assert f"{file} is missing or damaged: remove it" in refusal(DataError, "validation", **fashion)
+        file.unlink()
+        assert f"{file} is missing or damaged" in refusal(DataError, "train", **fashion)
+        file.write_bytes(content)
+    labels.write_bytes((raw / "train-labels-idx1-ubyte").read_bytes())
+    assert "20 images and 60 labels" in refusal(DataError, "validation", **fashion)
+    batches = tmp_path / "cifar-10-batches-py"
+    batches.mkdir()
+    (batches / "data_batch_2").write_bytes(b"cut")
+    cifar = refusal(DataError, dataset="torch/cifar10", data_path=str(tmp_path))
+    assert f"{batches / 'data_batch_1'} is missing or damaged" in cifar
 
 
 @pytest.mark.parametrize(
