@@ -435,11 +435,17 @@ PRIOR = 30.0
 
 
 class Board:
-    """Follows the cells by their logs; what is left takes as long as the work of this session so far did."""
+    """Follows the cells by their logs; what is left takes as long as the work of this session so far did.
+
+    No estimate is below what the processes have left together, nor below a student and the teacher that it waits for.
+    """
 
     def __init__(self, cells: Sequence[Cell], processes: int, tell: Callable[[str], object]) -> None:
         self._processes, self._tell = processes, tell
-        self._left = {cell.folder: (1.0 - cell.progress()) * cell.seconds for cell in cells}
+        self._needs = {cell.folder: cell.needs for cell in cells}
+        self._left: dict[Path | None, float] = {
+            cell.folder: (1.0 - cell.progress()) * cell.seconds for cell in cells
+        }
         self._finished = sum(cell.state() == "done" for cell in cells)
         self._worked = self._busy = 0.0
         self._looked = self._said = time.monotonic()
@@ -475,7 +481,8 @@ class Board:
 
     def _time_left(self) -> str:
         """Return `, about 4 min left`; empty at the end."""
-        left = max(sum(self._left.values()) / self._processes, *self._left.values())
+        chains = [self._left[folder] + self._left.get(needed, 0.0) for folder, needed in self._needs.items()]
+        left = max(sum(self._left.values()) / self._processes, *chains)
         if left <= 0.0:
             return ""
         minutes = round(left * (PRIOR + self._busy) / (PRIOR + self._worked) / 60)

@@ -20,6 +20,7 @@ from ...models.errors import ConfigError, DataError, Json, JsonDict, did_you_mea
 from ...models.plain_yaml import parse_yaml
 from ..cells import Ending, State, cell_state, save_record
 from ..config import DataConfig, RunConfig
+from ..data.archives import FAILURES
 from ..data.datasets import open_dataset
 from ..engine.train import train
 from ..setting import dump_decisive, find_unread, without
@@ -46,6 +47,7 @@ class DemoData:
     name: str
     things: str
     """What the images show, as in "40 labelled digits"."""
+    training_images: int
     img_size: int
     patch_size: int
     full: Mapping[TeacherName, JsonDict]
@@ -94,6 +96,7 @@ DATA_SETS = {
         DemoData(
             "digits",
             "digits",
+            1297,
             img_size=12,
             patch_size=2,
             full={"supervised": {}, "mae": {}},
@@ -107,6 +110,7 @@ DATA_SETS = {
         DemoData(
             "fashion_mnist",
             "product photographs",
+            60_000,
             img_size=28,
             patch_size=4,
             full={name: {"epochs": 1, "warmup_epochs": 0.1} for name in TEACHERS},
@@ -132,6 +136,8 @@ class Cell:
     teacher: TeacherName | None
     seed: int | None
     config: RunConfig
+    steps: int
+    """The steps of the whole run."""
     seconds: float
     """What the run takes, to tell how long the others will."""
     needs: Path | None = None
@@ -158,12 +164,8 @@ class Cell:
 
     def progress(self) -> float:
         """Return the share of the run that is done, by its log."""
-        records, optim = self.records(), self.config.optim
-        if not records:
-            return 0.0
-        if optim.max_steps is not None:
-            return float(records[-1]["step"]) / optim.max_steps
-        return (float(records[-1]["epoch"]) + 1) / optim.epochs
+        steps = (record["step"] for record in read_records(self.folder / "log.jsonl") if "step" in record)
+        return min(1.0, max(steps, default=0) / self.steps)
 
     @property
     def settings(self) -> str:
@@ -210,9 +212,10 @@ def _teacher(name: TeacherName, runs: Path, data: DemoData, changes: JsonDict, q
     optim = {"optim": (data.quick if quick else data.full)[name]}
     changes = _merged(_merged(_merged(changes, data.shape), POOLING[name]), optim)
     config = recipe(TEACHERS[name], runs / f"teacher_{name}", changes)
-    seconds = config.optim.epochs * data.seconds[name]
+    epoch = data.training_images // config.data.batch_size
+    steps = config.optim.max_steps or config.optim.epochs * epoch
     config = without(config, find_unread(config))  # steps take the place of epochs
-    return Cell("teacher", name, None, config, seconds)
+    return Cell("teacher", name, None, config, steps, data.seconds[name] * steps / epoch)
 
 
 def _student(
@@ -232,6 +235,7 @@ def _student(
         None if teacher is None else teacher.teacher,
         seed,
         config,
+        steps=config.optim.max_steps or config.optim.epochs,
         seconds=data.seconds[method],
         needs=None if teacher is None else teacher.folder,
     )
@@ -292,4 +296,8 @@ def _unpack_debian(folder: Path) -> None:
     for packed in sorted(DEBIAN.glob("*-ubyte.gz")):
         if not (folder / packed.stem).exists():
             with open_regular(packed, refusal=DataError) as file:
-                write_bytes(folder / packed.stem, gzip.decompress(file.read()))
+                try:
+                    content = gzip.decompress(file.read())
+                except FAILURES as error:
+                    raise DataError(f"{packed} is damaged: install the package again") from error
+            write_bytes(folder / packed.stem, content)

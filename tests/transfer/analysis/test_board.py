@@ -65,6 +65,13 @@ def test_the_last_cell_takes_no_less_than_its_own_time(tmp_path: Path) -> None:
     ]
 
 
+def test_a_student_waits_for_its_teacher(tmp_path: Path) -> None:
+    teacher, _, _, student = demo_cells(tmp_path, (0,), quick=False)[:4]
+    said: list[str] = []
+    Board([replace(teacher, seconds=240.0), replace(student, seconds=360.0)], 16, said.append)
+    assert said == ["2 cells; 16 at a time, about 10 min left"]
+
+
 def test_silence_is_broken_now_and_then_only(tmp_path: Path, clock: Clock) -> None:
     cells = demo_cells(tmp_path, (0,), quick=False)
     for cell in cells[:2]:

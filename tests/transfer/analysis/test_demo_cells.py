@@ -20,6 +20,7 @@ from graftvit.transfer.analysis.demo_cells import (
 )
 from graftvit.transfer.cells import Ending, save_record
 from graftvit.transfer.data.datasets import open_dataset
+from graftvit.transfer.data.digits import DigitsSource
 from graftvit.transfer.setting import check_effect
 from support.files.data_sets import write_fashion
 
@@ -115,6 +116,19 @@ def test_how_far_a_cell_is_stands_in_its_log(tmp_path: Path) -> None:
     assert student.progress() == 75 / 300
 
 
+@pytest.mark.parametrize(("quick", "steps"), [(False, 937), (True, 400)])
+def test_how_far_a_teacher_of_one_epoch_is_stands_in_its_log(quick: bool, steps: int, tmp_path: Path) -> None:
+    teacher = demo_cells(tmp_path, (0,), quick, 1, DATA_SETS["fashion_mnist"], tmp_path)[0]
+    teacher.folder.mkdir(parents=True)
+    (teacher.folder / "log.jsonl").write_text('{"epoch": 0, "step": 50}\n{"epoch": 0, "step": 100}\n')
+    assert teacher.progress() == 100 / steps
+    assert teacher.seconds == pytest.approx(DATA_SETS["fashion_mnist"].seconds["supervised"] * steps / 937)
+
+
+def test_the_steps_of_an_epoch_are_those_of_the_digits() -> None:
+    assert DATA_SETS["digits"].training_images == len(DigitsSource("train", "L"))
+
+
 def test_a_cell_that_was_run_with_other_settings_is_not_taken_for_this_one(tmp_path: Path) -> None:
     cell = demo_cells(tmp_path / "here", (0,), quick=True)[0]
     save_record(Ending(cell.settings), cell.folder)
@@ -162,6 +176,9 @@ def test_the_images_of_the_debian_package_are_found_and_unpacked(tmp_path: Path,
     written = {path: path.stat().st_mtime_ns for path in folder.rglob("*-ubyte")}
     assert find_data("fashion_mnist", tmp_path / "demo", None, download=False) == (data, folder)
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("*-ubyte")} == written
+    (debian / "train-labels-idx1-ubyte.gz").write_bytes(b"cut")
+    with pytest.raises(DataError, match=r"train-labels-idx1-ubyte\.gz is damaged"):
+        find_data("fashion_mnist", tmp_path / "again", None, download=False)
 
 
 def test_the_folder_that_is_named_is_used_as_it_is(tmp_path: Path, debian: Path) -> None:
@@ -173,7 +190,7 @@ def test_the_folder_that_is_named_is_used_as_it_is(tmp_path: Path, debian: Path)
         find_data("fashion_mnist", tmp_path / "demo", tmp_path / "other", False)
     assert "download=True" not in str(caught.value), "no flag of another program's"
     (tmp_path / "mine" / "FashionMNIST" / "raw" / "t10k-images-idx3-ubyte").write_bytes(b"\0\0\x08")
-    with pytest.raises(DataError, match=r"t10k|validation"):
+    with pytest.raises(DataError, match=r"t10k-images-idx3-ubyte is missing or damaged: remove it"):
         find_data("fashion_mnist", tmp_path / "demo", tmp_path / "mine", False)
 
 
