@@ -33,6 +33,7 @@ from support.models.tiny_families import FUSED, TINY, WHOLE, arguments, pictures
 from support.models.tiny_students import save_folder
 from timm.models import metaformer, mvitv2
 from timm.models.naflexvit import batch_patchify
+from timm.models.volo import VOLO
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -442,7 +443,7 @@ def test_stages_of_volo_are_of_plain_blocks(last: int) -> None:
 
 @pytest.mark.parametrize("changes", [{}, {"post_layers": None, "global_pool": "avg", "use_aux_head": False}])
 def test_the_class_token_of_volo_joins_after_its_blocks(changes: dict[str, Any]) -> None:
-    model, x = whole("volo", **changes), pictures("volo")
+    model, x = VOLO(img_size=TINY["volo"].size, **TINY["volo"].arguments | changes).double(), pictures("volo")
     features = run_features(model, x)
     expected = (features if changes else features[:, 1:]).unflatten(1, (4, 6))
     assert torch.equal(patch_features(model, features, TINY["volo"].size), expected)

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from graftvit.models.families import FAMILIES, create_timm_model
+from graftvit.models.families import create_timm_model
 from support.models.dense import attend, images
 from timm.layers.diff_attention import DiffAttention
 from timm.models import (
@@ -20,6 +20,7 @@ from timm.models import (
     metaformer,
     mvitv2,
     nest,
+    register_model,
     swin_transformer_v2_cr,
     volo,
 )
@@ -36,8 +37,6 @@ class Tiny:
     arguments: dict[str, Any]
     whole: dict[str, Any] | None = field(default_factory=dict)
     """Arguments that make every layer attend to all tokens; None if the family cannot."""
-    whole_made_by: Callable[..., nn.Module] | None = None
-    """The class of such a model, where timm's name does not take the arguments."""
     biased: bool = False
     """Its layers have a bias that an operator does not take; `without` gives it up if `gives_up`."""
     gives_up: bool = False
@@ -160,6 +159,27 @@ HIERA = {
 }  # fmt: skip
 ONE_HIERA = {"stages": (2,), "q_pool": 0, "mask_unit_size": (1, 1), "mask_unit_attn": (False,)}
 MVIT = {"embed_dim": (16, 32), "depths": (2, 3), "num_heads": (2, 4), "stride_q": ((1, 1), (2, 2))}
+
+
+def _register_free(name: str, create: Callable[..., nn.Module], **kinds: Any) -> None:
+    """Register `free_` and a name of timm, which takes the depths and widths that timm's own name fixes."""
+
+    def free(pretrained: bool = False, **arguments: Any) -> nn.Module:
+        return create(name, pretrained, **{**kinds, **arguments})
+
+    free.__name__, free.__module__ = f"free_{name}", create.__module__  # which tells its family
+    register_model(free)
+
+
+_register_free("gcvit_xxtiny", gcvit._create_gcvit)
+_register_free("nest_tiny", nest._create_nest)
+_register_free("volo_d1_224", volo._create_volo)
+_register_free(
+    "caformer_s18",
+    metaformer._create_metaformer,
+    token_mixers=[metaformer.SepConv] * 2 + [metaformer.Attention] * 2,
+    norm_layers=[metaformer.LayerNorm2dNoBias] * 2 + [metaformer.LayerNormNoBias] * 2,
+)
 mvitv2.model_cfgs |= {  # the only way to a model of another size
     "tiny": mvitv2.MultiScaleVitCfg(**MVIT, stride_kv_adaptive=(2, 2)),
     "tiny_cls": mvitv2.MultiScaleVitCfg(
@@ -170,6 +190,12 @@ mvitv2.model_cfgs |= {  # the only way to a model of another size
         (2,), (16,), (2,), stride_q=((1, 1),), stride_kv=((1, 1),), use_cls_token=True
     ),
 }
+CAFORMER: dict[str, Any] = {
+    "depths": (1, 1, 2, 1), "dims": (8, 8, 16, 16), "head_dim": 8, "layer_scale_init_values": 0.0, "num_classes": 3,
+}  # fmt: skip
+ONE_CAFORMER = {
+    "depths": (2,), "dims": (16,), "token_mixers": metaformer.Attention, "norm_layers": metaformer.LayerNormNoBias,
+}  # fmt: skip
 TINY = {
     "mvitv2": Tiny(
         "mvitv2_tiny",
@@ -207,22 +233,18 @@ TINY = {
         own_products=90_816, whole=ONE_STAGE, biased=True, gives_up=True,
     ),
     "gcvit": Tiny(
-        "gcvit_xxtiny",
-        {"num_classes": 3},
-        whole={
-            "embed_dim": 16, "depths": (3,), "num_heads": (2,), "window_ratio": (4,), "layer_scale": 0.5,
+        "free_gcvit_xxtiny",
+        {
+            "embed_dim": 16, "depths": (2, 2), "num_heads": (2, 4), "window_ratio": (16, 16), "num_classes": 3,
         },
-        whole_made_by=gcvit.GlobalContextVit,
+        whole={"depths": (3,), "num_heads": (2,), "window_ratio": (4,), "layer_scale": 0.5},
         biased=True, gives_up=True, size=(64, 64),
-        own_products=606_208, other=(96, 96),
+        own_products=196_608, other=(96, 96),
     ),
     "nest": Tiny(
-        "nest_tiny",
-        {"num_classes": 3},
-        whole={
-            "num_levels": 1, "embed_dims": (16,), "depths": (2,), "num_heads": (2,), "patch_size": 8, "num_classes": 3,
-        },
-        whole_made_by=nest.Nest,
+        "free_nest_tiny",
+        {"embed_dims": (8, 16, 16), "depths": (1, 1, 2), "num_heads": (1, 2, 2), "num_classes": 3},
+        whole={"num_levels": 1, "embed_dims": (16,), "depths": (2,), "num_heads": (2,), "patch_size": 8},
         size=(32, 32), other=(48, 48),
     ),
     "tiny_vit": Tiny(
@@ -279,20 +301,14 @@ TINY = {
     "pit": Tiny("pit_s_224", PIT, whole=ONE_PIT),
     "pit_distilled": Tiny("pit_s_distilled_224", PIT, whole=ONE_PIT),
     "volo": Tiny(
-        "volo_d1_224",
-        {"patch_size": 4, "stem_hidden_dim": 8, "mlp_ratio": 0.25, "num_classes": 3},
-        whole={"layers": (1, 1, 2), "embed_dims": (8, 16, 16), "num_heads": (1, 2, 2)},
-        whole_made_by=volo.VOLO, own_products=1_531_392,
-    ),
-    "caformer": Tiny(
-        "caformer_s18",
-        {"layer_scale_init_values": 0.0, "num_classes": 3},
-        whole={
-            "depths": (2,), "dims": (16,), "token_mixers": metaformer.Attention, "head_dim": 8,
-            "norm_layers": metaformer.LayerNormNoBias,
+        "free_volo_d1_224",
+        {
+            "layers": (1, 1, 2), "embed_dims": (8, 16, 16), "num_heads": (1, 2, 2), "patch_size": 4,
+            "stem_hidden_dim": 8, "mlp_ratio": 0.25, "num_classes": 3,
         },
-        whole_made_by=metaformer.MetaFormer, rounding=5e-5,
+        own_products=17_152,
     ),
+    "caformer": Tiny("free_caformer_s18", CAFORMER, whole=ONE_CAFORMER, rounding=5e-5),
     "visformer": Tiny("visformer_tiny", {**PLAIN, "init_channels": 8, "conv_init": False, "depth": (1, 1, 1)}),
 }  # fmt: skip
 
@@ -308,28 +324,17 @@ def tiny(
     *,
     seed: int = 0,
     dtype: torch.dtype = torch.float32,
-    made_by: Callable[..., nn.Module] | None = None,
     **more: Any,
 ) -> nn.Module:
     """Return a tiny model with random weights everywhere, in eval mode."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         given = arguments(kind, size, **more)
-        model = create_timm_model(TINY[kind].name, **given) if made_by is None else _made(made_by, **given)
+        model = create_timm_model(TINY[kind].name, **given)
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.add_(0.15 * torch.randn_like(parameter))
     return model.to(dtype).eval()
-
-
-def _made(made_by: Callable[..., nn.Module], *, img_size: tuple[int, int], **given: Any) -> nn.Module:
-    """Return a model of a class, resized where the class takes no size."""
-    family = next(each for each in FAMILIES if made_by in each.models)
-    if family.takes_size:
-        return made_by(img_size=img_size, **given)
-    model = made_by(**given)
-    family.resize(model, img_size)
-    return model
 
 
 def pictures(kind: str, *, dtype: torch.dtype = torch.float64, size: tuple[int, int] | None = None) -> Tensor:
@@ -340,7 +345,7 @@ def pictures(kind: str, *, dtype: torch.dtype = torch.float64, size: tuple[int, 
 def whole(kind: str, **more: Any) -> nn.Module:
     """Return a tiny model in float64 whose layers attend to all tokens."""
     given = {**(TINY[kind].whole or {}), **more}
-    return tiny(kind, dtype=torch.float64, made_by=TINY[kind].whole_made_by, **given)
+    return tiny(kind, dtype=torch.float64, **given)
 
 
 WHOLE = [kind for kind, each in TINY.items() if each.whole is not None]
