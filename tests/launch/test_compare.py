@@ -2,9 +2,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +10,8 @@ import yaml
 from graftvit.launch.load_config import load_comparison, load_stages
 from graftvit.models.errors import ConfigError
 from graftvit.transfer.analysis.compare.student_cell import train_cell
+from support.runs.commands import Command
 from support.runs.compare_runs import cell, write_config
-from support.runs.patience import until
 from support.runs.typed import Typed
 
 
@@ -48,11 +45,8 @@ def test_a_killed_comparison_goes_on_to_the_same_numbers(tmp_path: Path, typed: 
     for folder in (whole, cut):
         folder.mkdir()
         path = write_config(folder, {"linear": "*: linear"})
-    command = [sys.executable, "-m", "graftvit.launch", "compare", str(path), "--only", "linear"]
-    with subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL) as process:
-        state = cut / "out" / "cells" / "linear-8" / "1-align" / "checkpoints" / "last.safetensors"
-        until(lambda: state.exists() or process.poll() is not None, "the first state")
-        process.send_signal(signal.SIGKILL)
+    state = cut / "out" / "cells" / "linear-8" / "1-align" / "checkpoints" / "last.safetensors"
+    Command(["compare", str(path), "--only", "linear"], os.environ, tmp_path).kill_at(state.exists)
     assert state.exists()
     assert not (cut / "out" / "cells" / "linear-8" / "cell.json").exists()
     for folder in (cut, whole):

@@ -5,9 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shlex
-import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,8 +14,8 @@ import torch
 from graftvit.models.conversion import converted_layers, plan_of
 from graftvit.transfer.config import DataConfig
 from graftvit.transfer.hybrid_search import Scale
+from support.runs.commands import Command, run
 from support.runs.engine_runs import make_teacher
-from support.runs.patience import until
 from support.runs.typed import Typed
 from torch import nn
 
@@ -165,14 +162,9 @@ def test_mistakes_are_named(words: list[str], named: str, tmp_path: Path, teache
 
 @pytest.mark.slow
 def test_a_search_that_is_killed_in_each_phase_gives_the_same_plan(tmp_path: Path, teacher: str) -> None:
-    def start(out: Path) -> subprocess.Popen[bytes]:
-        words = ["hybrid", teacher, "--macs", "0.91,0.82", *WORDS, "--output_dir", str(out)]
-        return subprocess.Popen(
-            [sys.executable, "-m", "graftvit.launch", *words], env={**os.environ, "OMP_NUM_THREADS": "1"}
-        )
-
+    words = ["hybrid", teacher, "--macs", "0.91,0.82", *WORDS, "--output_dir"]
     whole, cut = tmp_path / "whole", tmp_path / "cut"
-    assert start(whole).wait() == 0
+    assert run([*words, str(whole)], os.environ, tmp_path).returncode == 0
     keys = [json.loads(line)["key"] for line in (whole / "hybrid.jsonl").open()]
     first = next(place for place, key in enumerate(keys) if key.startswith("error"))
 
@@ -191,15 +183,8 @@ def test_a_search_that_is_killed_in_each_phase_gives_the_same_plan(tmp_path: Pat
         *((cut / path).exists for path in ("front.png", "macs-0.91", "macs-0.82")),  # what comes out
     ]
     for moment in moments:
-        process = start(cut)
-        until(
-            lambda moment=moment, process=process: moment() or process.poll() is not None,
-            "the moment",
-            every=0.01,
-        )
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-    assert start(cut).wait() == 0
+        Command([*words, str(cut)], os.environ, tmp_path).kill_at(moment)
+    assert run([*words, str(cut)], os.environ, tmp_path).returncode == 0
     for name in ("macs-0.91", "macs-0.82"):
         assert plan_text(whole / name) == plan_text(cut / name)
         own, theirs = (graftvit.load(folder / name).state_dict() for folder in (cut, whole))

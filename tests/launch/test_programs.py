@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
-import subprocess
-import sys
-import time
+import os
 from pathlib import Path
 
 import pytest
@@ -20,6 +18,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from support.files.hostile import ARGUMENTS
 from support.models.saved import save_vit
+from support.runs.commands import Command, run
 from support.runs.typed import Typed
 
 
@@ -129,21 +128,16 @@ def test_a_search_names_the_images_that_there_are(line: str, tmp_path: Path, typ
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("workers", ["1", "2"])
 def test_a_search_killed_three_times_ends_in_the_same_archive(
-    line: str, tmp_path: Path, workers: str, typed: Typed
+    line: str, tmp_path: Path, typed: Typed
 ) -> None:
-    """Two processes end in the archive of one."""
+    """One process, two and one again end in the archive of one."""
     typed(f"{line} --generations 4 --output_dir {tmp_path}/whole")
     out = tmp_path / "killed"
-    code = "import sys; from graftvit.launch.cli import main; sys.exit(main(sys.argv[1:]))"
-    words = f"{line} --generations 4 --workers {workers} --output_dir {out}".split()
-    command = [sys.executable, "-c", code, *words]
-    for records in (3, 8, 14):
-        with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
-            while process.poll() is None and len(list(out.glob("cells/*/cell.json"))) < records:
-                time.sleep(0.02)
-            process.kill()
+    words = f"{line} --generations 4 --output_dir {out} --workers".split()
+    for records, workers in ((3, "1"), (8, "2"), (14, "1")):
+        search = Command([*words, workers], os.environ, tmp_path)
+        search.kill_at(lambda records=records: len(list(out.glob("cells/*/cell.json"))) >= records)
         assert not (out / ARCHIVE).exists()
-    assert subprocess.run(command, check=False, stdout=subprocess.DEVNULL).returncode == 0
+    assert run([*words, "2"], os.environ, tmp_path).returncode == 0
     assert (out / ARCHIVE).read_bytes() == (tmp_path / "whole" / ARCHIVE).read_bytes()

@@ -6,9 +6,6 @@ import json
 import os
 import re
 import shlex
-import signal
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import create_autospec
@@ -24,9 +21,9 @@ from graftvit.transfer.analysis.demo_cells import STUDENTS
 from graftvit.transfer.bench_rows import read_rows
 from graftvit.transfer.bench_run import NAMED
 from graftvit.transfer.kits import Contrast, judge, load_kits
+from support.runs.commands import Command
 from support.runs.compare_runs import write_config
 from support.runs.engine_runs import make_teacher
-from support.runs.patience import until
 from support.runs.typed import Typed
 
 KITS = load_kits()
@@ -158,12 +155,7 @@ def test_a_surrogate_that_is_killed_goes_on_to_the_same_verdict(tmp_path: Path, 
     comparison = f"compare {config} --optim.lr 2e-3 --only uniform,linear"
     words = write_kits(tmp_path, comparison) + " --surrogate --output_dir"
     cut, done = tmp_path / "cut", tmp_path / "cut" / "cells" / "uniform-8-seed1" / "cell.json"
-    command = [sys.executable, "-m", "graftvit.launch", *shlex.split(words), str(cut)]
-    with subprocess.Popen(
-        command, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL
-    ) as process:
-        until(done.exists, "two finished cells")
-        process.send_signal(signal.SIGKILL)
+    Command([*shlex.split(words), str(cut)], os.environ, tmp_path).kill_at(done.exists)
     times = {path: path.stat().st_mtime_ns for path in cut.rglob("cell.json")}
     assert 1 < len(times) < 4
     resumed, whole = typed(words, cut).out, typed(words, tmp_path / "whole").out

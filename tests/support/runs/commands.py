@@ -15,6 +15,7 @@ import importlib
 import json
 import os
 import runpy
+import select
 import signal
 import socket
 import subprocess
@@ -22,11 +23,11 @@ import sys
 import tempfile
 import threading
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
-from support.runs.patience import PATIENCE
+from support.runs.patience import PATIENCE, until
 
 IMPORTED = ("timm", "accelerate", "graftvit.launch.cli", "graftvit.launch.slurm.submit",
             "graftvit.launch.slurm.stop", "graftvit.transfer.engine.train")  # fmt: skip
@@ -61,6 +62,15 @@ class Command:
             self.returncode = os.waitstatus_to_exitcode(self._answer())
             self._answers.close()
         return _read(self._out), _read(self._err)
+
+    def kill_at(self, moment: Callable[[], bool]) -> None:
+        """Kill the command at a moment, unless it ends before."""
+        until(
+            lambda: moment() or bool(select.select([self._answers], [], [], 0)[0]), "the moment", every=0.01
+        )
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self.pid, signal.SIGKILL)
+        self.communicate()
 
     def _answer(self) -> int:
         try:
