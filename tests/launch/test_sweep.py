@@ -416,6 +416,7 @@ def test_it_prints_the_table_and_writes_the_files(tmp_path: Path, typed: Typed) 
     assert "FOLDER" in typed("jobs", "summary", code=2).err
 
 
+@pytest.mark.usefixtures("few_digits")
 @pytest.mark.parametrize("stages", [False, True])
 def test_cells_that_the_ordinary_command_ran(tmp_path: Path, stages: bool, typed: Typed) -> None:
     recipe = tmp_path / "recipe.yaml"

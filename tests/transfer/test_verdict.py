@@ -18,12 +18,13 @@ from graftvit.transfer.data import loading
 from graftvit.transfer.engine.tasks import TransferTask, classification_loss
 from graftvit.transfer.engine.train import train
 from graftvit.transfer.methods.dual import DualViT
-from graftvit.transfer.verdict import PAGE, RECORD, advise, gradient_norms, read_verdict
+from graftvit.transfer.verdict import PAGE, RECORD, Verdict, advise, gradient_norms, read_verdict
 from support.runs.engine_runs import config, make_convnext, make_teacher, several_losses, tiny_vit
 from support.runs.interrupting import terminated_after
 from support.slurm.sweep_folders import make_sweep, write_run
 from torch import Tensor, nn
 
+pytestmark = pytest.mark.usefixtures("few_digits")
 REPORT = {"report": True}
 
 
@@ -35,6 +36,17 @@ def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def convnext(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_convnext(tmp_path_factory.mktemp("teachers") / "convnext")
+
+
+@pytest.fixture(scope="module")
+def finished(
+    teacher: Path, few_digits: None, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[RunConfig, Verdict]:
+    """A run that has ended, and what it said; each test leaves its folder as it was."""
+    run = config(tmp_path_factory.mktemp("finished") / "run", teacher, engine=REPORT)
+    said = train(run).verdict
+    assert said is not None
+    return run, said
 
 
 def double(seed: int, **arguments: Any) -> nn.Module:
@@ -147,20 +159,18 @@ def test_advice_begins_at_fifteen_times_the_task() -> None:
 
 
 def test_a_finished_run_that_is_resumed_has_the_same_verdict_and_a_new_page(
-    tmp_path: Path, teacher: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    finished: tuple[RunConfig, Verdict], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run = config(tmp_path / "run", teacher, engine=REPORT)
-    first = train(run)
-    assert first.verdict is not None
+    run, said = finished
     record = (run.output_dir / RECORD).read_bytes()
-    assert set(first.verdict.lines(run.output_dir)) <= set(caplog.messages)
     (run.output_dir / RECORD).unlink()
     (run.output_dir / PAGE).unlink()
-    assert train(run).verdict == first.verdict  # measured again
+    assert train(run).verdict == said  # measured again
+    assert set(said.lines(run.output_dir)) <= set(caplog.messages)
     assert (run.output_dir / RECORD).read_bytes() == record
     assert "KL divergence" in (run.output_dir / PAGE).read_text()
     monkeypatch.setattr(under_test, "measure", None)
-    assert train(run).verdict == first.verdict == read_verdict(run.output_dir)
+    assert train(run).verdict == said == read_verdict(run.output_dir)
 
 
 def test_the_maps_of_a_loss_of_other_things_are_those_of_the_written_student(
@@ -264,11 +274,10 @@ def test_no_failure_of_the_verdict_fails_a_finished_run(
     assert len([text for text in caplog.messages if "no room for maps" in text]) == 1
 
 
-def test_a_damaged_record_is_measured_again(tmp_path: Path, teacher: Path) -> None:
-    run = config(tmp_path / "run", teacher, engine=REPORT)
-    first = train(run).verdict
+def test_a_damaged_record_is_measured_again(finished: tuple[RunConfig, Verdict]) -> None:
+    run, said = finished
     (run.output_dir / RECORD).write_text('{"step": -1}')
-    assert train(run).verdict == first
+    assert train(run).verdict == said
 
 
 def test_a_run_that_is_stopped_or_wants_no_report_has_no_verdict(tmp_path: Path, teacher: Path) -> None:
@@ -284,10 +293,9 @@ def test_a_run_that_is_stopped_or_wants_no_report_has_no_verdict(tmp_path: Path,
 
 
 def test_few_images_are_read_and_none_by_other_processes(
-    tmp_path: Path, teacher: Path, monkeypatch: pytest.MonkeyPatch
+    finished: tuple[RunConfig, Verdict], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run = config(tmp_path / "run", teacher, engine=REPORT)
-    train(run)
+    run, _ = finished
     (run.output_dir / RECORD).unlink()
     read: list[int] = []
     real = loading.EvalBatches.__getitem__

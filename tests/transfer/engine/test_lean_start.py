@@ -32,8 +32,10 @@ sys.exit(code)
 """
 LIBRARY = """
 import json, sys
+import timm
 from graftvit import DualViT, convert, load, save
 
+convert(timm.create_model("vit_tiny_patch16_224", depth=1), "0: linear")
 print(json.dumps(list(sys.modules)))
 """
 PLAIN = """
