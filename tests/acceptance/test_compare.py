@@ -15,6 +15,7 @@ from graftvit.launch.load_config import read_recipe
 from support.files.photos import CLASSES
 from support.runs.measure import measure
 
+pytestmark = pytest.mark.usefixtures("few_digits")
 SMALL = '{"embed_dim": 48, "depth": 2, "num_heads": 3}'
 TEACHER = {"data": {"train_samples": 200}, "optim": {"epochs": 2, "warmup_epochs": 1}}
 SHORT = {"batch_size": 4, "repeats": 2, "speed_img_size": [], "error_batches": 1}

@@ -109,6 +109,23 @@ CUTS = {
     "t2r_vit_base": CONVERTED,
     "two_teachers_vit_base": Cut(DEEP),
 }
+ALIKE = {
+    "attention_copy_vit_large": "attention_copy_vit_base",
+    "attention_copy_vit_huge": "attention_copy_vit_base",
+    "attention_distill_vit_huge": "attention_distill_vit_large",
+    "mae_finetune_vit_large": "mae_finetune_vit_base",
+    "mae_finetune_vit_huge": "mae_finetune_vit_base",
+    "lit_medium": "lit_small",
+    "litv2_medium": "litv2_base",
+    "litv2_small": "litv2_base",
+    "cifar10_copy": "cifar100_copy",
+    "cifar10_distill": "cifar100_distill",
+}
+"""By recipe, one whose run it is once both are small: what else differs is in `SIZES`."""
+SIZES = {
+    "teacher.source", "student.model", "student.init", "student.drop_path", "data.dataset", "data.num_classes",
+    "data.batch_size", "optim.epochs", "optim.blr", "optim.layer_decay",
+}  # fmt: skip
 COMPARED = {
     "digits_compare", "digits_hash_compare", "digits_hash_pyramid_compare", "digits_hash_starts_compare",
     "digits_pyramid_compare", "digits_published_compare", "digits_deit_compare", "digits_lit_compare",
@@ -134,7 +151,17 @@ def digits_teacher(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> st
     return f"local-dir:{folder / 'student'}"
 
 
-@pytest.mark.parametrize("recipe", sorted(CUTS))
+@pytest.mark.parametrize("recipe", sorted(ALIKE))
+def test_a_recipe_of_another_size_differs_in_sizes_alone(
+    recipe: str, photos: Path, digits_teacher: str, tmp_path: Path
+) -> None:
+    for own, other in zip(*(map(settings, stages_of(name)) for name in (recipe, ALIKE[recipe])), strict=True):
+        assert {key for key in own | other if own.get(key) != other.get(key)} <= SIZES
+    weights = stand_ins(recipe, CUTS[recipe], tmp_path, digits_teacher)
+    assert main([*command(recipe, CUTS[recipe], photos, tmp_path / "run", weights), "--dry_run"]) == 0
+
+
+@pytest.mark.parametrize("recipe", sorted(CUTS.keys() - ALIKE.keys()))
 def test_a_recipe_on_photographs(
     recipe: str, photos: Path, digits_teacher: str, plain_timm: PlainTimm, tmp_path: Path
 ) -> None:
@@ -159,7 +186,7 @@ def check_settings(recipe: str, run: Path) -> None:
     """What ran is the recipe, but for what the table says, and for what this deprives of its effect."""
     for folder, own in zip(folders(run), stages_of(recipe), strict=True):
         config = load_config(folder)
-        ran, wanted = flat(config.model_dump()), flat(own.model_dump())
+        ran, wanted = settings(config), settings(own)
         if folder.name[:1].isdigit() and folder.name[:2] != "1-":
             for key in ("student.model", "student.plan"):  # goes on from the student of the stage before
                 ran[key] = wanted[key]
@@ -174,18 +201,11 @@ def changes_nothing(config: RunConfig, key: str, value: Any) -> bool:
     return key in find_unread(config.model_copy(update={section: changed}))
 
 
-def flat(settings: Mapping[str, Any]) -> dict[str, Any]:
+def settings(config: RunConfig) -> dict[str, Any]:
+    """The settings of a run by their keys."""
     found: dict[str, Any] = {}
-    for name, value in settings.items():
-        if isinstance(value, dict) and name in (
-            "teacher",
-            "student",
-            "data",
-            "optim",
-            "engine",
-            "transfer",
-            "align",
-        ):
+    for name, value in config.model_dump().items():
+        if name in ("teacher", "student", "data", "optim", "engine", "transfer", "align"):
             found |= {f"{name}.{key}": each for key, each in value.items()}
         else:
             found[name] = value
