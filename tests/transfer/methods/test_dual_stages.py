@@ -333,8 +333,14 @@ def test_copies_of_a_pair_are_complete(kind: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("part", ["step", "teacher of 0>0", "teacher of stage2"])
-@pytest.mark.parametrize("kind", ["pvt", "svt", "swin", "swinv2"])
+@pytest.mark.parametrize(
+    ("kind", "part"),
+    [
+        *((kind, "step") for kind in ("pvt", "svt", "swin", "swinv2")),
+        *((kind, "teacher of 0>0") for kind in ("pvt", "swin")),
+        *((kind, "teacher of stage2") for kind in ("svt", "swinv2")),
+    ],
+)
 def test_a_step_or_its_teacher_is_one_compiled_graph(kind: str, part: str) -> None:
     torch.compiler.reset()
     layers = "all" if part == "step" else part.split()[-1]
