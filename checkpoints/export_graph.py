@@ -50,8 +50,7 @@ class Normalized(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Return the model's output for `images` (B, 3, H, W) of values 0..1."""
-        output: Tensor = self.model((images - self.mean) / self.std)
-        return output
+        return self.model((images - self.mean) / self.std)
 
 
 def check_dynamic(model: nn.Module, dynamic: Collection[str]) -> None:

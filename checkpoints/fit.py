@@ -47,8 +47,7 @@ def resample_position(position_1ND: Tensor, old: Grid, new: Grid, num_prefix: in
     if old == new:
         return position_1ND
     if method == "timm":
-        resampled: Tensor = resample_abs_pos_embed(position_1ND, list(new), list(old), num_prefix)
-        return resampled
+        return resample_abs_pos_embed(position_1ND, list(new), list(old), num_prefix)
     return resample_plainly(position_1ND, new, old, num_prefix, "bicubic")
 
 

@@ -98,8 +98,7 @@ class Preprocessing:
 
     def transform(self) -> Callable[[Image.Image], Tensor]:
         """timm's own transform of evaluation: what anyone gets who asks timm for it."""
-        transform: Callable[[Image.Image], Tensor] = create_transform(**asdict(self), is_training=False)
-        return transform
+        return create_transform(**asdict(self), is_training=False)
 
     def describe(self) -> str:
         """Return a description in words, for a plan or a log."""

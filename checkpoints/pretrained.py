@@ -592,8 +592,7 @@ def load(
             f"{name} is of classifiers, and {source} is a detector or segmenter: leave it out, or load its backbone by "
             "graftvit.load_pretrained"
         )
-    model: nn.Module = dense.load_dense(source).to(dtype or torch.float32)
-    return model
+    return dense.load_dense(source).to(dtype or torch.float32)
 
 
 def load_model(source: str | PathLike[str], dtype: torch.dtype | None, how: LoadSettings) -> nn.Module:

@@ -96,8 +96,7 @@ def carry(
 
 def terms_of(model: nn.Module) -> Terms:
     """Return the license and classes that a model carries."""
-    found: Terms = getattr(model, TERMS, Terms())
-    return found
+    return getattr(model, TERMS, Terms())
 
 
 UNRECORDED: Json = {"source": "not recorded"}
@@ -124,8 +123,7 @@ def collect_identity(teacher: Pretrained) -> JsonDict:
         "preprocessing": teacher.preprocessing.described(),
         "library": _collect_code(teacher),
     }
-    found: JsonDict = json.loads(json.dumps(known, default=repr))
-    return found
+    return json.loads(json.dumps(known, default=repr))
 
 
 def _collect_code(teacher: Pretrained) -> str:

@@ -144,8 +144,7 @@ def _array(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> NDArray[Any]:
     if needed != held:
         raise ValueError(f"its array {info.filename[:80]!r} takes {needed:,} bytes, and has {held:,}")
     with archive.open(info) as record:
-        array: NDArray[Any] = np.lib.format.read_array(record, allow_pickle=False)
-        return array
+        return np.lib.format.read_array(record, allow_pickle=False)
 
 
 # Rebuild what a torch file describes without its numbers.

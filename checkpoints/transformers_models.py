@@ -149,8 +149,7 @@ class _Images(nn.Module):
         tokens = hidden[:, GRIDS[config.model_type] :]
         if tokens.shape[1] != grid[0] * grid[1]:
             return None
-        patches: Tensor = tokens.transpose(1, 2).unflatten(2, grid)
-        return patches
+        return tokens.transpose(1, 2).unflatten(2, grid)
 
 
 def load_tower(source: Opened, timm_settings: Json) -> nn.Module | None:

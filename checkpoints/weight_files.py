@@ -254,8 +254,7 @@ def read_tree(path: Path, kind: str) -> JsonDict:
             _places.update({tensor: Place(str(path), name) for name, tensor in tensors.items()})
             return tensors
         with torch.serialization.safe_globals(PLAIN_OBJECTS):
-            tree: JsonDict = torch.load(path, map_location="cpu", weights_only=True, mmap=kind == "torch")
-            return tree
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=kind == "torch")
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
     except Exception as error:  # a damaged pickle fails in as many ways as there are opcodes
@@ -270,8 +269,7 @@ _places: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 def find_place(tensor: Tensor) -> Place | None:
     """Return where a tensor that was read lies; None for one that was computed since, or of another kind of file."""
-    place: Place | None = _places.get(tensor)
-    return place
+    return _places.get(tensor)
 
 
 def map_part(place: Place, *ranges: slice) -> Tensor:

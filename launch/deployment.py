@@ -195,8 +195,7 @@ class Prepared:
 
     @cached_property
     def _prepare(self) -> Callable[..., Any]:
-        prepare: Callable[..., Any] = runpy.run_path(str(self._script))["prepare"]
-        return prepare
+        return runpy.run_path(str(self._script))["prepare"]
 
 
 def _of_tensors(file: Callable[[Any], Any]) -> Classify:

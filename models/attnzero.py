@@ -245,8 +245,7 @@ def _create(name: str, pretrained: bool, host: str, plan: str, given: JsonDict) 
 
     pyramid = {} if name in PLAIN_NAMES else {"out_indices": (0, 1, 2, 3)}
     features = {"feature_cls": "getter", **pyramid}
-    built: nn.Module = build_model_with_cfg(build, name, pretrained, feature_cfg=features, **given)
-    return built
+    return build_model_with_cfg(build, name, pretrained, feature_cfg=features, **given)
 
 
 def _layer_by_layer(num_heads: Sequence[int], mlp_ratio: Sequence[float], **arguments: Any) -> JsonDict:

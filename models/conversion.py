@@ -329,13 +329,13 @@ def _without_parts(attention: nn.Module, kept: Sequence[str], dropped: Sequence[
 def _rows(fused: Any, parts: str, kept: Sequence[str]) -> nn.Module | None:
     """Return a fused projection with the kept ones of its equal parts; None without any."""
     if set(parts) <= set(kept):
-        return fused  # type: ignore[no-any-return]
+        return fused
     if not set(parts) & set(kept):
         return None
     less = copy.copy(fused)
     less._parameters = {name: _part(tensor, parts, kept) for name, tensor in fused._parameters.items()}
     setattr(less, "out_channels" if isinstance(less, nn.Conv2d) else "out_features", less.weight.shape[0])
-    return less  # type: ignore[no-any-return]
+    return less
 
 
 def _part(tensor: nn.Parameter | None, parts: str, kept: Sequence[str]) -> nn.Parameter | None:

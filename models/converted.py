@@ -109,8 +109,7 @@ class ConvertedAttention(AttentionHost):
     def gated(self, out_BHND: Tensor, x: Any) -> Tensor:
         """Return the output of the heads through the operator's gate, if it has one."""
         gate = self.operator.output_gate
-        gated: Tensor = out_BHND if gate is None else gate(out_BHND, x)
-        return gated
+        return out_BHND if gate is None else gate(out_BHND, x)
 
     def mark(self) -> None:
         """Add the mark, on the layer's device, to the state dict."""

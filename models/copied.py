@@ -184,8 +184,7 @@ def copy_attention(student: nn.Module, teacher: nn.Module, copying: Copying) -> 
 
 def copying_of(model: nn.Module) -> Copying | None:
     """Return what a model copies, None for one that runs with its own attention."""
-    copied: Copying | None = getattr(model, "copied", None)
-    return copied
+    return getattr(model, "copied", None)
 
 
 @check_types()

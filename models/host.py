@@ -102,7 +102,7 @@ class AttentionHost(nn.Module):
     _block: tuple[nn.Module, ...] = ()
     """timm's block of a native host; in a tuple, so that it is not registered."""
 
-    def __init__(self, original: nn.Module, operator: Operator | None = None) -> None:
+    def __init__(self, original: Any, operator: Operator | None = None) -> None:
         super().__init__()
         self._parameters = original._parameters
         self._buffers = original._buffers
@@ -111,13 +111,12 @@ class AttentionHost(nn.Module):
         self.training = original.training
         self._original = (original,)  # in a tuple, so that it is not registered a second time
         self.operator: Operator = operator or Softmax()
-        layer: Any = original
-        self.num_heads = int(getattr(layer, self.counted_as))
-        self.scale: float = getattr(layer, "scale", 1.0)  # Swin V2 scales its queries itself
-        self.num_prefix_tokens: int = getattr(layer, "num_prefix_tokens", 0)
-        self.rotate_half: bool = getattr(layer, "rotate_half", False)
-        self.kv_groups: int = getattr(layer, "num_kv_groups", 1)
-        self.separate_bias: bool = getattr(layer, "qkv_bias_separate", False)
+        self.num_heads = int(getattr(original, self.counted_as))
+        self.scale: float = getattr(original, "scale", 1.0)  # Swin V2 scales its queries itself
+        self.num_prefix_tokens: int = getattr(original, "num_prefix_tokens", 0)
+        self.rotate_half: bool = getattr(original, "rotate_half", False)
+        self.kv_groups: int = getattr(original, "num_kv_groups", 1)
+        self.separate_bias: bool = getattr(original, "qkv_bias_separate", False)
         self.has_bias = has_bias(original)
 
     @property
@@ -254,8 +253,7 @@ class AttentionHost(nn.Module):
                 return F.linear(x, fused.weight[rows]) + bias
             return F.linear(x, fused.weight[rows], bias)
         if rows == slice(None):
-            whole: Tensor = fused(x)
-            return whole
+            return fused(x)
         return F.linear(x, fused.weight[rows], None if fused.bias is None else fused.bias[rows])
 
     def _split(self, x: Tensor, parts: int) -> list[Tensor]:

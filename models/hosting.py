@@ -71,8 +71,7 @@ def watch_layer(model: nn.Module, site: Site, see: Callable[[AttentionHost, Call
     def hook(module: nn.Module, inputs: tuple[Any, ...], keywords: JsonDict) -> None:
         see(native_host(model, site.block(model)), Call(inputs, keywords))
 
-    handle: RemovableHandle = layer.register_forward_pre_hook(hook, with_kwargs=True)
-    return handle
+    return layer.register_forward_pre_hook(hook, with_kwargs=True)
 
 
 def map_structure(model: nn.Module, site: Site) -> MapStructure:

@@ -46,8 +46,7 @@ class ConvBlock(WholeGridBlock):
         batch, height, width, channels = x_BHWC.shape
         x_BHWC = x_BHWC + self.drop_path1(self._attn(self.norm1(x_BHWC)))
         tokens = self.mlp(self.norm2(x_BHWC).reshape(batch, -1, channels), (height, width))
-        out: Tensor = x_BHWC + self.drop_path2(tokens).reshape(x_BHWC.shape)
-        return out
+        return x_BHWC + self.drop_path2(tokens).reshape(x_BHWC.shape)
 
 
 class SplitLinear(nn.Module):
@@ -154,8 +153,7 @@ def _create(name: str, pretrained: bool, host: str, drop_path: float, given: Jso
         return _second(model) if name.startswith("litv2") else _first(model)
 
     features = {"out_indices": (0, 1, 2, 3), "feature_cls": "getter"}
-    built: nn.Module = build_model_with_cfg(build, name, pretrained, feature_cfg=features, **given)
-    return built
+    return build_model_with_cfg(build, name, pretrained, feature_cfg=features, **given)
 
 
 def _first(model: nn.Module) -> nn.Module:

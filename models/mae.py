@@ -124,8 +124,7 @@ class MaskedAutoencoder(nn.Module):
             x_BVD = checkpoint_seq(encoder.blocks, x_BVD)
         else:
             x_BVD = encoder.blocks(x_BVD)
-        encoded: Tensor = encoder.norm(x_BVD)
-        return encoded
+        return encoder.norm(x_BVD)
 
     def _decode(self, encoded_BVD: Tensor, visible_BV: Tensor) -> Tensor:
         """Insert mask tokens for hidden patches, add positions, run the decoder, and return pixels (B, N, K)."""
@@ -137,8 +136,7 @@ class MaskedAutoencoder(nn.Module):
         x_BNE = torch.cat([x_BVE[:, :prefix], patches_BNE], dim=1)
         for block in self.decoder_blocks:
             x_BNE = block(x_BNE)
-        pixels: Tensor = self.decoder_head(self.decoder_norm(x_BNE)[:, prefix:])
-        return pixels
+        return self.decoder_head(self.decoder_norm(x_BNE)[:, prefix:])
 
     def _init_decoder(self) -> None:
         """Initialize the decoder's linear layers with Xavier, as published; the encoder keeps its initialization."""

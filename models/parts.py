@@ -131,8 +131,7 @@ def run_head(model: nn.Module, features: Any, *, pre_logits: bool = False) -> Te
     family, timm_model = find_family(model), cast(Any, model)
     if family is not None:
         return family.head(model, features, pre_logits=pre_logits)
-    found: Tensor = timm_model.forward_head(features, pre_logits=pre_logits)
-    return found
+    return timm_model.forward_head(features, pre_logits=pre_logits)
 
 
 def num_classes(model: nn.Module) -> int:
@@ -157,7 +156,7 @@ def patch_width(model: nn.Module) -> int:
     return int(timm_model.num_features) if family is None else family.feature_widths(model)[1]
 
 
-def patch_features(model: nn.Module, features: Any, images: tuple[int, int]) -> Tensor:
+def patch_features(model: Any, features: Any, images: tuple[int, int]) -> Tensor:
     """Return the features of the patches without prefix tokens, of images of a size (height, width).
 
     The shape is (B, rows, columns, C), or (B, N, C) of a model that does not say how its N patches lie.
@@ -173,10 +172,9 @@ def patch_features(model: nn.Module, features: Any, images: tuple[int, int]) -> 
         raise UnsupportedModelError(
             f"{type(model).__name__} gives {type(features).__name__}, not one tensor of features"
         )
-    timm_model: Any = model
-    width = int(timm_model.num_features)
+    width = int(model.num_features)
     if features.dim() == 3 and features.shape[2] == width:
-        return features[:, int(getattr(timm_model, "num_prefix_tokens", 0)) :]
+        return features[:, int(getattr(model, "num_prefix_tokens", 0)) :]
     if features.dim() == 4 and features.shape[3] == width:
         return features
     if features.dim() == 4 and features.shape[1] == width:

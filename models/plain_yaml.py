@@ -127,8 +127,7 @@ def parse_yaml(text: str) -> Any:
 def write_yaml(value: Any) -> str:
     """Return plain values as YAML, keys in their order; a text is never wrapped."""
     # Escape unicode, because PyYAML reads some unicode line breaks that it writes as spaces.
-    text: str = yaml.dump(value, Dumper=Dumper, sort_keys=False, width=math.inf)
-    return text
+    return yaml.dump(value, Dumper=Dumper, sort_keys=False, width=math.inf)
 
 
 def _place(at: yaml.Event | yaml.Node) -> str:

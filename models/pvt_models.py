@@ -75,5 +75,4 @@ def pvt_small_full(pretrained: bool = False, **arguments: Any) -> nn.Module:
 
 def _create(name: str, pretrained: bool, shape: JsonDict, given: JsonDict) -> nn.Module:
     features = {"out_indices": (0, 1, 2, 3), "feature_cls": "getter"}
-    built: nn.Module = build_model_with_cfg(PVT, name, pretrained, feature_cfg=features, **{**shape, **given})
-    return built
+    return build_model_with_cfg(PVT, name, pretrained, feature_cfg=features, **{**shape, **given})

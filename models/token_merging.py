@@ -34,8 +34,7 @@ class PreciseConv2d(nn.Conv2d):
     def forward(self, x_BCHW: Tensor) -> Tensor:
         weight, bias = (None if each is None else each.to(x_BCHW.dtype) for each in (self.weight, self.bias))
         assert weight is not None
-        out: Tensor = self._conv_forward(x_BCHW, weight, bias)
-        return out
+        return self._conv_forward(x_BCHW, weight, bias)
 
 
 class OffsetConv2d(PreciseConv2d):
@@ -102,8 +101,7 @@ def convolve_at(x_BCHW: Tensor, offsets_BThw: Tensor, weight: Tensor, bias: Tens
     known = _has_ops() and x_BCHW.device.type in (*HAS_OPERATOR, "meta")
     if exporting or not known:
         return convolve_samples(x_BCHW, offsets_BThw, weight, bias)
-    out: Tensor = deform_conv2d(x_BCHW, offsets_BThw, weight, bias, stride=(2, 2))
-    return out
+    return deform_conv2d(x_BCHW, offsets_BThw, weight, bias, stride=(2, 2))
 
 
 def convolve_samples(x_BCHW: Tensor, offsets_BThw: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -123,5 +121,4 @@ def tap_places(offsets_BThw: Tensor) -> Tensor:
     rows, columns = (torch.arange(size).to(offsets_BThw) for size in offsets_BThw.shape[2:])
     start_2hw = torch.stack(torch.meshgrid(2 * rows, 2 * columns, indexing="ij"))
     taps_42 = torch.tensor(TAPS).to(offsets_BThw)
-    places: Tensor = start_2hw + taps_42[:, :, None, None] + offsets_BThw.unflatten(1, (len(TAPS), 2))
-    return places
+    return start_2hw + taps_42[:, :, None, None] + offsets_BThw.unflatten(1, (len(TAPS), 2))

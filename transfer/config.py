@@ -138,8 +138,7 @@ class TeacherConfig(Section):
 
     def image_size(self, student: int | tuple[int, int] | None) -> int | tuple[int, int] | None:
         """Return the size of the teacher's images: the given size, else the student's, if that is given."""
-        size: int | tuple[int, int] | None = self.img_size or self.model_args.get("img_size") or student
-        return size
+        return self.img_size or self.model_args.get("img_size") or student
 
 
 BUILT_HERE = Need(

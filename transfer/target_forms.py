@@ -75,8 +75,7 @@ class TargetForm:
         """Return the logits (B, C) of the k largest and of the others together, (B, k + 1)."""
         largest, rest = kept.float().split((index.shape[1], 1), dim=1)
         others = rest - math.log(self.classes - index.shape[1])
-        logits: Tensor = others.repeat(1, self.classes).scatter(1, index.long(), largest)
-        return logits
+        return others.repeat(1, self.classes).scatter(1, index.long(), largest)
 
 
 def _largest(logits_BC: Tensor, count: int) -> tuple[Tensor, Tensor]:
@@ -95,8 +94,7 @@ def _averaged(patches: Tensor, side: int) -> Tensor:
             "patches lie: leave it out"
         )
     grid = math.ceil(patches.shape[1] / side), math.ceil(patches.shape[2] / side)
-    averaged: Tensor = average_to(patches, grid).to(patches.dtype)
-    return averaged
+    return average_to(patches, grid).to(patches.dtype)
 
 
 def _to_int8(values: Tensor) -> tuple[Tensor, Tensor]:

@@ -239,8 +239,7 @@ def _spread(search: HybridSearch, count: int = 5) -> list[Budget]:
 
 
 def _folder(arguments: argparse.Namespace, name: str) -> Path:
-    folder: Path = arguments.output_dir / "library" / re.sub(r"\W+", "_", name).strip("_")
-    return folder
+    return arguments.output_dir / "library" / re.sub(r"\W+", "_", name).strip("_")
 
 
 def _align(arguments: argparse.Namespace, config: RunConfig, share: Share) -> list[str]:

@@ -252,8 +252,7 @@ class ProgramAttention(AttentionOperator):
     def local(self, heads: Heads) -> Tensor | None:
         if self.conv is None:
             return None
-        local: Tensor = self.conv(without_padding(heads.values(), heads), heads.tokens())
-        return local
+        return self.conv(without_padding(heads.values(), heads), heads.tokens())
 
     def start_fresh(self) -> None:
         for part in (self.conv, self.positions):

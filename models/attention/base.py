@@ -155,8 +155,7 @@ class Sparse:
             return x_BHND[:, :, self.index]
         flat = self.index.flatten(2)[..., None].expand(-1, -1, -1, x_BHND.shape[3])
         picked = x_BHND.expand(*self.index.shape[:2], -1, -1).gather(2, flat)
-        tokens: Tensor = picked.unflatten(2, self.index.shape[2:])
-        return tokens
+        return picked.unflatten(2, self.index.shape[2:])
 
 
 @dataclass

@@ -138,8 +138,7 @@ def chunked_attention(
     """
     least *= k.shape[2]
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
-        learned: Tensor = _ChunkedAttention.apply(features, center, least, q, k, v)
-        return learned
+        return _ChunkedAttention.apply(features, center, least, q, k, v)
     with _no_autocast(q):
         return _attend(features, _chunks(features, q), center, least, q, k, v, learned=False).out
 

@@ -98,10 +98,9 @@ def _flash_backward(
 ) -> tuple[Tensor, ...]:
     none = torch.empty(0, dtype=torch.int64, device=q.device)
     rows, keys = q.shape[2], k.shape[2]
-    gradients: tuple[Tensor, ...] = aten._scaled_dot_product_flash_attention_backward(
+    return aten._scaled_dot_product_flash_attention_backward(
         grad_out, q, k, v, out, lse, None, None, rows, keys, 0.0, False, none, none, scale=scale
     )
-    return gradients
 
 
 def _efficient_backward(

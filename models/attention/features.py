@@ -372,8 +372,7 @@ class Favor(FeatureMap):
 
     def _exponents(self, x_BHND: Tensor, scale: float) -> Tensor:
         x = x_BHND * (scale**0.5 * self.temperature.to(x_BHND.dtype))
-        exponents: Tensor = x @ self.omega.to(x.dtype).T - x.square().sum(-1, keepdim=True) / 2
-        return exponents
+        return x @ self.omega.to(x.dtype).T - x.square().sum(-1, keepdim=True) / 2
 
 
 class FavorChunks(ChunkedFeatures):
@@ -438,12 +437,10 @@ def orthogonal_features(count: int, width: int) -> Tensor:
     """Draw Gaussian rows (count, width) on the CPU in float32, orthogonal within each block of `width`."""
     blocks = [_orthogonal(width) for _ in range(-(-count // width))]
     lengths = torch.randn(count, width, device="cpu").norm(dim=1, keepdim=True)
-    rows: Tensor = torch.cat(blocks)[:count] * lengths
-    return rows
+    return torch.cat(blocks)[:count] * lengths
 
 
 def _orthogonal(width: int) -> Tensor:
     """Draw a uniform orthogonal matrix. LAPACK's Q alone is not uniform: its signs bias the estimate."""
     q, r = torch.linalg.qr(torch.randn(width, width, device="cpu"))
-    rows: Tensor = (q * r.diagonal().sign()).T
-    return rows
+    return (q * r.diagonal().sign()).T

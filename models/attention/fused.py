@@ -35,8 +35,7 @@ def attention_with_lse(
 ) -> tuple[Tensor, Tensor]:
     """Return P V (B, H, M, D) and lse (B, H, M) in float32 (float64 for float64 inputs)."""
     q_BHMD, k_BHND, v_BHND, bias = kernels.same_dtype(q_BHMD, k_BHND, v_BHND, bias)
-    outputs: tuple[Tensor, Tensor] = _attention_with_lse(q_BHMD, k_BHND, v_BHND, bias, scale)
-    return outputs
+    return _attention_with_lse(q_BHMD, k_BHND, v_BHND, bias, scale)
 
 
 def apply_map(
@@ -64,8 +63,7 @@ def map_logsumexp(q_BHMD: Tensor, k_BHND: Tensor, scale: float, bias: Tensor | N
     q_BHMD, k_BHND, _, bias = kernels.same_dtype(q_BHMD, k_BHND, k_BHND, bias)
     if bias is not None and bias.requires_grad:
         return attention_with_lse(q_BHMD, k_BHND, k_BHND.detach(), scale, bias)[1]
-    lse: Tensor = _map_logsumexp(q_BHMD, k_BHND, bias, scale)[0]
-    return lse
+    return _map_logsumexp(q_BHMD, k_BHND, bias, scale)[0]
 
 
 # The operators. Each is opaque to torch.compile, so the compiled step runs the same kernels as the eager one.

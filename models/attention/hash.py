@@ -72,8 +72,7 @@ class Bits:
     def related(self, x_BHN: Tensor) -> Tensor:
         """Return S x (B, H, N)."""
         chosen = x_BHN.gather(2, self.index.flatten(2)).unflatten(2, self.index.shape[2:])
-        related: Tensor = (chosen * self.sign).sum(-1)
-        return related
+        return (chosen * self.sign).sum(-1)
 
     def loss(self, y_BHN: Tensor) -> Tensor:
         """Return −yᵀ (R S − Σ z zᵀ) y / (R N) of the bits z that are known, (B, H)."""
@@ -160,8 +159,7 @@ def by_eigenvector(bits: Bits, weight_HM: Tensor) -> Tensor:
     inner = whiten.transpose(1, 2) @ ((gain + gain.transpose(1, 2)) / 2) @ whiten
     best = (whiten @ torch.linalg.eigh(inner).eigenvectors[..., -1:]).squeeze(-1)
     sign = torch.where((best * weight_HM).sum(-1, keepdim=True) < 0, -1.0, 1.0)  # eigenvectors have no sign
-    found: Tensor = (SPREAD * sign * best).to(weight_HM)
-    return found
+    return (SPREAD * sign * best).to(weight_HM)
 
 
 PROPOSALS: dict[str, Propose] = {"eigen": by_eigenvector, "published": by_gradient}

@@ -163,8 +163,7 @@ class HiLoAttention(AttentionOperator):
             window = torch.arange(side, device=like.device) // self.window
             members = F.one_hot(window, -(-side // self.window)).to(like.dtype)
             axes.append(members / members.sum(0))
-        means: Tensor = torch.block_diag(torch.eye(geometry.num_prefix).to(like), torch.kron(*axes))
-        return means
+        return torch.block_diag(torch.eye(geometry.num_prefix).to(like), torch.kron(*axes))
 
 
 def own_window(geometry: Geometry, window: int, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -193,8 +192,7 @@ def _windowed(region: Region, grids: list[Tensor], prefixes: list[Tensor], heads
     shape = q.shape[:2]
     q, k, v = (x.flatten(0, 1) for x in (q, k, v))  # the fused kernels take four dimensions
     out: Tensor = F.scaled_dot_product_attention(q, k, v, dropout_p=heads.dropout, scale=heads.scale)
-    by_window: Tensor = out.unflatten(0, shape)
-    return by_window
+    return out.unflatten(0, shape)
 
 
 def _spans(side: int, window: int) -> Iterator[tuple[int, int, int]]:

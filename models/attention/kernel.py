@@ -136,8 +136,7 @@ class Focused(FeatureMap):
 
 def _norm(x_BHND: Tensor) -> Tensor:
     """Return the norm (B, 1, N, 1) of each token over the channels of all heads."""
-    norm: Tensor = torch.linalg.vector_norm(x_BHND, dim=(1, 3), keepdim=True)
-    return norm
+    return torch.linalg.vector_norm(x_BHND, dim=(1, 3), keepdim=True)
 
 
 def _start(shape: LayerShape, width: int) -> Tensor:
@@ -377,10 +376,8 @@ class KernelAttention(AttentionOperator):
         values = without_padding(heads.values(), heads)
         if isinstance(self.v_conv, DynamicConv):
             mean = mean_of_keys(precise(values), heads).to(values.dtype)
-            dynamic: Tensor = self.v_conv(values, mean, heads.tokens())
-            return dynamic
-        local: Tensor = self.v_conv(values, heads.tokens())
-        return local
+            return self.v_conv(values, mean, heads.tokens())
+        return self.v_conv(values, heads.tokens())
 
     def terms(self, heads: Heads) -> list[Term]:
         if self.feature.opposed:

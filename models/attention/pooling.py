@@ -46,8 +46,7 @@ class PooledAttention(AttentionOperator):
     def local(self, heads: Heads) -> Tensor | None:
         if self.conv is None:
             return None
-        local: Tensor = self.conv(without_padding(heads.values(), heads), heads.tokens())
-        return local
+        return self.conv(without_padding(heads.values(), heads), heads.tokens())
 
     def macs_beside(self, geometry: Geometry) -> int:
         """Return the multiply-adds of the exact prefix queries and of the convolution."""
@@ -124,8 +123,7 @@ class Pooling:
         grid_BhwC = x_BHnD.transpose(1, 2).reshape(batch, height, -1)
         by_row = self._rows @ grid_BhwC
         by_cell = self._columns @ by_row.reshape(batch * len(self._rows), width, -1)
-        sums: Tensor = by_cell.reshape(batch, -1, heads, channels).transpose(1, 2)
-        return sums
+        return by_cell.reshape(batch, -1, heads, channels).transpose(1, 2)
 
 
 def mean_weights(geometry: Geometry, cells: Cells) -> Tensor:
@@ -171,8 +169,7 @@ def small_map_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, sc
     `bias` is what `scaled_dot_product_attention` takes as its mask. It may need a gradient if it is (1, 1, 1, M).
     """
     if _forms_maps(q, k, v, bias):
-        learned: Tensor = _SmallMaps.apply(q, k, v, bias, scale)
-        return learned
+        return _SmallMaps.apply(q, k, v, bias, scale)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale)
 
 

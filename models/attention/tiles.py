@@ -58,8 +58,7 @@ def grouped_softmax(
     `sees` is None if every query sees every key of its tile. A token may be a query twice in one tile, as padding.
     """
     q, k, v, _ = kernels.same_dtype(q, k, v, None)
-    out: Tensor = _GroupedSoftmax.apply(q, k, v, queries_TM, keys_TS, sees_TMS, scale)
-    return out
+    return _GroupedSoftmax.apply(q, k, v, queries_TM, keys_TS, sees_TMS, scale)
 
 
 class _GroupedSoftmax(torch.autograd.Function):
@@ -261,8 +260,7 @@ def token_keys(table: Table) -> Tensor:
 
 def gather(x_BHND: Tensor, index: Tensor) -> Tensor:
     """Return the tokens at `index` (T, M): (B, H, T, M, D)."""
-    tiles: Tensor = x_BHND.index_select(2, index.flatten()).unflatten(2, tuple(index.shape))
-    return tiles
+    return x_BHND.index_select(2, index.flatten()).unflatten(2, tuple(index.shape))
 
 
 def _phases(length: int, dilation: int) -> list[NDArray[Any]]:

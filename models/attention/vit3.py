@@ -84,8 +84,7 @@ class ViT3Attention(AttentionOperator):
 
 def clipped(step: Tensor, dims: tuple[int, ...]) -> Tensor:
     """Return g / (‖g‖ + 1)."""
-    bounded: Tensor = step / (torch.linalg.vector_norm(step, dim=dims, keepdim=True) + 1)
-    return bounded
+    return step / (torch.linalg.vector_norm(step, dim=dims, keepdim=True) + 1)
 
 
 def answer(x_BHND: Tensor, linear: Tensor, gated: Tensor) -> Tensor:

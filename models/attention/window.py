@@ -143,8 +143,7 @@ def windowed_softmax(
     q: Tensor, k: Tensor, v: Tensor, geometry: Geometry, window: int, dilation: int, scale: float
 ) -> Tensor:
     """Return softmax attention of the grid tokens over the prefix tokens and their window, (B, H, n, D)."""
-    out: Tensor = _WindowedSoftmax.apply(q, k, v, geometry, window, dilation, scale)
-    return out
+    return _WindowedSoftmax.apply(q, k, v, geometry, window, dilation, scale)
 
 
 class _WindowedSoftmax(torch.autograd.Function):

@@ -45,15 +45,14 @@ class Backbone(nn.Module):
         ConfigError: `norms` names an output that there is not.
     """
 
-    def __init__(self, body: nn.Module, norms: Sequence[int] = ()) -> None:
+    def __init__(self, body: Any, norms: Sequence[int] = ()) -> None:
         super().__init__()
-        timm_model: Any = body
         if not all(hasattr(body, name) for name in ("forward_intermediates", "prune_intermediate_layers")):
             raise UnsupportedModelError(f"{type(body).__name__} gives no maps, and is no backbone")
         _check_any_size(body)
-        known = [(int(each["num_chs"]), int(each["reduction"])) for each in timm_model.feature_info]
+        known = [(int(each["num_chs"]), int(each["reduction"])) for each in body.feature_info]
         chosen = _last_of_each([stride for _, stride in known])
-        self.indices: list[int] = timm_model.prune_intermediate_layers(chosen, prune_norm=True)
+        self.indices: list[int] = body.prune_intermediate_layers(chosen, prune_norm=True)
         self.channels = [known[index][0] for index in chosen]
         self.strides = [known[index][1] for index in chosen]
         wrong = [each for each in norms if not 0 <= each < len(chosen)]
@@ -73,10 +72,9 @@ class Backbone(nn.Module):
         return [self.norms[str(i)](each) if str(i) in self.norms else each for i, each in enumerate(maps)]
 
 
-def divisor_of(body: nn.Module) -> int:
+def divisor_of(body: Any) -> int:
     """Return what the sides of a batch are multiples of: the largest stride, and twice that of a single map."""
-    described: Any = body
-    strides = {int(each["reduction"]) for each in described.feature_info}
+    strides = {int(each["reduction"]) for each in body.feature_info}
     return max(strides) * (2 if len(strides) == 1 else 1)
 
 

@@ -21,7 +21,7 @@ from .detectors import Sizes
 
 
 def _head_of(kind: Kind) -> Callable[..., nn.Module]:
-    return vars(detectors if DESIGNS[kind].task == DETECTION else segmenters)[DESIGNS[kind].head]  # type: ignore[no-any-return]
+    return vars(detectors if DESIGNS[kind].task == DETECTION else segmenters)[DESIGNS[kind].head]
 
 
 def _settings(kind: Kind) -> list[str]:
@@ -110,8 +110,7 @@ class DenseModel(nn.Module):
     def losses(self, prepared: Prepared, maps: Maps) -> dict[str, Tensor]:
         """Return the losses by name, scalars, of a batch with targets and its maps of the backbone."""
         head: Any = self.head
-        found: dict[str, Tensor] = head.losses(prepared, self.neck(maps))
-        return found
+        return head.losses(prepared, self.neck(maps))
 
     def predict(
         self, prepared: Prepared, maps: Maps, original_sizes: Sizes, *, logits: bool = False
@@ -123,8 +122,7 @@ class DenseModel(nn.Module):
         """
         head: Any = self.head
         how = {"logits": logits} if self.task == SEGMENTATION else {}
-        found: list[JsonDict] = head.predict(prepared, self.neck(maps), original_sizes, **how)
-        return found
+        return head.predict(prepared, self.neck(maps), original_sizes, **how)
 
     def forward(self, images: Sequence[Tensor], targets: Sequence[Mapping[str, Any]] | None = None) -> Any:
         """Return the losses of images with targets in training mode, else the predictions at the images' sizes.

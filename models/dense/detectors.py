@@ -54,7 +54,7 @@ class ExactAnchors(AnchorGenerator):
 
     def grid_anchors(self, grid_sizes: Any, strides: Any) -> list[Tensor]:
         """Return the anchors of each level, (rows columns A, 4)."""
-        return super().grid_anchors(grid_sizes, [(each, each) for each in self.strides])  # type: ignore[no-any-return]
+        return super().grid_anchors(grid_sizes, [(each, each) for each in self.strides])
 
 
 class _Outside(nn.Identity):
@@ -91,8 +91,7 @@ class _OneStage(nn.Module):
         """Return the losses of classes and of boxes, and of the centerness of FCOS."""
         outputs, anchors, counts = self._run(prepared, levels)
         more = (counts,) if isinstance(self, FCOS) else ()
-        found: dict[str, Tensor] = self.compute_loss(_targets(prepared, levels[0]), outputs, anchors, *more)
-        return found
+        return self.compute_loss(_targets(prepared, levels[0]), outputs, anchors, *more)
 
     def predict(self: Any, prepared: Prepared, levels: Maps, original_sizes: Sizes) -> list[JsonDict]:
         """Return `boxes`, `scores` and `labels` of each image, at its original size."""
@@ -100,8 +99,7 @@ class _OneStage(nn.Module):
         by_level = {name: each.split(counts, 1) for name, each in outputs.items()}
         by_image = [each.split(counts) for each in anchors]
         found = self.postprocess_detections(by_level, by_image, prepared.sizes)
-        result: list[JsonDict] = self.transform.postprocess(found, prepared.sizes, original_sizes)
-        return result
+        return self.transform.postprocess(found, prepared.sizes, original_sizes)
 
     def _run(self: Any, prepared: Prepared, levels: Maps) -> tuple[Any, list[Tensor], list[int]]:
         """Return the outputs of the head, the anchors of each image, and the number of those of each level."""

@@ -25,7 +25,7 @@ AUXILIARY_WEIGHT = 0.4
 
 def _conv(channels: int, width: int, kernel: int = 3) -> nn.Module:
     """Return a convolution without bias, BatchNorm and ReLU."""
-    return Conv2dNormActivation(channels, width, kernel)  # type: ignore[no-any-return]
+    return Conv2dNormActivation(channels, width, kernel)
 
 
 def _classifier(width: int, num_classes: int, dropout: float) -> nn.Sequential:
@@ -93,8 +93,7 @@ class SemanticFPNHead(Segmenter):
         first, *others = (scale(each) for scale, each in zip(self.scales, levels, strict=True))
         for each in others:
             first = first + resized(each, first.shape[2:])
-        out: Tensor = self.classifier(first)
-        return out
+        return self.classifier(first)
 
 
 def _grown(width: int, inner: int, times: int) -> nn.Sequential:
@@ -144,5 +143,4 @@ class UPerNetHead(Segmenter):
             merged = lateral(each) + resized(merged, each.shape[2:])
             found.insert(0, output(merged))
         size = found[0].shape[2:]
-        out: Tensor = self.classifier(self.joined(torch.cat([resized(each, size) for each in found], 1)))
-        return out
+        return self.classifier(self.joined(torch.cat([resized(each, size) for each in found], 1)))

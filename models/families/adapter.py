@@ -287,8 +287,7 @@ class Adapter(Family):
         """Return the output of the model, its logits; an adapter does not say what goes into the classifier."""
         if pre_logits:
             raise self._no_features()
-        found: Tensor = features
-        return found
+        return features
 
     def num_classes(self, model: nn.Module) -> int:
         return int(getattr(model, "num_classes", 0))

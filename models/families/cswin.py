@@ -9,9 +9,8 @@ from collections.abc import Sequence
 from typing import Any, ClassVar, cast
 
 import torch
-from timm.layers import DropPath, Mlp, calculate_drop_path_rates, to_2tuple, trunc_normal_
+from timm.layers import calculate_drop_path_rates, to_2tuple
 from timm.models import checkpoint
-from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
 from ..attention.base import Geometry, Heads
@@ -20,7 +19,7 @@ from ..attention.stripes import LePE, Stripes, cross, stripe_positions, stripe_s
 from ..errors import ConfigError
 from ..host import GridHost
 from ..map_structure import MapStructure, Size
-from .pvt_v1 import check_stages
+from .pvt_v1 import Pyramid, ResidualBlock, check_stages
 from .site import Family, Hosts, merged_grid, shallow, submodule, vit
 from .twins import TwinsMerging
 
@@ -58,34 +57,13 @@ class CSwinAttention(nn.Module):
         heads, stripes = Heads(q, k, v, None, self.scale, dropout, Geometry(0, grid)), self.stripes(grid)
         convolutions = cast("list[LePE]", list(self.attns))
         out_BHND = stripe_softmax(heads, stripes) + stripe_positions(convolutions, v, stripes)
-        out: Tensor = self.proj_drop(self.proj(out_BHND.transpose(1, 2).flatten(2)))
-        return out
+        return self.proj_drop(self.proj(out_BHND.transpose(1, 2).flatten(2)))
 
 
-class CSwinBlock(nn.Module):
-    """Attention within stripes, then an MLP; both after a norm and beside a residual path."""
+class CSwinBlock(ResidualBlock):
+    """A block whose attention is within stripes."""
 
-    def __init__(
-        self,
-        width: int,
-        num_heads: int,
-        split: int,
-        mlp_ratio: float,
-        drop_path: float,
-        **more: Any,
-    ) -> None:
-        super().__init__()
-        self.norm1 = nn.LayerNorm(width)
-        self.attn = CSwinAttention(width, num_heads, split, **more)
-        self.drop_path1 = DropPath(drop_path) if drop_path > 0 else nn.Identity()
-        self.norm2 = nn.LayerNorm(width)
-        self.mlp = Mlp(width, int(width * mlp_ratio), drop=more.get("proj_drop", 0.0))
-        self.drop_path2 = DropPath(drop_path) if drop_path > 0 else nn.Identity()
-
-    def forward(self, x_BNC: Tensor, grid: Size) -> Tensor:
-        x_BNC = x_BNC + self.drop_path1(self.attn(self.norm1(x_BNC), grid))
-        out: Tensor = x_BNC + self.drop_path2(self.mlp(self.norm2(x_BNC)))
-        return out
+    kind = CSwinAttention
 
 
 class Stage(nn.ModuleList):
@@ -133,7 +111,7 @@ class Stem(Embedding):
         self.img_size = img_size
 
 
-class CSwin(nn.Module):
+class CSwin(Pyramid):
     """The CSwin Transformer, with the interface of timm's models; images may have any size.
 
     `split_size` are the widths of the stripes by stage, 0 for the whole map. The last stage sees the whole map, as does
@@ -161,7 +139,8 @@ class CSwin(nn.Module):
         drop_path_rate: float = 0.0,
     ) -> None:
         super().__init__()
-        _check_pool(global_pool)
+        if global_pool != "avg":
+            raise ConfigError(f"global_pool={global_pool!r}; valid is avg: CSwin has no class token")
         check_stages(depths=depths, num_heads=num_heads, split_size=split_size)
         self.num_classes, self.global_pool = num_classes, global_pool
         self.depth, self.split_size = len(depths), list[int]()
@@ -186,9 +165,9 @@ class CSwin(nn.Module):
             ]
             self.add_module(f"stage{i + 1}", Stage(blocks))
             self.feature_info.append({"num_chs": width, "reduction": 4 << i, "module": f"stage{i + 1}"})
-        self.norm: nn.Module = nn.LayerNorm(self.num_features)
+        self.norm = nn.LayerNorm(self.num_features)
         self.head_drop = nn.Dropout(drop_rate)
-        self.head: nn.Module = nn.Linear(self.num_features, num_classes) if num_classes > 0 else nn.Identity()
+        self.head = nn.Linear(self.num_features, num_classes) if num_classes > 0 else nn.Identity()
         self.init_weights()
 
     @property
@@ -196,20 +175,8 @@ class CSwin(nn.Module):
         """Return the stem, by timm's name."""
         return self.stage1_conv_embed
 
-    def stages(self) -> list[Stage]:
-        """Return the stages in order."""
+    def stage_list(self) -> list[Stage]:
         return [cast(Stage, self._modules[f"stage{i + 1}"]) for i in range(self.depth)]
-
-    def init_weights(self) -> None:
-        """Initialize as published: truncated normal of 0.02 for linear layers, torch's own start for convolutions."""
-        for module in self.modules():
-            reset: Any = getattr(module, "reset_parameters", None)
-            if reset is not None:
-                reset()
-            if isinstance(module, nn.Linear):
-                trunc_normal_(module.weight, std=0.02)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
 
     def set_input_size(self, img_size: int | Size) -> None:
         """Expect images of another size; stripes keep their width, and no tensor changes."""
@@ -231,94 +198,20 @@ class CSwin(nn.Module):
         ]
         return {"stem": r"^stage1_conv_embed", "blocks": blocks}
 
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Compute each block again in the backward pass instead of keeping its activations."""
-        for stage in self.stages():
-            stage.grad_checkpointing = enable
-
-    def get_classifier(self) -> nn.Module:
-        """Return the classifier layer."""
-        return self.head
-
-    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Replace the classifier. `global_pool` is "avg"."""
-        _check_pool(global_pool or "avg")
-        self.num_classes = num_classes
-        self.head = nn.Linear(self.num_features, num_classes) if num_classes > 0 else nn.Identity()
-
-    def forward_intermediates(
-        self,
-        x: Tensor,
-        indices: int | list[int] | None = None,
-        norm: bool = False,
-        stop_early: bool = False,
-        output_fmt: str = "NCHW",
-        intermediates_only: bool = False,
-    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
-        """Return the tokens after the last norm, and the maps (B, C, H, W) of the stages `indices`, as timm does.
-
-        Raises ConfigError: an `output_fmt` other than "NCHW".
-        """
-        if output_fmt != "NCHW":
-            raise ConfigError(f"output_fmt={output_fmt!r}; valid is NCHW")
-        wanted, last = feature_take_indices(self.depth, indices)
-        maps, tokens = [], x
-        for i in range(last + 1 if stop_early else self.depth):
-            tokens, grid = self._run_stage(i, x)
-            x = tokens.transpose(1, 2).unflatten(2, grid)
-            if i in wanted:
-                normed = norm and i == self.depth - 1
-                maps.append(self.norm(tokens).transpose(1, 2).unflatten(2, grid) if normed else x)
-        return maps if intermediates_only else (self.norm(tokens), maps)
-
-    def prune_intermediate_layers(
-        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
-    ) -> list[int]:
-        """Drop the stages after the last of `indices`, and the parts that are not needed, as timm does."""
-        wanted, last = feature_take_indices(self.depth, indices)
-        ends = last < self.depth - 1
-        for i in range(last + 1, self.depth):
+    def drop_stages(self, first: int) -> None:
+        for i in range(first, self.depth):
             del self._modules[f"stage{i + 1}"], self._modules[f"merge{i}"]
-        self.depth = last + 1
-        if prune_norm or ends:
-            self.norm = nn.Identity()
-        if prune_head or ends:
-            self.reset_classifier(0)
-        return wanted
+        self.depth = first
 
-    def forward_features(self, x: Tensor) -> Tensor:
-        """Return the tokens (B, N, C) of the last stage after the last norm."""
-        tokens, grid = self._run_stage(0, x)
-        for i in range(1, self.depth):
-            tokens, grid = self._run_stage(i, tokens.transpose(1, 2).unflatten(2, grid))
-        out: Tensor = self.norm(tokens)
-        return out
-
-    def forward_head(self, x_BNC: Tensor, pre_logits: bool = False) -> Tensor:
-        """Return the logits (B, classes), or the pooled features (B, C)."""
-        pooled = self.head_drop(x_BNC.mean(1))
-        out: Tensor = pooled if pre_logits else self.head(pooled)
-        return out
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Return the logits (B, classes) of images (B, 3, H, W)."""
-        return self.forward_head(self.forward_features(x))
-
-    def _run_stage(self, i: int, x_BCHW: Tensor) -> tuple[Tensor, Size]:
-        """Return the tokens of stage `i` and their grid, from the images or the map of the stage before."""
+    def run_stage(self, i: int, x: Tensor) -> tuple[Tensor, Size]:
         embedding = self._modules[f"merge{i}" if i else "stage1_conv_embed"]
-        x_BNC, grid = cast(Embedding, embedding)(x_BCHW)
-        return self.stages()[i](x_BNC, grid), grid
+        x_BNC, grid = cast(Embedding, embedding)(x)
+        return self.stage_list()[i](x_BNC, grid), grid
 
 
 def stem_grid(size: Size) -> Size:
     """Return the rows and columns of tokens after the stem."""
     return (size[0] - 3) // 4 + 1, (size[1] - 3) // 4 + 1
-
-
-def _check_pool(global_pool: str) -> None:
-    if global_pool != "avg":
-        raise ConfigError(f"global_pool={global_pool!r}; valid is avg: CSwin has no class token")
 
 
 def _check_heads(stage: int, width: int, heads: int, branches: int) -> None:
@@ -345,8 +238,7 @@ class StripeHost(GridHost):
     def stripes(self, grid: Size) -> list[Stripes]:
         """Return the native stripes of each equal part of the heads."""
         layer: Any = self.original
-        found: list[Stripes] = layer.stripes(grid)
-        return found
+        return layer.stripes(grid)
 
     def attend(self, heads: Heads) -> Tensor:
         if self.is_native and isinstance(self.operator, Softmax):
@@ -421,7 +313,7 @@ class CSwinFamily(Family):
     merging = TwinsMerging
 
     def paths(self, model: nn.Module) -> list[list[str]]:
-        stages = cast(CSwin, model).stages()
+        stages = cast(CSwin, model).stage_list()
         return [[f"stage{i}.{j}" for j in range(len(stage))] for i, stage in enumerate(stages, 1)]
 
     def merges(self, model: nn.Module) -> list[str]:
@@ -458,7 +350,7 @@ class CSwinFamily(Family):
         return submodule(model, "stage1_conv_embed")
 
     def recomputed(self, model: nn.Module) -> list[nn.Module]:
-        return [*cast(CSwin, model).stages()]
+        return [*cast(CSwin, model).stage_list()]
 
 
 FAMILIES = (CSwinFamily(),)

@@ -110,9 +110,8 @@ class Intermediates(AnySize):
         """Return whether a model says its intermediate features and its head as timm's models do."""
         return hasattr(model, "forward_intermediates") and hasattr(model, "forward_head")
 
-    def paths(self, model: nn.Module) -> list[list[str]]:
-        timm_model: Any = model
-        names = [str(each["module"]) for each in timm_model.feature_info]
+    def paths(self, model: Any) -> list[list[str]]:
+        names = [str(each["module"]) for each in model.feature_info]
         return [[names[index] for index in stage] for stage in self._outline(model).stages]
 
     def _outline(self, model: nn.Module) -> Outline:
@@ -198,8 +197,7 @@ class Intermediates(AnySize):
         return last
 
     def predict(self, model: nn.Module, images: Tensor) -> Tensor:
-        found: Tensor = self.head(model, self.features(model, images)) if watchers(model) else model(images)
-        return found
+        return self.head(model, self.features(model, images)) if watchers(model) else model(images)
 
     def tokens(self, features: Any) -> Tensor:
         """Return the last features. Raises UnsupportedModelError: they are not one tensor."""

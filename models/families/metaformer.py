@@ -36,11 +36,10 @@ class MetaFormer(AnySize):
     blocks = (MetaFormerBlock,)
     hosts: ClassVar[Hosts] = {Attention: SequenceHost}
 
-    def paths(self, model: nn.Module) -> list[list[str]]:
+    def paths(self, model: Any) -> list[list[str]]:
         """Return the names of the blocks with attention; a stage of images (B, C, H, W) has none."""
-        whole: Any = model
         every = super().paths(model)
-        return [[] if stage.use_nchw else names for stage, names in zip(whole.stages, every, strict=True)]
+        return [[] if stage.use_nchw else names for stage, names in zip(model.stages, every, strict=True)]
 
     def takes(self, model: nn.Module) -> bool:
         """Return whether a block has attention: where all mix tokens otherwise, outputs alone are read."""
@@ -50,10 +49,9 @@ class MetaFormer(AnySize):
         embedding: Any = self.embedding(model)
         return int(embedding.conv.in_channels)
 
-    def geometries(self, model: nn.Module, size: tuple[int, int]) -> list[Geometry]:
-        whole: Any = model
-        found, grid = [], convolved(whole.stem.conv, size)
-        for stage in whole.stages:
+    def geometries(self, model: Any, size: tuple[int, int]) -> list[Geometry]:
+        found, grid = [], convolved(model.stem.conv, size)
+        for stage in model.stages:
             convolution = stage.downsample._modules.get("conv")
             grid = grid if convolution is None else convolved(convolution, grid)
             found.append(Geometry(0, grid))

@@ -42,8 +42,7 @@ def distances(grid: Size, device: torch.device) -> Tensor:
     rows, columns = (torch.arange(side, device=device) for side in grid)
     down, right = ((at[:, None] - at).abs() for at in (rows, columns))
     index = down[:, None, :, None] * grid[1] + right[None, :, None, :]
-    found: Tensor = index.flatten(2, 3).flatten(0, 1)
-    return found
+    return index.flatten(2, 3).flatten(0, 1)
 
 
 def resample_distances(table_HR: Tensor, old: Size, new: Size) -> Tensor:
@@ -53,8 +52,7 @@ def resample_distances(table_HR: Tensor, old: Size, new: Size) -> Tensor:
     places = [(torch.arange(2 * side - 1, device=table_HR.device) - (side - 1)).abs() for side in old]
     signed_RH = table_HR.unflatten(1, old)[:, places[0]][:, :, places[1]].flatten(1).T
     resampled = resample_table(signed_RH, offsets(old), offsets(new)).T.unflatten(1, offsets(new))
-    found: Tensor = resampled[:, new[0] - 1 :, new[1] - 1 :].flatten(1)
-    return found
+    return resampled[:, new[0] - 1 :, new[1] - 1 :].flatten(1)
 
 
 def fit_distances(layer: Any, grid: Size) -> None:
@@ -124,8 +122,7 @@ class WholeTinyBlock(TinyVitBlock):
     def forward(self, x_BHWC: Tensor) -> Tensor:
         x_BHWC = x_BHWC + self.drop_path1(self.attn(x_BHWC))
         x_BHWC = self.local_conv(x_BHWC.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-        out_BHWC: Tensor = x_BHWC + self.drop_path2(self.mlp(x_BHWC))
-        return out_BHWC
+        return x_BHWC + self.drop_path2(self.mlp(x_BHWC))
 
 
 class Tiny(AnySize):
@@ -152,9 +149,8 @@ class Tiny(AnySize):
         stages: Any = model.stages
         return [hasattr(stage, "downsample") for stage in stages]
 
-    def channels(self, model: nn.Module) -> int:
-        whole: Any = model
-        return int(whole.patch_embed.conv1.conv.in_channels)
+    def channels(self, model: Any) -> int:
+        return int(model.patch_embed.conv1.conv.in_channels)
 
     def geometries(self, model: nn.Module, size: tuple[int, int]) -> list[Geometry]:
         found, (height, width) = [], (-(-size[0] // 4), -(-size[1] // 4))
@@ -179,13 +175,12 @@ class LevitHost(DistanceHost):
 
     shows_tokens = False
 
-    def __init__(self, original: nn.Module, *more: Any) -> None:
+    def __init__(self, original: Any, *more: Any) -> None:
         super().__init__(original, *more)
-        layer: Any = original
-        if layer.val_dim % layer.key_dim:
+        if original.val_dim % original.key_dim:
             raise UnsupportedModelError(
-                f"a head of {type(original).__name__} has keys of width {layer.key_dim} and values of {layer.val_dim}, "
-                "which is no multiple: this is not supported"
+                f"a head of {type(original).__name__} has keys of width {original.key_dim} and values of "
+                f"{original.val_dim}, which is no multiple: this is not supported"
             )
 
     def project(self, x: Tensor, size: Size | None = None) -> Heads:  # type: ignore[override]
@@ -220,8 +215,7 @@ class LevitHost(DistanceHost):
         return self._child("qkv", image).flatten(2).transpose(1, 2)
 
     def _by_head(self, x_BNC: Tensor) -> Tensor:
-        heads: Tensor = x_BNC.unflatten(2, (self.num_heads * times(self.original), -1)).transpose(1, 2)
-        return heads
+        return x_BNC.unflatten(2, (self.num_heads * times(self.original), -1)).transpose(1, 2)
 
 
 def times(layer: Any) -> int:
@@ -244,19 +238,16 @@ class LeViT(OneSize):
     }
     rerun = ("stages",)
 
-    def image_size(self, model: nn.Module) -> tuple[int, int] | None:
-        whole: Any = model
-        layer = attention_of(whole.stages[0].blocks[0])
+    def image_size(self, model: Any) -> tuple[int, int] | None:
+        layer = attention_of(model.stages[0].blocks[0])
         height, width = getattr(layer, "original", layer).resolution
-        return height * whole.stem.stride, width * whole.stem.stride
+        return height * model.stem.stride, width * model.stem.stride
 
-    def patch_size(self, model: nn.Module) -> tuple[int, int]:
-        whole: Any = model
-        return whole.stem.stride, whole.stem.stride
+    def patch_size(self, model: Any) -> tuple[int, int]:
+        return model.stem.stride, model.stem.stride
 
-    def channels(self, model: nn.Module) -> int:
-        whole: Any = model
-        return int(whole.stem.conv1.linear.in_channels)
+    def channels(self, model: Any) -> int:
+        return int(model.stem.conv1.linear.in_channels)
 
     def geometries(self, model: nn.Module, size: tuple[int, int]) -> list[Geometry]:
         step, _ = self.patch_size(model)
@@ -266,14 +257,13 @@ class LeViT(OneSize):
             height, width = -(-height // 2), -(-width // 2)
         return found
 
-    def resize(self, model: nn.Module, size: tuple[int, int]) -> None:
+    def resize(self, model: Any, size: tuple[int, int]) -> None:
         """Resample the biases, of attention between stages as well."""
-        whole: Any = model
         step, _ = self.patch_size(model)
         if any(side % step for side in size):
             raise ValueError(f"the sides of its images are multiples of {step}")
         before = None
-        for stage, geometry in zip(whole.stages, self.geometries(model, size), strict=True):
+        for stage, geometry in zip(model.stages, self.geometries(model, size), strict=True):
             if before is not None:
                 _fit_downsampling(stage.downsample.attn_downsample, before)
             for block in stage.blocks:
@@ -283,10 +273,9 @@ class LeViT(OneSize):
                 layer.resolution = geometry.grid
             before = geometry.grid
 
-    def sizes(self, block: nn.Module) -> tuple[int, int, int]:
-        whole: Any = block
-        layer = getattr(whole.attn, "original", whole.attn)
-        return int(whole.mlp.ln1.linear.weight.shape[1]), layer.num_heads * times(layer), int(layer.key_dim)
+    def sizes(self, block: Any) -> tuple[int, int, int]:
+        layer = getattr(block.attn, "original", block.attn)
+        return int(block.mlp.ln1.linear.weight.shape[1]), layer.num_heads * times(layer), int(layer.key_dim)
 
     def classifiers(self, model: nn.Module) -> dict[str, nn.Module]:
         return named_heads(model)
@@ -295,8 +284,7 @@ class LeViT(OneSize):
         return out.flatten(2).transpose(1, 2) if out.dim() == 4 else out
 
     def patches(self, tokens: Tensor, geometry: Geometry) -> Tensor:
-        found: Tensor = self.in_sequence(tokens).unflatten(1, geometry.grid)
-        return found
+        return self.in_sequence(tokens).unflatten(1, geometry.grid)
 
     def recomputed(self, model: nn.Module) -> list[nn.Module]:
         return [model]
@@ -387,8 +375,7 @@ class EfficientFormer(OneSize):
         return submodule(model, "norm")
 
     def patches(self, tokens: Tensor, geometry: Geometry) -> Tensor:
-        found: Tensor = tokens.unflatten(1, geometry.grid)
-        return found
+        return tokens.unflatten(1, geometry.grid)
 
     def forget(self, model: nn.Module) -> None:
         forget_biases(model)

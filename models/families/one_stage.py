@@ -100,14 +100,13 @@ class Sam(OneStage):
     resized_when_loaded = True
     exported_hosted = True
 
-    def resize(self, model: nn.Module, size: tuple[int, int]) -> None:
+    def resize(self, model: Any, size: tuple[int, int]) -> None:
         """Resample positions as timm's forward pass does: what the model computes on images of this size stays."""
-        whole: Any = model
-        whole.patch_embed.set_input_size(img_size=size)
-        grid = tuple(whole.patch_embed.grid_size)
-        if whole.pos_embed is not None:
-            whole.pos_embed = _like(resample_abs_pos_embed_nhwc(whole.pos_embed, grid), whole.pos_embed)
-        for block in whole.blocks:
+        model.patch_embed.set_input_size(img_size=size)
+        grid = tuple(model.patch_embed.grid_size)
+        if model.pos_embed is not None:
+            model.pos_embed = _like(resample_abs_pos_embed_nhwc(model.pos_embed, grid), model.pos_embed)
+        for block in model.blocks:
             tables = block.attn._parameters if "attn" in block._modules else {}
             for side, name in zip(grid, ("rel_pos_h", "rel_pos_w"), strict=True):
                 old = tables.get(name)
@@ -322,8 +321,7 @@ class TalkingHost(AttentionHost):
 
     def _mixed(self, logits_BHNN: Tensor) -> Tensor:
         mixed = self._child("proj_l", logits_BHNN.permute(0, 2, 3, 1)).permute(0, 3, 1, 2).softmax(-1)
-        out: Tensor = self._child("proj_w", mixed.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
-        return out
+        return self._child("proj_w", mixed.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 
 class CaiT(PlainLike):
@@ -344,12 +342,11 @@ class CaiT(PlainLike):
     def last_geometry(self, model: nn.Module, size: tuple[int, int]) -> Geometry:
         return Geometry(1, super().last_geometry(model, size).grid)
 
-    def resize(self, model: nn.Module, size: tuple[int, int]) -> None:
-        whole: Any = model
-        old = list(whole.patch_embed.grid_size)
-        whole.patch_embed.set_input_size(img_size=size)
-        new = list(whole.patch_embed.grid_size)
-        whole.pos_embed = _like(resample_abs_pos_embed(whole.pos_embed, new, old, 0), whole.pos_embed)
+    def resize(self, model: Any, size: tuple[int, int]) -> None:
+        old = list(model.patch_embed.grid_size)
+        model.patch_embed.set_input_size(img_size=size)
+        new = list(model.patch_embed.grid_size)
+        model.pos_embed = _like(resample_abs_pos_embed(model.pos_embed, new, old, 0), model.pos_embed)
 
     def with_blocks(self, model: nn.Module, blocks: Sequence[nn.Module], *, cut: bool) -> nn.Module:
         twin = super().with_blocks(model, blocks, cut=cut)

@@ -75,21 +75,19 @@ class PiT(Family):
     def channels(self, model: nn.Module) -> int:
         return _embedding(model).in_channels
 
-    def geometries(self, model: nn.Module, size: tuple[int, int]) -> list[Geometry]:
-        whole: Any = model
+    def geometries(self, model: Any, size: tuple[int, int]) -> list[Geometry]:
         found, grid = [], convolved(_embedding(model), size)
-        for stage in whole.transformers:
+        for stage in model.transformers:
             grid = grid if stage.pool is None else convolved(stage.pool.conv, grid)
-            found.append(Geometry(whole.cls_token.shape[1], grid))
+            found.append(Geometry(model.cls_token.shape[1], grid))
         return found
 
-    def resize(self, model: nn.Module, size: tuple[int, int]) -> None:
+    def resize(self, model: Any, size: tuple[int, int]) -> None:
         """Resample the positions, which are added to the first grid alone."""
-        whole: Any = model
-        embedding, old = whole.patch_embed, whole.pos_embed
+        embedding, old = model.patch_embed, model.pos_embed
         grid = self.geometries(model, size)[0].grid
         new = resample_abs_pos_embed_nhwc(old.detach().permute(0, 2, 3, 1), list(grid)).permute(0, 3, 1, 2)
-        whole.pos_embed = nn.Parameter(new.contiguous(), requires_grad=old.requires_grad)
+        model.pos_embed = nn.Parameter(new.contiguous(), requires_grad=old.requires_grad)
         embedding.img_size, embedding.grid_size, (embedding.height, embedding.width) = size, grid, grid
         for site in self.sites(model):
             layer = site.layer(model)
@@ -101,15 +99,14 @@ class PiT(Family):
         for name in ("pos_embed", "cls_token"):
             trunc_normal_(model.get_parameter(name), std=0.02)
 
-    def features(self, model: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
+    def features(self, model: Any, images: Tensor) -> tuple[Tensor, Tensor]:
         """Return the patches of the last stage, (B, C, rows, columns), and its class tokens after the final norm.
 
         timm's `forward_features` gives the class tokens alone, and the norm is only theirs.
         """
-        whole: Any = model
-        x_BCHW = whole.pos_drop(whole.patch_embed(images) + whole.pos_embed)
-        patches, prefix = whole.transformers((x_BCHW, whole.cls_token.expand(len(x_BCHW), -1, -1)))
-        return patches, whole.norm(prefix)
+        x_BCHW = model.pos_drop(model.patch_embed(images) + model.pos_embed)
+        patches, prefix = model.transformers((x_BCHW, model.cls_token.expand(len(x_BCHW), -1, -1)))
+        return patches, model.norm(prefix)
 
     def tokens(self, features: tuple[Tensor, Tensor]) -> Tensor:
         patches_BCHW, prefix_BPC = features
@@ -126,8 +123,7 @@ class PiT(Family):
 
 
 def _embedding(model: Any) -> nn.Conv2d:
-    found: nn.Conv2d = model.patch_embed.conv
-    return found
+    return model.patch_embed.conv
 
 
 FAMILIES = (PiT(),)

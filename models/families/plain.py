@@ -389,14 +389,12 @@ class DiffHost(AttentionHost):
     def _position(self, part: str, x_BHND: Tensor, rope: Tensor | None) -> Tensor:
         if part == "v":
             return x_BHND
-        normed: Tensor = self._child(f"{part}_norm", x_BHND.unflatten(3, (2, -1))).flatten(3)
-        return normed
+        return self._child(f"{part}_norm", x_BHND.unflatten(3, (2, -1))).flatten(3)
 
     def _difference(self, logits_BHNN: Tensor) -> Tensor:
         layer: Any = self.original
         first, second = logits_BHNN.softmax(-1).unflatten(1, (-1, 2)).unbind(2)
-        difference: Tensor = first - layer._compute_lambda().type_as(first) * second
-        return difference
+        return first - layer._compute_lambda().type_as(first) * second
 
 
 def _halves(x_BHND: Tensor) -> Tensor:

@@ -35,25 +35,23 @@ from .site import AnySize, Blocks, Family, Hosts, attention_of, merged_grid, sub
 class OneList(Family):
     """Models of one list of blocks, `blocks`; `stage_ends` has the numbers of the last block of each stage."""
 
-    def paths(self, model: nn.Module) -> list[list[str]]:
+    def paths(self, model: Any) -> list[list[str]]:
         """Return the names of the blocks but the first of each later stage, which pools its queries."""
-        whole: Any = model
-        ends = list(whole.stage_ends)
+        ends = list(model.stage_ends)
         starts = [0, *(end + 2 for end in ends[:-1])]
         return [
             [f"blocks.{i}" for i in range(start, end + 1)] for start, end in zip(starts, ends, strict=True)
         ]
 
-    def initialize(self, model: nn.Module) -> None:
+    def initialize(self, model: Any) -> None:
         """Initialize every weight as the constructor does by default."""
         super().initialize(model)
-        whole: Any = model
         for positions in model.parameters(recurse=False):
             trunc_normal_(positions, std=0.02)
         named_apply(partial(init_weight_vit, classifier_name="head.fc"), model)
-        whole.fix_init_weight()
+        model.fix_init_weight()
         with torch.no_grad():
-            for parameter in whole.head.fc.parameters():
+            for parameter in model.head.fc.parameters():
                 parameter.mul_(0.001)
 
     def last_tokens(self, model: nn.Module) -> nn.Module:
@@ -70,8 +68,7 @@ def row_by_row(x_BNC: Tensor, grid: Size, side: int) -> Tensor:
     """Return tokens, which are in the order of mask units of `side` rows and columns, row by row."""
     bits = side.bit_length() - 1
     x = x_BNC.unflatten(1, (*(2, 2) * bits, *(length // side for length in grid)))
-    rows: Tensor = x.permute(0, *_places(bits), -1).flatten(1, -2)
-    return rows
+    return x.permute(0, *_places(bits), -1).flatten(1, -2)
 
 
 def by_mask_unit(x_BNC: Tensor, grid: Size, side: int) -> Tensor:
@@ -80,8 +77,7 @@ def by_mask_unit(x_BNC: Tensor, grid: Size, side: int) -> Tensor:
     sizes = [size for length in grid for size in (length // side, *(2,) * bits)]
     places = _places(bits)
     back = [places.index(place) + 1 for place in range(1, len(places) + 1)]
-    units: Tensor = x_BNC.unflatten(1, sizes).permute(0, *back, -1).flatten(1, -2)
-    return units
+    return x_BNC.unflatten(1, sizes).permute(0, *back, -1).flatten(1, -2)
 
 
 def _places(bits: int) -> list[int]:
@@ -136,17 +132,16 @@ class Hiera(OneList):
     resized_when_loaded = True
     exported_hosted = True
 
-    def check(self, model: nn.Module) -> None:
+    def check(self, model: Any) -> None:
         """Raise UnsupportedModelError unless mask units of an image are pooled to tokens, and none is dropped."""
-        whole: Any = model
-        stages = len(whole.stage_ends)
-        given = (tuple(whole.q_stride), tuple(whole.mask_unit_size), whole.q_pool)
+        stages = len(model.stage_ends)
+        given = (tuple(model.q_stride), tuple(model.mask_unit_size), model.q_pool)
         if given != ((2, 2), (2 ** (stages - 1),) * 2, stages - 1):
             raise UnsupportedModelError(
                 f"a Hiera of {stages} stages with q_stride={given[0]}, mask_unit_size={given[1]} and q_pool={given[2]} "
                 "is not supported: each stage but the first pools 2x2 tokens, up to one of each mask unit"
             )
-        if whole.patch_drop_rate:
+        if model.patch_drop_rate:
             raise UnsupportedModelError(
                 "a Hiera that drops mask units in training is not supported: build it with patch_drop_rate 0"
             )
@@ -156,52 +151,46 @@ class Hiera(OneList):
         host.geometry = self.geometries(model, self.image_size(model))[self._stage(model, host)]
         return host
 
-    def _stage(self, model: nn.Module, host: Any) -> int:
+    def _stage(self, model: Any, host: Any) -> int:
         """Return the stage of a layer: each has half as many rows in a mask unit as the one before."""
-        whole: Any = model
-        return len(whole.stage_ends) - int(host.side).bit_length()
+        return len(model.stage_ends) - int(host.side).bit_length()
 
-    def image_size(self, model: nn.Module) -> tuple[int, int]:
-        whole: Any = model
-        rows, columns = whole.tokens_spatial_shape
-        height, width = whole.patch_stride
+    def image_size(self, model: Any) -> tuple[int, int]:
+        rows, columns = model.tokens_spatial_shape
+        height, width = model.patch_stride
         return rows * height, columns * width
 
     known_size = fixed_size = image_size
 
-    def patch_size(self, model: nn.Module) -> tuple[int, int]:
-        whole: Any = model
-        height, width = whole.patch_stride
+    def patch_size(self, model: Any) -> tuple[int, int]:
+        height, width = model.patch_stride
         return height, width
 
-    def position_grid(self, model: nn.Module) -> tuple[int, int]:
-        whole: Any = model
-        height, width = whole.tokens_spatial_shape
+    def position_grid(self, model: Any) -> tuple[int, int]:
+        height, width = model.tokens_spatial_shape
         return height, width
 
     def is_strict(self, model: nn.Module) -> bool:
         return True
 
-    def geometries(self, model: nn.Module, size: tuple[int, int]) -> list[Geometry]:
-        whole: Any = model
-        rows, columns = (side // step for side, step in zip(size, whole.patch_stride, strict=True))
-        return [Geometry(0, (rows >> stage, columns >> stage)) for stage in range(len(whole.stage_ends))]
+    def geometries(self, model: Any, size: tuple[int, int]) -> list[Geometry]:
+        rows, columns = (side // step for side, step in zip(size, model.patch_stride, strict=True))
+        return [Geometry(0, (rows >> stage, columns >> stage)) for stage in range(len(model.stage_ends))]
 
-    def resize(self, model: nn.Module, size: tuple[int, int]) -> None:
+    def resize(self, model: Any, size: tuple[int, int]) -> None:
         """Resample the positions; those of a window are repeated in each, and stay."""
-        whole: Any = model
-        steps = [step * unit for step, unit in zip(whole.patch_stride, whole.mask_unit_size, strict=True)]
+        steps = [step * unit for step, unit in zip(model.patch_stride, model.mask_unit_size, strict=True)]
         if any(side % step for side, step in zip(size, steps, strict=True)):
             raise ValueError(f"the sides of its images are multiples of {steps[0]} and {steps[1]}")
-        old, stages = whole.tokens_spatial_shape, self.geometries(model, size)
-        whole.tokens_spatial_shape, whole.mask_spatial_shape = list(stages[0].grid), list(stages[-1].grid)
-        order = [whole.q_stride] * (len(stages) - 1)
-        whole.unroll = Unroll(size, whole.patch_stride, order)
-        whole.reroll = Reroll(size, whole.patch_stride, order, whole.stage_ends, whole.q_pool)
-        if whole.pos_embed_win is None:
-            new = resample_abs_pos_embed(whole.pos_embed.detach(), list(stages[0].grid), old, 0)
-            whole.pos_embed = nn.Parameter(new.clone(), requires_grad=whole.pos_embed.requires_grad)
-        for block in whole.blocks:
+        old, stages = model.tokens_spatial_shape, self.geometries(model, size)
+        model.tokens_spatial_shape, model.mask_spatial_shape = list(stages[0].grid), list(stages[-1].grid)
+        order = [model.q_stride] * (len(stages) - 1)
+        model.unroll = Unroll(size, model.patch_stride, order)
+        model.reroll = Reroll(size, model.patch_stride, order, model.stage_ends, model.q_pool)
+        if model.pos_embed_win is None:
+            new = resample_abs_pos_embed(model.pos_embed.detach(), list(stages[0].grid), old, 0)
+            model.pos_embed = nn.Parameter(new.clone(), requires_grad=model.pos_embed.requires_grad)
+        for block in model.blocks:
             if isinstance(block.attn, MaskUnitHost) and not block.attn.permanent:
                 block.attn.geometry = stages[self._stage(model, block.attn)]
 
@@ -245,24 +234,22 @@ class Sam2(OneList, AnySize):
     hosts: ClassVar[Hosts] = {MultiScaleAttention: DetectorHost}
     whole: ClassVar[Blocks] = {MultiScaleBlock: WholeGridBlock}
 
-    def geometries(self, model: nn.Module, size: tuple[int, int]) -> list[Geometry]:
-        whole: Any = model
-        embedding, pools = whole.patch_embed, [end + 1 in whole.q_pool_blocks for end in whole.stage_ends]
+    def geometries(self, model: Any, size: tuple[int, int]) -> list[Geometry]:
+        embedding, pools = model.patch_embed, [end + 1 in model.q_pool_blocks for end in model.stage_ends]
         pads = hasattr(embedding, "dynamic_feat_size")
         found, (rows, columns) = [], patch_grid(embedding, size) if pads else merged_grid(embedding, size)
         for pooled_next in pools:
             found.append(Geometry(0, (rows, columns)))
             if pooled_next:
-                rows, columns = rows // whole.q_stride[0], columns // whole.q_stride[1]
+                rows, columns = rows // model.q_stride[0], columns // model.q_stride[1]
         return found
 
-    def resize(self, model: nn.Module, size: tuple[int, int]) -> None:
+    def resize(self, model: Any, size: tuple[int, int]) -> None:
         """Change the size alone: positions are interpolated for each batch.
 
         Raises ValueError: the patches are no whole windows of the first stage, for each of which there are positions.
         """
-        whole: Any = model
-        first, side = self.geometries(model, size)[0].grid, whole.window_spec[0]
+        first, side = self.geometries(model, size)[0].grid, model.window_spec[0]
         if any(length % side for length in first):
             raise ValueError(f"its patches are no whole windows of {side}x{side}")
         super().resize(model, size)
@@ -401,9 +388,8 @@ class MViTv2(Family):
                 "stage and use_abs_pos=False alone"
             )
 
-    def image_size(self, model: nn.Module) -> tuple[int, int]:
-        whole: Any = model
-        (rows, columns), (down, right) = whole.stages[0].feat_size, whole.patch_embed.proj.stride
+    def image_size(self, model: Any) -> tuple[int, int]:
+        (rows, columns), (down, right) = model.stages[0].feat_size, model.patch_embed.proj.stride
         return rows * down, columns * right
 
     known_size = fixed_size = image_size
@@ -411,51 +397,46 @@ class MViTv2(Family):
     def is_strict(self, model: nn.Module) -> bool:
         return True
 
-    def geometries(self, model: nn.Module, size: tuple[int, int]) -> list[Geometry]:
-        whole: Any = model
+    def geometries(self, model: Any, size: tuple[int, int]) -> list[Geometry]:
         own, found = self.image_size(model), []
-        for stage in whole.stages:
+        for stage in model.stages:
             rows, columns = (
                 new * side // old for new, side, old in zip(size, stage.feat_size, own, strict=True)
             )
-            found.append(Geometry(whole.num_prefix_tokens, (rows, columns)))
+            found.append(Geometry(model.num_prefix_tokens, (rows, columns)))
         return found
 
-    def resize(self, model: nn.Module, size: tuple[int, int]) -> None:
+    def resize(self, model: Any, size: tuple[int, int]) -> None:
         """Resample the tables of relative positions along their length, as timm does when it loads weights.
 
         Raises ValueError: images are not square, or a layer would not pool whole steps.
         """
-        whole: Any = model
         step = self._step(model)
         if size[0] != size[1] or size[0] % step:
             raise ValueError(f"its images are square, and their sides multiples of {step}")
         before = None
-        for stage, geometry in zip(whole.stages, self.geometries(model, size), strict=True):
+        for stage, geometry in zip(model.stages, self.geometries(model, size), strict=True):
             for block in stage.blocks:
                 _fit_tables(attention_of(block), (before or geometry.grid)[0])
                 before = geometry.grid
             stage.feat_size = geometry.grid
 
-    def _step(self, model: nn.Module) -> int:
+    def _step(self, model: Any) -> int:
         """Return the pixels of which the sides of images are multiples, so that each layer pools whole steps."""
-        whole: Any = model
         pixels, found = self.image_size(model)[0], 1
-        for stage in whole.stages:
+        for stage in model.stages:
             pools = [attention_of(block)._modules.get("pool_k") for block in stage.blocks]
             for step in [1, *(pool.stride[0] for pool in pools if pool is not None)]:
                 found = math.lcm(found, pixels // stage.feat_size[0] * step)
         return found
 
-    def sizes(self, block: nn.Module) -> tuple[int, int, int]:
+    def sizes(self, block: Any) -> tuple[int, int, int]:
         """Return the width after a block, whose MLP may widen it, and the sizes of its attention."""
-        whole: Any = block
         _, heads, head_dim = super().sizes(block)
-        return int(whole.mlp.fc2.out_features), heads, head_dim
+        return int(block.mlp.fc2.out_features), heads, head_dim
 
     def in_sequence(self, out: Any) -> Tensor:
-        tokens: Tensor = out[0]
-        return tokens
+        return out[0]
 
     def attention_input(self, block: nn.Module) -> None:
         return None  # a block returns the grid, too

@@ -27,13 +27,11 @@ class PVTv2(AnySize):
         stages: Any = model.stages
         return [f"stages.{i}.downsample" for i in range(1, len(stages))]
 
-    def known_size(self, model: nn.Module) -> tuple[int, int] | None:
-        own: Any = model
-        return size_of(own.patch_embed) or size_of(own)
+    def known_size(self, model: Any) -> tuple[int, int] | None:
+        return size_of(model.patch_embed) or size_of(model)
 
-    def geometries(self, model: nn.Module, size: tuple[int, int]) -> list[Geometry]:
-        whole: Any = model
-        embeddings = [stage.downsample or whole.patch_embed for stage in whole.stages]
+    def geometries(self, model: Any, size: tuple[int, int]) -> list[Geometry]:
+        embeddings = [stage.downsample or model.patch_embed for stage in model.stages]
         found, grid = [], size
         for embedding in embeddings:
             grid = merged_grid(embedding, grid)
@@ -45,7 +43,7 @@ class PVTv2(AnySize):
         last = list(twin.stages)[-1]
         if cut and "norm" in last._modules:
             last._modules["norm"] = nn.Identity()
-        return twin  # type: ignore[no-any-return]
+        return twin
 
 
 class PVTv1(PVTv2):
@@ -63,11 +61,10 @@ class PVTv1(PVTv2):
     def patch_size(self, model: nn.Module) -> tuple[int, int]:
         return Family.patch_size(self, model)
 
-    def geometries(self, model: nn.Module, size: tuple[int, int]) -> list[Geometry]:
-        whole: Any = model
+    def geometries(self, model: Any, size: tuple[int, int]) -> list[Geometry]:
         found = super().geometries(model, size)
         return [
-            Geometry(stage.num_prefix, each.grid) for stage, each in zip(whole.stages, found, strict=True)
+            Geometry(stage.num_prefix, each.grid) for stage, each in zip(model.stages, found, strict=True)
         ]
 
     def resize(self, model: nn.Module, size: tuple[int, int]) -> None:

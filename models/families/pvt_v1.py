@@ -7,7 +7,7 @@ a class token. Names are those of timm's PVTv2: `patch_embed`, `stages.i.downsam
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal, cast
+from typing import Any, ClassVar, Literal, cast
 
 import torch
 from timm.layers import (
@@ -51,28 +51,36 @@ class PatchEmbedding(nn.Module):
         self.norm = nn.LayerNorm(width)
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
-        out: Tensor = self.norm(self.proj(x_BCHW).permute(0, 2, 3, 1))
-        return out
+        return self.norm(self.proj(x_BCHW).permute(0, 2, 3, 1))
 
 
-class PVTBlock(nn.Module):
-    """Attention with reduced keys and values, then an MLP; both after a norm and beside a residual path."""
+class ResidualBlock(nn.Module):
+    """Attention of a kind, then an MLP; both after a norm and beside a residual path."""
+
+    kind: ClassVar[type[nn.Module]]
+    epsilon = 1e-5
 
     def __init__(
-        self, width: int, num_heads: int, sr_ratio: int, mlp_ratio: float, drop_path: float, **more: Any
+        self, width: int, num_heads: int, reach: int, mlp_ratio: float, drop_path: float, **more: Any
     ) -> None:
         super().__init__()
-        self.norm1 = nn.LayerNorm(width, EPSILON)
-        self.attn = Attention(width, num_heads, sr_ratio, **more)
+        self.norm1 = nn.LayerNorm(width, self.epsilon)
+        self.attn = self.kind(width, num_heads, reach, **more)
         self.drop_path1 = DropPath(drop_path) if drop_path > 0 else nn.Identity()
-        self.norm2 = nn.LayerNorm(width, EPSILON)
+        self.norm2 = nn.LayerNorm(width, self.epsilon)
         self.mlp = Mlp(width, int(width * mlp_ratio), drop=more.get("proj_drop", 0.0))
         self.drop_path2 = DropPath(drop_path) if drop_path > 0 else nn.Identity()
 
     def forward(self, x_BNC: Tensor, grid: Size) -> Tensor:
         x_BNC = x_BNC + self.drop_path1(self.attn(self.norm1(x_BNC), grid))
-        out: Tensor = x_BNC + self.drop_path2(self.mlp(self.norm2(x_BNC)))
-        return out
+        return x_BNC + self.drop_path2(self.mlp(self.norm2(x_BNC)))
+
+
+class PVTBlock(ResidualBlock):
+    """A block whose attention has reduced keys and values."""
+
+    kind = Attention
+    epsilon = EPSILON
 
 
 class PVTStage(nn.Module):
@@ -108,10 +116,9 @@ class PVTStage(nn.Module):
             return self.pos_embed
         if self.resampling == "bilinear":
             return resample_plainly(self.pos_embed, grid, self.grid, self.num_prefix, "bilinear")
-        found: Tensor = resample_abs_pos_embed(
+        return resample_abs_pos_embed(
             self.pos_embed, list(grid), list(self.grid), num_prefix_tokens=self.num_prefix
         )
-        return found
 
     def set_grid(self, grid: Size) -> None:
         """Resample the learned positions for good."""
@@ -130,14 +137,117 @@ class PVTStage(nn.Module):
             x_BNC = checkpoint(block, x_BNC, grid) if self.grad_checkpointing else block(x_BNC, grid)
         return x_BNC, grid
 
-    def as_map(self, x_BNC: Tensor, grid: Size) -> Tensor:
-        """Return the tokens of the grid as (B, C, H, W)."""
-        x_BnC = x_BNC[:, self.num_prefix :] if self.num_prefix else x_BNC
-        x_BChw: Tensor = x_BnC.transpose(1, 2).unflatten(2, grid)
-        return x_BChw
+
+class Pyramid(nn.Module):
+    """What our pyramids share: the interface of timm's models, over stages one after another."""
+
+    num_features: int
+    norm: nn.Module
+    head_drop: nn.Module
+    head: nn.Module
+    num_classes: int
+    global_pool: str
+
+    def stage_list(self) -> list[Any]:
+        """Return the stages in order."""
+        raise NotImplementedError
+
+    def run_stage(self, i: int, x: Tensor) -> tuple[Tensor, Size]:
+        """Return the tokens of stage `i` and their grid, from the images or the map of the stage before."""
+        raise NotImplementedError
+
+    def as_map(self, i: int, x_BNC: Tensor, grid: Size) -> Tensor:
+        """Return the tokens of the grid of stage `i` as (B, C, H, W)."""
+        return x_BNC.transpose(1, 2).unflatten(2, grid)
+
+    def drop_stages(self, first: int) -> None:
+        """Drop the stages from `first` on."""
+        raise NotImplementedError
+
+    def init_weights(self) -> None:
+        """Initialize as published: truncated normal of 0.02 for linear layers, torch's own start for convolutions."""
+        for module in self.modules():
+            reset: Any = getattr(module, "reset_parameters", None)
+            if reset is not None:
+                reset()
+            if isinstance(module, nn.Linear):
+                trunc_normal_(module.weight, std=0.02)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Compute each block again in the backward pass instead of keeping its activations."""
+        for stage in self.stage_list():
+            stage.grad_checkpointing = enable
+
+    def get_classifier(self) -> nn.Module:
+        """Return the classifier layer."""
+        return self.head
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """Replace the classifier. Raises ConfigError: another `global_pool`, which is chosen with the model."""
+        if global_pool not in (None, self.global_pool):
+            raise ConfigError(f"global_pool={global_pool!r}; this model was built with {self.global_pool}")
+        self.num_classes = num_classes
+        self.head = nn.Linear(self.num_features, num_classes) if num_classes > 0 else nn.Identity()
+
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | list[int] | None = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
+        """Return the tokens after the last norm, and the maps (B, C, H, W) of the stages `indices`, as timm does.
+
+        Raises ConfigError: an `output_fmt` other than "NCHW".
+        """
+        if output_fmt != "NCHW":
+            raise ConfigError(f"output_fmt={output_fmt!r}; valid is NCHW")
+        depth = len(self.stage_list())
+        wanted, last = feature_take_indices(depth, indices)
+        maps, tokens = [], x
+        for i in range(last + 1 if stop_early else depth):
+            tokens, grid = self.run_stage(i, x)
+            x = self.as_map(i, tokens, grid)
+            if i in wanted:
+                maps.append(self.as_map(i, self.norm(tokens), grid) if norm and i == depth - 1 else x)
+        return maps if intermediates_only else (self.norm(tokens), maps)
+
+    def prune_intermediate_layers(
+        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """Drop the stages after the last of `indices`, and the parts that are not needed, as timm does."""
+        depth = len(self.stage_list())
+        wanted, last = feature_take_indices(depth, indices)
+        ends = last < depth - 1
+        self.drop_stages(last + 1)
+        if prune_norm or ends:
+            self.norm = nn.Identity()
+        if prune_head or ends:
+            self.reset_classifier(0)
+        return wanted
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """Return the tokens (B, N, C) of the last stage after the last norm."""
+        tokens, grid = self.run_stage(0, x)
+        for i in range(1, len(self.stage_list())):
+            tokens, grid = self.run_stage(i, self.as_map(i - 1, tokens, grid))
+        return self.norm(tokens)
+
+    def forward_head(self, x_BNC: Tensor, pre_logits: bool = False) -> Tensor:
+        """Return the logits (B, classes), or the pooled features (B, C)."""
+        pooled = self.head_drop(x_BNC[:, 0] if self.global_pool == "token" else x_BNC.mean(1))
+        return pooled if pre_logits else self.head(pooled)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the logits (B, classes) of images (B, 3, H, W)."""
+        return self.forward_head(self.forward_features(x))
 
 
-class PVT(nn.Module):
+class PVT(Pyramid):
     """The Pyramid Vision Transformer, with the interface of timm's models.
 
     `global_pool` is "token" (the class token of the last stage) or "avg" (no class token, the mean of the grid).
@@ -207,48 +317,40 @@ class PVT(nn.Module):
             {"num_chs": width, "reduction": patch_size * 2**i, "module": f"stages.{i}"}
             for i, width in enumerate(embed_dims)
         ]
-        self.norm: nn.Module = nn.LayerNorm(embed_dims[-1], EPSILON)
+        self.norm = nn.LayerNorm(embed_dims[-1], EPSILON)
         self.head_drop = nn.Dropout(drop_rate)
-        self.head: nn.Module = nn.Linear(embed_dims[-1], num_classes) if num_classes > 0 else nn.Identity()
+        self.head = nn.Linear(embed_dims[-1], num_classes) if num_classes > 0 else nn.Identity()
         self.init_weights()
 
     @property
     def num_prefix_tokens(self) -> int:
         """Return the number of prefix tokens of the last stage."""
-        return self._stages()[-1].num_prefix
+        return self.stage_list()[-1].num_prefix
 
     def init_weights(self) -> None:
-        """Initialize as published: truncated normal of 0.02 for linear layers, positions and the class token."""
-        for module in self.modules():
-            reset: Any = getattr(module, "reset_parameters", None)
-            if reset is not None:
-                reset()
-            if isinstance(module, nn.Linear):
-                trunc_normal_(module.weight, std=0.02)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
-        for stage in self._stages():
+        super().init_weights()
+        for stage in self.stage_list():
             trunc_normal_(stage.pos_embed, std=0.02)
             if stage.cls_token is not None:
                 trunc_normal_(stage.cls_token, std=0.02)
 
     def set_resampling(self, resampling: Resampling) -> None:
         """Choose how positions are resampled, in a call and for good."""
-        for stage in self._stages():
+        for stage in self.stage_list():
             stage.resampling = resampling
 
     def set_input_size(self, img_size: int | Size) -> None:
         """Resample the learned positions for images of another size."""
         self.patch_embed.img_size = to_2tuple(img_size)
         grid = self._first_grid()
-        for stage in self._stages():
+        for stage in self.stage_list():
             if stage.downsample is not None:
                 grid = (grid[0] // 2, grid[1] // 2)
             stage.set_grid(grid)
 
     def no_weight_decay(self) -> set[str]:
         """Return the parameters without weight decay: the class token, as published."""
-        return {f"stages.{i}.cls_token" for i, stage in enumerate(self._stages()) if stage.num_prefix}
+        return {f"stages.{i}.cls_token" for i, stage in enumerate(self.stage_list()) if stage.num_prefix}
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Return the patterns of timm's layer groups: stages, or blocks."""
@@ -261,86 +363,21 @@ class PVT(nn.Module):
         ]
         return {"stem": r"^patch_embed", "blocks": blocks}
 
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Compute each block again in the backward pass instead of keeping its activations."""
-        for stage in self._stages():
-            stage.grad_checkpointing = enable
+    def run_stage(self, i: int, x: Tensor) -> tuple[Tensor, Size]:
+        return self.stage_list()[i](x if i else self.patch_embed(x))
 
-    def get_classifier(self) -> nn.Module:
-        """Return the classifier layer."""
-        return self.head
+    def as_map(self, i: int, x_BNC: Tensor, grid: Size) -> Tensor:
+        return super().as_map(i, x_BNC[:, self.stage_list()[i].num_prefix :], grid)
 
-    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Replace the classifier. `global_pool` cannot change: a class token is made with the model."""
-        if global_pool not in (None, self.global_pool):
-            raise ConfigError(f"global_pool={global_pool!r}; this model was built with {self.global_pool}")
-        self.num_classes = num_classes
-        self.head = nn.Linear(self.num_features, num_classes) if num_classes > 0 else nn.Identity()
-
-    def forward_intermediates(
-        self,
-        x: Tensor,
-        indices: int | list[int] | None = None,
-        norm: bool = False,
-        stop_early: bool = False,
-        output_fmt: str = "NCHW",
-        intermediates_only: bool = False,
-    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
-        """Return the tokens after the last norm, and the maps (B, C, H, W) of the stages `indices`, as timm does.
-
-        Raises ConfigError: an `output_fmt` other than "NCHW".
-        """
-        if output_fmt != "NCHW":
-            raise ConfigError(f"output_fmt={output_fmt!r}; valid is NCHW")
-        wanted, last = feature_take_indices(len(self.stages), indices)
-        stages, maps, x = self._stages(), [], self.patch_embed(x)
-        for i, stage in enumerate(stages[: last + 1] if stop_early else stages):
-            tokens, grid = stage(x)
-            x = stage.as_map(tokens, grid)
-            if i in wanted:
-                is_last = i == len(stages) - 1
-                maps.append(stage.as_map(self.norm(tokens), grid) if norm and is_last else x)
-        return maps if intermediates_only else (self.norm(tokens), maps)
-
-    def prune_intermediate_layers(
-        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
-    ) -> list[int]:
-        """Drop the stages after the last of `indices`, and the parts that are not needed, as timm does."""
-        wanted, last = feature_take_indices(len(self.stages), indices)
-        ends = last < len(self.stages) - 1
-        self.stages = self.stages[: last + 1]
-        if prune_norm or ends:
-            self.norm = nn.Identity()
-        if prune_head or ends:
-            self.reset_classifier(0)
-        return wanted
-
-    def forward_features(self, x: Tensor) -> Tensor:
-        """Return the tokens (B, N, C) of the last stage after the last norm."""
-        stages = self._stages()
-        x = self.patch_embed(x)
-        for stage in stages[:-1]:
-            x = stage.as_map(*stage(x))
-        tokens, _ = stages[-1](x)
-        out: Tensor = self.norm(tokens)
-        return out
-
-    def forward_head(self, x_BNC: Tensor, pre_logits: bool = False) -> Tensor:
-        """Return the logits (B, classes), or the pooled features (B, C)."""
-        pooled = self.head_drop(x_BNC[:, 0] if self.global_pool == "token" else x_BNC.mean(1))
-        out: Tensor = pooled if pre_logits else self.head(pooled)
-        return out
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Return the logits (B, classes) of images (B, 3, H, W)."""
-        return self.forward_head(self.forward_features(x))
+    def drop_stages(self, first: int) -> None:
+        self.stages = self.stages[:first]
 
     def _first_grid(self) -> Size:
         height, width = cast(Size, self.patch_embed.img_size)
         rows, columns = self.patch_embed.patch_size
         return height // rows, width // columns
 
-    def _stages(self) -> list[PVTStage]:
+    def stage_list(self) -> list[PVTStage]:
         return cast("list[PVTStage]", list(self.stages))
 
 

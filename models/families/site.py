@@ -463,29 +463,24 @@ class Family(ABC):
 
     def tokens(self, features: Any) -> Tensor:
         """Return the tokens of the last stage after the final norm, from `features` or the output of `last_tokens`."""
-        found: Tensor = features
-        return found
+        return features
 
-    def head(self, model: nn.Module, features: Any, *, pre_logits: bool = False) -> Tensor:
+    def head(self, model: Any, features: Any, *, pre_logits: bool = False) -> Tensor:
         """Return the logits (B, classes) of `features`; with `pre_logits`, what goes into the classifier (B, C)."""
-        timm_model: Any = model
-        found: Tensor = timm_model.forward_head(features, pre_logits=pre_logits)
-        return found
+        return model.forward_head(features, pre_logits=pre_logits)
 
     def predict(self, model: nn.Module, images: Tensor) -> Tensor:
         """Return the logits of images."""
-        found: Tensor = model(images)
-        return found
+        return model(images)
 
     def num_classes(self, model: nn.Module) -> int:
         """Return the number of classes of a classifier; 0 without one."""
         return int(vit(model).num_classes)
 
-    def feature_widths(self, model: nn.Module) -> tuple[int, int]:
+    def feature_widths(self, model: Any) -> tuple[int, int]:
         """Return the widths of what goes into the classifier, and of the tokens."""
-        timm_model: Any = model
-        width = int(timm_model.num_features)
-        return int(getattr(timm_model, "head_hidden_size", width)), width
+        width = int(model.num_features)
+        return int(getattr(model, "head_hidden_size", width)), width
 
     def is_strict(self, model: nn.Module) -> bool:
         """Return whether a model takes only images of its own size."""
@@ -617,9 +612,8 @@ class AnySize(Family):
     def patch_size(self, model: nn.Module) -> tuple[int, int]:
         return 1, 1
 
-    def resize(self, model: nn.Module, size: tuple[int, int]) -> None:
-        whole: Any = model
-        whole.img_size = size
+    def resize(self, model: Any, size: tuple[int, int]) -> None:
+        model.img_size = size
 
     def last_tokens(self, model: nn.Module) -> nn.Module:
         return list(submodule(model, "stages").children())[-1]

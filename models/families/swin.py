@@ -74,16 +74,14 @@ class SwinHost(WindowHost):
         places = (torch.arange(side, device=table_RWH.device) for side in grid)
         rows, columns = (at[:, None] - at + len(at) - 1 for at in places)
         bias = table_RWH[rows[:, None, :, None], columns[None, :, None, :]]
-        bias_1HNN: Tensor = bias.flatten(2, 3).flatten(0, 1).permute(2, 0, 1).unsqueeze(0)
-        return bias_1HNN
+        return bias.flatten(2, 3).flatten(0, 1).permute(2, 0, 1).unsqueeze(0)
 
     def _table_on(self, grid: Size) -> Tensor:
         """Return the table for another grid, (2 h - 1, 2 w - 1, H), kept while no gradient is needed."""
         table = self.get_parameter("relative_position_bias_table")
         old, new = offsets(self.window_size), offsets(grid)
         if torch.compiler.is_compiling() or (torch.is_grad_enabled() and table.requires_grad):
-            found: Tensor = resample_table(table, old, new).unflatten(0, new)
-            return found
+            return resample_table(table, old, new).unflatten(0, new)
         now = (table._version, table.dtype, table.device, old, new)
         if self._resampled is None or self._resampled[0] is not table or self._resampled[1] != now:
             self._resampled = (table, now, resample_table(table.detach(), old, new).unflatten(0, new))
@@ -97,17 +95,14 @@ class SwinHost(WindowHost):
     def relative_bias(self) -> Tensor:
         """Return the bias of all pairs of tokens of the window that the layer is set to, (1, H, M, M)."""
         layer: Any = self.original
-        bias: Tensor = layer._get_rel_pos_bias()
-        return bias
+        return layer._get_rel_pos_bias()
 
     def _shift_mask(self, windows: Windows, like: Tensor) -> Tensor | None:
         """Return -100 between tokens of a window that are no neighbors in the grid, (W, M, M); None without a shift."""
         block: Any = self._block[0]
         if block.dynamic_mask:
-            mask: Tensor | None = block.get_attn_mask(like.new_empty(1, *windows.padded, 1))
-            return mask
-        fixed: Tensor | None = block.attn_mask
-        return fixed
+            return block.get_attn_mask(like.new_empty(1, *windows.padded, 1))
+        return block.attn_mask
 
 
 class SwinV2Host(SwinHost):
@@ -160,8 +155,7 @@ class SwinCrHost(SwinV2Host):
 
     def relative_bias(self) -> Tensor:
         layer: Any = self.original
-        bias: Tensor = layer._relative_positional_encodings()
-        return bias
+        return layer._relative_positional_encodings()
 
 
 class _WholeGrid:
@@ -254,13 +248,12 @@ class Swin(Family):
             found.append(Geometry(0, (height, width)))
         return found
 
-    def resize(self, model: nn.Module, size: tuple[int, int]) -> None:
+    def resize(self, model: Any, size: tuple[int, int]) -> None:
         """Resize with the same windows; a stage after deformable merging may have fewer tokens than timm expects.
 
         timm's `set_input_size` alone would scale the windows, and its constructor does not.
         """
-        whole: Any = model
-        whole.set_input_size(img_size=size, window_size=_windows(whole))
+        model.set_input_size(img_size=size, window_size=_windows(model))
         self.fit_stages(model, size)
 
     def fit_stages(self, model: nn.Module, size: tuple[int, int]) -> None:
@@ -298,14 +291,13 @@ class SwinCr(Swin):
         height, width = vit(model).patch_embed.patch_size
         return size[0] // height, size[1] // width
 
-    def resize(self, model: nn.Module, size: tuple[int, int]) -> None:
+    def resize(self, model: Any, size: tuple[int, int]) -> None:
         if not _has_ratio(model):
             super().resize(model, size)
             return
-        whole: Any = model
-        given = whole._model_args
-        whole.set_input_size(img_size=size, window_ratio=given.get("window_ratio", 8))
-        whole._model_args = {**given, "img_size": size}  # timm notes windows, which are not fixed
+        given = model._model_args
+        model.set_input_size(img_size=size, window_ratio=given.get("window_ratio", 8))
+        model._model_args = {**given, "img_size": size}  # timm notes windows, which are not fixed
         self.fit_stages(model, size)
 
     def size_arguments(self, model: nn.Module) -> dict[str, Any]:

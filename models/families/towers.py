@@ -246,7 +246,7 @@ class TowerHost(AttentionHost):
     _looks = False
     """Whether a call only looks for the projections."""
 
-    def __init__(self, original: nn.Module, operator: Operator | None = None) -> None:
+    def __init__(self, original: Any, operator: Operator | None = None) -> None:
         nn.Module.__init__(self)
         kept = vars(original).keys() - vars(nn.Module()).keys() - {"forward"}  # which accelerate replaces
         vars(self).update({name: vars(original)[name] for name in kept})
@@ -256,9 +256,8 @@ class TowerHost(AttentionHost):
         self.training = original.training
         self._original = (original,)
         self.operator = operator or Softmax()
-        layer: Any = original
-        self.num_heads = int(layer.q_proj.out_features) // int(layer.head_dim)
-        self.config = copy.copy(layer.config)  # its own: the model's says how other layers attend
+        self.num_heads = int(original.q_proj.out_features) // int(original.head_dim)
+        self.config = copy.copy(original.config)  # its own: the model's says how other layers attend
         self.config._attn_implementation = INTERFACE
         parts = (*(f"{part}_proj" for part in QKV), *NORMS)
         self.after_heads = tuple(name for name in original._modules if name not in (*parts, "operator"))
@@ -475,12 +474,10 @@ class Towers(Family):
         return tokens[:, 0] if "cls" in tower_of(model).prefix else tokens.mean(1)
 
     def tokens(self, features: Any) -> Tensor:
-        found: Tensor = features.tokens if isinstance(features, Results) else features.last_hidden_state
-        return found
+        return features.tokens if isinstance(features, Results) else features.last_hidden_state
 
     def head(self, model: nn.Module, features: Any, *, pre_logits: bool = False) -> Tensor:
-        found: Tensor = features.pooled if pre_logits else features.logits
-        return found
+        return features.pooled if pre_logits else features.logits
 
     def predict(self, model: nn.Module, images: Tensor) -> Tensor:
         out: Any = cast(Any, model)(pixel_values=images, return_dict=True)
@@ -495,14 +492,13 @@ class Towers(Family):
     def initialize(self, model: nn.Module) -> None:
         model.load_state_dict(type(model)(cast(Any, model).config).state_dict())
 
-    def describe_plan(self, model: nn.Module, plan: str | None) -> None:
-        theirs: Any = model
+    def describe_plan(self, model: Any, plan: str | None) -> None:
         if plan is None:  # it is loaded as a tower all the same
-            setattr(theirs.config, PLAN, f"*: {KEEP}")
+            setattr(model.config, PLAN, f"*: {KEEP}")
             return
         register()
-        theirs.set_attn_implementation(INTERFACE)
-        setattr(theirs.config, PLAN, plan)
+        model.set_attn_implementation(INTERFACE)
+        setattr(model.config, PLAN, plan)
 
 
 FAMILIES = (Towers(),)

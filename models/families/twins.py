@@ -37,33 +37,28 @@ class Twins(Family):
         stages: Any = model.blocks
         return [[f"blocks.{i}.{j}" for j in range(len(stage))] for i, stage in enumerate(stages)]
 
-    def merges(self, model: nn.Module) -> list[str]:
-        whole: Any = model
-        return [f"patch_embeds.{i}" for i in range(1, len(whole.patch_embeds))]
+    def merges(self, model: Any) -> list[str]:
+        return [f"patch_embeds.{i}" for i in range(1, len(model.patch_embeds))]
 
-    def image_size(self, model: nn.Module) -> tuple[int, int] | None:
-        whole: Any = model
-        height, width = getattr(model, "img_size", None) or whole.patch_embeds[0].img_size
+    def image_size(self, model: Any) -> tuple[int, int] | None:
+        height, width = getattr(model, "img_size", None) or model.patch_embeds[0].img_size
         return int(height), int(width)
 
     def known_size(self, model: nn.Module) -> tuple[int, int] | None:
         return size_of(model)
 
-    def channels(self, model: nn.Module) -> int:
-        whole: Any = model
-        return int(whole.patch_embeds[0].proj.in_channels)
+    def channels(self, model: Any) -> int:
+        return int(model.patch_embeds[0].proj.in_channels)
 
-    def geometries(self, model: nn.Module, size: tuple[int, int]) -> list[Geometry]:
-        whole: Any = model
+    def geometries(self, model: Any, size: tuple[int, int]) -> list[Geometry]:
         found, (height, width) = [], size
-        for embedding in whole.patch_embeds:
+        for embedding in model.patch_embeds:
             height, width = height // embedding.patch_size[0], width // embedding.patch_size[1]
             found.append(Geometry(0, (height, width)))
         return found
 
-    def resize(self, model: nn.Module, size: tuple[int, int]) -> None:
-        whole: Any = model
-        whole.img_size = size
+    def resize(self, model: Any, size: tuple[int, int]) -> None:
+        model.img_size = size
 
     def with_blocks(self, model: nn.Module, blocks: Sequence[nn.Module], *, cut: bool) -> nn.Module:
         stages = self.by_stage(model, blocks)

@@ -53,9 +53,8 @@ class Visformer(Family):
             for name, stage in stages.items()
         ]
 
-    def image_size(self, model: nn.Module) -> tuple[int, int]:
-        whole: Any = model
-        height, width = whole.img_size
+    def image_size(self, model: Any) -> tuple[int, int]:
+        height, width = model.img_size
         return int(height), int(width)
 
     known_size = fixed_size = image_size
@@ -63,9 +62,8 @@ class Visformer(Family):
     def is_strict(self, model: nn.Module) -> bool:
         return True
 
-    def channels(self, model: nn.Module) -> int:
-        whole: Any = model
-        return int(whole.in_chans)
+    def channels(self, model: Any) -> int:
+        return int(model.in_chans)
 
     def geometries(self, model: nn.Module, size: tuple[int, int]) -> list[Geometry]:
         found, grid = [], _after_stem(model, size)
@@ -76,14 +74,13 @@ class Visformer(Family):
             found.append(Geometry(0, grid))
         return found
 
-    def resize(self, model: nn.Module, size: tuple[int, int]) -> None:
+    def resize(self, model: Any, size: tuple[int, int]) -> None:
         """Resample the positions of each stage.
 
         Raises ValueError: a side is odd, and the stem, a convolution of stride 2, would give half a pixel more.
         """
         if model._modules.get("stem") is not None and any(side % 2 for side in size):
             raise ValueError("the sides have to be even")
-        whole: Any = model
         grid = _after_stem(model, size)
         for number, after in zip(STAGES, self.geometries(model, size), strict=True):
             embedding: Any = model._modules.get(f"patch_embed{number}")
@@ -95,7 +92,7 @@ class Visformer(Family):
                 new = new.permute(0, 3, 1, 2).contiguous()
                 model._parameters[f"pos_embed{number}"] = nn.Parameter(new, requires_grad=old.requires_grad)
             grid = after.grid
-        whole.img_size = size
+        model.img_size = size
 
     def initialize(self, model: nn.Module) -> None:
         super().initialize(model)

@@ -54,9 +54,8 @@ class Volo(Family):
     def is_strict(self, model: nn.Module) -> bool:
         return True
 
-    def channels(self, model: nn.Module) -> int:
-        whole: Any = model
-        return int(whole.in_chans)
+    def channels(self, model: Any) -> int:
+        return int(model.in_chans)
 
     def geometries(self, model: nn.Module, size: tuple[int, int]) -> list[Geometry]:
         embedding: Any = self.embedding(model)
@@ -73,7 +72,7 @@ class Volo(Family):
         grid = super().last_geometry(model, size).grid
         return Geometry(0 if model._modules.get("post_network") is None else 1, grid)
 
-    def resize(self, model: nn.Module, size: tuple[int, int]) -> None:
+    def resize(self, model: Any, size: tuple[int, int]) -> None:
         """Resample the positions.
 
         Raises ValueError: the sides are no multiples of what becomes one token.
@@ -81,10 +80,9 @@ class Volo(Family):
         step = _step(model)
         if any(side % step for side in size):
             raise ValueError(f"the sides of its images are multiples of {step}")
-        whole: Any = model
-        old = whole.pos_embed
+        old = model.pos_embed
         new = resample_abs_pos_embed_nhwc(old.detach(), [side // step for side in size])
-        whole.pos_embed = nn.Parameter(new.clone(), requires_grad=old.requires_grad)
+        model.pos_embed = nn.Parameter(new.clone(), requires_grad=old.requires_grad)
 
     def initialize(self, model: nn.Module) -> None:
         super().initialize(model)

@@ -49,8 +49,7 @@ class WholeSpatialBlock(SpatialBlock):
             return x_BCHW
         x_BHWC = x_BCHW.permute(0, 2, 3, 1)
         x_BHWC = x_BHWC + self.drop_path2(self.mlp(self.norm2(x_BHWC)))
-        out_BCHW: Tensor = x_BHWC.permute(0, 3, 1, 2)
-        return out_BCHW
+        return x_BHWC.permute(0, 3, 1, 2)
 
 
 class Davit(AnySize):
@@ -62,25 +61,22 @@ class Davit(AnySize):
     hosts: ClassVar[Hosts] = {DavitAttention: BlockWindowHost}
     whole: ClassVar[Blocks] = {SpatialBlock: WholeSpatialBlock}
 
-    def paths(self, model: nn.Module) -> list[list[str]]:
-        whole: Any = model
+    def paths(self, model: Any) -> list[list[str]]:
         return [
             [
                 name
                 for name, part in stage.named_modules(prefix=f"stages.{i}")
                 if isinstance(part, SpatialBlock)
             ]
-            for i, stage in enumerate(whole.stages)
+            for i, stage in enumerate(model.stages)
         ]
 
-    def channels(self, model: nn.Module) -> int:
-        whole: Any = model
-        return int(whole.stem.in_chs)
+    def channels(self, model: Any) -> int:
+        return int(model.stem.in_chs)
 
-    def geometries(self, model: nn.Module, size: tuple[int, int]) -> list[Geometry]:
-        whole: Any = model
+    def geometries(self, model: Any, size: tuple[int, int]) -> list[Geometry]:
         found, grid = [], (-(-size[0] // 4), -(-size[1] // 4))
-        for stage in whole.stages:
+        for stage in model.stages:
             if not isinstance(stage.downsample, nn.Identity):
                 height, width = grid
                 grid = -(-height // 2), -(-width // 2)
@@ -107,16 +103,14 @@ def blocks_joined(x_BTMC: Tensor) -> Tensor:
     """Return blocks of tokens, squares of a square grid, as the grid (B, height, width, C)."""
     count, side = (math.isqrt(size) for size in x_BTMC.shape[1:3])
     x = x_BTMC.unflatten(2, (side, side)).unflatten(1, (count, count))
-    grid: Tensor = x.transpose(2, 3).flatten(3, 4).flatten(1, 2)
-    return grid
+    return x.transpose(2, 3).flatten(3, 4).flatten(1, 2)
 
 
 def blocks_cut(x_BHWC: Tensor, count: int) -> Tensor:
     """Return a grid as blocks of tokens, `count` down and `count` across, (B, T, M, C)."""
     side = x_BHWC.shape[1] // count
     x = x_BHWC.unflatten(2, (count, side)).unflatten(1, (count, side)).transpose(2, 3)
-    blocks: Tensor = x.flatten(3, 4).flatten(1, 2)
-    return blocks
+    return x.flatten(3, 4).flatten(1, 2)
 
 
 class Joined(nn.Module):
@@ -149,8 +143,7 @@ class WholeLayer(TransformerLayer):
         if attended.dim() == 4:  # it is 0 where there is no attention
             attended = blocks_cut(attended, math.isqrt(x_BTMC.shape[1]))
         x_BTMC = x_BTMC + self.drop_path1(attended)
-        out: Tensor = x_BTMC + self.drop_path2(self.mlp(self.norm2(x_BTMC)))
-        return out
+        return x_BTMC + self.drop_path2(self.mlp(self.norm2(x_BTMC)))
 
 
 class NesT(Family):
@@ -182,25 +175,23 @@ class NesT(Family):
     def image_size(self, model: nn.Module) -> tuple[int, int] | None:
         return size_of(vit(model).patch_embed)
 
-    def geometries(self, model: nn.Module, size: tuple[int, int]) -> list[Geometry]:
-        whole: Any = model
-        rows, columns = (side // whole.patch_size for side in size)
-        return [Geometry(0, (rows >> level, columns >> level)) for level in range(whole.num_levels)]
+    def geometries(self, model: Any, size: tuple[int, int]) -> list[Geometry]:
+        rows, columns = (side // model.patch_size for side in size)
+        return [Geometry(0, (rows >> level, columns >> level)) for level in range(model.num_levels)]
 
-    def resize(self, model: nn.Module, size: tuple[int, int]) -> None:
+    def resize(self, model: Any, size: tuple[int, int]) -> None:
         """Resample the positions of each level."""
-        whole: Any = model
-        blocks = 2 ** (whole.num_levels - 1)
-        if size[0] != size[1] or size[0] % (whole.patch_size * blocks):
+        blocks = 2 ** (model.num_levels - 1)
+        if size[0] != size[1] or size[0] % (model.patch_size * blocks):
             raise ValueError(
-                f"its images are square, and their sides multiples of {whole.patch_size * blocks}"
+                f"its images are square, and their sides multiples of {model.patch_size * blocks}"
             )
-        whole.patch_embed.set_input_size(img_size=size)
-        whole.block_size = size[0] // whole.patch_size // blocks
-        whole.num_patches = whole.patch_embed.num_patches
-        whole.seq_length = whole.block_size**2
-        for level, geometry in zip(whole.levels, self.geometries(model, size), strict=True):
-            level.block_size = whole.block_size
+        model.patch_embed.set_input_size(img_size=size)
+        model.block_size = size[0] // model.patch_size // blocks
+        model.num_patches = model.patch_embed.num_patches
+        model.seq_length = model.block_size**2
+        for level, geometry in zip(model.levels, self.geometries(model, size), strict=True):
+            level.block_size = model.block_size
             level.pos_embed = _positions(level.pos_embed, geometry.grid)
 
     def in_sequence(self, out: Tensor) -> Tensor:
@@ -281,14 +272,12 @@ class GCViT(OneSize):
     def _is_global(self, model: nn.Module, path: str) -> bool:
         return bool(getattr(attention_of(submodule(model, path)), "use_global", False))
 
-    def image_size(self, model: nn.Module) -> tuple[int, int] | None:
-        whole: Any = model
-        height, width = whole.stages[0].feat_size
+    def image_size(self, model: Any) -> tuple[int, int] | None:
+        height, width = model.stages[0].feat_size
         return 4 * height, 4 * width
 
-    def channels(self, model: nn.Module) -> int:
-        whole: Any = model
-        return int(whole.stem.conv1.in_channels)
+    def channels(self, model: Any) -> int:
+        return int(model.stem.conv1.in_channels)
 
     def geometries(self, model: nn.Module, size: tuple[int, int]) -> list[Geometry]:
         found, (height, width) = [], (-(-size[0] // 4), -(-size[1] // 4))
@@ -393,9 +382,8 @@ class MaxViT(OneSize):
     def image_size(self, model: nn.Module) -> tuple[int, int] | None:
         return size_of(model)
 
-    def channels(self, model: nn.Module) -> int:
-        whole: Any = model
-        return int(whole.stem.conv1.in_channels)
+    def channels(self, model: Any) -> int:
+        return int(model.stem.conv1.in_channels)
 
     def geometries(self, model: nn.Module, size: tuple[int, int]) -> list[Geometry]:
         first = len(self.recomputed(model)) - len(self.paths(model))  # stages of convolutions come first
@@ -405,14 +393,13 @@ class MaxViT(OneSize):
             found.append(Geometry(0, (height, width)))
         return found[first:]
 
-    def resize(self, model: nn.Module, size: tuple[int, int]) -> None:
+    def resize(self, model: Any, size: tuple[int, int]) -> None:
         """Scale the windows with the images, as timm's constructor does, and resample their biases."""
-        whole: Any = model
-        if any(side % whole.partition_ratio for side in size):
-            raise ValueError(f"the sides of its images are multiples of {whole.partition_ratio}")
+        if any(side % model.partition_ratio for side in size):
+            raise ValueError(f"the sides of its images are multiples of {model.partition_ratio}")
         given = getattr(model, "_model_args", {})
-        whole.set_input_size(img_size=size)
-        whole._model_args = {**given, "img_size": size}  # timm notes windows, which follow from the size
+        model.set_input_size(img_size=size)
+        model._model_args = {**given, "img_size": size}  # timm notes windows, which follow from the size
 
     def last_tokens(self, model: nn.Module) -> nn.Module:
         return submodule(model, "norm")

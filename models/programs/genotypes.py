@@ -55,8 +55,7 @@ def root(x: Tensor) -> Tensor:
 def scale(x: Tensor) -> Tensor:
     if x.ndim != 4:
         raise ProgramError(f"unary operator 15 takes 4 dimensions, and there are {x.ndim}")
-    scaled: Tensor = x * x.shape[-1] ** -0.5
-    return scaled
+    return x * x.shape[-1] ** -0.5
 
 
 def tile_inverse(x: Tensor) -> Tensor:

@@ -463,8 +463,7 @@ class MergePlaces:
         regular = _by_token(tap_places(self.places_hwt2.new_zeros(1, 8, *self.merged)))
         pixels = [part * side for part, side in zip(self.token, self.image, strict=True)]
         apart = (self.places_hwt2 - regular) * regular.new_tensor(pixels)
-        distance: Tensor = torch.linalg.vector_norm(apart, dim=-1)
-        return distance
+        return torch.linalg.vector_norm(apart, dim=-1)
 
     def outside(self) -> Tensor:
         """Return the share of places outside of the grid, where a merge reads zeros only, (h, w, 4)."""

@@ -57,8 +57,7 @@ class ResizeAndCenterCrop:
         return self._keep(image.resize((kept_width, kept_height), filter_, box))
 
     def _keep(self, image: Image.Image) -> Image.Image:
-        cropped: Image.Image = self._crop(image)
-        return cropped
+        return self._crop(image)
 
 
 def resized(resize: Resize | ResizeKeepRatio, image: Image.Image) -> tuple[int, int]:
@@ -100,8 +99,7 @@ def operations(steps: list[Any]) -> Iterator[Any]:
 def _posterize(image: Image.Image, bits_to_keep: int, **keywords: Any) -> Image.Image:
     if bits_to_keep <= 0:
         return Image.new(image.mode, image.size)
-    kept: Image.Image = posterize(image, bits_to_keep, **keywords)
-    return kept
+    return posterize(image, bits_to_keep, **keywords)
 
 
 # The steps of a transform: one that fails is an error of one sentence, which says which and with what setting.

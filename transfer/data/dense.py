@@ -178,15 +178,13 @@ def _one_of(sizes: Sequence[int]) -> int:
 def _resized(item: Target, short: float, long: float) -> Target:
     height, width = item["image"].shape[-2:]
     ratio = min(short / min(height, width), long / max(height, width))
-    found: Target = v2.Resize([max(1, round(height * ratio)), max(1, round(width * ratio))])(item)
-    return found
+    return v2.Resize([max(1, round(height * ratio)), max(1, round(width * ratio))])(item)
 
 
 def _cropped(item: Target, height: int, width: int) -> Target:
     """Return a random part of at most this size."""
     rows, columns = item["image"].shape[-2:]
-    found: Target = v2.RandomCrop((min(height, rows), min(width, columns)))(item)
-    return found
+    return v2.RandomCrop((min(height, rows), min(width, columns)))(item)
 
 
 def _finished(item: Target) -> tuple[Tensor, Target]:

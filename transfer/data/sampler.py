@@ -92,8 +92,7 @@ class Permutation:
         left, right = values >> self._half, values & self._mask
         for key in self._keys:
             left, right = right, left ^ (_scattered(right ^ key) & self._mask)
-        joined: npt.NDArray[np.uint64] = (left << self._half) | right
-        return joined
+        return (left << self._half) | right
 
 
 def _scattered(values: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
@@ -103,8 +102,7 @@ def _scattered(values: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
     """
     for factor in (0x9E3779B97F4A7C15, 0x6A09E667F3BCC909):
         values = (values ^ (values >> np.uint64(32))) * np.uint64(factor)
-    mixed: npt.NDArray[np.uint64] = values ^ (values >> np.uint64(32))
-    return mixed
+    return values ^ (values >> np.uint64(32))
 
 
 WINDOW = 16
@@ -138,8 +136,7 @@ class WindowOrder:
             inside = windows == window
             wanted[inside] = begin + Permutation(size, *self._parts, 1 + int(window))(wanted[inside] - begin)
         shards = np.searchsorted(self._ends, wanted, "right")
-        numbers: Indices = self._firsts[shards] + wanted - (self._ends - self._sizes)[shards]
-        return numbers
+        return self._firsts[shards] + wanted - (self._ends - self._sizes)[shards]
 
 
 def train_requests(

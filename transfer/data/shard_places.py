@@ -189,8 +189,7 @@ class Remote:
         return {each["name"].rpartition("/")[2]: each["size"] for each in found}
 
     def read(self, place: str, start: int, size: int, stamp: str) -> bytes:
-        content: bytes = self._system(place).cat_file(place, start=start, end=start + size)
-        return content
+        return self._system(place).cat_file(place, start=start, end=start + size)
 
     def _system(self, place: str) -> Any:
         kind = place.partition(":")[0]

@@ -109,8 +109,7 @@ def _described(root: str, split: str) -> JsonDict:
             raise DataError(
                 f"{place} names no shards of split {split!r}, only of {', '.join(sorted(splits))}"
             )
-        found: JsonDict = splits[split]
-        return found
+        return splits[split]
     form = json.dumps({"splits": {split: {"filenames": expand(NAMES)[:2]}}})
     raise DataError(
         f"data.dataset=wds has no shards of split {split!r}: {reasons[0]}; write an _info.json such as {form} beside "

@@ -63,8 +63,7 @@ def for_the_eye(images_BCHW: Tensor, spec: Preprocessing) -> NDArray[np.float32]
     """Return images (B, H, W, 3) of values from 0 to 1, from those that the model sees."""
     mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (spec.mean, spec.std))
     seen = (images_BCHW * std + mean).clamp(0, 1).expand(-1, 3, -1, -1)
-    array: NDArray[np.float32] = seen.permute(0, 2, 3, 1).numpy()
-    return array
+    return seen.permute(0, 2, 3, 1).numpy()
 
 
 def _of_source(source: ImageSource, config: DataConfig, spec: Preprocessing, count: int, seed: int) -> Batch:

@@ -105,8 +105,7 @@ class Goal:
 
     def first_images(self, data: DataConfig, spec: Preprocessing, model: nn.Module) -> Tensor:
         """Return the images (B, C, H, W) of the first batch of a run of one process."""
-        images: Tensor = next(self.train_loader(data, spec, labels=False).epoch(0))[0]
-        return images
+        return next(self.train_loader(data, spec, labels=False).epoch(0))[0]
 
     def head(self, found: Head) -> Head:
         """Return the student's classifier, where that of a classifier would be `found`."""

@@ -126,8 +126,7 @@ def _against(parts: Parts, accelerator: Accelerator) -> Against | None:
     layers = compared_layers(model, task.backbone)
 
     def predict(images: Tensor) -> Tensor:
-        logits: Tensor = model(shown(images))
-        return logits
+        return model(shown(images))
 
     reader = Reader(model, _autocast(predict, accelerator), layers.teacher)
     return Against(reader, dict.fromkeys(("test", "test_ema"), layers))

@@ -103,16 +103,15 @@ def _paired_blocks(view: nn.Module, teacher: nn.Module) -> Iterator[tuple[nn.Mod
         yield from zip(blocks_of(view.model), blocks_of(teacher), strict=False)
 
 
-def _gather(runs: nn.Module, owner: nn.Module) -> None:
+def _gather(runs: nn.Module, owner: Any) -> None:
     """Let the weights of `owner` be whole while `runs` runs, as they are in its own forward pass."""
     assert isinstance(owner, FSDPModule)
-    sharded: Any = owner
 
     def before(module: nn.Module, inputs: object, keywords: Mapping[str, Tensor]) -> None:
-        sharded.unshard()
+        owner.unshard()
 
     def after(module: nn.Module, inputs: object, out: object) -> None:
-        sharded.reshard()
+        owner.reshard()
 
     runs.register_forward_pre_hook(before, with_kwargs=True)
     runs.register_forward_hook(after, always_call=True)

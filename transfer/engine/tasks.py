@@ -129,8 +129,7 @@ class Task(nn.Module, ABC):
 
     def predict(self, images: Tensor) -> Tensor:
         """Return logits (B, classes), or features (B, D) of a student without a head."""
-        logits: Tensor = self.trainable(images)
-        return logits
+        return self.trainable(images)
 
 
 class ClassificationTask(Task):
@@ -273,5 +272,4 @@ class PretrainTask(Task):
 
     def predict(self, images: Tensor) -> Tensor:
         """Return the encoder's features of whole images."""
-        features: Tensor = self.backbone(images)
-        return features
+        return self.backbone(images)

@@ -209,8 +209,7 @@ def train(config: RunConfig) -> RunResult:
             try:
                 next(steps)
             except StopIteration as end:
-                result: RunResult = end.value
-                return result
+                return end.value
 
 
 @dataclass

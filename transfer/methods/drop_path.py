@@ -37,8 +37,7 @@ class SharedDropPath(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         mask = self.tape.masks.get(self.index) if self.tape.active else None
         if mask is None:
-            out: Tensor = self.original(x)
-            return out
+            return self.original(x)
         return x * mask.view(-1, *[1] * (x.dim() - 1))  # (B, N, C), and (B, height, width, C) of Swin
 
 
@@ -52,11 +51,10 @@ def check_shares(name: str, teacher: nn.Module, student: nn.Module) -> None:
             )
 
 
-def share_drop_paths(student: nn.Module, teacher_view: nn.Module, tape: Tape) -> list[SharedDropPath]:
+def share_drop_paths(student: nn.Module, teacher_view: Any, tape: Tape) -> list[SharedDropPath]:
     """Let every block of the view use the masks of the student's block, and return the modules to draw."""
-    teacher: Any = teacher_view
-    blocks, teacher_blocks = blocks_of(student), blocks_of(teacher.model)
-    _check_stages(depths(student), depths(teacher.model))
+    blocks, teacher_blocks = blocks_of(student), blocks_of(teacher_view.model)
+    _check_stages(depths(student), depths(teacher_view.model))
     shared: list[SharedDropPath] = []
     for index, block in enumerate(blocks):
         for branch, drop in _branches(block):

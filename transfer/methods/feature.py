@@ -58,8 +58,7 @@ def teacher_patches(patches: Tensor, student: Grid) -> Tensor:
             f"the teacher gives {patches.shape[1]} patches without their grid, and the student has "
             f"{student[0]}x{student[1]}: use another teacher, img_size that makes them equal, or tokens=pooled"
         )
-    found: Tensor = patches.unflatten(1, student)
-    return found
+    return patches.unflatten(1, student)
 
 
 def common_grid(one: Grid, other: Grid) -> Grid:

@@ -144,8 +144,7 @@ class PatchProbe:
             yield from ((image, target) for image, target, valid in rows if valid)
 
     def _gathered(self, part: Any) -> list[Any]:
-        found: list[Any] = gather_object([part])
-        return found
+        return gather_object([part])
 
 
 def _drawn(map_CHW: Tensor, labels_HW: Tensor, count: int, random: torch.Generator) -> tuple[Tensor, Tensor]:

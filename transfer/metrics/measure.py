@@ -99,7 +99,7 @@ def evaluate(
         UnsupportedModelError, CheckpointError: as `graftvit.as_model`.
     """
     if not isinstance(models, Mapping):
-        return _evaluate({"model": models}, data)["model"]  # type: ignore[no-any-return]
+        return _evaluate({"model": models}, data)["model"]
     return _evaluate(models, data)
 
 
@@ -172,8 +172,7 @@ def _predicting(name: str, model: nn.Module) -> Callable[[Tensor], Tensor]:
 
 
 def _student_of(model: nn.Module) -> nn.Module:
-    student: nn.Module = model.student if _is_dual(model) else model  # type: ignore[assignment]
-    return student
+    return model.student if _is_dual(model) else model  # type: ignore[return-value]
 
 
 def _device_of(model: nn.Module) -> torch.device:

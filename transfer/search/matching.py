@@ -144,8 +144,7 @@ def _least_squares(outputs: Tensor, targets: Tensor) -> Tensor:
     gram = outputs.transpose(1, 2) @ outputs
     scale = gram.diagonal(dim1=1, dim2=2).clamp_min(1e-30)
     ridge = torch.diag_embed(RIDGE * scale)
-    weights: Tensor = torch.linalg.solve(gram + ridge, outputs.transpose(1, 2) @ targets)
-    return weights
+    return torch.linalg.solve(gram + ridge, outputs.transpose(1, 2) @ targets)
 
 
 # The mismatch of a program after a short fit of its queries, keys and values by gradients.

@@ -173,8 +173,7 @@ def spread(places: Sequence[float], gap: float, low: float | None = None, high: 
 
     room = gap * np.arange(len(places))
     top = None if high is None else max(high - room[-1], 1e-6)
-    apart: Array = np.clip(isotonic_regression(np.asarray(places) - room).x, low, top) + room
-    return apart
+    return np.clip(isotonic_regression(np.asarray(places) - room).x, low, top) + room
 
 
 def to_png(figure: Figure, *, ground: str = "none", dots_per_inch: int = 150) -> bytes:

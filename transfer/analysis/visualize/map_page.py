@@ -248,8 +248,7 @@ class Shown:
             return self.original
         theirs, ours = (Normalization(each.mean, each.std) for each in (spec, own))
         change = Renormalized(spec.input_size[0], theirs, ours, spec.input_size[1:])
-        shown: Tensor = change(self.original.cpu())
-        return shown
+        return change(self.original.cpu())
 
 
 def read_images(images: Tensor | Given | Sequence[Given], spec: Preprocessing) -> list[Shown]:
@@ -314,8 +313,7 @@ def _read(source: Source) -> Image.Image | Tensor:
         return image
     try:
         with open_image(source) as image:
-            converted: Image.Image = image.convert("RGB")
-            return converted
+            return image.convert("RGB")
     except (DataError, UnidentifiedImageError, OSError, Image.DecompressionBombError) as error:
         raise DataError(
             f"{str(source)!r} cannot be read as an image; give a PNG, JPEG or the like"
@@ -336,8 +334,7 @@ def to_pixels(image_1CHW: Tensor, spec: Preprocessing) -> NDArray[np.uint8]:
     """Return a normalized image as bytes (H, W, 3)."""
     mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (spec.mean, spec.std))
     picture = (image_1CHW[0].float().cpu() * std + mean).clamp(0, 1).expand(3, -1, -1)
-    array: NDArray[np.uint8] = (picture.permute(1, 2, 0) * 255).round().to(torch.uint8).numpy()
-    return array
+    return (picture.permute(1, 2, 0) * 255).round().to(torch.uint8).numpy()
 
 
 MAX_MEGABYTES = 64
