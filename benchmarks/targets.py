@@ -20,8 +20,7 @@ from graftvit.transfer.analysis.report.tables import Table
 from graftvit.transfer.data.loading import Samples
 from graftvit.transfer.loss_config import CacheType
 from graftvit.transfer.methods.dual import DualViT
-from graftvit.transfer.target_forms import SCALE, TargetForm
-from graftvit.transfer.target_shards import Shard, TargetRows, TargetShards, add_checksums
+from graftvit.transfer.target_shards import SCALE, Shard, TargetForm, TargetRows, TargetShards, add_checksums
 from torch import Tensor
 from torchvision.transforms.functional import to_tensor
 

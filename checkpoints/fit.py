@@ -21,7 +21,7 @@ from ..models.copied import ARCHITECTURE as COPIED
 from ..models.copied import copying_of, resize
 from ..models.errors import CheckpointError, ConfigError, Json, kind_of
 from ..models.families import Site, family_named, patch_size, position_grid, sites, vit
-from ..models.families.pvt_v1 import PVT
+from ..models.families.pvt import PVT
 from ..models.map_structure import offsets, resample_plainly, resample_table
 from .architecture import INNER
 from .report import BIAS_TABLE, KeyRules, LoadReport, Role, some, sort_keys
@@ -31,8 +31,8 @@ from .weight_files import Weights, as_pair, find_place
 #
 # `timm`: bicubic with antialiasing, `timm.layers.resample_abs_pos_embed`, and timm's way for tables.
 # `mae`: plain bicubic with `align_corners=False`, as MAE's fine-tuning code does for square grids; tables are refused.
-# `published`: as the code of the model does: plain bilinear in the stages of PVT (`models/pvt_v1.py`), plain bicubic in
-# all others and for tables.
+# `published`: as the code of the model does: plain bilinear in the stages of PVT (`models/families/pvt.py`), plain
+# bicubic in all others and for tables.
 # They differ slightly, most where a grid shrinks.
 
 Grid = tuple[int, int]
@@ -91,7 +91,11 @@ def match_prefix(model: nn.Module, weights: Weights) -> Weights:
     tensors, width = dict(weights.tensors), position.shape[2]
     own = _rows_by_token(_counts(tensors), position[:, :rows])
     if wanted == 0:
-        _check_shapes(weights, own)
+        for name, row in own.items():
+            if (shape := tuple(weights.tensors[name].shape)) != tuple(row.shape):
+                raise CheckpointError(
+                    f"{weights.origin}: {name} is {shape} and its position {tuple(row.shape)}"
+                )
         for name, row in own.items():
             tensors[name] = tensors[name] + row
         first = position[:, :0]
@@ -122,13 +126,6 @@ def drop_class_token(model: nn.Module, weights: Weights) -> Weights:
         tensors[f"stages.{name}.pos_embed"] = position[:, 1:]
         left_out[token] = "with its position: the model takes the mean of the patches and has no class token"
     return replace(weights, tensors=tensors, left_out=left_out)
-
-
-def _check_shapes(weights: Weights, rows: Mapping[str, Tensor]) -> None:
-    for name, row in rows.items():
-        shape = tuple(weights.tensors[name].shape)
-        if shape != tuple(row.shape):
-            raise CheckpointError(f"{weights.origin}: {name} is {shape} and its position {tuple(row.shape)}")
 
 
 def _num_rows(model: nn.Module, weights: Weights, position: Tensor, wanted: int) -> int | None:

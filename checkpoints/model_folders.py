@@ -170,7 +170,9 @@ def _open_folder(source: FolderSource) -> ModelFolder | FileSource:
     if stage is not None:
         return _open_folder(FolderSource(stage, part))
     if state.exists():
-        averaged = part == "ema" or (part == "best" and _has_average(state))
+        averaged = part == "ema" or (
+            part == "best" and any(key.startswith("ema.") for key in outline(state).tree)
+        )
         return FileSource(state, "ema" if averaged else None)
     if part == "best" and ((exported / CONFIG).is_file() or find_state(states).exists()):
         raise CheckpointError(
@@ -201,11 +203,6 @@ def _went_on(exported: ModelFolder, state: Path) -> bool:
         return step is not None and int(read_meta(state)["position"]["step"]) > step
     except (CheckpointError, KeyError, TypeError, ValueError):
         return False  # no state, or a damaged one
-
-
-def _has_average(state: Path) -> bool:
-    """Return whether a run's state holds a moving average, to which its score then belongs."""
-    return any(name.startswith("ema.") for name in outline(state).tree)
 
 
 def read_weights_file(source: FileSource) -> Weights:

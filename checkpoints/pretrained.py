@@ -33,7 +33,7 @@ from ..models.families import (
     sites,
     vit,
 )
-from ..models.families.pvt_v1 import PVT
+from ..models.families.pvt import PVT
 from ..models.families.towers import PLAN, is_transformers
 from ..models.given import Model, as_model
 from ..models.plan_syntax import plan_text

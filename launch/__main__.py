@@ -8,7 +8,7 @@ import sys
 def main() -> int:
     """Run `cli.main`. Ctrl-C while it is imported ends in the same way as afterwards."""
     try:
-        from .garbage import collect_seldom
+        from .launcher import collect_seldom
 
         collect_seldom()
         from .cli import main as run

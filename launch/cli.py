@@ -10,8 +10,7 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 
-from ..models.errors import ConfigError, GraftError, did_you_mean
-from ..transfer.data.loader_deaths import loader_deaths
+from ..models.errors import ConfigError, GraftError, did_you_mean, loader_deaths
 from .say import log_plainly
 from .submitted import SUBMITTED, Interrupted, ended_by_signals
 

@@ -408,7 +408,11 @@ def _validate(settings: Sequence[Setting], stage: str = "") -> RunConfig:
     except ConfigError as error:
         if not isinstance(error.__cause__, ValidationError):
             raise
-        given = {leaf_of(setting.key).key: _of_whole_list(setting) for setting in settings}
+        whole = [
+            replace(each, origin=each.origin.partition("[")[0]) if "[" in each.key else each
+            for each in settings
+        ]
+        given = {leaf_of(each.key).key: each for each in whole}
         raise _explain(error.__cause__, values, given) from error
     _check_finetune(settings, config.mode)
     _check_single_loss(settings, config)
@@ -434,11 +438,6 @@ def _check_single_loss(settings: Sequence[Setting], config: RunConfig) -> None:
     for setting in settings if config.transfer.losses else ():
         if not setting.layer and setting.key in single:
             raise ConfigError(describes_single_loss(setting.origin, setting.key.rpartition(".")[2]))
-
-
-def _of_whole_list(setting: Setting) -> Setting:
-    """Return a setting of an entry as one of its list, whose findings name the entry themselves."""
-    return replace(setting, origin=setting.origin.partition("[")[0]) if "[" in setting.key else setting
 
 
 def at_home(value: Any) -> Any:

@@ -68,7 +68,8 @@ def _count_teacher_bytes(run: DryRun) -> int:
     """Return the bytes of the teachers on one device: of a sharded one the shards, and its largest block whole."""
     size = run.footprint.teacher
     for name in sharded_teachers(run.config):
-        units = [_count_bytes(unit) for unit in shard_units(run.parts.teachers[name].model)]
+        blocks = shard_units(run.parts.teachers[name].model)
+        units = [sum(each.nbytes for each in unit.parameters()) for unit in blocks]
         size += sum(units) // node_size(run.processes) + max(units, default=0) - sum(units)
     return size
 
@@ -79,10 +80,6 @@ def _describe_spread(run: DryRun) -> str:
         return ""
     named = "" if len(run.parts.teachers) == 1 else f" of {' and '.join(sharded)}"
     return f", the blocks{named} over {node_size(run.processes)} processes and one of them whole"
-
-
-def _count_bytes(module: nn.Module) -> int:
-    return sum(parameter.numel() * parameter.element_size() for parameter in module.parameters())
 
 
 def _name_types(run: DryRun) -> str:
@@ -125,9 +122,10 @@ def describe_plan(config: RunConfig, processes: int | None = None, *, needs_data
     Raises:
         GraftError: the error that the run would raise before or in its first step.
     """
-    run = dry_run(config, processes or _count_processes(), here=processes is None)
+    run = dry_run(config, processes or int(os.environ.get("WORLD_SIZE", "1")), here=processes is None)
     if needs_data and run.absent is not None and not is_packed(config.data):
         raise run.absent
+    targets = run.targets
     rows = [
         ("mode", config.mode),
         ("teacher", _describe_teacher(run)),
@@ -136,14 +134,14 @@ def describe_plan(config: RunConfig, processes: int | None = None, *, needs_data
         ("images", run.parts.spec.describe() if config.dense.head is None else ""),
         ("transfer", _describe_transfer(run)),
         ("alignment", _describe_alignment(run)),
-        ("targets", _describe_targets(run)),
+        ("targets", "" if targets is None else f"{targets.describe()}\n{targets.describe_cost()}"),
         ("trained", _describe_trained(run)),
         ("data", _describe_data(run)),
         ("kept views", _describe_kept_views(run)),
         ("batch", _describe_batch(run)),
         ("learning rate", _describe_rate(run)),
         ("length", _describe_length(run)),
-        ("memory", _describe_memory(run)),
+        ("memory", "\n".join(["a device, roughly", *describe_memory(run)])),
         ("best", _describe_best(run)),
         ("run folder", str(config.output_dir)),
         ("resumes", _describe_resume(run)),
@@ -156,18 +154,15 @@ def describe_plan(config: RunConfig, processes: int | None = None, *, needs_data
     return "\n".join(lines) + "\n"
 
 
-def _count_processes() -> int:
-    """Return the number of processes that torchrun or accelerate started."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
-
-
 def _describe_teacher(run: DryRun) -> str:
     teachers = dict(run.parts.teachers)
     if not teachers and run.parts.loaded is not None:
         teachers = {"teacher": run.parts.loaded}
     lines = []
     for name, teacher in teachers.items():
-        read = "weights not read for this plan" if _is_empty(teacher.model) else "weights read"
+        read = (
+            "weights not read for this plan" if next(teacher.model.parameters()).is_meta else "weights read"
+        )
         head = "with a head" if teacher.has_head else "without a head"
         count = parameter_count(teacher.model)
         named = f"{name}: " if len(teachers) > 1 else ""
@@ -175,10 +170,6 @@ def _describe_teacher(run: DryRun) -> str:
             f"{named}{teacher.source}: {teacher.architecture}, {count / 1e6:.1f} M parameters, {head}, frozen; {read}"
         )
     return "\n".join(lines)
-
-
-def _is_empty(model: nn.Module) -> bool:
-    return next(model.parameters()).is_meta
 
 
 def _describe_student(run: DryRun) -> str:
@@ -251,10 +242,6 @@ def _describe_alignment(run: DryRun) -> str:
     layers = ", ".join(map(str, task.alignment.layers))
     match = run.config.align.match
     return f"layers {layers} learn on the inputs of the teacher's layers; match={match}: {MATCHES[match]}"
-
-
-def _describe_targets(run: DryRun) -> str:
-    return "" if run.targets is None else f"{run.targets.describe()}\n{run.targets.describe_cost()}"
 
 
 def _describe_trained(run: DryRun) -> str:
@@ -345,7 +332,3 @@ def _describe_resume(run: DryRun) -> str:
     if batch is None or saved["world_size"] == run.processes:
         return words
     return f"{words}\n{describe(batch, saved['world_size'], run.processes)}"
-
-
-def _describe_memory(run: DryRun) -> str:
-    return "a device, roughly\n" + "\n".join(describe_memory(run))

@@ -50,7 +50,7 @@ from .converted import start_fresh
 from .errors import ConfigError, JsonDict
 from .families import create_timm_model
 from .families.plain import plain_block
-from .families.pvt_v1 import PVT
+from .families.pvt import PVT
 
 PROGRAM = "attnzero_105"
 WHOLE = f"{PROGRAM}(prefix=program)"

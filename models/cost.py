@@ -13,7 +13,7 @@ from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from .attention.base import QKV, Accounting, AttentionOperator, Heads, Operations
+from .attention.base import QKV, Accounting, AttentionOperator, Operations
 from .converted import ConvertedAttention, converted_layers
 from .copied import CopiedAttention
 from .copying.copying_operators import CopyMap
@@ -286,7 +286,7 @@ def _run_on_meta(model: nn.Module) -> None:
     layers = converted_layers(model).values() if find_family(model) is not None else []
     training = model.training
     for layer in layers:
-        layer.__dict__["attend"] = _any_heads
+        layer.__dict__["attend"] = lambda heads: heads.known  # has the shape of the output
     try:
         with torch.no_grad():
             functional_call(model.eval(), empty, (image,))
@@ -309,11 +309,6 @@ def _input_of(model: nn.Module) -> tuple[int, int, int]:
     height, width = size or tuple(described.get("input_size", (3, 224, 224))[1:])
     first = next((module for module in model.modules() if isinstance(module, nn.Conv2d)), None)
     return int(height), int(width), 3 if first is None else first.in_channels
-
-
-def _any_heads(heads: Heads) -> Tensor:
-    """Return any projection: it has the shape of the output."""
-    return heads.known
 
 
 # Multiply-adds of a model, layer by layer, and of everything but its attention.

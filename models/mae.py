@@ -60,7 +60,11 @@ class MaskedAutoencoder(nn.Module):
         decoder_dim, decoder_depth, decoder_heads = decoder_sizes(
             self.encoder.embed_dim, len(self.encoder.blocks), *sizes
         )
-        _check_decoder(decoder_dim, decoder_heads)
+        if decoder_dim % 4 or decoder_dim % decoder_heads:
+            raise ConfigError(
+                f"pretrain.decoder_dim={decoder_dim} must be a multiple of 4 and of "
+                f"pretrain.decoder_heads={decoder_heads}."
+            )
         channels = patch_embed.proj.in_channels
         self.decoder_embed = nn.Linear(self.encoder.embed_dim, decoder_dim)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, decoder_dim))
@@ -183,10 +187,3 @@ def decoder_sizes(
     dim = dim or min(512, max(32, width * 2 // 3 // 32 * 32))
     depth = depth or min(8, max(1, blocks * 2 // 3))
     return dim, depth, heads or max(count for count in range(1, max(1, dim // 32) + 1) if dim % count == 0)
-
-
-def _check_decoder(dim: int, heads: int) -> None:
-    if dim % 4 or dim % heads:
-        raise ConfigError(
-            f"pretrain.decoder_dim={dim} must be a multiple of 4 and of pretrain.decoder_heads={heads}."
-        )

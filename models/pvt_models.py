@@ -20,7 +20,7 @@ from timm.models import build_model_with_cfg, generate_default_cfgs, register_mo
 from torch import nn
 
 from .errors import JsonDict
-from .families.pvt_v1 import PVT
+from .families.pvt import PVT
 
 
 def described(**more: Any) -> JsonDict:

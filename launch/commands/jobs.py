@@ -253,15 +253,10 @@ def _write(path: Path, text: str, shown: Path | None) -> Path:
     """Print `text`, after the name of its file if the previous text came from another file."""
     if path != shown:
         say(f"==> {path} <==\n")
-    lines = _split_progress(text)
+    lines = text.replace("\r\n", "\n").replace("\r", "\n")  # a progress bar overwrites its line
     say(lines if lines.endswith("\n") else f"{lines}\n")
     sys.stdout.flush()
     return path
-
-
-def _split_progress(text: str) -> str:
-    """Return progress bars that overwrite their line as separate lines."""
-    return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
 def _format_ranges(ranks: list[int]) -> str:

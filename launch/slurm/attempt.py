@@ -25,8 +25,7 @@ import submitit
 
 from ...models.errors import GraftError, escaped, one_sentence
 from ...transfer.engine import deadline, early_signals
-from ..garbage import collect_seldom
-from ..launcher import limit_threads
+from ..launcher import collect_seldom, limit_threads
 from ..progress import current_stage, read_progress
 from ..submitted import command_name
 from .environment import LOG_START, export_ranks, forget_old_results, keep_results, requeue

@@ -7,12 +7,121 @@ exists.
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from . import cuda_kernels
+# torch's fused attention kernels of CUDA, given what they accept.
+
+aten = torch.ops.aten
+HALF = (torch.float16, torch.bfloat16)
+WIDEST = 256
+Kernel = Literal["flash", "efficient"]
+
+
+def choose(q: Tensor, bias: Tensor | None) -> Kernel | None:
+    """Return the kernel for queries on a GPU, or None if neither takes them."""
+    if q.shape[-1] > WIDEST or q.dtype == torch.float64:
+        return None
+    if is_ampere(q.device.index or 0):
+        return "flash" if q.dtype in HALF and bias is None else "efficient"
+    return None if q.dtype == torch.bfloat16 else "efficient"
+
+
+@cache
+def is_ampere(index: int) -> bool:
+    """Return whether a GPU has compute capability 8.0 or more; without a GPU, a traced one has."""
+    return not torch.cuda.is_available() or torch.cuda.get_device_capability(index) >= (8, 0)
+
+
+def cuda_forward(
+    kernel: Kernel, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Return P V and the log-sum-exp (B, H, M) of the rows."""
+    batch, _, rows, width = q.shape
+    q, k, v = (_aligned(x) for x in (q, k, v))
+    if kernel == "flash":
+        out, lse = aten._scaled_dot_product_flash_attention(q, k, v, scale=scale)[:2]
+    else:
+        bias = align_bias(bias, batch)
+        out, lse = aten._scaled_dot_product_efficient_attention(q, k, v, bias, True, scale=scale)[:2]
+    return out[..., :width], lse[..., :rows]
+
+
+def cuda_backward(
+    kernel: Kernel,
+    grad_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    scale: float,
+) -> list[Tensor]:
+    """Return the gradients of P V for q, k and v."""
+    batch, _, rows, width = q.shape
+    grad_out, q, k, v, out = (_aligned(x) for x in (grad_out, q, k, v, out))
+    run = _flash_backward if kernel == "flash" else _efficient_backward
+    if kernel == "efficient":
+        bias, lse = align_bias(bias, batch), F.pad(lse, (0, -rows % 32), value=float("inf"))
+    return [x[..., :width] for x in run(grad_out, q, k, v, bias, out, lse, scale)]
+
+
+def align_bias(bias: Tensor | None, batch: int) -> Tensor | None:
+    """Return a bias (1 or B, H, M, N) for the memory-efficient kernel, as (B, H, M, N)."""
+    if bias is None:
+        return None
+    keys = bias.shape[-1]
+    if bias.stride(-1) != 1 or any(stride % 16 for stride in bias.stride()[:-1]):
+        padded = bias.new_zeros(*bias.shape[:-1], keys + -keys % 16)
+        padded[..., :keys] = bias
+        bias = padded[..., :keys]
+    return bias.expand(batch, -1, -1, -1)
+
+
+def _aligned(x: Tensor) -> Tensor:
+    """Return `x` (B, H, N, D) with zeros up to a multiple of 8 channels, side by side in memory."""
+    if x.shape[-1] % 8:
+        return F.pad(x, (0, -x.shape[-1] % 8))
+    return dense_channels(x)
+
+
+def dense_channels(x: Tensor) -> Tensor:
+    """Return `x` with channels side by side in memory: kernels that are called directly read it so, unchecked."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _flash_backward(
+    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, _: object, out: Tensor, lse: Tensor, scale: float
+) -> tuple[Tensor, ...]:
+    none = torch.empty(0, dtype=torch.int64, device=q.device)
+    rows, keys = q.shape[2], k.shape[2]
+    return aten._scaled_dot_product_flash_attention_backward(
+        grad_out, q, k, v, out, lse, None, None, rows, keys, 0.0, False, none, none, scale=scale
+    )
+
+
+def _efficient_backward(
+    grad_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    scale: float,
+) -> tuple[Tensor, ...]:
+    none = torch.empty((), dtype=torch.int64, device=q.device)
+    wanted = [True, True, True, False]
+    gradients: tuple[Tensor, ...] = aten._scaled_dot_product_efficient_attention_backward(
+        grad_out, q, k, v, bias, out, lse, none, none, 0.0, wanted, scale=scale
+    )
+    return gradients[:3]
+
 
 # The gradient of the log-sum-exp, folded into what a fused backward kernel reads.
 #
@@ -68,9 +177,6 @@ def fold_lse_gradient(grad_out_BHMW: Tensor, grad_lse_BHM: Tensor, out_BHMW: Ten
     return given_BHMW, folded_BHMW
 
 
-aten = torch.ops.aten
-
-
 def precise(x: Tensor) -> Tensor:
     """Cast `x` to float32; keep float64."""
     return x if x.dtype in (torch.float32, torch.float64) else x.to(torch.float32)
@@ -97,12 +203,12 @@ def forward(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float) 
     kernel = _kernel(q, bias)
     if kernel == "cpu":
         bias = None if bias is None else bias.expand(q.shape[0], -1, -1, -1)
-        q, k, v = (cuda_kernels.dense_channels(x) for x in (q, k, v))
+        q, k, v = (dense_channels(x) for x in (q, k, v))
         out, lse = aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, attn_mask=bias, scale=scale)
     elif kernel == "other":
         out, lse = _forward_by_image(q, k, v, bias, scale)
     else:
-        out, lse = cuda_kernels.forward(kernel, q, k, v, bias, scale)
+        out, lse = cuda_forward(kernel, q, k, v, bias, scale)
     return by_token(out), lse.contiguous()
 
 
@@ -126,12 +232,12 @@ def backward(
         grad_out, out = fold_lse_gradient(grad_out, grad_lse, out)
     if kernel == "cpu":
         bias = None if bias is None else bias.expand(q.shape[0], -1, -1, -1)
-        grad_out, q, k, v, out = (cuda_kernels.dense_channels(x) for x in (grad_out, q, k, v, out))
+        grad_out, q, k, v, out = (dense_channels(x) for x in (grad_out, q, k, v, out))
         dq, dk, dv = aten._scaled_dot_product_flash_attention_for_cpu_backward(
             grad_out, q, k, v, out, lse, 0.0, False, attn_mask=bias, scale=scale
         )
     else:
-        dq, dk, dv = cuda_kernels.backward(kernel, grad_out, q, k, v, bias, out, lse, scale)
+        dq, dk, dv = cuda_backward(kernel, grad_out, q, k, v, bias, out, lse, scale)
     return dq, dk, dv
 
 
@@ -199,7 +305,7 @@ def empty_lse(q: Tensor) -> Tensor:
 
 def _kernel(q: Tensor, bias: Tensor | None) -> Literal["cpu", "flash", "efficient", "other"]:
     if q.device.type == "cuda":
-        return cuda_kernels.choose(q, bias) or "other"
+        return choose(q, bias) or "other"
     return "cpu" if q.device.type == "cpu" else "other"
 
 

@@ -19,7 +19,7 @@ from ..attention.stripes import LePE, Stripes, cross, stripe_positions, stripe_s
 from ..errors import ConfigError
 from ..host import GridHost
 from ..map_structure import MapStructure, Size
-from .pvt_v1 import Pyramid, ResidualBlock, check_stages
+from .pvt import Pyramid, ResidualBlock, check_stages
 from .site import Family, Hosts, merged_grid, shallow, submodule, vit
 from .twins import TwinsMerging
 

@@ -343,7 +343,9 @@ def _changed(number: int, value: SymbolicValue) -> SymbolicValue | None:
         return _of_a_constant(number, value)
     if number == 18 and value.dims < MATRIX:
         return replace(value, dims=value.dims + 1)
-    return {MATRIX: _of_a_matrix, VECTOR: _of_a_vector}.get(value.dims, _of_nothing)(number, value)
+    return {MATRIX: _of_a_matrix, VECTOR: _of_a_vector}.get(value.dims, lambda number, value: None)(
+        number, value
+    )
 
 
 OVERWRITES = (4, 11, 27)
@@ -386,10 +388,6 @@ def _of_a_vector(number: int, value: SymbolicValue) -> SymbolicValue | None:
     if number in LAST:
         return value.holding(apply("t", apply(LAST[number], apply("t", value.node))))
     return value.holding(apply("sum", value.node), A_HEAD) if number == 17 else None
-
-
-def _of_nothing(number: int, value: SymbolicValue) -> None:
-    return None
 
 
 def _of_a_constant(number: int, value: SymbolicValue) -> SymbolicValue | None:

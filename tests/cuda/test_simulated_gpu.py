@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from graftvit.models.attention import cuda_kernels, fused, kernels
+from graftvit.models.attention import fused, kernels
 from graftvit.models.attention.base import Geometry, Heads
 from graftvit.models.attention.fused import apply_map, attention_with_lse, map_logsumexp
 from graftvit.transfer.methods.dual import DualViT
@@ -29,7 +29,7 @@ CASES += [("flash", dtype) for dtype in TOLERANCE if dtype != torch.float32]
 @pytest.fixture
 def simulated(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> SimulatedKernels:
     found = SimulatedKernels()
-    monkeypatch.setattr(cuda_kernels, "aten", found)
+    monkeypatch.setattr(kernels, "aten", found)
     monkeypatch.setattr(kernels, "_kernel", chooser(request.param))
     return found
 
@@ -111,20 +111,20 @@ def test_inputs_of_any_layout(simulated: SimulatedKernels, dtype: torch.dtype) -
 @pytest.mark.parametrize("images", [1, 2])
 def test_an_aligned_bias_is_the_same_bias(keys: int, images: int) -> None:
     bias = torch.randn(images, 3, 5, keys)
-    aligned = cuda_kernels.align_bias(bias, 2)
+    aligned = kernels.align_bias(bias, 2)
     assert torch.equal(aligned, bias.expand(2, -1, -1, -1))
     assert all(stride % 16 == 0 for stride in aligned.stride()[:-1])
 
 
 def test_the_kernel_of_each_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     def choices(ampere: bool) -> list[str | None]:
-        monkeypatch.setattr(cuda_kernels, "is_ampere", lambda index: ampere)
+        monkeypatch.setattr(kernels, "is_ampere", lambda index: ampere)
         found = [
-            cuda_kernels.choose(torch.empty(1, 1, 4, 64, dtype=dtype), bias)
+            kernels.choose(torch.empty(1, 1, 4, 64, dtype=dtype), bias)
             for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64)
             for bias in (None, torch.empty(0))
         ]
-        return [*found, cuda_kernels.choose(torch.empty(1, 1, 4, 264), None)]
+        return [*found, kernels.choose(torch.empty(1, 1, 4, 264), None)]
 
     new = ["flash", "efficient", "flash", "efficient", "efficient", "efficient", None, None, None]
     old = ["efficient", "efficient", None, None, "efficient", "efficient", None, None, None]

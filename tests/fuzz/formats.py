@@ -42,8 +42,7 @@ from graftvit.transfer.data.image_folder import INDEX, find_images, pack_lists, 
 from graftvit.transfer.data.loading import EvalBatches, Samples
 from graftvit.transfer.data.sampler import BatchRequest
 from graftvit.transfer.search.program_search import open_search, recorded_generations, run_search
-from graftvit.transfer.target_forms import TargetForm
-from graftvit.transfer.target_shards import Shard, TargetRows, TargetShards, add_checksums
+from graftvit.transfer.target_shards import Shard, TargetForm, TargetRows, TargetShards, add_checksums
 from onnx import helper, numpy_helper
 from PIL import Image
 from safetensors.torch import save_file

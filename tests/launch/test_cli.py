@@ -395,7 +395,7 @@ def test_a_command_that_loads_torch_says_nothing_beside_its_output() -> None:
 
 ENDING = """
 import gc, sys
-from graftvit.launch.garbage import collect_seldom
+from graftvit.launch.launcher import collect_seldom
 {library}
 
 class Cleared:

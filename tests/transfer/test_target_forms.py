@@ -14,7 +14,7 @@ from graftvit.models.copying import teacher_view
 from graftvit.models.errors import ConfigError
 from graftvit.transfer.config import RunConfig
 from graftvit.transfer.engine.train import train
-from graftvit.transfer.target_forms import TargetForm
+from graftvit.transfer.target_shards import TargetForm
 from support.runs.engine_runs import config, differences, make_teacher
 from torch import Tensor
 

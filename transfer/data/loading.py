@@ -20,12 +20,11 @@ from timm.data.mixup import Mixup
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
-from ...models.errors import DataError, counted
+from ...models.errors import LOST_PROCESS, DataError, counted, loader_deaths, lost
 from ..config import DataConfig
 from .augment import Steps, Transform, mix, reason_of, seed_generators
 from .image_folder import UNLABELED, ImageSource
 from .kept_views import KeptViews
-from .loader_deaths import LOST_PROCESS, loader_deaths, lost
 from .sampler import MIXING, SAMPLE, BatchRequest, Indices, derive_seed, preserved
 
 logger = logging.getLogger(__name__)

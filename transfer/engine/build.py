@@ -51,9 +51,8 @@ from ..methods.loss_terms import DEFAULT_TEACHER
 from ..metrics.measure import PROBES
 from ..mode_facts import TEACHER
 from ..target_shards import TargetRows, TargetShards, check_metric, find_shards
-from .best import Criterion, choose, classifies
 from .goals import Models
-from .modes import Mode, goal_of, mode_of
+from .modes import Criterion, Mode, choose, classifies, goal_of, mode_of
 from .optim import check_adapters, check_optimizer
 from .parallel import check_layers_apart, outline_of, read_once, receive
 from .runlog import check_trackers

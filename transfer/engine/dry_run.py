@@ -21,8 +21,7 @@ from ...models.errors import ConfigError, GraftError, Json, counted, gibibytes
 from ..config import RunConfig
 from ..data.loaders import AbsentTrainLoader
 from ..staging import check_stage
-from ..target_forms import TargetForm
-from ..target_shards import Field, Shard, TargetShards, check_size, has_weights
+from ..target_shards import Field, Shard, TargetForm, TargetShards, check_size, has_weights
 from .build import Parts, build
 from .elastic import GlobalBatch, settle
 from .modes import goal_of

@@ -15,8 +15,8 @@ from ..data.sampler import preserved, seed_batch
 from ..metrics.distance import Reader, compared_layers, exact, summed
 from ..metrics.measure import PROBES, Against, Family, measure, score_models
 from . import deadline
-from .best import Criterion, classifies
 from .build import Parts
+from .modes import Criterion, classifies
 from .optim import WeightAverage
 from .tasks import Task, TransferTask
 

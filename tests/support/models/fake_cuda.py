@@ -51,7 +51,7 @@ def _backward(
 
 
 class SimulatedKernels:
-    """In place of `torch.ops.aten` in `cuda_kernels`, for tensors on the CPU."""
+    """In place of `torch.ops.aten` in `kernels`, for tensors on the CPU."""
 
     def __init__(self) -> None:
         self.calls: list[str] = []

@@ -15,8 +15,8 @@ from graftvit.launch.plan_text import describe_plan
 from graftvit.models.errors import ConfigError
 from graftvit.transfer.config import RunConfig
 from graftvit.transfer.engine import loop
-from graftvit.transfer.engine.best import Criterion
 from graftvit.transfer.engine.build import build
+from graftvit.transfer.engine.modes import Criterion
 from graftvit.transfer.engine.train import train
 from support.files.image_folders import class_folder, flat_folder
 from support.runs.engine_runs import config, differences, records, resume_cut, state

@@ -58,14 +58,6 @@ def crossover_of(record: Record) -> Crossover | None:
     return crossover([speed.tokens for speed in record.speeds], ratios)
 
 
-def _latency(speed: Speed) -> float:
-    return 1e3 * speed.latency
-
-
-def _memory(speed: Speed) -> float:
-    return speed.peak_bytes / 2**20
-
-
 def _accuracies(records: Sequence[Record]) -> list[Figure]:
     start = "Top-1 after the last stage, and"
     about = f"{start} milliseconds for one image of {records[0].size} px. Up and left is better."
@@ -76,14 +68,14 @@ def _accuracies(records: Sequence[Record]) -> list[Figure]:
             "Accuracy against latency",
             about,
             f"{scatter} milliseconds for one image.",
-            partial(_scatter, records, _latency, "milliseconds for one image"),
+            partial(_scatter, records, lambda speed: 1e3 * speed.latency, "milliseconds for one image"),
         ),
         Figure(
             "accuracy_memory",
             "Accuracy against memory",
             f"{start} what a batch needs in memory above the weights. Up and left is better.",
             f"{scatter} the peak memory of a batch.",
-            partial(_scatter, records, _memory, "peak memory of a batch, MiB"),
+            partial(_scatter, records, lambda speed: speed.peak_bytes / 2**20, "peak memory of a batch, MiB"),
         ),
     ]
 

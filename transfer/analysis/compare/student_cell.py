@@ -151,7 +151,8 @@ def read_maps(loaded: Pretrained, data: DataConfig) -> CellMaps:
 
 def _maps(loaded: Pretrained, images: torch.Tensor, query: Query) -> dict[tuple[int, int], Panel]:
     model, layouts = loaded.model, token_layouts(loaded.model)
-    tokens = {layer: layouts[layer] for layer in _spread_layers(len(sites(model)))}
+    depth = len(sites(model))
+    tokens = {layer: layouts[layer] for layer in sorted({0, depth // 2, depth - 1})[-LAYERS:]}
     asked = ((layer, query.token(layout)) for layer, layout in tokens.items())
     wanted = {layer: token for layer, token in asked if token is not None}
     seen = layer_maps(model, images, list(wanted), asking=wanted)
@@ -164,11 +165,6 @@ def _maps(loaded: Pretrained, images: torch.Tensor, query: Query) -> dict[tuple[
                 heat, extent = places.picture(row.cpu(), wanted[layer]).numpy(), places.extent
             maps[image, layer] = Panel(heat, extent, layout.grid, query.patch(layout))
     return maps
-
-
-def _spread_layers(depth: int) -> list[int]:
-    """Return the first layer, the last, and one in the middle."""
-    return sorted({0, depth // 2, depth - 1})[-LAYERS:]
 
 
 ZERO_SHOT = "zero-shot"
@@ -197,7 +193,12 @@ def cell_stages(stages: Sequence[Stage], cell: Cell, folder: Path) -> list[Stage
     student = {"plan": cell.plan, "img_size": cell.size}
     layers = converted_layers(fresh_model(stages[0].config, cell.plan, cell.size)).values()
     operators = [layer.operator for layer in layers]
-    kept = [stage for stage in stages if not stage.config.facts.aligns or _can_align(stage, operators)]
+    kept = [
+        stage
+        for stage in stages
+        if not stage.config.facts.aligns
+        or any(can_learn(stage.config.align.match, each) for each in operators)
+    ]
     if not kept:
         raise ConfigError(
             f"no layer of {cell.plan!r} learns in {', '.join(stage.name for stage in stages)}: "
@@ -256,10 +257,6 @@ def describe_teachers(comparison: Comparison, stage: str, size: int) -> dict[str
         with without_memory():
             made = describe_model(fresh_model(recipe, recipe.student.plan, config.teacher.image_size(size)))
     return load_teachers(mode_of(config), (size, size), loaded=made, weights=False)
-
-
-def _can_align(stage: Stage, operators: Sequence[AttentionOperator]) -> bool:
-    return any(can_learn(stage.config.align.match, operator) for operator in operators)
 
 
 def fresh_model(

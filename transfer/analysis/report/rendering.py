@@ -157,7 +157,10 @@ def _pages() -> Environment:
     environment = Environment(
         loader=FunctionLoader(_read), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )
-    environment.globals |= {"file": lambda path: Markup(_read(path)), "image": _image}
+    environment.globals |= {
+        "file": lambda path: Markup(_read(path)),
+        "image": lambda figure, theme: data_url(to_png(figure.draw(theme))),
+    }
     environment.tests |= {
         "table": lambda block: isinstance(block, Table),
         "figure": lambda block: isinstance(block, Figure),
@@ -168,10 +171,6 @@ def _pages() -> Environment:
 
 def _read(path: str) -> str:
     return resources.files(ANALYSIS).joinpath(path).read_text(encoding="utf-8")
-
-
-def _image(figure: Figure, theme: Theme) -> str:
-    return data_url(to_png(figure.draw(theme)))
 
 
 def write_png(figure: Figure, path: Path) -> None:

@@ -66,7 +66,6 @@ from .map_figures import (
 from .map_page import (
     Given,
     MapDistance,
-    Shown,
     Titles,
     View,
     check_page_size,
@@ -265,7 +264,10 @@ def visualize(
     seen = Seen(partners)
     embedded, figures = [], dict[str, Drawing]()
     for image in shown:
-        given = {name: _given(image, each, own) for name, each in loaded.items()}
+        given = {
+            name: image.tensor(each.preprocessing, own).to(next(each.model.parameters()))
+            for name, each in loaded.items()
+        }
         looks = {name: look(each.model, given[name]) for name, each in loaded.items()}
         looks = seen.add(looks, loaded, given)
         pixels = {name: to_pixels(given[name], loaded[name].preprocessing) for name in looks}
@@ -321,11 +323,6 @@ def _check_batch(images: Tensor, student: Pretrained) -> None:
         )
     if images.shape[1] not in (1, 3):
         raise DataError(f"images has {images.shape[1]} channels, which cannot be drawn: give 1 or 3")
-
-
-def _given(image: Shown, loaded: Pretrained, own: Preprocessing) -> Tensor:
-    """Return an image as a model takes it, where the model is."""
-    return image.tensor(loaded.preprocessing, own).to(next(loaded.model.parameters()))
 
 
 def chart_of(numbers: dict[str, Numbers], comparison: MapDistance | None) -> Figure:
