@@ -18,6 +18,7 @@
 #                environment, for which every dependency is installed again
 #   make gpu     what only a GPU can show: its tests, then time and memory, a table in docs/transfer.md
 #   make dev     an editable install for editors, mypy and pyright, which the other targets keep until `make clean`
+#   make help    show these lines
 # PYTHON chooses the interpreter: make test PYTHON=python3.12
 
 SHELL := /bin/bash
@@ -37,7 +38,7 @@ export NO_MKDOCS_2_WARNING := 1
 # Where no bytecode is kept, every worker and process compiles the tests again.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo compare test test-all acceptance real lint docs docs-serve notebooks bench dist gpu dev install clean
+.PHONY: demo compare test test-all acceptance real lint docs docs-serve notebooks bench dist gpu dev help install clean
 
 demo: install
 	images=$(if $(filter fashion%,$(DATA)),"$$($(BIN)/python -m benchmarks.real_data --images)") && \
@@ -126,6 +127,9 @@ $(VENV)/.dependencies: pyproject.toml
 	$(BIN)/python -m pip install --quiet "setuptools>=77" wheel
 	$(BIN)/python -m pip install ".[test,lint]"
 	touch $@
+
+help:
+	@sed -n "/^#/!q; s/^# \{0,1\}//p" Makefile
 
 clean:
 	rm -rf $(VENV) build dist site graftvit.egg-info

@@ -141,7 +141,7 @@ class Deployment:
         if not lost <= self.drop:
             raise WorseFileError(
                 f"{path.name} is not kept: its top-1 on {samples} images is {top1:.2f} %, {lost:.2f} points below the "
-                f"model's, and --drop allows {self.drop:g}"
+                f"model's, and --drop allows {self.drop:g}; one image is {100 / samples:.2g} points"
             )
         times = self._time(_of_tensors(alone))
         size = sum(each.stat().st_size for each in folder.glob("model.*"))

@@ -96,6 +96,7 @@ def test_a_file_that_loses_too_much_is_not_kept(
     monkeypatch.setattr(targets, "script_of", lambda target: script(target).replace("/ 255\n", "/ 25500\n"))
     error = typed(*words, "--force", code=1).err
     assert "points below the model's" in error
+    assert "one image is 1 points" in error
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
     assert list(tmp_path.iterdir()) == [out]
     typed(*words, "--force", "--drop", 100)
