@@ -21,7 +21,7 @@ from ..models.plain_yaml import MAX_BYTES, YamlError, parse_yaml, write_yaml
 from ..transfer.config import RunConfig
 from ..transfer.engine.stages import Stage
 from ..transfer.loss_config import LossConfig, describes_single_loss
-from ..transfer.mode_facts import MODE_FACTS, Mode
+from ..transfer.mode_config import MODE_FACTS, Mode
 from ..transfer.setting import (
     Leaf,
     Section,

@@ -58,194 +58,69 @@ WHOLE = f"{PROGRAM}(prefix=program)"
 ALL = f"*: {PROGRAM}"
 BIASED = f"{PROGRAM}(bias=7)"
 UNREDUCED: JsonDict = {"sr_ratios": (1, 1, 1, 1), "global_pool": "avg"}
-HEADS = (3, 3, 3, 3, 3, 3, 3, 3, 3, 3, 4, 3, 3)
-MLP_RATIOS = (3.5, 3.5, 3, 3.5, 3, 3, 4, 4, 3.5, 4, 3.5, 4, 3.5)
-"""Of the layers of AutoFormer-T."""
-PLAIN_NAMES = (
-    "attnzero_deit_t", "attnzero_deit_s", "attnzero_deit_b", "attnzero_deit_t_bias", "attnzero_autoformer_t",
-)  # fmt: skip
-PVT_NAMES = ("attnzero_pvt_t", "attnzero_pvt_s", "attnzero_pvt_m", "attnzero_pvt_l", "attnzero_pvt_t_bias")
-SWIN_NAMES = ("attnzero_swin_t", "attnzero_swin_s", "attnzero_swin_b", "attnzero_swin_t_bias")
-CSWIN_NAMES = tuple(f"attnzero_cswin_{size}{trial}" for trial in ("", "_140") for size in "tsb")
+AUTOFORMER: JsonDict = {
+    "num_heads": (3, 3, 3, 3, 3, 3, 3, 3, 3, 3, 4, 3, 3),
+    "mlp_ratio": (3.5, 3.5, 3, 3.5, 3, 3, 4, 4, 3.5, 4, 3.5, 4, 3.5),
+    "qkv_bias": False,
+    "global_pool": "avg",
+}
+"""Of AutoFormer-T: `num_heads` and `mlp_ratio` have a value for each layer."""
 CSWIN_TINY: JsonDict = {"depths": (2, 4, 18, 1), "split_size": (0, 0, 7, 7)}
 CSWIN_BIG: JsonDict = {"depths": (3, 6, 29, 2), "split_size": (0, 0, 7, 7)}
 CSWIN_PLAN = "stage1-2: {}(local_size=0)"
 """LePE of CSwin is the convolution of the values that the program has elsewhere."""
-
-default_cfgs = generate_default_cfgs(
-    {
-        **dict.fromkeys(PLAIN_NAMES, pvt_models.described(fixed_input_size=True)),
-        **dict.fromkeys(PVT_NAMES, pvt_models.described()),
-        **dict.fromkeys(SWIN_NAMES, pvt_models.described(classifier="head.fc")),
-        **dict.fromkeys(CSWIN_NAMES, pvt_models.described(**cswin_models.SHOWN)),
-    }
-)
-
-
-@register_model
-def attnzero_deit_t(pretrained: bool = False, **arguments: Any) -> nn.Module:
-    """AttnZero-DeiT-T."""
-    return _create("attnzero_deit_t", pretrained, "deit_tiny_patch16_224", f"*: {WHOLE}", arguments)
-
-
-@register_model
-def attnzero_deit_s(pretrained: bool = False, **arguments: Any) -> nn.Module:
-    """AttnZero-DeiT-S."""
-    return _create("attnzero_deit_s", pretrained, "deit_small_patch16_224", f"*: {WHOLE}", arguments)
-
-
-@register_model
-def attnzero_deit_b(pretrained: bool = False, **arguments: Any) -> nn.Module:
-    """AttnZero-DeiT-B: layers 4 to 11 have softmax."""
-    return _create("attnzero_deit_b", pretrained, "deit_base_patch16_224", f"0-3: {WHOLE}", arguments)
+BUILT: dict[str, tuple[str, str, JsonDict]] = {
+    "attnzero_deit_t": ("deit_tiny_patch16_224", f"*: {WHOLE}", {}),
+    "attnzero_deit_s": ("deit_small_patch16_224", f"*: {WHOLE}", {}),
+    "attnzero_deit_b": ("deit_base_patch16_224", f"0-3: {WHOLE}", {}),
+    "attnzero_deit_t_bias": ("deit_tiny_patch16_224", f"*: {PROGRAM}(prefix=program, bias=7)", {}),
+    "attnzero_autoformer_t": ("vit_tiny_patch16_224", f"*: {WHOLE}", AUTOFORMER),
+    "attnzero_pvt_t": ("pvt_tiny", ALL, UNREDUCED),
+    "attnzero_pvt_s": ("pvt_small", ALL, UNREDUCED),
+    "attnzero_pvt_m": ("pvt_medium", ALL, UNREDUCED),
+    "attnzero_pvt_l": ("pvt_large", ALL, UNREDUCED),
+    "attnzero_pvt_t_bias": ("pvt_tiny", f"*: {BIASED}", UNREDUCED),
+    "attnzero_swin_t": ("swin_tiny_patch4_window7_224", f"stage1-3: {PROGRAM}", {}),
+    "attnzero_swin_s": ("swin_small_patch4_window7_224", f"stage1-2: {PROGRAM}", {}),
+    "attnzero_swin_b": (
+        "swin_base_patch4_window7_224", f"stage1-2: {PROGRAM}; stage3.0-1: {PROGRAM}", {},
+    ),
+    "attnzero_swin_t_bias": ("swin_tiny_patch4_window7_224", f"stage1-3: {BIASED}", {}),
+    **{
+        f"attnzero_cswin_{size[0]}{end}": (f"cswin_{size}", CSWIN_PLAN.format(program), shape)
+        for end, program in (("", PROGRAM), ("_140", "attnzero_140"))
+        for size, shape in (("tiny", CSWIN_TINY), ("small", CSWIN_BIG), ("base", CSWIN_BIG))
+    },
+}  # fmt: skip
+"""By name: what it is built from, its plan, and the arguments that make it the published size."""
 
 
-@register_model
-def attnzero_deit_t_bias(pretrained: bool = False, **arguments: Any) -> nn.Module:
-    """AttnZero-DeiT-T with a table of positions in each layer."""
-    plan = f"*: {PROGRAM}(prefix=program, bias=7)"
-    return _create("attnzero_deit_t_bias", pretrained, "deit_tiny_patch16_224", plan, arguments)
-
-
-@register_model
-def attnzero_autoformer_t(pretrained: bool = False, **arguments: Any) -> nn.Module:
-    """AttnZero-AutoFormer-T: the mean of the patch tokens goes to the classifier.
-
-    `num_heads` and `mlp_ratio` have a value for each layer.
-    """
-    shape: JsonDict = {"num_heads": HEADS, "mlp_ratio": MLP_RATIOS, "qkv_bias": False, "global_pool": "avg"}
-    given = {**shape, "norm_layer": partial(nn.LayerNorm, eps=1e-5), **arguments}
-    return _create("attnzero_autoformer_t", pretrained, "vit_tiny_patch16_224", f"*: {WHOLE}", given)
-
-
-@register_model
-def attnzero_pvt_t(pretrained: bool = False, **arguments: Any) -> nn.Module:
-    """AttnZero-PVT-T."""
-    return _create("attnzero_pvt_t", pretrained, "pvt_tiny", ALL, {**UNREDUCED, **arguments})
-
-
-@register_model
-def attnzero_pvt_s(pretrained: bool = False, **arguments: Any) -> nn.Module:
-    """AttnZero-PVT-S."""
-    return _create("attnzero_pvt_s", pretrained, "pvt_small", ALL, {**UNREDUCED, **arguments})
-
-
-@register_model
-def attnzero_pvt_m(pretrained: bool = False, **arguments: Any) -> nn.Module:
-    """AttnZero-PVT-M."""
-    return _create("attnzero_pvt_m", pretrained, "pvt_medium", ALL, {**UNREDUCED, **arguments})
-
-
-@register_model
-def attnzero_pvt_l(pretrained: bool = False, **arguments: Any) -> nn.Module:
-    """AttnZero-PVT-L."""
-    return _create("attnzero_pvt_l", pretrained, "pvt_large", ALL, {**UNREDUCED, **arguments})
-
-
-@register_model
-def attnzero_pvt_t_bias(pretrained: bool = False, **arguments: Any) -> nn.Module:
-    """AttnZero-PVT-T with a table of positions in each layer."""
-    given = {**UNREDUCED, **arguments}
-    return _create("attnzero_pvt_t_bias", pretrained, "pvt_tiny", f"*: {BIASED}", given)
-
-
-@register_model
-def attnzero_swin_t(pretrained: bool = False, **arguments: Any) -> nn.Module:
-    """AttnZero-Swin-T: stage 4 has softmax within windows."""
-    host = "swin_tiny_patch4_window7_224"
-    return _create("attnzero_swin_t", pretrained, host, f"stage1-3: {PROGRAM}", arguments)
-
-
-@register_model
-def attnzero_swin_s(pretrained: bool = False, **arguments: Any) -> nn.Module:
-    """AttnZero-Swin-S: stages 3 and 4 have softmax within windows."""
-    host = "swin_small_patch4_window7_224"
-    return _create("attnzero_swin_s", pretrained, host, f"stage1-2: {PROGRAM}", arguments)
-
-
-@register_model
-def attnzero_swin_b(pretrained: bool = False, **arguments: Any) -> nn.Module:
-    """AttnZero-Swin-B: stage 4, and stage 3 from its third block on, have softmax within windows."""
-    host, plan = "swin_base_patch4_window7_224", f"stage1-2: {PROGRAM}; stage3.0-1: {PROGRAM}"
-    return _create("attnzero_swin_b", pretrained, host, plan, arguments)
-
-
-@register_model
-def attnzero_swin_t_bias(pretrained: bool = False, **arguments: Any) -> nn.Module:
-    """AttnZero-Swin-T with a table of positions in each layer that has the program."""
-    host = "swin_tiny_patch4_window7_224"
-    return _create("attnzero_swin_t_bias", pretrained, host, f"stage1-3: {BIASED}", arguments)
-
-
-@register_model
-def attnzero_cswin_t(pretrained: bool = False, **arguments: Any) -> nn.Module:
-    """AttnZero-CSwin-T: stages 3 and 4 have softmax within stripes."""
-    return _create(
-        "attnzero_cswin_t", pretrained, "cswin_tiny", CSWIN_PLAN.format(PROGRAM), {**CSWIN_TINY, **arguments}
+def _described(name: str) -> JsonDict:
+    if name.startswith("attnzero_cswin"):
+        return pvt_models.described(**cswin_models.SHOWN)
+    more = (
+        {"classifier": "head.fc"} if "swin" in name else {} if "pvt" in name else {"fixed_input_size": True}
     )
+    return pvt_models.described(**more)
 
 
-@register_model
-def attnzero_cswin_s(pretrained: bool = False, **arguments: Any) -> nn.Module:
-    """AttnZero-CSwin-S: stages 3 and 4 have softmax within stripes."""
-    return _create(
-        "attnzero_cswin_s", pretrained, "cswin_small", CSWIN_PLAN.format(PROGRAM), {**CSWIN_BIG, **arguments}
-    )
+default_cfgs = generate_default_cfgs({name: _described(name) for name in BUILT})
 
 
-@register_model
-def attnzero_cswin_b(pretrained: bool = False, **arguments: Any) -> nn.Module:
-    """AttnZero-CSwin-B: stages 3 and 4 have softmax within stripes."""
-    return _create(
-        "attnzero_cswin_b", pretrained, "cswin_base", CSWIN_PLAN.format(PROGRAM), {**CSWIN_BIG, **arguments}
-    )
-
-
-@register_model
-def attnzero_cswin_t_140(pretrained: bool = False, **arguments: Any) -> nn.Module:
-    """AttnZero-CSwin-T with the program 140: stages 3 and 4 have softmax within stripes."""
-    return _create(
-        "attnzero_cswin_t_140",
-        pretrained,
-        "cswin_tiny",
-        CSWIN_PLAN.format("attnzero_140"),
-        {**CSWIN_TINY, **arguments},
-    )
-
-
-@register_model
-def attnzero_cswin_s_140(pretrained: bool = False, **arguments: Any) -> nn.Module:
-    """AttnZero-CSwin-S with the program 140: stages 3 and 4 have softmax within stripes."""
-    return _create(
-        "attnzero_cswin_s_140",
-        pretrained,
-        "cswin_small",
-        CSWIN_PLAN.format("attnzero_140"),
-        {**CSWIN_BIG, **arguments},
-    )
-
-
-@register_model
-def attnzero_cswin_b_140(pretrained: bool = False, **arguments: Any) -> nn.Module:
-    """AttnZero-CSwin-B with the program 140: stages 3 and 4 have softmax within stripes."""
-    return _create(
-        "attnzero_cswin_b_140",
-        pretrained,
-        "cswin_base",
-        CSWIN_PLAN.format("attnzero_140"),
-        {**CSWIN_BIG, **arguments},
-    )
-
-
-def _create(name: str, pretrained: bool, host: str, plan: str, given: JsonDict) -> nn.Module:
+def _create(
+    name: str, host: str, plan: str, shape: JsonDict, /, pretrained: bool = False, **given: Any
+) -> nn.Module:
     def build(**arguments: Any) -> nn.Module:
         if name == "attnzero_autoformer_t":
             arguments = _layer_by_layer(**arguments)
         return _with_program(create_timm_model(host, **arguments), plan)
 
-    pyramid = {} if name in PLAIN_NAMES else {"out_indices": (0, 1, 2, 3)}
-    features = {"feature_cls": "getter", **pyramid}
-    return build_model_with_cfg(build, name, pretrained, feature_cfg=features, **given)
+    features = {"feature_cls": "getter"} if "patch16" in host else {**pvt_models.FOUR}
+    return build_model_with_cfg(build, name, pretrained, feature_cfg=features, **{**shape, **given})
+
+
+for _name, _built in BUILT.items():
+    register_model(pvt_models.as_constructor(_create, _name, *_built))
 
 
 def _layer_by_layer(num_heads: Sequence[int], mlp_ratio: Sequence[float], **arguments: Any) -> JsonDict:
@@ -267,7 +142,13 @@ def _layer_by_layer(num_heads: Sequence[int], mlp_ratio: Sequence[float], **argu
         heads, ratio = next(layers)
         return plain_block(**{**given, "num_heads": heads, "mlp_ratio": ratio})
 
-    return {"fc_norm": False, **arguments, "depth": len(num_heads), "block_fn": block}
+    return {
+        "fc_norm": False,
+        "norm_layer": partial(nn.LayerNorm, eps=1e-5),
+        **arguments,
+        "depth": len(num_heads),
+        "block_fn": block,
+    }
 
 
 def _with_program(model: nn.Module, plan: str) -> nn.Module:

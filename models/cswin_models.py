@@ -23,40 +23,26 @@ from torch import nn
 
 from .errors import JsonDict
 from .families.cswin import CSwin
-from .pvt_models import described
+from .pvt_models import FOUR, as_constructor, described
 
 LARGE: JsonDict = {"depths": (2, 4, 32, 2)}
-NAMES = ("cswin_tiny", "cswin_small", "cswin_base", "cswin_large")
+SHAPES: dict[str, JsonDict] = {
+    "cswin_tiny": {},
+    "cswin_small": LARGE,
+    "cswin_base": {**LARGE, "embed_dim": 96, "num_heads": (4, 8, 16, 32)},
+    "cswin_large": {
+        **LARGE,
+        "embed_dim": 144,
+        "num_heads": (6, 12, 24, 24),
+    },  # of the last stage twice as wide
+}
 SHOWN: JsonDict = {"first_conv": "stage1_conv_embed.0", "crop_pct": 0.9}
-default_cfgs = generate_default_cfgs({name: described(**SHOWN) for name in NAMES})
+default_cfgs = generate_default_cfgs({name: described(**SHOWN) for name in SHAPES})
 
 
-@register_model
-def cswin_tiny(pretrained: bool = False, **arguments: Any) -> nn.Module:
-    """CSwin-T."""
-    return _create("cswin_tiny", pretrained, {}, arguments)
+def _create(name: str, shape: JsonDict, /, pretrained: bool = False, **given: Any) -> nn.Module:
+    return build_model_with_cfg(CSwin, name, pretrained, feature_cfg={**FOUR}, **{**shape, **given})
 
 
-@register_model
-def cswin_small(pretrained: bool = False, **arguments: Any) -> nn.Module:
-    """CSwin-S."""
-    return _create("cswin_small", pretrained, LARGE, arguments)
-
-
-@register_model
-def cswin_base(pretrained: bool = False, **arguments: Any) -> nn.Module:
-    """CSwin-B."""
-    shape = {**LARGE, "embed_dim": 96, "num_heads": (4, 8, 16, 32)}
-    return _create("cswin_base", pretrained, shape, arguments)
-
-
-@register_model
-def cswin_large(pretrained: bool = False, **arguments: Any) -> nn.Module:
-    """CSwin-L: heads of the last stage are twice as wide."""
-    shape = {**LARGE, "embed_dim": 144, "num_heads": (6, 12, 24, 24)}
-    return _create("cswin_large", pretrained, shape, arguments)
-
-
-def _create(name: str, pretrained: bool, shape: JsonDict, given: JsonDict) -> nn.Module:
-    features = {"out_indices": (0, 1, 2, 3), "feature_cls": "getter"}
-    return build_model_with_cfg(CSwin, name, pretrained, feature_cfg=features, **{**shape, **given})
+for _name, _shape in SHAPES.items():
+    register_model(as_constructor(_create, _name, _shape))

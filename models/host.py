@@ -99,7 +99,7 @@ class AttentionHost(nn.Module):
     """The parts of a layer that make its keys fewer, which a converted layer has not."""
     has_cosine_logits = False
     """Whether queries and keys have unit length before the learned scale, as in Swin V2."""
-    _block: tuple[nn.Module, ...] = ()
+    _block: tuple[Any, ...] = ()
     """timm's block of a native host; in a tuple, so that it is not registered."""
 
     def __init__(self, original: Any, operator: Operator | None = None) -> None:
@@ -125,7 +125,7 @@ class AttentionHost(nn.Module):
         return float(getattr(self._modules.get("attn_drop"), "p", 0.0))
 
     @property
-    def original(self) -> nn.Module:
+    def original(self) -> Any:
         return self._original[0]
 
     def forward(
@@ -277,8 +277,7 @@ class AttentionHost(nn.Module):
     def _bias(self, shared: Tensor | None) -> Tensor | None:
         if self._parameters.get("relative_position_bias_table") is None:
             return shared
-        layer: Any = self.original
-        own: Tensor = layer._get_rel_pos_bias()
+        own: Tensor = self.original._get_rel_pos_bias()
         return own if shared is None else own + shared
 
     def _child(self, name: str, x: Tensor) -> Tensor:
@@ -361,14 +360,12 @@ class GridHost(AttentionHost):
         self, feat_size: Size, window_size: Size, always_partition: bool | None = None
     ) -> None:
         """Change the grid as timm does; called by timm on blocks of Swin, which a native host replaced."""
-        block: Any = self._block[0]
-        block.set_input_size(feat_size, window_size, always_partition)
+        self._block[0].set_input_size(feat_size, window_size, always_partition)
 
     def init_non_persistent_buffers(self) -> None:
         """Compute the buffers that are not in the state dict; called by timm."""
-        layer: Any = self.original
-        if hasattr(layer, "init_non_persistent_buffers"):
-            layer.init_non_persistent_buffers()
+        if hasattr(self.original, "init_non_persistent_buffers"):
+            self.original.init_non_persistent_buffers()
 
     def _project(self, x_BNC: Tensor) -> Tensor:
         return self._child("qkv", x_BNC)
@@ -420,8 +417,7 @@ class WindowHost(GridHost):
 
     def windows(self, grid: Size) -> Windows:
         """Return the native windows of a grid."""
-        layer: Any = self.original
-        return Windows(grid, (layer.ws, layer.ws))
+        return Windows(grid, (self.original.ws, self.original.ws))
 
     def window_bias(self, windows: Windows, like: Tensor) -> Tensor | None:
         """Return what is added to the native logits of each window, (1 or W, H, M, M)."""

@@ -31,7 +31,6 @@ from . import pvt_models
 from .attention.hilo import HiLoAttention
 from .conversion import convert_layers
 from .converted import converted_layers
-from .errors import JsonDict
 from .families import as_kind, create_timm_model, sites
 from .families.pvt import MlpWithDepthwiseConv
 from .families.swin import WholeGridBlock
@@ -95,65 +94,30 @@ def _initialize(module: nn.Module) -> None:
 
 PLAN = "stage1: none; stage2: none; stage3: softmax; stage4: softmax; merge: deformable"
 PLAN_V2 = "stage1: none; stage2: none; stage3: hilo; stage4: hilo(window=1); merge: deformable"
-SWIN = pvt_models.described(classifier="head.fc")
-
-default_cfgs = generate_default_cfgs(
-    {
-        "lit_ti": pvt_models.described(),
-        **dict.fromkeys(("lit_s", "lit_m", "lit_b", "litv2_s", "litv2_m", "litv2_b"), SWIN),
-    }
-)
-
-
-@register_model
-def lit_ti(pretrained: bool = False, **arguments: Any) -> nn.Module:
-    """LIT-Ti, a PVT-Small."""
-    return _create("lit_ti", pretrained, "pvt_small", 0.1, arguments)
+HOSTS = {
+    "lit_ti": ("pvt_small", 0.1),
+    "lit_s": ("swin_tiny_patch4_window7_224", 0.2),
+    "lit_m": ("swin_small_patch4_window7_224", 0.3),
+    "lit_b": ("swin_base_patch4_window7_224", 0.5),
+    "litv2_s": ("swin_tiny_patch4_window7_224", 0.2),
+    "litv2_m": ("swin_small_patch4_window7_224", 0.3),
+    "litv2_b": ("swin_base_patch4_window7_224", 0.5),
+}
+"""The pyramid that each is built from, and its drop path."""
+SWIN = {name: pvt_models.described(classifier="head.fc") for name in HOSTS if name != "lit_ti"}
+default_cfgs = generate_default_cfgs({"lit_ti": pvt_models.described(), **SWIN})
 
 
-@register_model
-def lit_s(pretrained: bool = False, **arguments: Any) -> nn.Module:
-    """LIT-S, a Swin-T."""
-    return _create("lit_s", pretrained, "swin_tiny_patch4_window7_224", 0.2, arguments)
-
-
-@register_model
-def lit_m(pretrained: bool = False, **arguments: Any) -> nn.Module:
-    """LIT-M, a Swin-S."""
-    return _create("lit_m", pretrained, "swin_small_patch4_window7_224", 0.3, arguments)
-
-
-@register_model
-def lit_b(pretrained: bool = False, **arguments: Any) -> nn.Module:
-    """LIT-B, a Swin-B."""
-    return _create("lit_b", pretrained, "swin_base_patch4_window7_224", 0.5, arguments)
-
-
-@register_model
-def litv2_s(pretrained: bool = False, **arguments: Any) -> nn.Module:
-    """LITv2-S, a Swin-T with HiLo."""
-    return _create("litv2_s", pretrained, "swin_tiny_patch4_window7_224", 0.2, arguments)
-
-
-@register_model
-def litv2_m(pretrained: bool = False, **arguments: Any) -> nn.Module:
-    """LITv2-M, a Swin-S with HiLo."""
-    return _create("litv2_m", pretrained, "swin_small_patch4_window7_224", 0.3, arguments)
-
-
-@register_model
-def litv2_b(pretrained: bool = False, **arguments: Any) -> nn.Module:
-    """LITv2-B, a Swin-B with HiLo."""
-    return _create("litv2_b", pretrained, "swin_base_patch4_window7_224", 0.5, arguments)
-
-
-def _create(name: str, pretrained: bool, host: str, drop_path: float, given: JsonDict) -> nn.Module:
+def _create(name: str, host: str, drop_path: float, /, pretrained: bool = False, **given: Any) -> nn.Module:
     def build(**arguments: Any) -> nn.Module:
         model = create_timm_model(host, **{"drop_path_rate": drop_path, **arguments})
         return _second(model) if name.startswith("litv2") else _first(model)
 
-    features = {"out_indices": (0, 1, 2, 3), "feature_cls": "getter"}
-    return build_model_with_cfg(build, name, pretrained, feature_cfg=features, **given)
+    return build_model_with_cfg(build, name, pretrained, feature_cfg={**pvt_models.FOUR}, **given)
+
+
+for _name, _built in HOSTS.items():
+    register_model(pvt_models.as_constructor(_create, _name, *_built))
 
 
 def _first(model: nn.Module) -> nn.Module:

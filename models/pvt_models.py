@@ -13,6 +13,8 @@ Counted with 1,000 classes at 224 x 224.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
@@ -38,41 +40,30 @@ def described(**more: Any) -> JsonDict:
     }
 
 
-NAMES = ("pvt_tiny", "pvt_small", "pvt_medium", "pvt_large", "pvt_small_full")
-default_cfgs = generate_default_cfgs({name: described() for name in NAMES})
+FOUR: JsonDict = {"out_indices": (0, 1, 2, 3), "feature_cls": "getter"}
+"""What `features_only` reads of a pyramid; timm changes the copy that it gets."""
 
 
-@register_model
-def pvt_tiny(pretrained: bool = False, **arguments: Any) -> nn.Module:
-    """PVT-Tiny."""
-    return _create("pvt_tiny", pretrained, {"depths": (2, 2, 2, 2)}, arguments)
+def as_constructor(create: Callable[..., nn.Module], name: str, *more: Any) -> Callable[..., nn.Module]:
+    """Return `create(name, *more, ...)` as the constructor of a model, for timm's `register_model`."""
+    constructor: Any = partial(create, name, *more)
+    constructor.__name__, constructor.__module__ = name, create.__module__
+    return constructor
 
 
-@register_model
-def pvt_small(pretrained: bool = False, **arguments: Any) -> nn.Module:
-    """PVT-Small."""
-    return _create("pvt_small", pretrained, {"depths": (3, 4, 6, 3)}, arguments)
+SHAPES: dict[str, JsonDict] = {
+    "pvt_tiny": {"depths": (2, 2, 2, 2)},
+    "pvt_small": {"depths": (3, 4, 6, 3)},
+    "pvt_medium": {"depths": (3, 4, 18, 3)},
+    "pvt_large": {"depths": (3, 8, 27, 3)},
+    "pvt_small_full": {"depths": (3, 4, 6, 3), "sr_ratios": (1, 1, 1, 1)},
+}
+default_cfgs = generate_default_cfgs({name: described() for name in SHAPES})
 
 
-@register_model
-def pvt_medium(pretrained: bool = False, **arguments: Any) -> nn.Module:
-    """PVT-Medium."""
-    return _create("pvt_medium", pretrained, {"depths": (3, 4, 18, 3)}, arguments)
+def _create(name: str, shape: JsonDict, /, pretrained: bool = False, **given: Any) -> nn.Module:
+    return build_model_with_cfg(PVT, name, pretrained, feature_cfg={**FOUR}, **{**shape, **given})
 
 
-@register_model
-def pvt_large(pretrained: bool = False, **arguments: Any) -> nn.Module:
-    """PVT-Large."""
-    return _create("pvt_large", pretrained, {"depths": (3, 8, 27, 3)}, arguments)
-
-
-@register_model
-def pvt_small_full(pretrained: bool = False, **arguments: Any) -> nn.Module:
-    """PVT-Small without reduction: every layer attends to every token (Pan et al. 2022, arXiv:2105.14217)."""
-    shape = {"depths": (3, 4, 6, 3), "sr_ratios": (1, 1, 1, 1)}
-    return _create("pvt_small_full", pretrained, shape, arguments)
-
-
-def _create(name: str, pretrained: bool, shape: JsonDict, given: JsonDict) -> nn.Module:
-    features = {"out_indices": (0, 1, 2, 3), "feature_cls": "getter"}
-    return build_model_with_cfg(PVT, name, pretrained, feature_cfg=features, **{**shape, **given})
+for _name, _shape in SHAPES.items():
+    register_model(as_constructor(_create, _name, _shape))

@@ -20,7 +20,6 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
@@ -28,63 +27,29 @@ from torch.overrides import TorchFunctionMode
 
 from .errors import JsonDict
 from .families.plain import VisionTransformer
+from .pvt_models import as_constructor, described
 
-CIFAR_MEAN, CIFAR_STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
-
-
-def _described(img_size: int, mean: tuple[float, ...], std: tuple[float, ...]) -> JsonDict:
-    """Return timm's configuration of a model without published weights."""
-    return {
-        "input_size": (3, img_size, img_size),
-        "num_classes": 10,
-        "fixed_input_size": True,
-        "crop_pct": 1.0,
-        "interpolation": "bicubic",
-        "mean": mean,
-        "std": std,
-        "first_conv": "patch_embed.proj",
-        "classifier": "head",
-    }
-
-
+COMMON: JsonDict = {"num_classes": 10, "fixed_input_size": True, "crop_pct": 1.0}
+CIFAR = described(
+    input_size=(3, 32, 32), mean=(0.4914, 0.4822, 0.4465), std=(0.2470, 0.2435, 0.2616), **COMMON
+)
+SHAPES: dict[str, JsonDict] = {
+    "vit_cifar_nano": {"patch_size": 4, "embed_dim": 128, "depth": 6, "num_heads": 2},
+    "vit_cifar_tiny": {"patch_size": 4, "embed_dim": 192, "depth": 12, "num_heads": 3},
+    "vit_cifar_small": {"patch_size": 4, "embed_dim": 384, "depth": 12, "num_heads": 6},
+    "vit_tiny_d8_patch8_160": {"patch_size": 8, "embed_dim": 192, "depth": 8, "num_heads": 3},
+}
 default_cfgs = generate_default_cfgs(
-    {
-        "vit_cifar_nano": _described(32, CIFAR_MEAN, CIFAR_STD),
-        "vit_cifar_tiny": _described(32, CIFAR_MEAN, CIFAR_STD),
-        "vit_cifar_small": _described(32, CIFAR_MEAN, CIFAR_STD),
-        "vit_tiny_d8_patch8_160": _described(160, IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD),
-    }
+    {**dict.fromkeys(SHAPES, CIFAR), "vit_tiny_d8_patch8_160": described(input_size=(3, 160, 160), **COMMON)}
 )
 
 
-@register_model
-def vit_cifar_nano(pretrained: bool = False, **arguments: Any) -> VisionTransformer:
-    """ViT-Nano/4 at 32 x 32: half the depth of ViT-Tiny and two of its three heads, for runs on a CPU."""
-    return _create("vit_cifar_nano", pretrained, {"embed_dim": 128, "depth": 6, "num_heads": 2}, arguments)
+def _create(name: str, shape: JsonDict, /, pretrained: bool = False, **given: Any) -> nn.Module:
+    return build_model_with_cfg(VisionTransformer, name, pretrained, **{**shape, **given})
 
 
-@register_model
-def vit_cifar_tiny(pretrained: bool = False, **arguments: Any) -> VisionTransformer:
-    """ViT-Tiny/4 at 32 x 32."""
-    return _create("vit_cifar_tiny", pretrained, {"embed_dim": 192, "depth": 12, "num_heads": 3}, arguments)
-
-
-@register_model
-def vit_cifar_small(pretrained: bool = False, **arguments: Any) -> VisionTransformer:
-    """ViT-Small/4 at 32 x 32."""
-    return _create("vit_cifar_small", pretrained, {"embed_dim": 384, "depth": 12, "num_heads": 6}, arguments)
-
-
-@register_model
-def vit_tiny_d8_patch8_160(pretrained: bool = False, **arguments: Any) -> VisionTransformer:
-    """ViT-Tiny/8 at 160 x 160 with 8 layers and 401 tokens: the attention maps are a quarter of the work."""
-    shape = {"patch_size": 8, "embed_dim": 192, "depth": 8, "num_heads": 3}
-    return _create("vit_tiny_d8_patch8_160", pretrained, shape, arguments)
-
-
-def _create(name: str, pretrained: bool, shape: JsonDict, given: JsonDict) -> VisionTransformer:
-    arguments = {"patch_size": 4, **shape, **given}
-    return build_model_with_cfg(VisionTransformer, name, pretrained, **arguments)
+for _name, _shape in SHAPES.items():
+    register_model(as_constructor(_create, _name, _shape))
 
 
 # Build models on the meta device, where they have shapes and no memory.

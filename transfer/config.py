@@ -23,7 +23,9 @@ from pydantic import (
 from ..checkpoints.sources import split_part
 from ..models.errors import JsonDict
 from ..models.plugins import import_packages
-from .data_needs import (
+from .loss_config import TransferConfig
+from .methods.method_facts import facts_of
+from .mode_config import (
     AUGMENTED,
     BYTES,
     CLASSIFIES,
@@ -34,16 +36,19 @@ from .data_needs import (
     JITTERED,
     LABELED,
     LARGEST_BATCH,
+    MODE_FACTS,
     NO_VIEWS,
     RESIZED_AT_RANDOM,
     SUBSET,
+    TEACHER,
     VIEWED,
+    AlignConfig,
+    DenseConfig,
+    Mode,
+    ModeFacts,
+    PretrainConfig,
     of_family,
 )
-from .loss_config import TransferConfig
-from .methods.method_facts import facts_of
-from .mode_config import AlignConfig, DenseConfig, PretrainConfig
-from .mode_facts import MODE_FACTS, TEACHER, Mode, ModeFacts
 from .setting import (
     LOCAL,
     Need,

@@ -9,7 +9,7 @@ from ..models.errors import ConfigError, DataError, GraftError
 from ..models.plan_syntax import operators_in
 from .config import SAME, DataConfig, RunConfig
 from .methods.layer_choice import check_layers
-from .mode_facts import TEACHER
+from .mode_config import TEACHER
 from .setting import check_effect
 
 

@@ -3,12 +3,121 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated, ClassVar, Literal
+from dataclasses import dataclass
+from typing import Annotated, ClassVar, Final, Literal
 
 from pydantic import ValidationInfo, field_validator
 
 from ..models.dense import DESIGNS, DETECTION, SEGMENTATION, Kind
 from .setting import LOCAL, Need, Section, in_mode, setting
+
+# The conditions under which a setting of `data` has an effect.
+
+
+def of_family(*families: str) -> Need:
+    """Return the condition of settings that only some kinds of data sets read."""
+    *others, last = [f"{family}/..." for family in families]
+    why = f"with data.dataset={{run.data.kind}}: leave it out, or set data.dataset to {', '.join(others)} or {last}"
+    return Need(lambda run: run.data.family in families, why)
+
+
+IN_A_FOLDER = Need(
+    lambda run: run.data.family != "digits",
+    "with data.dataset={run.data.dataset}, which is part of graftvit: leave it out, or set data.dataset",
+)
+SUBSET = Need(
+    lambda run: run.data.train_samples is not None,
+    "without data.train_samples, which it chooses: leave it out, or set data.train_samples",
+)
+EVALUATES = (
+    Need(
+        lambda run: run.data.val_split is not None,
+        "with data.val_split=none, which turns evaluation off: leave it out",
+    ),
+    Need(
+        lambda run: run.evaluates,
+        "with mode={run.mode} and engine.metric=auto, which evaluate nothing: leave it out, or set engine.metric",
+    ),
+)
+LARGEST_BATCH = 2**20
+"""Images; the last batch of an evaluation is padded to its size, in memory."""
+NO_VIEWS = "with data.views=0, which shows images without augmentation: leave it out"
+AUGMENTED = Need(lambda run: run.data.views != 0, NO_VIEWS)
+CROPPED = Need(
+    lambda run: run.data.aa != "affine",
+    "with data.aa=affine, which neither crops nor flips: leave it out, or choose another data.aa",
+)
+CLASSIFIES = Need(
+    lambda run: run.dense.head is None,
+    "with dense.head={run.dense.head}, whose images are resized and cropped as dense.* says: leave it out",
+)
+VIEWED = Need(
+    lambda run: run.data.views is not None,
+    "without data.views, so that no image is seen twice: leave it out, or set data.views to a number",
+)
+BYTES = Need(
+    lambda run: run.data.reprob == 0,
+    "data.reprob={run.data.reprob}, whose noise no bytes can hold: leave one of them out",
+    finding="does not go with",
+)
+FRESH_VIEWS = Need(
+    lambda run: run.data.views is None,
+    "beside data.views={run.data.views}, which fixes the views of an image: leave one of them out",
+    instead="data.views",
+)
+JITTERED = Need(
+    lambda run: run.data.aa in (None, "", "none") or "3a" in run.data.aa,
+    "with data.aa={run.data.aa}, in whose place it works: leave it out, or set data.aa=none",
+)
+RESIZED_AT_RANDOM = (
+    Need(lambda run: run.data.interpolation != "random" or run.data.views != 0, NO_VIEWS),
+    Need(
+        lambda run: run.data.interpolation != "random" or run.data.aa != "affine",
+        "with data.aa=affine, whose interpolation is fixed: leave it out, or choose bicubic or bilinear",
+    ),
+)
+LABELED = Need(lambda run: run.needs_labels, "in a run that learns without labels: leave it out")
+
+
+# What is known of each train mode before anything is built; `engine/modes.py` adds what it computes. No torch here.
+
+Mode = Literal["transfer", "align", "finetune", "scratch", "pretrain"]
+TEACHER: Final = "teacher"
+"""Source of a student that starts from the weights of the run's own teacher."""
+
+
+@dataclass(frozen=True)
+class ModeFacts:
+    """The properties of a mode that hold for each of its runs."""
+
+    taught: bool = False
+    """Presence of a teacher in every step."""
+    transfers: bool = False
+    """Losses, or copies, of the section `transfer`."""
+    learns_labels: bool = True
+    """Need of labels, unless `transfer.task_weight` is 0."""
+    starts_from: str | None = None
+    """Weights that the student starts from where the settings name none."""
+    keeps_head: bool = True
+    """A head that learns whatever `optim.trainable` says."""
+    draws_head: bool = False
+    """A head that is drawn after all other fresh weights, so that it depends on the number of their draws."""
+    aligns: bool = False
+    """Training of converted layers alone, apart from their blocks."""
+    classifies: bool = True
+    """A student that can have an accuracy."""
+    pools: bool = True
+    """A student that is pooled as `student.global_pool` says."""
+
+
+MODE_FACTS: dict[Mode, ModeFacts] = {
+    "transfer": ModeFacts(taught=True, transfers=True),
+    "align": ModeFacts(taught=True, learns_labels=False, starts_from=TEACHER, keeps_head=False, aligns=True),
+    "finetune": ModeFacts(starts_from=TEACHER, draws_head=True),
+    "scratch": ModeFacts(),
+    "pretrain": ModeFacts(learns_labels=False, classifies=False, pools=False),
+}
+
 
 MatchName = Literal["output", "map", "probes", "rows"]
 

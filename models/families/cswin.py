@@ -237,8 +237,7 @@ class StripeHost(GridHost):
 
     def stripes(self, grid: Size) -> list[Stripes]:
         """Return the native stripes of each equal part of the heads."""
-        layer: Any = self.original
-        return layer.stripes(grid)
+        return self.original.stripes(grid)
 
     def attend(self, heads: Heads) -> Tensor:
         if self.is_native and isinstance(self.operator, Softmax):
@@ -282,8 +281,7 @@ class StripeHost(GridHost):
 
     @property
     def _stripe(self) -> int:
-        layer: Any = self.original
-        return int(layer.split)
+        return int(self.original.split)
 
     def _meeting(self, cut: Stripes, heads: Heads) -> Tensor:
         """Return the bias of the stripes of one kind, (N, N), or (N, N + 1) if stripes of the layer are padded."""

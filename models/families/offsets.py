@@ -208,8 +208,7 @@ class LevitHost(DistanceHost):
         return super().all_pairs(geometry) * (1 + times(self.original)) // 2
 
     def _project(self, x_BNC: Tensor) -> Tensor:
-        layer: Any = self.original
-        if not getattr(layer, "use_conv", False):
+        if not getattr(self.original, "use_conv", False):
             return self._child("qkv", x_BNC)
         image = x_BNC.transpose(1, 2).unflatten(2, self.resolution)
         return self._child("qkv", image).flatten(2).transpose(1, 2)

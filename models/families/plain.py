@@ -383,8 +383,7 @@ class DiffHost(AttentionHost):
         return heads
 
     def merge(self, out_BHND: Tensor, x: Tensor) -> Tensor:
-        layer: Any = self.original
-        return super().merge(self._child("sub_norm", out_BHND) * (1 - layer.lambda_init), x)
+        return super().merge(self._child("sub_norm", out_BHND) * (1 - self.original.lambda_init), x)
 
     def _position(self, part: str, x_BHND: Tensor, rope: Tensor | None) -> Tensor:
         if part == "v":
@@ -392,9 +391,8 @@ class DiffHost(AttentionHost):
         return self._child(f"{part}_norm", x_BHND.unflatten(3, (2, -1))).flatten(3)
 
     def _difference(self, logits_BHNN: Tensor) -> Tensor:
-        layer: Any = self.original
         first, second = logits_BHNN.softmax(-1).unflatten(1, (-1, 2)).unbind(2)
-        return first - layer._compute_lambda().type_as(first) * second
+        return first - self.original._compute_lambda().type_as(first) * second
 
 
 def _halves(x_BHND: Tensor) -> Tensor:

@@ -101,12 +101,10 @@ class MaskUnitHost(WindowHost):
     @property
     def side(self) -> int:
         """The rows and columns of a mask unit."""
-        layer: Any = self.original
-        return math.isqrt(layer.window_size)
+        return math.isqrt(self.original.window_size)
 
     def windows(self, grid: Size) -> Windows:
-        layer: Any = self.original
-        return Windows(grid, (self.side, self.side) if layer.use_mask_unit_attn else grid)
+        return Windows(grid, (self.side, self.side) if self.original.use_mask_unit_attn else grid)
 
     def project(self, x: Tensor, size: Size | None = None) -> Heads:  # type: ignore[override]
         """Compute the projections of the tokens row by row."""
@@ -212,7 +210,7 @@ class DetectorHost(WindowHost):
 
     def windows(self, grid: Size) -> Windows:
         [block] = self._block
-        rows, columns = block.window_size  # type: ignore[misc]
+        rows, columns = block.window_size
         return Windows(grid, (rows, columns) if rows else grid)
 
 
@@ -277,9 +275,8 @@ class PoolingHost(GridHost):
     @property
     def steps(self) -> Size:
         """The rows and columns of tokens from one key of timm's layer to the next."""
-        layer: Any = self.original
-        pool = layer._modules.get("pool_k")
-        rows, columns = getattr(layer, "steps", None) or ((1, 1) if pool is None else pool.stride)
+        pool = self.original._modules.get("pool_k")
+        rows, columns = getattr(self.original, "steps", None) or ((1, 1) if pool is None else pool.stride)
         return int(rows), int(columns)
 
     def prepare(self, bare: nn.Module) -> None:
@@ -329,9 +326,8 @@ class PoolingHost(GridHost):
         return F.pad((by_row + by_column).flatten(4, 5).flatten(2, 3), (prefix, 0, prefix, 0))
 
     def with_local(self, out_BHND: Tensor, heads: Heads) -> Tensor:
-        layer: Any = self.original
         queries: Any = heads.q
-        return out_BHND + queries if layer.residual_pooling else out_BHND
+        return out_BHND + queries if self.original.residual_pooling else out_BHND
 
 
 def _rows_of(table_RD: Tensor, side: int, own: int, step: int) -> Tensor:

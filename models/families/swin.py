@@ -40,14 +40,12 @@ class SwinHost(WindowHost):
     """The table and what it was, and the table resampled for the latest other grid."""
 
     def windows(self, grid: Size) -> Windows:
-        block: Any = self._block[0]
-        return Windows(grid, tuple(block.window_size), tuple(block.shift_size))
+        return Windows(grid, tuple(self._block[0].window_size), tuple(self._block[0].shift_size))
 
     @property
     def window_size(self) -> Size:
         """The grid of the bias: code that resamples tables by timm's names reads it here."""
-        layer: Any = self.original
-        height, width = layer.window_size
+        height, width = self.original.window_size
         return height, width
 
     def set_input_size(
@@ -60,8 +58,7 @@ class SwinHost(WindowHost):
             self.fit_bias(feat_size)
 
     def fit_bias(self, grid: Size) -> None:
-        layer: Any = self.original
-        layer.set_window_size(tuple(grid))
+        self.original.set_window_size(tuple(grid))
 
     def grid_bias(self, grid: Size, q_BHND: Tensor | None) -> Tensor | None:
         if not self.has_bias:
@@ -94,8 +91,7 @@ class SwinHost(WindowHost):
 
     def relative_bias(self) -> Tensor:
         """Return the bias of all pairs of tokens of the window that the layer is set to, (1, H, M, M)."""
-        layer: Any = self.original
-        return layer._get_rel_pos_bias()
+        return self.original._get_rel_pos_bias()
 
     def _shift_mask(self, windows: Windows, like: Tensor) -> Tensor | None:
         """Return -100 between tokens of a window that are no neighbors in the grid, (W, M, M); None without a shift."""
@@ -154,8 +150,7 @@ class SwinCrHost(SwinV2Host):
     """The same, with a bias computed by a network that has dropout."""
 
     def relative_bias(self) -> Tensor:
-        layer: Any = self.original
-        return layer._relative_positional_encodings()
+        return self.original._relative_positional_encodings()
 
 
 class _WholeGrid:

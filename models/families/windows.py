@@ -31,8 +31,7 @@ class BlockWindowHost(WindowHost):
     """A layer whose block says how large windows are."""
 
     def windows(self, grid: Size) -> Windows:
-        block: Any = self._block[0]
-        return Windows(grid, tuple(block.window_size))
+        return Windows(grid, tuple(self._block[0].window_size))
 
 
 # DaViT: windows, then attention of channels, in turn.

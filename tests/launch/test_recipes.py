@@ -24,7 +24,7 @@ from graftvit.models.plan_syntax import AS_IT_IS, NONE, parse_plan
 from graftvit.transfer.config import AUTO
 from graftvit.transfer.engine.build import settle
 from graftvit.transfer.engine.optim import peak_learning_rate
-from graftvit.transfer.mode_facts import TEACHER
+from graftvit.transfer.mode_config import TEACHER
 from support.files.data_sets import image, write_images
 from support.runs.typed import Typed
 from timm.data import dataset_factory

@@ -19,7 +19,7 @@ from graftvit.transfer.config import RunConfig
 from graftvit.transfer.engine.build import build, check_settings
 from graftvit.transfer.engine.modes import MODES, mode_of
 from graftvit.transfer.engine.optim import create_optimizer, plan_schedule
-from graftvit.transfer.mode_facts import MODE_FACTS, Mode
+from graftvit.transfer.mode_config import MODE_FACTS, Mode
 from graftvit.transfer.setting import check_effect, find_rule, find_unread, rule_of, without
 from support.runs.engine_runs import ARCHITECTURE, ARGUMENTS, make_teacher
 from torch import Tensor

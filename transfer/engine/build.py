@@ -49,7 +49,7 @@ from ..data.sampler import preserved
 from ..first_checks import check_first
 from ..methods.loss_terms import DEFAULT_TEACHER
 from ..metrics.measure import PROBES
-from ..mode_facts import TEACHER
+from ..mode_config import TEACHER
 from ..target_shards import TargetRows, TargetShards, check_metric, find_shards
 from .goals import Models
 from .modes import Criterion, Mode, choose, classifies, goal_of, mode_of

@@ -16,7 +16,7 @@ from ....models.families import depths
 from ...loss_config import LossConfig, TransferConfig
 from ...methods.pairs import resolve_layers, resolve_plan
 from ...methods.registry import find_method
-from ...mode_facts import MODE_FACTS
+from ...mode_config import MODE_FACTS
 from ..layer_maps import KeyPlaces, layer_maps, map_divergence
 from . import map_figures as measures
 from .map_figures import LayerLook, Look
