@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import json
 import logging
+import multiprocessing
 import os
 import random
 import resource
-import signal
 import struct
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from functools import partial
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import pytest
@@ -25,6 +27,8 @@ from graftvit.models.errors import CheckpointError, GraftError
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
+
+FORK = multiprocessing.get_context("fork")
 
 
 def listed(folder: Path) -> list[str]:
@@ -171,36 +175,35 @@ def test_a_death_between_renames(tmp_path: Path, died_after: str, monkeypatch: p
     assert listed(tmp_path) == ["last.safetensors", "previous.safetensors"]
 
 
-SAVER = """
-import sys, pathlib, torch
-from graftvit.checkpoints.state import StateFolder, TrainingState
-folder = StateFolder(pathlib.Path(sys.argv[1]))
-state = folder.load()
-step = 0 if state is None else state.meta["step"]
-print("ready", flush=True)
-while True:
-    step += 1
-    folder.save(TrainingState({"student.weight": torch.full((300_000,), float(step))}, {"step": step}))
-    print(step, flush=True)
-"""
+def save_without_end(path: Path, said: Connection) -> None:
+    folder = StateFolder(path)
+    state = folder.load()
+    for step in itertools.count(1 if state is None else state.meta["step"] + 1):
+        folder.save(TrainingState({"student.weight": torch.full((300_000,), float(step))}, {"step": step}))
+        said.send(step)
 
 
-@pytest.mark.slow
+def heard(said: Connection) -> Iterator[int]:
+    """What was said, to the end of a process that may have been cut short in a word."""
+    with contextlib.suppress(EOFError, OSError):
+        while True:
+            yield said.recv()
+
+
 def test_kill_9_at_any_moment_leaves_the_last_reported_state_or_a_newer_one(tmp_path: Path) -> None:
     chance = random.Random(5)
     reached = 0
     for _ in range(10):
-        process = subprocess.Popen(
-            [sys.executable, "-c", SAVER, str(tmp_path)], stdout=subprocess.PIPE, text=True
-        )
-        assert process.stdout is not None
-        assert process.stdout.readline() == "ready\n"
-        begin = time.perf_counter()
-        first = process.stdout.readline()
+        said, ours = FORK.Pipe(duplex=False)
+        process = FORK.Process(target=save_without_end, args=(tmp_path, ours))
+        process.start()
+        ours.close()
+        first, begin = said.recv(), time.perf_counter()
+        second = said.recv()
         time.sleep(chance.uniform(0, 3) * (time.perf_counter() - begin))  # in units of one save
-        process.send_signal(signal.SIGKILL)
-        reported = [int(line) for line in (first + process.communicate()[0]).split("\n")[:-1]]
-        reached = max([reached, *reported])
+        process.kill()
+        process.join()
+        reached = max([reached, first, second, *heard(said)])
         state = StateFolder(tmp_path).load()
         assert (step_of(state) or 0) >= reached
     assert reached > 10

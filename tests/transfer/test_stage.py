@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import io
+import multiprocessing
 import os
 import signal
-import subprocess
-import sys
 import tarfile
 import zipfile
 from functools import partial
@@ -30,7 +29,6 @@ from support.files.data_sets import encoded, write_classes, write_images, write_
 from support.files.image_folders import class_folder
 from support.runs.engine_runs import config, differences, make_teacher
 from support.runs.interrupting import terminated_after
-from support.runs.patience import PATIENCE
 
 
 def settings(path: Path, disk: Path, **more: object) -> DataConfig:
@@ -338,29 +336,30 @@ def test_long_copies_are_told_of(
     assert "left" in lines[0]
 
 
-SHARE = """
-import sys
-from pathlib import Path
-from graftvit.transfer.config import DataConfig
-from graftvit.transfer import staging
-real = staging.copy
-def noted(*arguments):
-    with Path(sys.argv[3]).open("a") as file:
-        file.write("copied\\n")
-    real(*arguments)
-staging.copy = noted
-print(staging.stage(DataConfig(data_path=sys.argv[1], stage=sys.argv[2])).data_path)
-"""
+def test_processes_that_come_at_once_share_one_copy(
+    flowers: DataConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = staging.copy
 
+    def note(name: str, word: object) -> None:
+        with (tmp_path / name).open("a") as file:
+            file.write(f"{word}\n")
 
-@pytest.mark.slow
-def test_processes_that_come_at_once_share_one_copy(flowers: DataConfig, tmp_path: Path) -> None:
-    words = [sys.executable, "-c", SHARE, str(flowers.data_path), str(flowers.stage), str(tmp_path / "noted")]
-    started = [subprocess.Popen(words, stdout=subprocess.PIPE, text=True) for _ in range(3)]
-    places = {process.communicate(timeout=PATIENCE)[0].strip() for process in started}
-    assert [process.returncode for process in started] == [0, 0, 0]
-    assert len(places) == 1
-    assert (tmp_path / "noted").read_text().split() == ["copied"]
+    def noted(*arguments: Any) -> None:
+        note("copies", "copied")
+        real(*arguments)
+
+    monkeypatch.setattr(staging, "copy", noted)
+    fork = multiprocessing.get_context("fork")
+    started = [fork.Process(target=lambda: note("places", stage(flowers).data_path)) for _ in range(3)]
+    for process in started:
+        process.start()
+    for process in started:
+        process.join()
+    assert [process.exitcode for process in started] == [0, 0, 0]
+    places = (tmp_path / "places").read_text().split()
+    assert (len(places), len(set(places))) == (3, 1)
+    assert (tmp_path / "copies").read_text().split() == ["copied"]
 
 
 def link(name: str, to: str, kind: bytes = tarfile.LNKTYPE) -> tarfile.TarInfo:

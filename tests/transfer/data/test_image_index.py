@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import zlib
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from graftvit.models.errors import DataError
 from graftvit.transfer.config import DataConfig
 from graftvit.transfer.data import image_folder
@@ -28,6 +28,7 @@ from graftvit.transfer.data.image_folder import (
     pack_lists,
     unpack_lists,
 )
+from graftvit.transfer.engine.parallel import list_together
 from support.files.data_sets import write_classes
 from support.files.irregular_files import KINDS, irregular
 
@@ -321,34 +322,33 @@ def test_what_is_no_regular_file_is_no_image(kind: str, tmp_path: Path) -> None:
 
 # Several processes.
 
-RANK = """
-import os, sys, pathlib
-rank, folder, data = int(sys.argv[1]), pathlib.Path(sys.argv[2]), sys.argv[3 + int(sys.argv[1])]
-import torch.distributed as dist
-from graftvit.models.errors import DataError
-from graftvit.transfer.config import DataConfig
-from graftvit.transfer.engine.parallel import list_together
+FORK = multiprocessing.get_context("fork")
 
-dist.init_process_group("gloo", init_method=f"file://{folder / 'group'}", rank=rank, world_size=2)
-if rank:
-    os.scandir = None
-try:
-    found = list_together(DataConfig(data_path=data), ["train", "val"], dist.group.WORLD, folder / "images.index")
-    text = "\\0".join(path[len(data):] for each in found for path in each.files)
-except DataError:
-    text = "refused"
-(folder / f"rank-{rank}").write_bytes(os.fsencode(text))
-"""
+
+def list_as(rank: int, folder: Path, data: str) -> None:
+    group = f"file://{folder / 'group'}"
+    torch.distributed.init_process_group("gloo", init_method=group, rank=rank, world_size=2)
+    world = torch.distributed.group.WORLD
+    if rank:
+        os.scandir = None  # type: ignore[assignment]
+    try:
+        found = list_together(DataConfig(data_path=data), ["train", "val"], world, folder / "images.index")
+        text = "\0".join(path[len(data) :] for each in found for path in each.files)
+    except DataError:
+        text = "refused"
+    (folder / f"rank-{rank}").write_bytes(os.fsencode(text))
 
 
 def lists_of(folder: Path, *data: Path) -> list[bytes]:
-    words = [str(folder), *map(str, data)]
-    ranks = [subprocess.Popen([sys.executable, "-c", RANK, str(rank), *words]) for rank in range(2)]
-    assert [rank.wait(timeout=300) for rank in ranks] == [0, 0]
+    ranks = [FORK.Process(target=list_as, args=(rank, folder, str(data[rank]))) for rank in range(2)]
+    for rank in ranks:
+        rank.start()
+    for rank in ranks:
+        rank.join()
+    assert [rank.exitcode for rank in ranks] == [0, 0]
     return [(folder / f"rank-{rank}").read_bytes() for rank in range(2)]
 
 
-@pytest.mark.slow
 def test_ranks_have_the_list_of_the_first_whatever_they_see(tmp_path: Path) -> None:
     one, other = (write_classes(tmp_path / name, ["cat", "dog"], count=2) for name in ("one", "other"))
     (one / "train" / b"caf\xe9".decode(errors="surrogateescape")).mkdir()
@@ -360,7 +360,6 @@ def test_ranks_have_the_list_of_the_first_whatever_they_see(tmp_path: Path) -> N
     assert b"more" not in first
 
 
-@pytest.mark.slow
 def test_ranks_that_see_other_splits_are_refused_together(tmp_path: Path) -> None:
     one, other = (write_classes(tmp_path / name, ["cat", "dog"], count=2) for name in ("one", "other"))
     shutil.rmtree(other / "val")

@@ -276,9 +276,9 @@ def _score_in_a_process(rank: int, ranks: int, file: str, folder: str) -> None:
     dist.destroy_process_group()
 
 
-@pytest.mark.slow
 def test_processes_give_the_scores_of_one(tmp_path: Path) -> None:
-    mp.spawn(_score_in_a_process, (2, str(tmp_path / "group"), str(tmp_path)), nprocs=2)
+    given = 2, str(tmp_path / "group"), str(tmp_path)
+    mp.start_processes(_score_in_a_process, given, nprocs=2, start_method="fork")
     one = MeanIoU(4)
     for predicted, target in random_maps(5):
         one.add([predicted], [target])
