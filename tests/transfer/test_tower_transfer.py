@@ -220,7 +220,7 @@ def test_compiled_it_learns_the_same() -> None:
         for parameter in student.parameters():
             parameter.mul_(0.7)
     dual = DualViT(tower("dinov2"), student, "distill")
-    compiled = torch.compile(dual, backend="aot_eager")
+    compiled = torch.compile(dual, backend="eager")
     torch.testing.assert_close(compiled(x).transfer_loss, dual(x).transfer_loss)
 
 

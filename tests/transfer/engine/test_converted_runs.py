@@ -226,13 +226,10 @@ def test_what_a_pyramid_cannot_do_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["pvt1", *KINDS])
-def test_linear_attention_trains_saves_loads_exports_and_resizes(kind: str, tmp_path: Path) -> None:
-    student, exported = tmp_path / "run" / "student", tmp_path / "model.pt2"
+def test_linear_attention_trains_saves_loads_and_resizes(kind: str, tmp_path: Path) -> None:
+    student = tmp_path / "run" / "student"
     train(pyramid(tmp_path / "run", kind, student={"plan": "*: linear", "without": ["bias"]}))
     assert plan_of(graftvit.load(student)) == "*: linear"
-    assert main(["export", str(student), str(exported)]) == 0
-    found = torch.export.load(exported).module()(images((32, 32)))
-    torch.testing.assert_close(found, logits(graftvit.load(student)), rtol=1e-3, atol=1e-4)
     assert main(["checkpoint", "save", str(student), str(tmp_path / "bigger"), "--img_size", "48,40"]) == 0
     bigger, again = graftvit.load(student, img_size=(48, 40)), graftvit.load(tmp_path / "bigger")
     assert image_size(again) == (48, 40)
