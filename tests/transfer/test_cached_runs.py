@@ -9,7 +9,6 @@ import multiprocessing
 import os
 import shutil
 import signal
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -30,9 +29,9 @@ from graftvit.transfer.engine.resume_check import Position
 from graftvit.transfer.engine.train import train
 from graftvit.transfer.methods.dual import DualViT
 from support.files.data_sets import image, write_classes, write_shards
-from support.runs.engine_runs import config, differences, make_convnext, make_teacher, tiny_vit
+from support.runs.engine_runs import config, differences, make_teacher, tiny_vit
 from support.runs.interrupting import terminated_after
-from support.runs.scenarios import RunScenario, scenario_server
+from support.runs.scenarios import RunScenario
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
@@ -40,16 +39,6 @@ DATA = {"mixup": 0.0, "views": 2}
 PLAIN = {"views": 0, "crop_scale": (0.08, 1.0)}
 FEATURE = {"method": "feature"}
 LOGITS = {"method": "logits", "temperature": 2.0}
-
-
-@pytest.fixture(scope="module")
-def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_teacher(tmp_path_factory.mktemp("teachers") / "teacher")
-
-
-@pytest.fixture(scope="module")
-def convnext(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_convnext(tmp_path_factory.mktemp("teachers") / "convnext")
 
 
 @pytest.fixture
@@ -501,12 +490,6 @@ def test_the_loader_processes_of_a_run_end_with_it(teacher: Path, tmp_path: Path
         assert [each for each in multiprocessing.active_children() if each not in others] == []
     finally:
         gc.enable()
-
-
-@pytest.fixture(scope="module")
-def run_scenario() -> Iterator[RunScenario]:
-    with scenario_server() as run:
-        yield run
 
 
 @pytest.mark.slow

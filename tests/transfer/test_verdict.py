@@ -19,23 +19,13 @@ from graftvit.transfer.engine.tasks import TransferTask, classification_loss
 from graftvit.transfer.engine.train import train
 from graftvit.transfer.methods.dual import DualViT
 from graftvit.transfer.verdict import PAGE, RECORD, Verdict, advise, gradient_norms, read_verdict
-from support.runs.engine_runs import config, make_convnext, make_teacher, several_losses, tiny_vit
+from support.runs.engine_runs import config, several_losses, tiny_vit
 from support.runs.interrupting import terminated_after
 from support.slurm.sweep_folders import make_sweep, write_run
 from torch import Tensor, nn
 
 pytestmark = pytest.mark.usefixtures("few_digits")
 REPORT = {"report": True}
-
-
-@pytest.fixture(scope="module")
-def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_teacher(tmp_path_factory.mktemp("teachers") / "teacher")
-
-
-@pytest.fixture(scope="module")
-def convnext(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_convnext(tmp_path_factory.mktemp("teachers") / "convnext")
 
 
 @pytest.fixture(scope="module")

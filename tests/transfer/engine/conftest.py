@@ -1,27 +1,10 @@
-"""What the tests of the engine share: a teacher for a file, and for a worker a server that forks runs."""
+"""Runs of the engine are evaluated on few digits."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from pathlib import Path
-
 import pytest
-from support.runs.engine_runs import make_teacher
-from support.runs.scenarios import RunScenario, scenario_server
 
 
 @pytest.fixture(scope="module", autouse=True)
 def every_run_has(few_digits: None) -> None:
     """Evaluate each run on few digits."""
-
-
-@pytest.fixture(scope="module")
-def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """With a head of ten classes."""
-    return make_teacher(tmp_path_factory.mktemp("teachers") / "teacher")
-
-
-@pytest.fixture(scope="session")
-def run_scenario() -> Iterator[RunScenario]:
-    with scenario_server() as run:
-        yield run

@@ -342,11 +342,6 @@ def test_a_compiled_teacher_gives_the_same(method: str, monkeypatch: pytest.Monk
     assert counter.frame_count == 1
 
 
-@pytest.fixture(scope="module")
-def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_teacher(tmp_path_factory.mktemp("teacher"))
-
-
 def test_a_run_with_a_half_teacher(teacher: Path, tmp_path: Path) -> None:
     sizes, losses = {}, {}
     for kind, name in (("fp32", "float32"), ("bf16", "bfloat16")):
