@@ -250,7 +250,7 @@ class Session:
 
 @pytest.mark.slow
 @settings(
-    max_examples=COUNT or 50,
+    max_examples=COUNT or 30,
     derandomize=not COUNT,
     deadline=None,
     database=None,
