@@ -81,6 +81,11 @@ def check_same_run(saved: Json, config: RunConfig) -> None:
     for key, (before, now) in changes(saved, config).items():
         if is_free(RunConfig, key):
             continue
+        if config.output_dir == RunConfig.model_fields["output_dir"].default:
+            raise ConfigError(
+                f"{config.output_dir}, the default of output_dir, holds another run, which was started with "
+                f"{key}={before!r}, not {now!r}: give --output_dir DIR for a new run, or that value to resume the other"
+            )
         raise ConfigError(
             f"{key}={now!r}, but the run in {config.output_dir} was started with "
             f"{before!r}: give the value that it was started with, or another output_dir"

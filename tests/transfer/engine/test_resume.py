@@ -53,8 +53,15 @@ def saved(**sections: Any) -> dict[str, Any]:
 )
 def test_a_setting_that_matters_is_refused_by_name(key: str, change: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=rf"^{key}.*was started with"):
-        check_same_run(saved(), RunConfig(**change))
+        check_same_run(saved(), RunConfig(output_dir=Path("runs/mine"), **change))
     check_same_run(saved(**change), RunConfig(**change))
+
+
+def test_the_default_folder_with_another_run_is_named_first() -> None:
+    with pytest.raises(
+        ConfigError, match=r"^runs/default, .*holds another run, .*seed=0, not 1: give --output_dir DIR"
+    ):
+        check_same_run(saved(), RunConfig(seed=1))
 
 
 def test_numbers_of_an_older_default_are_those_of_the_run() -> None:
@@ -69,7 +76,9 @@ def test_numbers_of_an_older_default_are_those_of_the_run() -> None:
         512,
         16,
     )
-    with pytest.raises(ConfigError, match=r"^pretrain.decoder_dim=256, but the run .* was started with 512"):
+    with pytest.raises(
+        ConfigError, match=r"another run, which was started with pretrain.decoder_dim=512, not 256"
+    ):
         check_same_run(older, RunConfig(pretrain={"decoder_dim": 256}))
     assert as_begun(RunConfig(), saved()) == RunConfig()
 
