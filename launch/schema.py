@@ -12,9 +12,13 @@ from ..transfer.config import RunConfig
 from .fields import leaves, sections
 
 if TYPE_CHECKING:
-    from pydantic_core.core_schema import ModelSchema, NullableSchema
+    from pydantic_core.core_schema import FloatSchema, IntSchema, ModelSchema, NullableSchema
 
 NULL: JsonDict = {"type": "null"}
+WHOLE: JsonDict = {"type": ["integer", "string"], "pattern": r"^[-+]?[0-9]+$"}
+NUMBER: JsonDict = {
+    "type": ["number", "string"], "pattern": r"^[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?$"
+}  # fmt: skip
 NONE: JsonDict = {"type": "string", "pattern": "^[Nn][Oo][Nn][Ee]$"}
 
 
@@ -24,6 +28,14 @@ class _Schema(GenerateJsonSchema):
     def field_title_should_be_set(self, schema: object) -> bool:
         """Return that no key has a title, which would be the key again."""
         return False
+
+    def int_schema(self, schema: IntSchema) -> JsonSchemaValue:
+        """Return the schema of a whole number, which may be in quotes."""
+        return {**super().int_schema(schema), **WHOLE}
+
+    def float_schema(self, schema: FloatSchema) -> JsonSchemaValue:
+        """Return the schema of a number, which may be in quotes."""
+        return {**super().float_schema(schema), **NUMBER}
 
     def nullable_schema(self, schema: NullableSchema) -> JsonSchemaValue:
         """Return the schema of an optional value, which may be written `none`."""
@@ -36,7 +48,7 @@ class _Schema(GenerateJsonSchema):
 
 
 def recipe_schema() -> JsonDict:
-    """Return the JSON schema (draft 2020-12) of a recipe or YAML file: what `load_config` accepts, but quoted numbers.
+    """Return the JSON schema (draft 2020-12) of a recipe or YAML file: what `load_config` accepts.
 
     Settings stand in their section or as dotted keys, in the file, in a stage and in a student.
     """

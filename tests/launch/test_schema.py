@@ -46,6 +46,8 @@ def test_every_recipe_and_every_configuration_of_a_run_fit(schema: Draft202012Va
         ("{transfer: {layers: 7, heads: [0, 1]}, optim: null}", True),
         ("{students: {linear: {student.plan: '*: linear'}}}", True),
         ("{transfer: {losses: [{method: of_a_plugin, layers: [[1, 2]]}]}}", True),
+        ("{optim: {blr: '1e-3', epochs: '3', betas: ['0.9', 0.95]}, student.img_size: '64'}", True),
+        ("{optim: {epochs: '3.5'}}", False),
         ("{optim: {blrr: 1e-3}}", False),
         ("{optim.epochs: many}", False),
         ("{stages: [{mode: align}]}", False),
