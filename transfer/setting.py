@@ -317,7 +317,9 @@ class Leaf:
         hint = f", did you mean {near!r}? It" if near else ", but"
         meaning = f" ({self.field.description})" if self.field.description else ""
         shown = repr(value) if len(repr(value)) < LONGEST_VALUE else kind_of(value)
-        return f"{name} is {shown}{hint} must be {self.valid()}{meaning}"
+        listed = isinstance(value, str) and "[" not in value and isinstance(self.parse(value), list)
+        form = f": write [{value}]" if listed and section_of_entries(self.field.annotation) is None else ""
+        return f"{name} is {shown}{hint} must be {self.valid()}{meaning}{form}"
 
     def parse(self, text: str) -> Any:
         """Parse a user's `text`. Text that cannot be parsed is returned unchanged, and validation refuses it."""

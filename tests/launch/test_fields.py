@@ -114,6 +114,16 @@ def test_valid_values_are_put_in_words(key: str, words: str) -> None:
 
 
 @pytest.mark.parametrize(
+    ("key", "text"),
+    [("engine.trackers", "tensorboard,wandb"), ("optim.betas", "0.9,0.95"), ("imports", "mine")],
+)
+def test_the_refusal_of_a_text_shows_the_list_to_write(key: str, text: str) -> None:
+    assert leaf_of(key).refusal(key, text).endswith(f": write [{text}]")
+    assert "write [" not in leaf_of("transfer.losses").refusal("transfer.losses", text)
+    assert "write [" not in leaf_of("optim.epochs").refusal("optim.epochs", text)
+
+
+@pytest.mark.parametrize(
     ("name", "hint"),
     [
         ("optim.blrr", "did you mean 'optim.blr'?"),
