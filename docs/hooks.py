@@ -19,6 +19,14 @@ ROW = re.compile(r"^\| ([^|]+) \| (\[.+) \|$", re.MULTILINE)
 NAMED = re.compile(r"\[([^]]+)\]\(([^)]+)\)")
 TARGET = re.compile(r"(?<=\]\()(?![a-z]+:)[^)#]+")
 """The file of a link to a file of the repository."""
+MEMBERS: dict[str, list[str]] = {
+    "DualViT": [
+        "describe", "forward", "map_divergences", "predict", "release", "save", "standardize", "teachers", "teaching",
+        "to_model", "with_student",
+    ],
+    "RunConfig": [],
+}  # fmt: skip
+"""By class: the members that its users need, where others are for the engine. configuration.md has the settings."""
 
 
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
@@ -65,7 +73,9 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
 def write_names() -> str:
     """Return the page of the public names: the help of the package, and the place of each for mkdocstrings."""
     text = re.sub(r"^(\w.*?) {2,}(.+)$", r"- **\1**: \2", str(graftvit.__doc__), flags=re.MULTILINE)
-    return "\n".join(["# Python", "", text, *(f"::: graftvit.{name}" for name in graftvit.__all__)])
+    options = {name: f"\n    options:\n      members: {members}" for name, members in MEMBERS.items()}
+    places = (f"::: graftvit.{name}{options.get(name, '')}" for name in graftvit.__all__)
+    return "\n".join(["# Python", "", text, *places])
 
 
 def place_of(path: str) -> str:
