@@ -86,6 +86,14 @@ def main(argv: list[str] | None = None) -> int:
         sentence = GraftError(f"{error.filename}: {error.strerror or error}")
         sys.stderr.write(f"graftvit: {_rank()}error: {sentence}\n")
         return 1
+    except RuntimeError as error:
+        from .slurm.failures import classify
+
+        if not _rank() or classify(error, saved=False)[0] != "consequence":
+            raise
+        sentence = GraftError(f"another process of this run has ended, and says why; torch here: {error}")
+        sys.stderr.write(f"graftvit: {_rank()}error: {sentence}\n")
+        return 1
     except KeyboardInterrupt:
         sys.stderr.write("graftvit: stopped by Ctrl-C\n")
         return 130

@@ -254,6 +254,21 @@ def test_the_rank_is_named_where_there_are_several(
     assert "graftvit: rank 2: error:" in capsys.readouterr().err
 
 
+def test_a_rank_that_only_lost_another_says_so_without_a_traceback(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lost = RuntimeError("[gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:2245")
+    fake_engine(monkeypatch, lost)
+    with pytest.raises(RuntimeError, match="closed by peer"):  # one process has no other
+        main(["train", "digits_scratch"])
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.setenv("RANK", "2")
+    monkeypatch.setattr(cli, "_run", lambda words: (_ for _ in ()).throw(lost))
+    monkeypatch.setattr("graftvit.launch.launcher.prepare_process", lambda: None)
+    assert main(["train", "digits_scratch"]) == 1
+    assert "graftvit: rank 2: error: another process of this run has ended" in capsys.readouterr().err
+
+
 def test_demo_hands_on_what_it_was_told(
     monkeypatch: pytest.MonkeyPatch, typed: Typed, tmp_path: Path
 ) -> None:
