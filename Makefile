@@ -74,9 +74,15 @@ lint: $(VENV)/.dependencies
 	$(foreach package,$(PACKAGES),ln -s "$(CURDIR)/$(package)" build/typing/graftvit/$(package);)
 	MYPYPATH=build/typing $(BIN)/mypy --explicit-package-bases --namespace-packages -p graftvit
 
-docs: install
+# The table of timm's models takes a minute: it is written again if what it is made of has changed.
+MODELS := build/models_table
+docs: install $(MODELS)
 	$(BIN)/python tests/settings_page.py
 	$(BIN)/mkdocs build
+
+$(MODELS): tests/settings_page.py transfer/methods/mismatch.py $(shell find models -name "*.py") $(VENV)/.dependencies | install
+	$(BIN)/python tests/settings_page.py models.md
+	mkdir -p build && touch $@
 
 notebooks: install
 	$(BIN)/python tests/notebooks.py

@@ -4,7 +4,8 @@ recipes: `make docs`."""
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import timm
@@ -193,12 +194,13 @@ SLOW_PAGES = {"models.md": render_models}
 """By page: what its marked table holds."""
 
 
-def main() -> None:
-    for name, render in {**PAGES, **SLOW_PAGES}.items():
-        text = (DOCS / name).read_text()
+def main(names: Sequence[str]) -> None:
+    """Write the tables of pages, by default of all but the slow ones, and the schema."""
+    for name in names or PAGES:
+        text, render = (DOCS / name).read_text(), {**PAGES, **SLOW_PAGES}[name]
         (DOCS / name).write_text(MARKED.sub(lambda _, render=render: render(), text))
     (DOCS.parent / "cfgs" / "schema.json").write_text(schema_text())
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])
