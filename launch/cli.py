@@ -91,7 +91,8 @@ def main(argv: list[str] | None = None) -> int:
 
         if not _rank() or classify(error, saved=False)[0] != "consequence":
             raise
-        sentence = GraftError(f"another process of this run has ended, and says why; torch here: {error}")
+        said = "another process of this run has ended or does not answer: see its log; torch says"
+        sentence = GraftError(f"{said}: {error}")
         sys.stderr.write(f"graftvit: {_rank()}error: {sentence}\n")
         return 1
     except KeyboardInterrupt:
