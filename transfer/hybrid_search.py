@@ -28,7 +28,7 @@ from scipy.optimize import Bounds, LinearConstraint, milp
 from torch import Tensor, nn
 
 from ..checkpoints.files import append_line, digest, open_lines, read_records
-from ..models.conversion import convert, converted_layers, resize
+from ..models.conversion import ConvertedAttention, convert, converted_layers, resize
 from ..models.cost import count_operations
 from ..models.errors import ConfigError, TransferError
 from ..models.families import classifier_of, family_of, image_channels, image_size, sites
@@ -170,7 +170,12 @@ class Palette:
 
     def plan(self, mix: Mix) -> dict[int, str]:
         """Return the operator of each converted layer, on which the cost of a mix depends."""
-        return {layer: str(self.layers[name][layer].choice) for layer, name in enumerate(mix) if name != KEEP}
+        return {layer: self._text(self.layers[name][layer]) for layer, name in enumerate(mix) if name != KEEP}
+
+    def _text(self, layer: ConvertedAttention) -> str:
+        """Return the operator of a student's layer; with its counts if it was created for another image size."""
+        here = layer.tokens.plan_size in (None, image_size(self.teacher))
+        return str(layer.choice if here else layer.resolved)
 
     def model(self, mix: Mix) -> nn.Module:
         """Return the model of a mix: the teacher, with these layers of the students."""

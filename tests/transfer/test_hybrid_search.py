@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import timm
 import torch
-from graftvit.models.conversion import convert, converted_layers
+from graftvit.models.conversion import convert, converted_layers, resize
 from graftvit.models.cost import count_operations
 from graftvit.models.errors import ConfigError, TransferError
 from graftvit.transfer.hybrid_search import (
@@ -252,6 +252,18 @@ def test_an_error_that_is_not_finite_is_refused_and_never_read(tmp_path: Path) -
         journal.path.write_text(json.dumps(record) + "\n")
         assert journal.known("a", lambda: 2.0) == 2.0
     assert journal.known("a", lambda: 3.0) == 2.0
+
+
+@pytest.mark.parametrize("size", [12, 32])
+def test_a_student_that_was_aligned_at_another_size_is_the_same_in_a_mix(size: int) -> None:
+    teacher = vit()
+    student = students(teacher, ("nystrom",))["nystrom"]
+    resize(student, size)
+    resize(teacher, size)
+    palette = Palette(teacher, {"nystrom": student})
+    whole, sample = palette.model(("nystrom",) * 3), torch.randn(2, 3, size, size)
+    torch.testing.assert_close(whole(sample), student(sample))
+    assert palette.plan(("nystrom", KEEP, KEEP)) == {0: "nystrom(num_landmarks=3)"}
 
 
 def test_students_of_another_teacher_are_refused() -> None:
