@@ -7,7 +7,9 @@ from typing import Any
 
 import pytest
 import yaml
+from graftvit.checkpoints.pretrained import load_pretrained
 from graftvit.launch.load_config import load_comparison, load_stages
+from graftvit.models.cost import attention_macs, other_macs
 from graftvit.models.errors import ConfigError
 from graftvit.transfer.analysis.compare.student_cell import train_cell
 from support.runs.commands import Command
@@ -129,6 +131,24 @@ def test_mistakes_are_one_sentence(tmp_path: Path) -> None:
         load_comparison(path)
     with pytest.raises(ConfigError, match=r"compare\.plans is \{\}"):
         load_comparison(write_config(tmp_path / ".", {}))
+
+
+@pytest.mark.slow
+def test_fresh_students_of_another_size_than_the_teacher_are_compared(tmp_path: Path, typed: Typed) -> None:
+    path = write_config(tmp_path, {"linear": "*: linear"})
+    config = yaml.safe_load(path.read_text())
+    del config["stages"], config["student"]["init"]
+    config |= {"mode": "transfer", "transfer": {"method": "feature"}}
+    config["student"]["model_args"] |= {"embed_dim": 24, "depth": 1}
+    config["optim"] = {"epochs": 1, "warmup_epochs": 0}
+    path.write_text(yaml.safe_dump(config))
+    for again in ([], ["--speed", "2"]):
+        typed("compare", path, *again)
+        teacher, uniform, linear = (cell(tmp_path, f"{name}-8") for name in ("teacher", "uniform", "linear"))
+        assert uniform["error"] is linear["error"] is None
+        assert uniform["layer_errors"] == linear["layer_errors"] == {}
+        own = load_pretrained(f"local-dir:{tmp_path / 'given-teacher'}").model
+        assert teacher["speeds"][0]["macs"] == sum(attention_macs(own)) + other_macs(own)
 
 
 @pytest.mark.slow

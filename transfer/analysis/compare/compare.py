@@ -140,9 +140,8 @@ def _run_cell(comparison: Comparison, cell: Cell) -> Record:
 
 
 def _teacher_numbers(comparison: Comparison, cell: Cell) -> JsonDict:
-    student = comparison.config.student.model_copy(update={"img_size": cell.size})
-    config = comparison.config.model_copy(update={"student": student})
-    teacher = teacher_of(config)
+    config = comparison.config
+    teacher = teacher_of(config, config.teacher.img_size or cell.size)
     score = score_teacher(config, teacher)
     keep_maps(teacher, config.data, comparison.cell_folder(cell))
     return {

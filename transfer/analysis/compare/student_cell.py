@@ -323,11 +323,16 @@ def _score(name: str, record: JsonDict, seconds: float) -> Score:
 
 
 def _errors(own: Sequence[Stage], steps: Sequence[Stage], count: int) -> dict[str, dict[int, float]]:
-    """Measure the layers' errors before the first step and after each stage."""
-    teacher = teacher_of(own[0].config)
-    images = test_images(own[0].config, teacher, count)
-    parts = build(own[0].config)
-    fit_student(own[0].config, parts, torch.device("cpu"), FittedLayers(steps[0].config.output_dir))
+    """Measure the layers' errors before the first step and after each stage; none of a student of other sizes, whose
+    layers cannot see what the teacher's do."""
+    config = own[0].config
+    teacher = teacher_of(config, config.teacher.img_size or config.student.img_size)
+    unconverted = fresh_model(config, None, config.student.img_size)
+    if sites(teacher.model) != sites(unconverted):
+        return {}
+    images = test_images(config, teacher, count)
+    parts = build(config)
+    fit_student(config, parts, torch.device("cpu"), FittedLayers(steps[0].config.output_dir))
     start = parts.task.trainable
     students = {ZERO_SHOT: start} | {
         stage.name: load_pretrained(f"local-dir:{stage.config.output_dir / 'student'}").model
@@ -336,14 +341,14 @@ def _errors(own: Sequence[Stage], steps: Sequence[Stage], count: int) -> dict[st
     return {name: layer_errors(teacher.model, student, images) for name, student in students.items()}
 
 
-def teacher_of(config: RunConfig) -> Pretrained:
-    """Load the teacher at the size of the student's images."""
+def teacher_of(config: RunConfig, size: int | tuple[int, int] | None) -> Pretrained:
+    """Load the teacher for images of a size."""
     how = config.teacher
     return load_pretrained(
         str(how.source),
         model=how.model,
         model_args=how.model_args,
-        img_size=how.img_size or config.student.img_size,
+        img_size=size,
         position_embedding=how.position_embedding,
         revision=how.revision,
         identified=True,
@@ -368,11 +373,15 @@ def _loader(config: RunConfig, teacher: Pretrained) -> Any:
 
 
 def speed_models(config: RunConfig, plan: str | None, size: int) -> tuple[nn.Module, nn.Module]:
-    """Build the unconverted model and the student with random weights, which are as fast as trained ones."""
+    """Build the unconverted model and the student with random weights, which are as fast as trained ones.
+
+    Without a plan both are the teacher.
+    """
+    if plan is None:
+        teacher = teacher_of(config, size).model
+        return teacher, teacher
     torch.manual_seed(0)
     softmax = fresh_model(config, None, size)
-    if plan is None:
-        return softmax, softmax
     student = convert(softmax, plan, without=config.student.without)
     fit_at_random(converted_layers(student))
     return softmax, student
@@ -439,7 +448,7 @@ def _together(comparison: Comparison, records: Sequence[Record], size: int, repe
     before = {record.name: speed for record in records for speed in record.speeds if speed.size == size}
     plans = {record.name: record.plan for record in records}
     everyone = {name: speed_models(comparison.config, plans[name], size)[1] for name in before}
-    everyone[TWIN] = speed_models(comparison.config, None, size)[0]
+    everyone[TWIN] = fresh_model(comparison.config, None, size)
     batch = next(iter(before.values())).batch
     images = _images(everyone, size, batch, comparison.device)
     times = _times(everyone, images, repeats, comparison.device)
