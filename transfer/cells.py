@@ -199,7 +199,15 @@ def _ready(waiting: Collection[C], running: Collection[C]) -> list[C]:
 
 
 def _start(cell: PoolCell) -> BaseProcess:
-    """Start a process as a copy of one that has loaded the cell's code, which takes seconds to load."""
+    """Start a process as a copy of one that has loaded the cell's code, which takes seconds to load.
+
+    Raises RunFailedError: the cell's folder cannot be written.
+    """
+    try:
+        cell.folder.mkdir(parents=True, exist_ok=True)
+        log_of(cell).open("a").close()
+    except OSError as error:
+        raise RunFailedError(f"{cell.folder} cannot be written: {error.strerror}") from error
     if "forkserver" in multiprocessing.get_all_start_methods():
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload([__name__, type(cell).__module__])
@@ -215,7 +223,6 @@ def _run(cell: PoolCell) -> None:
     if hasattr(os, "setpgid"):
         os.setpgid(0, 0)  # Ctrl-C is for the parent, which then tells its cells to stop
     gc.freeze()  # or searching for garbage copies all that was loaded before the fork
-    cell.folder.mkdir(parents=True, exist_ok=True)
     with log_of(cell).open("a", buffering=1) as log:
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)

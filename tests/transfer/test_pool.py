@@ -7,14 +7,16 @@ from pathlib import Path
 
 import pytest
 from graftvit.checkpoints.files import digest
-from graftvit.models.errors import ConfigError
+from graftvit.models.errors import ConfigError, RunFailedError
 from graftvit.transfer import cells
+from graftvit.transfer.analysis.demo_cells import demo_cells
 from graftvit.transfer.cells import (
     Ending,
     State,
     cell_state,
     left_to_run,
     load_record,
+    run_in_processes,
     run_in_turn,
     save_record,
     usable_cores,
@@ -61,6 +63,13 @@ def test_cells_that_are_done_are_left_out_and_each_line_says_where_we_are() -> N
     assert told[1::2] == ["[1/3] b", "[2/3] c", "[3/3] d"]
     assert [line.partition(";")[0] for line in told[2::2]] == ["    B", "    C", "    D"]
     assert told[-1] == "    D; 0 s to go"
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    (tmp_path / "quick").write_text("a file")
+    demo = demo_cells(tmp_path, (0,), quick=True)[:1]
+    with pytest.raises(RunFailedError, match=r"quick/teacher_supervised cannot be written: Not a directory"):
+        run_in_processes(demo, 1, look=len, finish=str)
 
 
 def test_a_process_has_the_cores_that_slurm_the_kernel_and_its_container_grant(

@@ -164,8 +164,8 @@ class Cell:
 
     def progress(self) -> float:
         """Return the share of the run that is done, by its log."""
-        steps = (record["step"] for record in read_records(self.folder / "log.jsonl") if "step" in record)
-        return min(1.0, max(steps, default=0) / self.steps)
+        steps = (record.get("step") for record in read_records(self.folder / "log.jsonl"))
+        return min(1.0, max((step for step in steps if isinstance(step, int)), default=0) / self.steps)
 
     @property
     def settings(self) -> str:

@@ -122,6 +122,9 @@ def test_how_far_a_teacher_of_one_epoch_is_stands_in_its_log(quick: bool, steps:
     teacher.folder.mkdir(parents=True)
     (teacher.folder / "log.jsonl").write_text('{"epoch": 0, "step": 50}\n{"epoch": 0, "step": 100}\n')
     assert teacher.progress() == 100 / steps
+    with (teacher.folder / "log.jsonl").open("a") as log:
+        log.write('{"step": "x"}\n{"step": null}\n')
+    assert teacher.progress() == 100 / steps
     assert teacher.seconds == pytest.approx(DATA_SETS["fashion_mnist"].seconds["supervised"] * steps / 937)
 
 
