@@ -30,11 +30,8 @@ SHAPES: dict[str, JsonDict] = {
     "cswin_tiny": {},
     "cswin_small": LARGE,
     "cswin_base": {**LARGE, "embed_dim": 96, "num_heads": (4, 8, 16, 32)},
-    "cswin_large": {
-        **LARGE,
-        "embed_dim": 144,
-        "num_heads": (6, 12, 24, 24),
-    },  # of the last stage twice as wide
+    # heads of the last stage are twice as wide
+    "cswin_large": {**LARGE, "embed_dim": 144, "num_heads": (6, 12, 24, 24)},
 }
 SHOWN: JsonDict = {"first_conv": "stage1_conv_embed.0", "crop_pct": 0.9}
 default_cfgs = generate_default_cfgs({name: described(**SHOWN) for name in SHAPES})
