@@ -207,7 +207,7 @@ def save(outcomes: Sequence[Outcome], file: Path) -> None:
 
 
 def table(outcomes: Sequence[Outcome]) -> str:
-    """Return a row for each student and method: top-1, and the gain over scratch within the seeds."""
+    """Return a row for each student and method: top-1, and the gain over scratch within the seeds; last its mean."""
     header = ["student", "method", "takes"]
     counts = [
         count
@@ -216,31 +216,49 @@ def table(outcomes: Sequence[Outcome]) -> str:
     ]
     for count in counts:
         header += [f"{count} a class", "against scratch"]
+    header.append("in the mean")
     rows = []
     for student, methods in sorted(METHODS, key=lambda block: list(STUDENTS).index(block[0])):
         for method in methods:
             numbers = [text for count in counts for text in columns(outcomes, student, method, count)]
             if any(numbers):
-                rows.append([student, method, TAKES[method.partition(" ")[0]], *numbers])
+                mean = mean_gain(gains(outcomes, student, method, counts))
+                rows.append([student, method, TAKES[method.partition(" ")[0]], *numbers, mean])
     return Table(header, rows).to_markdown()
 
 
 def columns(outcomes: Sequence[Outcome], student: str, method: str, count: int) -> tuple[str, str]:
     """Return the mean top-1 and the mean gain over scratch; in bold beyond three standard errors."""
-    own, base = (by_seed(outcomes, student, each, count) for each in (method, "scratch"))
+    own = by_seed(outcomes, student, method, count)
     if not own:
         return "", ""
     seeds = "" if len(own) == len(SEEDS) else f" (seeds: {len(own)})"
-    gains = [own[seed] - base[seed] for seed in own if seed in base]
-    mean = f"{statistics.mean(own.values()):.1f} %{seeds}"
-    if method == "scratch" or not gains:
-        return mean, ""
-    gain = statistics.mean(gains)
-    if len(gains) < 2:
-        return mean, f"{gain:+.1f}"
-    error = statistics.stdev(gains) / len(gains) ** 0.5
-    text = f"{gain:+.1f} ± {error:.1f}"
-    return mean, f"**{text}**" if len(gains) == len(SEEDS) and abs(gain) > 3 * error else text
+    return f"{statistics.mean(own.values()):.1f} %{seeds}", mean_gain(
+        gains(outcomes, student, method, [count])
+    )
+
+
+def gains(outcomes: Sequence[Outcome], student: str, method: str, counts: Sequence[int]) -> list[float]:
+    """Return what each seed gains over scratch, its mean over numbers of labels, for seeds that have all of them."""
+    if method == "scratch":
+        return []
+    own, base = (
+        [by_seed(outcomes, student, each, count) for count in counts] for each in (method, "scratch")
+    )
+    seeds = set[int](SEEDS).intersection(*own, *base)
+    return [
+        statistics.mean(top1[seed] - scratch[seed] for top1, scratch in zip(own, base, strict=True))
+        for seed in sorted(seeds)
+    ]
+
+
+def mean_gain(found: Sequence[float]) -> str:
+    """Return the mean with its standard error, in bold beyond three of them."""
+    if len(found) < 2:
+        return f"{found[0]:+.1f}" if found else ""
+    mean, error = statistics.mean(found), statistics.stdev(found) / len(found) ** 0.5
+    text = f"{mean:+.1f} ± {error:.1f}"
+    return f"**{text}**" if len(found) == len(SEEDS) and abs(mean) > 3 * error else text
 
 
 def by_seed(outcomes: Sequence[Outcome], student: str, method: str, count: int) -> dict[int, float]:

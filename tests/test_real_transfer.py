@@ -114,6 +114,19 @@ def test_gains_are_within_seeds_and_bold_beyond_three_standard_errors() -> None:
     assert benchmark.columns(outcomes, "same", "copy", 10) == ("", "")
 
 
+def test_the_mean_gain_is_of_seeds_that_have_every_number_of_labels() -> None:
+    tops = {10: {"scratch": (50, 60, 55), "copy": (52, 66, 55)}, 40: {"scratch": (70, 70), "copy": (74, 72)}}
+    outcomes = [
+        Outcome(Cell("same", method, count, seed, 1e-3), top1)
+        for count, methods in tops.items()
+        for method, each in methods.items()
+        for seed, top1 in enumerate(each)
+    ]
+    assert benchmark.gains(outcomes, "same", "copy", [10, 40]) == [3, 4]
+    assert benchmark.gains(outcomes, "same", "copy", [10]) == [2, 6, 0]
+    assert benchmark.mean_gain([3, 4]) == "+3.5 ± 0.5"
+
+
 def test_the_page_has_the_table_of_the_results() -> None:
     page = (ROOT / "docs" / "real.md").read_text()
     found = benchmark.load(benchmark.RESULTS)

@@ -324,7 +324,7 @@ class DataConfig(Section):
         "number of validation images to evaluate on, the same in every run and balanced over classes; all by default",
         *EVALUATES,
         gt=0,
-        see="[some of the images](data.md#some-of-the-images)",
+        see="[some images](data.md#folders)",
     )
     batch_size: int = setting(32, "images per device and step", gt=0, le=LARGEST_BATCH)
     eval_batch_size: int | None = setting(
