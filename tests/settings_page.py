@@ -118,9 +118,14 @@ def render_operator(kind: Callable[..., object], names: list[str]) -> str:
 
 def timm_modules() -> list[str]:
     """Return timm's own modules that have models with attention over tokens or channels."""
-    names = {module: timm.list_models(module=module) for module in sorted(timm.list_modules())}
+    names = {module: names_of(module) for module in sorted(timm.list_modules())}
     own = (module for module, models in names.items() if models and _is_timms(models[0]))
     return [module for module in own if _has_attention(outlined(names[module][0]))]
+
+
+def names_of(module: str) -> list[str]:
+    """Return the models of a module without those of `support.models.tiny_families`."""
+    return timm.list_models(module=module, exclude_filters="free_*")
 
 
 def _is_timms(name: str) -> bool:
@@ -165,7 +170,7 @@ def render_models() -> str:
         [],
     )
     for module in timm_modules():
-        names = timm.list_models(module=module)
+        names = names_of(module)
         taken = [name for name in names if not refusal(name)]
         if taken:
             rows.append(f"| `{module}` | {len(taken)} of {len(names)} | {describe_maps(taken[0])} |")
