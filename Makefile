@@ -15,7 +15,9 @@
 #   make bench   time and memory against the dense form, results in benchmarks/, README.md and docs/transfer.md
 #                (again with ARGS=--keep_freed_memory for the numbers where the C library keeps freed memory)
 #   make dist    the wheel and the source distribution in dist/, checked; the wheel runs the short demo in an empty
-#                environment, for which every dependency is installed again
+#                environment, for which every dependency is installed again; without network it takes wheels of a
+#                folder: pip download -d wheels ".[test,lint]" build twine setuptools wheel, and later
+#                PIP_NO_INDEX=1 PIP_FIND_LINKS=$PWD/wheels make dist
 #   make gpu     what only a GPU can show: its tests, then time and memory, a table in docs/transfer.md
 #   make dev     an editable install for editors, mypy and pyright, which the other targets keep until `make clean`
 #   make help    show these lines
