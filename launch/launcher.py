@@ -1,4 +1,4 @@
-"""Find which launcher started this process, and set the variables that torch needs.
+"""Find which launcher started this process, and set what torch and the collector of garbage need.
 
 torchrun and `accelerate launch` set RANK and related variables themselves. `srun` does not, and a run of eight tasks
 would be eight runs in one folder. Two launchers at once are refused if they contradict each other.

@@ -1,4 +1,4 @@
-"""The errors for a user's mistake: one sentence with the flag, its value and the valid values."""
+"""The errors for a user's mistake, and for a loader process that died: one sentence with what to do."""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""The sections of the settings that only some runs read: alignment, masked autoencoding, detection and segmentation."""
+"""What is known of a run's mode before anything is built: facts, conditions of settings, and sections of some runs.
+
+The sections are those of alignment, masked autoencoding, detection and segmentation.
+"""
 
 from __future__ import annotations
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any, ClassVar, Literal, cast
 
@@ -139,7 +140,7 @@ class PVTStage(nn.Module):
         return x_BNC, grid
 
 
-class Pyramid(nn.Module):
+class Pyramid(nn.Module, ABC):
     """What our pyramids share: the interface of timm's models, over stages one after another."""
 
     num_features: int
@@ -149,21 +150,21 @@ class Pyramid(nn.Module):
     num_classes: int
     global_pool: str
 
+    @abstractmethod
     def stage_list(self) -> list[Any]:
         """Return the stages in order."""
-        raise NotImplementedError
 
+    @abstractmethod
     def run_stage(self, i: int, x: Tensor) -> tuple[Tensor, Size]:
         """Return the tokens of stage `i` and their grid, from the images or the map of the stage before."""
-        raise NotImplementedError
 
     def as_map(self, i: int, x_BNC: Tensor, grid: Size) -> Tensor:
         """Return the tokens of the grid of stage `i` as (B, C, H, W)."""
         return x_BNC.transpose(1, 2).unflatten(2, grid)
 
+    @abstractmethod
     def drop_stages(self, first: int) -> None:
         """Drop the stages from `first` on."""
-        raise NotImplementedError
 
     def init_weights(self) -> None:
         """Initialize as published: truncated normal of 0.02 for linear layers, torch's own start for convolutions."""

@@ -235,7 +235,7 @@ def _student(
         None if teacher is None else teacher.teacher,
         seed,
         config,
-        steps=config.optim.max_steps or config.optim.epochs,
+        steps=config.optim.max_steps or config.optim.epochs,  # an epoch of few labels is one batch
         seconds=data.seconds[method],
         needs=None if teacher is None else teacher.folder,
     )

@@ -562,7 +562,7 @@ def val_subset(config: DataConfig, source: ImageSource) -> list[int] | None:
     count = config.val_samples
     if count is None:
         return None
-    return list(_subset(source, count, f"data.val_samples={count}", config.val_split, seed=0))
+    return _subset(source, count, f"data.val_samples={count}", config.val_split, seed=0).tolist()
 
 
 def _subset(source: ImageSource, count: int, setting: str, split: str | None, seed: int) -> Indices:
