@@ -37,7 +37,7 @@ from .fields import check_value, find_key, find_stage_key, leaf_of, leaves, sect
 if TYPE_CHECKING:
     from importlib.abc import Traversable
 
-    from ..transfer.analysis.compare.comparison_cells import Comparison
+    from ..transfer.analysis.compare.comparison_cells import CompareConfig, Comparison
     from ..transfer.bench_rows import Row
     from ..transfer.bench_run import Bench
     from ..transfer.config import RunConfig
@@ -563,17 +563,23 @@ FOR_THE_TEACHER = ("engine.device", "data.data_path", "data.stage", "data.worker
 """The settings of the comparison that also hold for the run that trains the teacher."""
 
 
+def load_compare(source: str | Path) -> CompareConfig:
+    """Load the section `compare` of a recipe or YAML file. Raises ConfigError: it is missing or not valid."""
+    from ..transfer.analysis.compare.comparison_cells import CompareConfig
+
+    remedy = "add compare: {plans: {linear: '*: linear', ...}}, or take the recipe digits_compare"
+    return _read_section(CompareConfig, read_recipe(source).compare, "compare", source, remedy)
+
+
 def load_comparison(source: str | Path, overrides: Iterable[Setting] = ()) -> Comparison:
     """Load the comparison of a recipe or YAML file. A file without `stages:` is one stage, named by its mode.
 
     Raises ConfigError if the file has no section `compare` or is not valid.
     """
-    from ..transfer.analysis.compare.comparison_cells import CompareConfig, Comparison, check_stages
+    from ..transfer.analysis.compare.comparison_cells import Comparison, check_stages
     from ..transfer.engine.stages import Stage
 
-    given = list(overrides)
-    remedy = "add compare: {plans: {linear: '*: linear', ...}}, or take the recipe digits_compare"
-    compare = _read_section(CompareConfig, read_recipe(source).compare, "compare", source, remedy)
+    given, compare = list(overrides), load_compare(source)
     stages = load_stages(source, given)
     if not stages:
         config = load_config(source, given)

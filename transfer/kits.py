@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 import shlex
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, TypeAlias
 
 from pydantic import Field, ValidationError, field_validator
 from scipy import stats
@@ -17,7 +17,7 @@ from scipy import stats
 from ..checkpoints.files import digest, read_regular
 from ..checkpoints.provenance import Pretrained
 from ..models.cost import attention_macs, other_macs
-from ..models.errors import ConfigError, Json, JsonDict
+from ..models.errors import ConfigError, Json, JsonDict, counted, did_you_mean
 from ..models.plain_yaml import MAX_BYTES, YamlError, parse_yaml
 from .bench_rows import Point, Row
 from .bench_run import environment
@@ -59,6 +59,10 @@ class Contrast(Section):
     higher: str = Field(description="name of a student")
     lower: str = Field(description="name of a student")
     says: str = Field(description="what is shown if it is above")
+
+
+Student: TypeAlias = tuple[str, int | None]
+"""The name of a student of a surrogate, and its seed; None for a teacher, and for one run alone."""
 
 
 class Surrogate(Section):
@@ -161,24 +165,33 @@ class Verdict:
         )
 
 
-def judge(contrast: Contrast, top1: Mapping[str, Mapping[int, float]]) -> Verdict:
-    """Return what the accuracies of students, by seed, say of a contrast.
+def common_seeds(contrast: Contrast, students: Collection[Student]) -> list[int]:
+    """Return the seeds that both students of a contrast have.
 
-    Raises ConfigError: one of the two is not there, or they have less than two seeds in common.
+    Raises ConfigError: one of the two is not among `students`, or they have less than two seeds in common.
     """
-    for name in (contrast.higher, contrast.lower):
-        if name not in top1:
-            raise ConfigError(
-                f"the surrogate has no finished {name!r}; it has {', '.join(sorted(top1)) or 'nothing'}"
-            )
-    higher, lower = top1[contrast.higher], top1[contrast.lower]
-    seeds = sorted(higher.keys() & lower.keys())
-    if len(seeds) < 2:
+    higher, lower = (
+        {seed for each, seed in students if each == name} for name in (contrast.higher, contrast.lower)
+    )
+    for name, seeds in ((contrast.higher, higher), (contrast.lower, lower)):
+        if not seeds:
+            valid = did_you_mean(name, {each for each, _ in students})
+            raise ConfigError(f"surrogate.contrasts: the command trains no student {name!r}; {valid}")
+    common = sorted(seed for seed in higher & lower if seed is not None)
+    if len(common) < 2:
         raise ConfigError(
-            f"{contrast.higher} and {contrast.lower} have {len(seeds)} finished seeds in common, and an interval needs "
-            "two or more: repeat the command"
+            f"surrogate.contrasts: {contrast.higher} and {contrast.lower} have {counted(len(common), 'seed')} in "
+            "common, and an interval needs two or more"
         )
-    return Verdict(contrast, tuple(higher[seed] - lower[seed] for seed in seeds))
+    return common
+
+
+def judge(contrast: Contrast, top1: Mapping[Student, float]) -> Verdict:
+    """Return what the accuracies of students say of a contrast. Raises ConfigError as `common_seeds`."""
+    seeds = common_seeds(contrast, top1)
+    return Verdict(
+        contrast, tuple(top1[contrast.higher, seed] - top1[contrast.lower, seed] for seed in seeds)
+    )
 
 
 # A row of the benchmark's form: the weights of a finished run, evaluated, beside the number of the paper.

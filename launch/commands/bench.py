@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from ...transfer.bench_rows import Row
+    from ...transfer.bench_run import Bench, Trial
     from ..load_config import Setting
 
 EXAMPLES = (
@@ -64,7 +65,7 @@ def check(argv: list[str], *, here: bool = True) -> Work:
     action, words = find_action(argv, ACTIONS)
     if action not in ("run", "extend"):
         raise ConfigError(f"`{hint('programs', 'bench', action)}` takes seconds: run it here")
-    arguments, settings = _parse(words, extends=action == "extend")
+    arguments, settings = parse(words, extends=action == "extend")
     if here:
         from ..load_config import load_bench, load_rows
 
@@ -74,7 +75,7 @@ def check(argv: list[str], *, here: bool = True) -> Work:
     return Work(arguments.output_dir, workers=arguments.processes - 1)
 
 
-def _parse(argv: list[str], *, extends: bool) -> tuple[argparse.Namespace, list[Setting]]:
+def parse(argv: Sequence[str], *, extends: bool) -> tuple[argparse.Namespace, list[Setting]]:
     """Parse the arguments of a training of models with programs."""
     usage = "CONFIG --output_dir DIR [--flag value ...]"
     parser = _parser("extend", f"ROWS {usage}") if extends else _parser("run", usage)
@@ -104,7 +105,7 @@ def _parse(argv: list[str], *, extends: bool) -> tuple[argparse.Namespace, list[
 
 def _train(argv: list[str], *, extends: bool) -> int:
     """Train models with programs, and write the rows."""
-    arguments, settings = _parse(argv, extends=extends)
+    arguments, settings = parse(argv, extends=extends)
     from ...transfer.bench_rows import merge_rows, write_rows
     from ..load_config import load_rows
 
@@ -115,23 +116,29 @@ def _train(argv: list[str], *, extends: bool) -> int:
     return 0
 
 
-def _run_new(arguments: argparse.Namespace, settings: list[Setting], known: Sequence[Row]) -> list[Row]:
-    """Run the trials that have no known row."""
-    from ...transfer.bench_run import list_programs, run_bench
-    from ..load_config import load_bench
+def choose_trials(arguments: argparse.Namespace, bench: Bench) -> list[Trial]:
+    """Return the trials of the programs, seeds, models and data that the flags of `run` choose."""
+    from ...transfer.bench_run import list_programs
 
-    bench = load_bench(arguments.config, settings)
-    trials = bench.trials(
+    return bench.trials(
         list_programs(arguments.program, arguments.drawn, arguments.draw_seed),
         list(dict.fromkeys(arguments.seeds)),
         arguments.backbone,
         arguments.data,
         LOCAL[arguments.local],
     )
+
+
+def _run_new(arguments: argparse.Namespace, settings: list[Setting], known: Sequence[Row]) -> list[Row]:
+    """Run the trials that have no known row."""
+    from ...transfer.bench_run import run_bench
+    from ..load_config import load_bench
+
+    bench = load_bench(arguments.config, settings)
     there = {row.key for row in known}
     new = [
         trial
-        for trial in trials
+        for trial in choose_trials(arguments, bench)
         if (
             trial.data, trial.backbone, trial.hash, trial.seed, trial.local, bench.digest(trial.backbone, trial.data)
         ) not in there

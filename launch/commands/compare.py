@@ -47,6 +47,17 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[Setting]]:
     return parse_command(parser, argv)
 
 
+def choose_cells(arguments: argparse.Namespace, cells: Sequence[Cell]) -> list[Cell]:
+    """Return the cells that --cell or --only names; all without. Raises ConfigError: one is not there."""
+    from ...transfer.analysis.compare.comparison_cells import only_named
+
+    if arguments.cell is not None:
+        return only_named(cells, [arguments.cell], "--cell")
+    return only_named(
+        cells, arguments.only and [name for words in arguments.only for name in words.split(",")]
+    )
+
+
 def run(argv: list[str]) -> int:
     """Run the cells, or list them, or rebuild the report."""
     arguments, settings = parse(argv)
@@ -56,16 +67,11 @@ def run(argv: list[str]) -> int:
         raise ConfigError(f"--cell {arguments.cell} and --only both choose cells: give one of the two")
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch's profiler writes each start and stop to stderr
     from ...transfer.analysis.compare.compare import check_cells, raise_failed, run_compare
-    from ...transfer.analysis.compare.comparison_cells import only_named
     from ...transfer.analysis.compare.comparison_report import write_report
     from ..load_config import load_comparison
 
     comparison = load_comparison(arguments.config, settings)
-    if arguments.cell is not None:
-        cells = only_named(comparison.cells(), [arguments.cell], "--cell")
-    else:
-        only = arguments.only and [name for words in arguments.only for name in words.split(",")]
-        cells = only_named(comparison.cells(), only)
+    cells = choose_cells(arguments, comparison.cells())
     if arguments.speed is not None:
         from ...transfer.analysis.compare.student_cell import measure_again
 

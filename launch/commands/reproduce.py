@@ -2,26 +2,28 @@
 
 from __future__ import annotations
 
-import importlib
 import shlex
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING
 
 from ...models.errors import ConfigError, RunFailedError, did_you_mean
 from ..flags import command_parser, output_file, parse_command
-from ..load_config import Setting, load_comparison, load_config, load_stages
+from ..load_config import Setting, load_bench, load_compare, load_comparison, load_config, load_stages
 from ..say import hint, say
-from . import compare
+from . import bench, compare, demo, programs
 from .evaluate import SETTINGS
 
 if TYPE_CHECKING:
     import argparse
-    from collections.abc import Sequence
 
     from ...checkpoints.provenance import Pretrained
     from ...transfer.bench_rows import Row
+    from ...transfer.bench_run import Trial
     from ...transfer.engine.stages import Stage
-    from ...transfer.kits import Kit
+    from ...transfer.kits import Kit, Student
 
 EXAMPLES = (
     "graftvit reproduce                                             # the kits",
@@ -30,8 +32,6 @@ EXAMPLES = (
     "graftvit reproduce attention-copy --row runs/attention-copy --data_path /data/imagenet --out rows.jsonl",
     "graftvit reproduce attention-copy --row downloaded --data_path /data/imagenet --verify rows.jsonl",
 )
-Scores = dict[str, dict[int, float]]
-"""Top-1 by the name of a student, by seed."""
 
 
 def run(argv: list[str]) -> int:
@@ -46,6 +46,7 @@ def run(argv: list[str]) -> int:
     if arguments.name not in kits:
         raise ConfigError(f"no kit {arguments.name!r}; {did_you_mean(arguments.name, kits)}")
     kit = kits[arguments.name]
+    _check_contrasts(kit, arguments.output_dir or Path("surrogate"))
     if arguments.surrogate:
         return _run_surrogate(kit, arguments.output_dir)
     if arguments.row:
@@ -137,58 +138,104 @@ def _explain(arguments: argparse.Namespace, kit: Kit) -> str:
 # The surrogate: an existing command in a folder, and the accuracies that it left there.
 
 
+def _check_contrasts(kit: Kit, folder: Path) -> None:
+    """Raise ConfigError: a contrast names a student that the command does not train with two seeds."""
+    from ...transfer.kits import common_seeds
+
+    name, *words = shlex.split(kit.surrogate.command)
+    students = COMMANDS[name].students([*words, "--output_dir", str(folder)])
+    for contrast in kit.surrogate.contrasts:
+        common_seeds(contrast, students)
+
+
 def _run_surrogate(kit: Kit, folder: Path) -> int:
     from ...transfer.kits import judge
 
-    words = shlex.split(kit.surrogate.command)
-    module = importlib.import_module(f".{words[0]}", __package__)
-    code: int = module.run([*words[1:], "--output_dir", str(folder)])
+    name, *words = shlex.split(kit.surrogate.command)
+    words += ["--output_dir", str(folder)]
+    code: int = COMMANDS[name].module.run(words)
     if code:
         return code
-    top1 = READERS[words[0]](words, folder)
+    top1 = COMMANDS[name].scores(words, folder)
     for contrast in kit.surrogate.contrasts:
         say(f"{judge(contrast, top1)}\n")
     say(f"limits: {kit.surrogate.limits}\n")
     return 0
 
 
-def _read_demo(words: Sequence[str], folder: Path) -> Scores:
-    """Return the accuracies of the demo's students: `scratch`, `copy/mae`, `ensemble/mae`, ..."""
+@dataclass(frozen=True)
+class Command:
+    """A command that may be a surrogate."""
+
+    module: ModuleType
+    students: Callable[[list[str]], list[Student]]
+    """What it trains with some words."""
+    scores: Callable[[list[str], Path], dict[Student, float]]
+    """The top-1 of those that it left in its folder."""
+
+
+def _students_of_demo(words: list[str]) -> list[Student]:
+    """Return `scratch`, `copy/mae`, `ensemble/mae`, ... with each seed."""
+    from ...transfer.analysis.demo import SEEDS, TOGETHER
+    from ...transfer.analysis.demo_cells import STUDENTS
+
+    return [(_name(*student), seed) for student in (*STUDENTS, TOGETHER) for seed in SEEDS]
+
+
+def _scores_of_demo(words: list[str], folder: Path) -> dict[Student, float]:
     from ...transfer.analysis.demo import SEEDS, measure
     from ...transfer.analysis.demo_cells import DATA_SETS, demo_cells
 
     results = measure(demo_cells(folder.resolve(), SEEDS, quick=False), DATA_SETS["digits"], quick=False)
     return {
-        "/".join(filter(None, (each.method, each.teacher))): dict(zip(results.seeds, each.top1, strict=True))
+        (_name(each.method, each.teacher), seed): top1
         for each in results.methods
+        for seed, top1 in zip(results.seeds, each.top1, strict=True)
     }
 
 
-def _read_compare(words: Sequence[str], folder: Path) -> Scores:
-    """Return the last accuracies of a comparison's students."""
-    arguments, settings = compare.parse([*words[1:], "--output_dir", str(folder)])
-    comparison = load_comparison(arguments.config, settings)
-    found: Scores = {}
-    for record in comparison.records():
-        if record.final is not None and record.seed is not None:
-            found.setdefault(record.name, {})[record.seed] = record.final.top1
-    return found
+def _name(method: str, teacher: str | None) -> str:
+    return "/".join(filter(None, (method, teacher)))
 
 
-def _read_rows(words: Sequence[str], folder: Path) -> Scores:
-    """Return the last accuracies of programs, `softmax with` or `softmax without` the convolution."""
+def _students_of_compare(words: list[str]) -> list[Student]:
+    from ...transfer.analysis.compare.comparison_cells import list_cells
+
+    arguments, _ = compare.parse(words)
+    section = load_compare(arguments.config)
+    cells = list_cells(section.plans, [0], teacher=True, seeds=section.seeds)
+    return [(cell.name, cell.seed) for cell in compare.choose_cells(arguments, cells)]
+
+
+def _scores_of_compare(words: list[str], folder: Path) -> dict[Student, float]:
+    arguments, settings = compare.parse(words)
+    records = load_comparison(arguments.config, settings).records()
+    return {(each.name, each.seed): each.final.top1 for each in records if each.final is not None}
+
+
+def _students_of_bench(words: list[str]) -> list[Student]:
+    """Return programs, `softmax with` or `softmax without` the convolution, with each seed."""
+    arguments, settings = bench.parse(words[2:], extends=False)
+    trials = bench.choose_trials(arguments, load_bench(arguments.config, settings))
+    return [(_name_program(trial), trial.seed) for trial in trials]
+
+
+def _scores_of_bench(words: list[str], folder: Path) -> dict[Student, float]:
     from ...transfer.bench_rows import read_rows
 
-    found: Scores = {}
-    for row in read_rows(folder / "rows.jsonl"):
-        if row.top1 is not None:
-            name = f"{row.name or row.program} {'with' if row.local else 'without'}"
-            found.setdefault(name, {})[row.seed] = row.top1
-    return found
+    rows = read_rows(folder / bench.ROWS)
+    return {(_name_program(row), row.seed): row.top1 for row in rows if row.top1 is not None}
 
 
-READERS = {"demo": _read_demo, "compare": _read_compare, "programs": _read_rows}
-"""What reads the accuracies that a command left in its folder."""
+def _name_program(of: Row | Trial) -> str:
+    return f"{of.name or of.program} {'with' if of.local else 'without'}"
+
+
+COMMANDS = {
+    "demo": Command(demo, _students_of_demo, _scores_of_demo),
+    "compare": Command(compare, _students_of_compare, _scores_of_compare),
+    "programs": Command(programs, _students_of_bench, _scores_of_bench),
+}
 
 
 # A row: students evaluated, beside the published number or a row of somebody else.

@@ -12,14 +12,11 @@ from unittest.mock import create_autospec
 
 import pytest
 import yaml
-from graftvit.launch.commands import compare, demo
-from graftvit.launch.commands.reproduce import READERS
-from graftvit.launch.load_config import load_bench, load_comparison, recipe_names, recipe_text
-from graftvit.models.errors import ConfigError
+from graftvit.launch.commands import demo
+from graftvit.launch.commands.reproduce import COMMANDS
+from graftvit.launch.load_config import recipe_names, recipe_text
 from graftvit.transfer.analysis.demo import MethodResult, measure
-from graftvit.transfer.analysis.demo_cells import STUDENTS
 from graftvit.transfer.bench_rows import read_rows
-from graftvit.transfer.bench_run import NAMED
 from graftvit.transfer.kits import Contrast, judge, load_kits
 from support.runs.commands import Command
 from support.runs.compare_runs import write_config
@@ -44,22 +41,10 @@ def test_recipes_of_a_kit_exist_and_state_its_number(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", KITS)
-def test_a_surrogate_has_the_students_that_it_is_judged_by(name: str, typed: Typed) -> None:
-    surrogate = KITS[name].surrogate
-    words = shlex.split(surrogate.command)
-    wanted = {student for each in surrogate.contrasts for student in (each.higher, each.lower)}
-    if words[0] == "demo":
-        students = {"/".join(filter(None, student)) for student in STUDENTS} | {"ensemble/mae"}
-    elif words[0] == "compare":
-        typed(surrogate.command, "--dry_run", "--output_dir", "/nowhere/at/all")
-        cells = load_comparison(words[1]).cells()
-        students = {cell.name for cell in cells if cell.seed is not None} & {*words[3].split(",")}
-        assert min(sum(cell.name == student for cell in cells) for student in wanted) >= 3, "seeds"
-    else:
-        assert words[:3] == ["programs", "bench", "run"]
-        assert words[words.index("--backbone") + 1] in load_bench(words[3]).settings.backbones
-        students = {f"{program} {local}" for program in NAMED for local in ("with", "without")}
-    assert wanted <= students
+def test_a_surrogate_can_be_started(name: str, typed: Typed) -> None:
+    command = KITS[name].surrogate.command
+    if command.startswith("compare"):
+        typed(command, "--dry_run", "--output_dir", "/nowhere/at/all")
 
 
 def test_the_kits_are_listed_and_explained(typed: Typed) -> None:
@@ -88,22 +73,37 @@ def test_hours_are_those_of_the_run_that_they_are_scaled_from() -> None:
 def test_a_contrast_is_judged_by_its_interval(
     differences: tuple[float, ...], outcome: str, half: float
 ) -> None:
-    top1 = {
-        "a": {seed: 50 + each for seed, each in enumerate(differences)},
-        "b": dict.fromkeys(range(9), 50.0),
-    }
-    found = judge(Contrast(higher="a", lower="b", says="it helps"), top1)
+    top1 = {("a", seed): 50 + each for seed, each in enumerate(differences)}
+    found = judge(
+        Contrast(higher="a", lower="b", says="it helps"), top1 | {("b", seed): 50.0 for seed in range(9)}
+    )
     assert found.outcome == outcome
     assert found.differences == pytest.approx(differences)
     assert found.half == pytest.approx(half, rel=1e-3)
     assert str(found).startswith(f"{outcome}: it helps")
 
 
-def test_a_contrast_of_too_little_is_refused() -> None:
-    contrast = Contrast(higher="a", lower="b", says="it helps")
-    for top1 in ({"a": {0: 1.0, 1: 2.0}}, {"a": {0: 1.0, 1: 2.0}, "b": {1: 1.0}}):
-        with pytest.raises(ConfigError):
-            judge(contrast, top1)
+@pytest.mark.parametrize(
+    ("command", "students", "said"),
+    [
+        ("demo", ("copy/mae", "scatch"), "'scatch'; did you mean 'scratch'?"),
+        ("demo", ("copy", "scratch"), "'copy'; did you mean 'copy/mae'?"),
+        ("compare digits_lit_compare --only lit", ("lit", "windows"), "'windows'; valid: lit"),
+        ("compare digits_lit_compare", ("lit", "teacher"), "lit and teacher have 0 seeds"),
+        ("compare digits_lit_compare --only lit,windoes", ("lit", "windows"), "windoes"),
+        ("compare digits_compare", ("linear", "uniform"), "linear and uniform have 0 seeds in common"),
+        ("programs bench run attnbench_digits_long", ("values with", "q with"), "'q with'"),
+        ("programs bench run attnbench_digits_long", ("values with", "softmax with"), "have 1 seed in common"),
+        ("programs bench run attnbench_digits_long --seeds a", ("a", "b"), "--seeds"),
+    ],
+)  # fmt: skip
+def test_a_contrast_without_its_students_is_refused_before_anything_runs(
+    command: str, students: tuple[str, str], said: str, tmp_path: Path, typed: Typed
+) -> None:
+    words = write_kits(tmp_path, command, students=students)
+    for more in ((), ("--surrogate", "--output_dir", tmp_path / "out")):
+        assert said in typed(words, *more, code=2).err
+    assert not (tmp_path / "out").exists()
 
 
 # A tiny kit.
@@ -120,7 +120,12 @@ engine: {device: cpu, trackers: [], report: false, progress: false}
 """
 
 
-def write_kits(folder: Path, command: str = "demo", recipes: tuple[str, ...] = ("small.yaml",)) -> str:
+def write_kits(
+    folder: Path,
+    command: str = "demo",
+    recipes: tuple[str, ...] = ("small.yaml",),
+    students: tuple[str, str] = ("copy/mae", "scratch"),
+) -> str:
     """The words that give a file of one kit, of the recipe `small.yaml` beside it."""
     (folder / "small.yaml").write_text(RECIPE)
     kit = {
@@ -134,7 +139,7 @@ def write_kits(folder: Path, command: str = "demo", recipes: tuple[str, ...] = (
         "surrogate": {
             "command": command,
             "minutes": 1,
-            "contrasts": [{"higher": "linear", "lower": "uniform", "says": "linear attention helps"}],
+            "contrasts": [{"higher": students[0], "lower": students[1], "says": "it helps"}],
             "limits": "nothing",
         },
     }  # fmt: skip
@@ -153,7 +158,7 @@ def test_the_commands_of_a_kit_of_a_file_name_the_file(tmp_path: Path, typed: Ty
 def test_a_surrogate_that_is_killed_goes_on_to_the_same_verdict(tmp_path: Path, typed: Typed) -> None:
     config = write_config(tmp_path, {"linear": "*: linear"}, seeds=[0, 1])
     comparison = f"compare {config} --optim.lr 2e-3 --only uniform,linear"
-    words = write_kits(tmp_path, comparison) + " --surrogate --output_dir"
+    words = write_kits(tmp_path, comparison, students=("linear", "uniform")) + " --surrogate --output_dir"
     cut, done = tmp_path / "cut", tmp_path / "cut" / "cells" / "uniform-8-seed1" / "cell.json"
     Command([*shlex.split(words), str(cut)], os.environ, tmp_path).kill_at(done.exists)
     times = {path: path.stat().st_mtime_ns for path in cut.rglob("cell.json")}
@@ -277,4 +282,4 @@ def test_kits_that_are_not_valid_are_refused(tmp_path: Path, typed: Typed) -> No
     text = path.read_text()
     path.write_text(text.replace("beside: nothing", ""))
     assert f"{path}: tiny.published.beside is missing" in typed("reproduce --kits", path, code=2).err
-    assert set(READERS) == {compare.__name__.rpartition(".")[2], demo.__name__.rpartition(".")[2], "programs"}
+    assert all(each.module.__name__.endswith(f".{name}") for name, each in COMMANDS.items())

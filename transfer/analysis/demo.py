@@ -310,6 +310,8 @@ COMPARED = 500
 """The test images, the first ones, on which attention maps are compared: those of thousands take gigabytes."""
 ENSEMBLE = ("finetune", "distill")
 """The methods of the masked autoencoder's students whose probabilities are averaged."""
+TOGETHER: tuple[str, TeacherName] = ("ensemble", "mae")
+"""Their mean, as a student."""
 
 
 @dataclass(frozen=True)
@@ -341,7 +343,7 @@ def measure(cells: Sequence[Cell], data: DemoData, quick: bool) -> DemoResults:
         divergences[name] = _measure_divergences(teacher, shown, test.images)
     together = zip(*(runs[method, "mae"] for method in ENSEMBLE), strict=True)
     top1 = [ensemble_top1(pair, test.loader) for pair in together]
-    methods.append(MethodResult("ensemble", "mae", top1))
+    methods.append(MethodResult(*TOGETHER, top1))
     models: dict[str, nn.Module] = {
         **{str(name): model for name, model in teachers.items()},
         **{f"distill_{name}": load_student(runs["distill", name][0])[0] for name in TEACHERS},
