@@ -19,6 +19,7 @@ from ...models.errors import ConfigError, DataError, UnsupportedModelError, chec
 from ...models.families import any_family, check_size, evaluating
 from ...models.given import HoldsModel, Model, as_model, check_images, computes_with
 from ..config import DataConfig
+from ..data.augment import with_settings
 from ..data.labels import IMAGENET_CLASSES, find_subset, subset_classes
 from ..data.loaders import EvalLoader, create_eval_loader
 from .distance import (
@@ -91,7 +92,8 @@ def evaluate(
     Args:
         models: one as of `graftvit.save`, or several by name. A `DualViT` predicts with its student.
         data: the folder of a data set, or its `DataConfig`, whose validation split each model sees as its own
-            preprocessing makes it; or batches of images, normalized for all of the models, and labels; for a detector
+            preprocessing makes it but for what the settings say, and whose classes go by the names that the model knows,
+            if it does; or batches of images, normalized for all of the models, and labels; for a detector
             or segmenter, of images and targets as `DenseModel` takes them.
 
     Raises:
@@ -182,7 +184,7 @@ def _device_of(model: nn.Module) -> torch.device:
 def _on_split(name: str, thing: Model | Pretrained, config: DataConfig) -> Metrics:
     known = describe(thing, name)
     model = thing if _is_dual(thing) else known.model
-    loader = create_eval_loader(config, known.preprocessing)
+    loader = create_eval_loader(config, with_settings(known.preprocessing, config), names=known.label_names)
     with evaluating(model):
         return score_models({name: _predicting(name, model)}, loader, device=_device_of(model))[name]
 

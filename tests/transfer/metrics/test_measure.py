@@ -6,7 +6,8 @@ import json
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import asdict
+from copy import deepcopy
+from dataclasses import asdict, replace
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from graftvit.checkpoints.preprocessing import Preprocessing
+from graftvit.checkpoints.pretrained import describe_model
 from graftvit.models.errors import ConfigError, DataError
 from graftvit.transfer.config import DataConfig
 from graftvit.transfer.data.labels import real_labels, subset_classes
@@ -306,6 +308,24 @@ def test_a_model_is_measured_as_it_predicts_whatever_holds_it() -> None:
     )
     model.head = nn.Linear(model.head.in_features, 9)
     assert evaluate(model, [(images, labels + 5)]).samples == 4
+
+
+def test_labels_go_by_the_names_of_the_model_and_the_settings_make_the_images(tmp_path: Path) -> None:
+    folder = make_photo_folder(tmp_path)
+    model = tiny_vit(img_size=32, in_chans=3, num_classes=len(CLASSES))
+    with torch.no_grad():
+        model.head.weight.normal_()
+    known = replace(describe_model(model), label_names=tuple(sorted(CLASSES)))
+    wanted = evaluate(model, folder)
+    turned = deepcopy(model)
+    turned.head.load_state_dict({name: value.flip(0) for name, value in model.head.state_dict().items()})
+    found = evaluate(replace(known, model=turned, label_names=known.label_names[::-1]), folder)
+    assert asdict(found) == pytest.approx(asdict(wanted))
+    with pytest.raises(DataError):
+        evaluate(replace(known, label_names=tuple(f"no {name}" for name in CLASSES)), folder)
+    half = replace(known, preprocessing=replace(known.preprocessing, crop_pct=0.5))
+    settings = DataConfig(data_path=str(folder), workers=0, crop_pct=0.5)
+    assert evaluate(known, settings) == evaluate(half, folder) != wanted
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
