@@ -92,8 +92,8 @@ def evaluate(
     Args:
         models: one as of `graftvit.save`, or several by name. A `DualViT` predicts with its student.
         data: the folder of a data set, or its `DataConfig`, whose validation split each model sees as its own
-            preprocessing makes it but for what the settings say, and whose classes go by the names that the model knows,
-            if it does; or batches of images, normalized for all of the models, and labels; for a detector
+            preprocessing makes it but for what the settings say, and whose classes go by the names that the model has,
+            if any; or batches of images, normalized for all of the models, and labels; for a detector
             or segmenter, of images and targets as `DenseModel` takes them.
 
     Raises:
