@@ -409,12 +409,18 @@ def _sizes(
     return size, patch
 
 
-@contextmanager
-def _for_inference(model: nn.Module) -> Iterator[nn.Module]:
-    """Return the model in eval mode, in float32 on the CPU; a copy if it is elsewhere."""
+def in_float32(model: nn.Module) -> nn.Module:
+    """Return the model in float32 on the CPU; a copy if it is elsewhere."""
     tensors = [tensor for tensor in model.state_dict().values() if tensor.is_floating_point()]
     if any(tensor.device.type != "cpu" or tensor.dtype != torch.float32 for tensor in tensors):
-        model = copy.deepcopy(model).to("cpu", torch.float32)
+        return copy.deepcopy(model).to("cpu", torch.float32)
+    return model
+
+
+@contextmanager
+def _for_inference(model: nn.Module) -> Iterator[nn.Module]:
+    """Return the model in eval mode, in float32 on the CPU, with attention that can be traced."""
+    model = in_float32(model)
     family = families.find_family(_body_of(model))
     if family is not None and family.exported_hosted:
         model = sharing_copy(model)

@@ -35,6 +35,7 @@ both: float = graftvit.evaluate({"one": dual, "two": "runs/c"}, [(images, torch.
 folder: Path = graftvit.save(dual, "student", dtype=torch.bfloat16, overwrite=True)
 graftvit.save("runs/c#ema", folder, img_size=384)
 graftvit.export(folder, "student.onnx", format="onnx", dynamic=["batch", "resolution"], normalize=True)
+graftvit.deploy(dual, "phone", folder, target="onnx-int8", drop=1.0).lines()
 graftvit.push(folder, "me/student", visibility="private", license="mit", message="first")
 
 graftvit.load("runs/c", imgsize=384)  # wrong

@@ -5,15 +5,15 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
-from ...checkpoints.report import some
-from ...models.errors import CheckpointError, ConfigError
-from ..flags import SOURCE_HELP, SOURCE_SETTINGS, command_parser, parse_command, whole
+from ...models.errors import ConfigError
+from ..flags import SOURCE_HELP, SOURCE_SETTINGS, command_parser, parse_command, source_keywords, whole
+from ..load_config import load_config
 from ..say import say
 from ..submitted import Work
 from .evaluate import DATA
 
 if TYPE_CHECKING:
-    from ..deployment import Deployment
+    from ..evaluation import Evaluation
 
 EXAMPLES = (
     "graftvit deploy runs/distill --to onnx --data_path /data/imagenet --output_dir phone",
@@ -29,7 +29,16 @@ def run(argv: list[str]) -> int:
     """Write the folder of a file that passed, and print what it is worth."""
     arguments, asked = _parse(argv)
     _check(arguments, asked, here=True)
-    report = asked.write(arguments.output_dir)
+    from ...checkpoints.pretrained import load_pretrained
+    from ...transfer.deploy import deploy
+
+    data = asked.config().data  # first, because it imports what the run did
+    how = load_config(None, asked.section("teacher")).teacher
+    known = load_pretrained(arguments.model, **source_keywords(how))
+    report = deploy(
+        known, arguments.output_dir, data, target=arguments.to, drop=arguments.drop,
+        calibrate=arguments.calibrate or CALIBRATE, overwrite=arguments.force,
+    )  # fmt: skip
     say("\n".join([f"wrote    {arguments.output_dir}", *report.lines()]) + "\n")
     return 0
 
@@ -40,7 +49,7 @@ def check(argv: list[str], *, here: bool = True) -> Work:
     return Work(arguments.output_dir, _check(arguments, asked, here=here))
 
 
-def _parse(argv: list[str]) -> tuple[argparse.Namespace, Deployment]:
+def _parse(argv: list[str]) -> tuple[argparse.Namespace, Evaluation]:
     parser = command_parser(
         "deploy",
         "Write a classifier as one file of another runtime, with a script that runs it and needs nothing of this "
@@ -58,13 +67,11 @@ def _parse(argv: list[str]) -> tuple[argparse.Namespace, Deployment]:
     parser.flag("--calibrate", text, type=whole(1), metavar="N")
     parser.switch("--force", "replace the folder of an earlier file")
     arguments, settings = parse_command(parser, argv, only=SETTINGS)
-    from ..deployment import Deployment
     from ..evaluation import Evaluation
 
     if arguments.calibrate is not None and arguments.to != "onnx-int8":
         raise ConfigError(f"--calibrate {arguments.calibrate} is for --to onnx-int8: leave it out")
-    asked = Evaluation([arguments.model], settings, ())
-    return arguments, Deployment(asked, arguments.to, arguments.drop, arguments.calibrate or CALIBRATE)
+    return arguments, Evaluation([arguments.model], settings, ())
 
 
 def _points(text: str) -> float:
@@ -77,20 +84,9 @@ def _points(text: str) -> float:
     return found
 
 
-def _check(arguments: argparse.Namespace, asked: Deployment, *, here: bool) -> int:
+def _check(arguments: argparse.Namespace, asked: Evaluation, *, here: bool) -> int:
     """Raise what is wrong and needs no loaded model; return the number of loader processes."""
-    from ..deployment import REPORT, WRITTEN
+    from ...transfer.deploy import check_deployment
 
-    folder = arguments.output_dir
-    names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
-    if names and REPORT not in names:
-        raise CheckpointError(f"--output_dir {folder} has other files: give a new folder")
-    if names and not arguments.force:
-        raise CheckpointError(
-            f"--output_dir {folder} has a deployed model: give another folder, or --force to replace it"
-        )
-    if other := sorted(names - WRITTEN):
-        raise CheckpointError(
-            f"--output_dir {folder} also has {some(other)}, which would be lost: move that elsewhere"
-        )
-    return asked.check(here=here)
+    check_deployment(arguments.output_dir, arguments.to, dense=asked.dense, overwrite=arguments.force)
+    return asked.check(here=here).workers

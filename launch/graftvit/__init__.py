@@ -11,6 +11,7 @@ visualize                pictures of it, also beside a teacher, in a notebook or
 evaluate                 accuracy of models, on a data set or on batches
 compare_models           how two models differ, with what is known to make transfer fail
 save, export, push       write a model as a folder that `load` reads, as ONNX or torch.export, or to the hub
+deploy                   write a classifier as a file of another runtime, if it is as accurate
 
 help(graftvit.DualViT) and help(graftvit.RunConfig) explain the two classes; `graftvit --help` lists the commands.
 """

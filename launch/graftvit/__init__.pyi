@@ -8,6 +8,7 @@ from .transfer.align import Alignment as Alignment
 from .transfer.analysis.layer_maps import attention_maps as attention_maps
 from .transfer.analysis.visualize.visualize import visualize as visualize
 from .transfer.config import RunConfig as RunConfig
+from .transfer.deploy import deploy as deploy
 from .transfer.engine.train import train as train
 from .transfer.methods.dual import DualViT as DualViT
 from .transfer.methods.mismatch import compare_models as compare_models

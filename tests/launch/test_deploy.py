@@ -9,15 +9,17 @@ import subprocess
 import sys
 from pathlib import Path
 
+import graftvit
 import pytest
 import timm
 import torch
 from graftvit.checkpoints import targets
 from graftvit.checkpoints.preprocessing import Preprocessing
 from graftvit.checkpoints.student import write_student
-from graftvit.launch.deployment import REPORT
+from graftvit.models.errors import CheckpointError
 from graftvit.transfer.config import DataConfig
 from graftvit.transfer.data.loaders import create_reference_loader
+from graftvit.transfer.deploy import REPORT
 from support.files.image_folders import class_folder
 from support.models.saved import save_vit
 from support.runs.typed import Typed
@@ -81,6 +83,23 @@ def test_a_file_that_is_worth_its_model_is_kept(
     helped = subprocess.run([sys.executable, out / "load.py"], capture_output=True, text=True)
     assert helped.returncode == 1, "it was given no image"
     assert "load.py IMAGE" in helped.stderr
+
+
+def test_a_model_in_memory_is_deployed_and_stays_as_it_is(model: Path, tmp_path: Path) -> None:
+    known = graftvit.load_pretrained(model)
+    known.model.double().train()
+    data, out = DataConfig(dataset="digits", workers=0), tmp_path / "out"
+    worth = graftvit.deploy(known, out, data, drop=0)
+    assert (worth.lost, worth.top1) == (0, pytest.approx(graftvit.evaluate(known, data).top1))
+    assert known.model.training
+    assert next(known.model.parameters()).dtype == torch.float64
+    assert json.loads((out / REPORT).read_text())["bytes"] == worth.bytes
+    (tmp_path / "file").write_text("dear")
+    (tmp_path / "link").symlink_to(out)
+    for place in ("file", "link", "out"):
+        with pytest.raises(CheckpointError):
+            graftvit.deploy(known, tmp_path / place, data, overwrite=place != "out")
+    assert (tmp_path / "file").read_text() == "dear"
 
 
 def test_a_file_that_loses_too_much_is_not_kept(

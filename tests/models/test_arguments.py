@@ -211,6 +211,7 @@ MODELS: dict[str, Callable[[Any], Any]] = {
     "export": lambda thing: a.export(thing, "out.pt2"),
     "evaluate": lambda thing: t.evaluate(thing, [(X, torch.tensor([0, 1]))]),
     "push": lambda thing: a.push(thing, "me/model"),
+    "deploy": lambda thing: a.deploy(thing, "out", "images"),
     "visualize": lambda thing: a.visualize(thing, X),
     "visualize: teacher": lambda thing: a.visualize(one(), X, teacher=3 if thing is None else thing),
 }
