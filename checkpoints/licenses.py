@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ..models.copying.copying_operators import COPIES
 from ..models.errors import CheckpointError, Json, JsonDict
 
 LIST = "https://huggingface.co/docs/hub/repositories-licenses"
@@ -180,11 +179,3 @@ _UNKNOWN = RecordedMode("")
 def recorded_mode(recipe: Json) -> RecordedMode:
     """Return the effect of the recipe's mode; empty for an unknown mode."""
     return MODES.get(str(recipe.get("mode")), _UNKNOWN)
-
-
-def copied_by(recipe: Json) -> bool:
-    """Return whether a run of this recipe put its teacher's attention in place of the student's."""
-    settings = recipe.get("transfer")
-    if not isinstance(settings, Mapping) or not recorded_mode(recipe).transfers:
-        return False
-    return settings.get("method") in COPIES

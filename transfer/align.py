@@ -6,7 +6,6 @@ layers learn independently of one another and no gradient passes between them; n
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Collection, Mapping
 from typing import Any, NamedTuple
 
@@ -14,15 +13,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..checkpoints.pretrained import load_pretrained
 from ..models.attention.base import AttentionOperator, FirstRows, Geometry, Heads, LowRank, Sparse, Term
 from ..models.attention.fused import apply_map, map_logsumexp
 from ..models.attention.kernels import precise, same_dtype
 from ..models.attention.softmax import softmax_rows
 from ..models.conversion import ConvertedAttention, converted_layers
 from ..models.copying.teacher_view import (
-    Normalization,
-    TeacherInput,
     TokensOnly,
     shallow,
     truncated,
@@ -45,9 +41,6 @@ from ..models.families import (
 from ..models.given import Model, as_model, check_images
 from ..models.host import AttentionHost
 from ..models.merges import describe_unequal
-from .config import RunConfig
-from .data.loaders import create_train_loader
-from .data.sampler import preserved
 from .mode_config import MatchName
 
 # Whether a student is a conversion of its teacher, layer by layer.
@@ -445,35 +438,3 @@ class Alignment(nn.Module):
         self._view[0]._apply(fn)  # the teacher is no part of the module, but goes where it goes
         super()._apply(fn, recurse)
         return self
-
-
-# A teacher, a student and the same images for both: what a search or a calibration measures on.
-
-
-def calibration_batches(
-    config: RunConfig, student: str, count: int
-) -> tuple[nn.Module, nn.Module, list[tuple[Tensor, Tensor]]]:
-    """Return the teacher of `config`, the model of the source `student`, and the first `count` batches of the
-    training set.
-
-    Each batch is a pair: the images as the teacher wants them, and as the student does. Both models are in eval
-    mode and need no gradients.
-
-    Raises CheckpointError, DataError or TransferError, one sentence each.
-    """
-    ours = load_pretrained(student)
-    how = config.teacher
-    theirs = load_pretrained(
-        str(how.source),
-        model=how.model,
-        model_args=how.model_args,
-        img_size=how.image_size(ours.preprocessing.input_size[1:]),
-        position_embedding=how.position_embedding,
-        revision=how.revision,
-    )
-    norms = Normalization(theirs.mean, theirs.std), Normalization(ours.mean, ours.std)
-    teacher_input = TeacherInput(theirs.model, ours.model, *norms)
-    with preserved():
-        loader = create_train_loader(config.data, ours.preprocessing, seed=config.seed, labels=False)
-        images = [batch[0] for batch in itertools.islice(loader.epoch(0), count)]
-    return theirs.model, ours.model, [(teacher_input(batch), batch) for batch in images]

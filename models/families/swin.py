@@ -126,11 +126,6 @@ class SwinV2Host(SwinHost):
         bias = table[layer.relative_position_index.view(-1)].view(tokens, tokens, -1).permute(2, 0, 1)
         return 16 * torch.sigmoid(bias).unsqueeze(0)
 
-    @property
-    def has_separate_biases(self) -> bool:
-        """Whether the biases of q and v are parameters of the layer, not of its projection."""
-        return bool(self._separate_biases())
-
     def _separate_biases(self) -> list[Tensor]:
         biases = [getattr(self, f"{part}_bias", None) for part in self.kept]  # parameters, and a buffer for k
         return [bias for bias in biases if bias is not None]
