@@ -23,8 +23,6 @@ from support.hub.hub_server import TOKEN, Fault, Hub, closed_port
 from support.hub.hub_uploads import Store, serve_uploads
 from support.models.tiny_students import write_tiny_student
 
-BRANCH = "/api/models/org/vit"
-
 
 @pytest.fixture
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Hub, Store]]:

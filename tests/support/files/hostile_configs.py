@@ -25,12 +25,6 @@ WRONG: tuple[Any, ...] = (
     True, "hf-hub:a/b", "local-dir:/dev", "/dev/zero", "\x00",
 )  # fmt: skip
 """Values that are put in place of others."""
-MODEL_ARGUMENTS = (
-    "depth", "embed_dim", "num_heads", "img_size", "patch_size", "num_classes", "mlp_ratio", "in_chans",
-    "num_features", "reg_tokens", "init_values", "drop_path_rate", "weight_init", "norm_layer", "act_layer",
-    "global_pool", "class_token", "qk_norm", "block_fn", "embed_layer", "pos_embed", "dynamic_img_size", "fix_init",
-    "pretrained", "cache_dir", "checkpoint_path", "features_only", "scriptable", "in_features",
-)  # fmt: skip
 
 
 def small_model(kind: str) -> tuple[torch.nn.Module, str, dict[str, Any]]:

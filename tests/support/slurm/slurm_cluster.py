@@ -167,10 +167,6 @@ class SlurmCluster:
         """Pulls the network cable of a node, whose tasks go on (mode `ns` only)."""
         self._cables().set_cable(name, "down")
 
-    def mend_node(self, name: str) -> None:
-        """Plugs it in again; the controller takes up to a minute to notice."""
-        self._cables().set_cable(name, "up")
-
     def _cables(self) -> Network:
         if self._network is None:
             raise ClusterError("nodes in mode 'host' have no network of their own")
