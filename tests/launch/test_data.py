@@ -17,7 +17,7 @@ import timm
 import torch
 from graftvit.checkpoints.preprocessing import Preprocessing
 from graftvit.launch.cli import main
-from graftvit.transfer.data import survey as looking
+from graftvit.transfer.data import loading
 from graftvit.transfer.data.augment import eval_transform
 from graftvit.transfer.data.labels import subset_classes
 from graftvit.transfer.data.survey import for_the_eye
@@ -26,6 +26,7 @@ from support.files.data_sets import (
     encoded,
     image,
     write_classes,
+    write_fashion,
     write_images,
     write_parquet,
     write_shards,
@@ -86,6 +87,17 @@ def test_a_split_without_a_readable_image_is_an_error(decode: bool, tmp_path: Pa
     shown = typed("data", root, *(["--decode"] if decode else []), code=2)
     assert "validation" in shown.out
     assert "none of the 4 images of validation that were opened can be read" in shown.err
+
+
+def test_a_damaged_file_of_one_split_is_an_error_that_names_it(tmp_path: Path, typed: Typed) -> None:
+    """The command said that there is no such split, and ended with 0."""
+    raw = write_fashion(tmp_path / "FashionMNIST" / "raw")
+    (raw / "train-images-idx3-ubyte").write_bytes(b"cut")
+    said = typed("data", "torch/fashion_mnist", "--data_path", tmp_path, code=2).err
+    assert f"{raw / 'train-images-idx3-ubyte'} is missing or damaged: remove it" in said
+    root = write_shards(tmp_path / "shards")
+    next(root.glob("validation-*.tar")).write_bytes(b"x" * 600)
+    assert "cannot be read" in typed("data", "wds/shards", "--data_path", root, code=2).err
 
 
 def test_images_that_are_to_be_turned_are_counted(tmp_path: Path, typed: Typed) -> None:
@@ -190,11 +202,10 @@ def test_a_hub_set_is_looked_into(tmp_path: Path, typed: Typed, monkeypatch: pyt
 def test_a_long_look_says_how_far_it_is(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(looking, "INTERVAL_S", 0.0)
+    monkeypatch.setattr(loading, "TOLD_EVERY", 0.0)
     write_images(tmp_path / "flat", 3)
-    with caplog.at_level("INFO"):
-        assert main(["data", str(tmp_path / "flat")]) == 0
-    assert "all: 2 of 3 images, about" in caplog.text
+    assert main(["data", str(tmp_path / "flat")]) == 0
+    assert "images of all: 67 %, about" in caplog.text
 
 
 def test_what_the_eye_sees_is_what_the_model_sees() -> None:

@@ -21,11 +21,12 @@ from torchvision.datasets import CIFAR10, MNIST
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.datasets.utils import check_integrity
 
-from ...checkpoints.files import open_regular
+from ...checkpoints.files import is_file, open_regular
 from ...models.errors import DataError, JsonDict
 from ..config import DataConfig
 from .augment import reason_of
 from .digits import EVAL_NAMES, TRAIN_NAMES
+from .loading import SourceLostError
 from .streams import stream_columns
 
 SPLITS = (*TRAIN_NAMES, *EVAL_NAMES, "test")
@@ -221,7 +222,7 @@ def create(
         )
         labels = getattr(found, "targets", None)
         if labels is not None and len(labels) != len(found):
-            raise DataError(
+            raise SourceLostError(
                 _sentence(config, name, split, f"its files have {len(found)} images and {len(labels)} labels")
             )
         return found
@@ -232,19 +233,22 @@ def create(
     except (
         Exception
     ) as error:  # each reader fails in its own way: asserts, RuntimeError, errors of the network
-        reason = " ".join(str(error).split()) or type(error).__name__
         damaged = None if isinstance(error, OSError) else _find_damaged(error)
         if damaged is not None:
             reason = f"{damaged} is missing or damaged: remove it, then copy it again or give --download"
+            raise SourceLostError(_sentence(config, name, split, reason)) from error
+        reason = " ".join(str(error).split()) or type(error).__name__
         raise DataError(_sentence(config, name, split, reason)) from error
 
 
 def _find_damaged(error: Exception) -> Path | None:
     """Return the file that stopped a data set of torchvision, whose errors do not name it: damaged, or missing beside
     others."""
-    for frame, _ in traceback.walk_tb(error.__traceback__):
-        if frame.f_code.co_name in ("read_image_file", "read_label_file", "read_sn3_pascalvincent_tensor"):
-            return Path(frame.f_locals["path"])
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    for frame in reversed([each for each in frames if each.f_globals["__name__"].startswith("torchvision.")]):
+        for value in frame.f_locals.values():
+            if isinstance(value, str) and is_file(Path(value)):
+                return Path(value)
         files = _files_of(frame.f_locals.get("self"))
         wrong = [path for path, md5 in files if not check_integrity(path, md5)]
         if wrong and any(path.exists() for path, _ in files):

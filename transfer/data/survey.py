@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import itertools
-import logging
 import math
-import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -25,7 +23,7 @@ from .datasets import open_dataset, undivided
 from .image_folder import UNLABELED, Header, ImageSource
 from .labels import stream_classes
 from .loaders import create_train_loader
-from .loading import BadImage, BadImages, Batch, TrainBatches, cause, name_of
+from .loading import BadImage, BadImages, Batch, SourceLostError, TrainBatches, cause, followed, name_of
 from .sampler import MIXING, BatchRequest, Order, derive_seed, epoch_order, preserved
 from .shards import ShardImages
 from .streams import StreamBatches
@@ -167,13 +165,8 @@ def sample_images(config: DataConfig, spec: Preprocessing, count: int, *, seed: 
     return torch.as_tensor(batch[0])
 
 
-logger = logging.getLogger(__name__)
-Each = TypeVar("Each")
-
 NAMED = 20
 """How many unreadable files are named; all are counted."""
-INTERVAL_S = 10.0
-"""Time between two lines that say how far it is."""
 
 
 @dataclass
@@ -236,7 +229,7 @@ def survey(
         limit: Images of a split whose files are opened, evenly over it; all by default, of a stream `stream_limit`.
         decode: Read whole files, not their headers alone.
 
-    Raises DataError: neither split can be read. ConfigError: the data set is not known.
+    Raises DataError: neither split can be read, or one is damaged. ConfigError: the data set is not known.
     """
     found = Survey([], {})
     names = (
@@ -245,6 +238,8 @@ def survey(
     for name in dict.fromkeys(names):
         try:
             dataset = _open(config, config.train_split if name == "all" else name)
+        except SourceLostError:
+            raise
         except DataError as error:
             found.missing[name] = str(error)
             continue
@@ -324,7 +319,8 @@ def _source(name: str, source: ImageSource, limit: int | None, decode: bool) -> 
     if source.targets is not None:
         split.by_label.update(source.targets)
     step = max(1, -(-len(source) // limit)) if limit else 1
-    for index in told(name, range(0, len(source), step)):
+    indices = range(0, len(source), step)
+    for index in followed(indices, len(indices), f"images of {name}"):
         try:
             header = source.header(index)
             if decode or source.targets is None:
@@ -343,7 +339,8 @@ def _stream(name: str, stream: Any, limit: int) -> Split:
     names = stream_classes(stream)
     split = Split(name, len(stream), True, names)
     try:
-        for image, target in told(name, itertools.islice(stream, limit), total=min(limit, len(stream))):
+        rows = itertools.islice(stream, limit)
+        for image, target in followed(rows, min(limit, len(stream)), f"images of {name}"):
             split.add(Header.of(image))
             split.by_label[int(target)] += 1
     except MemoryError:
@@ -353,16 +350,3 @@ def _stream(name: str, stream: Any, limit: int) -> Split:
             f"{name} cannot be read after {split.looked_at} images: {reason_of(error)}"
         ) from error
     return split
-
-
-def told(name: str, items: Iterable[Each], total: int | None = None) -> Iterator[Each]:
-    """Yield the items; say every few seconds how many of them are done, and how long the rest will take."""
-    count = len(items) if isinstance(items, Sequence) else total or 0
-    begin = last = time.monotonic()
-    for done, item in enumerate(items):
-        now = time.monotonic()
-        if now - last >= INTERVAL_S and done:
-            last = now
-            left = max(0.0, (now - begin) / done * (count - done))
-            logger.info("%s: %s of %s images, about %.0f s left", name, f"{done:,}", f"{count:,}", left)
-        yield item
