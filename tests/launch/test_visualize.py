@@ -15,6 +15,7 @@ from graftvit.models.merges import merge_layers
 from graftvit.transfer.analysis.visualize import map_page
 from graftvit.transfer.analysis.visualize.map_page import read_images, to_tensor
 from graftvit.transfer.analysis.visualize.visualize import look
+from graftvit.transfer.data import loading
 from PIL import Image
 from support.models.pyramids import tiny as pyramid
 from support.models.saved import save_pyramid
@@ -32,7 +33,15 @@ def teacher(tmp_path_factory: pytest.TempPathFactory) -> str:
     return save(tiny(), tmp_path_factory.mktemp("models") / "teacher")
 
 
-def test_a_folder_of_images(student: str, teacher: str, tmp_path: Path, typed: Typed) -> None:
+def test_a_folder_of_images(
+    student: str,
+    teacher: str,
+    tmp_path: Path,
+    typed: Typed,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr(loading, "TOLD_EVERY", 0.0)
     folder = tmp_path / "images"
     folder.mkdir()
     for seed, name in enumerate(("one", "two")):
@@ -40,6 +49,8 @@ def test_a_folder_of_images(student: str, teacher: str, tmp_path: Path, typed: T
     (folder / "notes.txt").write_text("no image")
     words = ["visualize", student, str(folder), "--teacher", teacher, "--query", "cls, 7", "--layers", "-1"]
     assert typed(*words, "--output_dir", tmp_path / "out").out == f"{tmp_path / 'out' / 'index.html'}\n"
+    assert "maps of the images: 50 %, about" in caplog.text
+    assert "pictures: 88 %, about" in caplog.text
     pngs = {path.name for path in (tmp_path / "out").glob("*.png")}
     asked = {
         f"{name}_{query}{end}.png"

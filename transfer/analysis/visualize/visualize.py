@@ -44,6 +44,7 @@ from ....models.families import (
 )
 from ....models.given import Model, check_images
 from ....models.plan_syntax import layer_numbers
+from ...data.loading import followed
 from ...methods.dual import DualViT
 from ..layer_maps import KeyPlaces, collect_merges, key_count, layer_maps
 from ..report.ink import Array, to_png
@@ -263,7 +264,7 @@ def visualize(
         loaded[RANDOM] = replace(loaded["teacher"], model=build_untrained(loaded["teacher"]))
     seen = Seen(partners)
     embedded, figures = [], dict[str, Drawing]()
-    for image in shown:
+    for image in followed(shown, len(shown), "maps of the images"):
         given = {
             name: image.tensor(each.preprocessing, own).to(next(each.model.parameters()))
             for name, each in loaded.items()
@@ -338,7 +339,7 @@ def write_folder(
     The figures are named in numbers.json, and those of an earlier page in `out` that are not among them are removed.
     """
     older = _name_pictures(out / "numbers.json")
-    for name, figure in figures.items():
+    for name, figure in followed(figures.items(), len(figures), "pictures"):
         write_bytes(out / name, to_png(figure, ground="white"))
     write_png(chart, out / "layers.png")
     write_text(out / "numbers.json", to_json({**numbers, "pictures": list(figures)}))
