@@ -98,8 +98,9 @@ def test_a_start_with_an_index_looks_through_no_folder(
 ) -> None:
     index = tmp_path / "images.index"
     first = kept(root, index)
-    monkeypatch.setattr(os, "scandir", None)
-    again = kept(root, index)
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "scandir", None)
+        again = kept(root, index)
     assert (first.kept, again.kept) == (False, True)
     assert (again.files, again.folders) == (first.files, first.folders)
 
@@ -276,8 +277,8 @@ def test_a_run_lists_what_open_dataset_looks_through(tmp_path: Path, monkeypatch
     config = DataConfig(data_path=str(root))
     roots = folders_of(config, [config.train_split, config.val_split, None])
     assert [each.name for each in roots] == ["train", "val"]
-    with listed([find_images(each) for each in roots]):
-        monkeypatch.setattr(os, "scandir", None)
+    with listed([find_images(each) for each in roots]), monkeypatch.context() as patched:
+        patched.setattr(os, "scandir", None)
         for split in (config.train_split, str(config.val_split)):
             assert len(open_dataset(config, split, 3, training=True)) > 0  # type: ignore[arg-type]
     assert folders_of(DataConfig(dataset="digits"), ["train"]) == []
