@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import logging
 import os
@@ -19,7 +18,7 @@ from torch import Tensor, nn
 from typing_extensions import Unpack
 
 from ..models import families
-from ..models.conversion import plan_of, sharing_copy
+from ..models.conversion import copy_model, plan_of, sharing_copy
 from ..models.copied import copying_of
 from ..models.errors import CheckpointError, JsonDict, check_types, did_you_mean
 from ..models.given import Model
@@ -413,7 +412,7 @@ def in_float32(model: nn.Module) -> nn.Module:
     """Return the model in float32 on the CPU; a copy if it is elsewhere."""
     tensors = [tensor for tensor in model.state_dict().values() if tensor.is_floating_point()]
     if any(tensor.device.type != "cpu" or tensor.dtype != torch.float32 for tensor in tensors):
-        return copy.deepcopy(model).to("cpu", torch.float32)
+        return copy_model(model).to("cpu", torch.float32)
     return model
 
 

@@ -33,7 +33,7 @@ from ..models.copied import ARCHITECTURE as COPIED
 from ..models.copied import copying_of, with_copying
 from ..models.cost import copied_macs, copied_parameters
 from ..models.errors import CheckpointError, ConfigError, Json, JsonDict, check_types
-from ..models.families import family_of, pooling_of, vit
+from ..models.families import family_of, pooling_of, refuse_compiled, replaced_methods, vit
 from ..models.given import Model
 from .architecture import build, published_config
 from .atomic import write_file, write_folder
@@ -195,11 +195,12 @@ def check_values(model: nn.Module) -> None:
 def _check_whole(model: nn.Module) -> None:
     """Raise CheckpointError for a model that its state dict does not hold; warn of hooks."""
     check_values(model)
+    for name in replaced_methods(model):
+        raise CheckpointError(
+            f"{name} of the model was replaced, and only weights are written: delete this attribute"
+        )
     for name, module in model.named_modules():
-        if "forward" in vars(module):
-            raise CheckpointError(
-                f"forward of {name or 'the model'} was replaced, and only weights are written"
-            )
+        refuse_compiled(module)
         hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
         if any(not _is_ours(each) for each in hooks):
             warnings.warn(f"{name or 'the model'} has hooks, which are not written", stacklevel=4)

@@ -7,9 +7,9 @@ A converted model is the timm model `graftvit_converted` with the arguments `arc
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from timm.models import load_pretrained, register_model, split_model_name_tag
@@ -45,6 +45,7 @@ from .families import (
     find_family,
     plan_depth,
     refuse_hooks,
+    refuse_replaced,
     sites,
     vit,
 )
@@ -56,6 +57,7 @@ from .merges import check_equal_stages, merge_deformably
 from .plan_syntax import AS_IT_IS, DEFORMABLE, KEEP, NONE, merge_of_plan, parse_plan
 
 ARCHITECTURE = "graftvit_converted"
+M = TypeVar("M", bound=nn.Module)
 
 
 @check_types("calibration")
@@ -147,8 +149,7 @@ def convert_layers(
     """Return a copy of a model with the operators of `plan`, as `convert` describes; it is not marked."""
     check_supported(model)
     refuse_hooks(model, "model")
-    forget(model)
-    student = release_attention(restored(copy.deepcopy(model)))
+    student = release_attention(restored(copy_model(model)))
     family = family_of(student)
     for part in without:
         if part not in PARTS:
@@ -359,11 +360,23 @@ def forget(model: nn.Module) -> None:
         family.forget(model)
 
 
-def sharing_copy(model: nn.Module) -> nn.Module:
-    """Copy the modules of `model`, but share its tensors."""
+def copy_model(model: M, shared: Iterable[Tensor] = ()) -> M:
+    """Copy a model except for the tensors `shared`; results of a pass that a hook kept in it leave their graph.
+
+    Raises UnsupportedModelError: a method was replaced by a function, which would run the original.
+    """
+    refuse_replaced(model, functions=True)
     forget(model)
-    tensors = [*model.parameters(), *model.buffers()]
-    return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
+    held = (each for module in model.modules() for each in vars(module).values())
+    kept = (each for each in held if isinstance(each, Tensor) and not each.is_leaf)
+    return copy.deepcopy(
+        model, {id(each): each.detach() for each in kept} | {id(each): each for each in shared}
+    )
+
+
+def sharing_copy(model: M) -> M:
+    """Copy the modules of `model`, but share its tensors."""
+    return copy_model(model, [*model.parameters(), *model.buffers()])
 
 
 def _marked(model: nn.Module) -> nn.Module:

@@ -35,6 +35,7 @@ from ..models.families import (
     family_of,
     layout_of,
     native_host,
+    refuse_replaced,
     sites,
     whole_grid,
 )
@@ -330,6 +331,7 @@ class Alignment(nn.Module):
         teacher, student = as_model(teacher, "teacher"), as_model(student, "student")
         layers = converted_layers(student)
         check_supported(teacher)
+        refuse_replaced(teacher)
         if converted_layers(teacher):
             raise TransferError("the teacher is converted itself: give the model that it was converted from")
         if not layers:

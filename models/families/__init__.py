@@ -52,6 +52,8 @@ from .walk import plan_depth as plan_depth
 from .walk import position_grid as position_grid
 from .walk import refuse_compiled as refuse_compiled
 from .walk import refuse_hooks as refuse_hooks
+from .walk import refuse_replaced as refuse_replaced
 from .walk import register_family as register_family
+from .walk import replaced_methods as replaced_methods
 from .walk import sites as sites
 from .walk import whole_grid as whole_grid

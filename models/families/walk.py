@@ -8,6 +8,7 @@ from contextvars import ContextVar
 from importlib import import_module
 from pathlib import Path
 from pkgutil import iter_modules
+from types import FunctionType
 from typing import Any, NoReturn, cast
 
 import timm
@@ -235,6 +236,8 @@ def _check_layers(model: nn.Module, family: Family) -> None:
         layer: nn.Module = getattr(own, "original", own)  # a host has the layer that it replaces
         if isinstance(layer, NoAttention):
             continue
+        refuse_compiled(block)
+        refuse_compiled(layer)
         if not isinstance(block, family.blocks) or not isinstance(layer, tuple(family.hosts)):
             part = (
                 type(block).__name__
@@ -284,6 +287,38 @@ def refuse_hooks(model: nn.Module, role: str) -> None:
             raise UnsupportedModelError(
                 f"the attention of block {index} of the {role} has hooks, which would not run: remove them, or put "
                 "them on the block"
+            )
+
+
+def replaced_methods(model: nn.Module) -> dict[str, Any]:
+    """Return what took the place of a method on one of a model's modules, by name: `blocks.0.forward`.
+
+    Another method of the module itself, which its class chose, is not among them.
+    """
+    return {
+        f"{path}.{name}".lstrip("."): value
+        for path, module in model.named_modules()
+        if not is_compiled(module)
+        for name, value in vars(module).items()
+        if callable(value)
+        and callable(getattr(type(module), name, None))
+        and getattr(value, "__func__", value) not in vars(type(module)).values()
+    }
+
+
+def refuse_replaced(model: nn.Module, *, functions: bool = False) -> None:
+    """Raise UnsupportedModelError if a method between a model and its blocks was replaced, as by torch.compile.
+
+    What is put in the place of a block would not run. With `functions` it is refused anywhere, but only if it is a
+    plain function, which a copy of the model shares with it.
+    """
+    paths = [f".{path}." for path in paths_of(model)]
+    for name, value in replaced_methods(model).items():
+        owner = f".{name}".rpartition(".")[0] + "."
+        if isinstance(value, FunctionType) if functions else any(path.startswith(owner) for path in paths):
+            raise UnsupportedModelError(
+                f"{name} of {type(model).__name__} was replaced, as by torch.compile, and would go on running the "
+                "layers that the model has now: delete this attribute, and compile by model.compile()"
             )
 
 

@@ -94,9 +94,18 @@ def resnet() -> nn.Module:
     return timm.create_model("resnet10t", num_classes=5).eval()
 
 
-def replaced() -> nn.Module:
+def replaced(path: str = "", method: str = "forward") -> nn.Module:
+    """A model of which a method is a function that runs what was there, as one of torch.compile does."""
     model = vit()
-    model.forward = lambda x: x  # type: ignore[method-assign]
+    module = model.get_submodule(path)
+    before = getattr(module, method)
+    setattr(module, method, lambda x, **options: before(x, **options))
+    return model
+
+
+def compiled_block() -> nn.Module:
+    model = vit()
+    model.blocks[0] = torch.compile(model.blocks[0], backend="eager")
     return model
 
 
@@ -298,6 +307,20 @@ OTHERS: dict[str, tuple[Callable[[], Any], type[GraftError]]] = {
     "attention_maps: a layer without attention": (lambda: t.attention_maps(resnet(), X, [0]), NoModel),
     "convert: attention of a subclass": (lambda: a.convert(attending(Doubled), "*: linear"), NoModel),
     "convert: a forward": (lambda: a.convert(attending(forward=torch.relu), "*: linear"), NoModel),
+    "convert: a method of the model": (
+        lambda: a.convert(replaced("", "forward_features"), "*: linear"),
+        NoModel,
+    ),
+    "convert: a method of an MLP": (lambda: a.convert(replaced("blocks.0.mlp"), "*: linear"), NoModel),
+    "convert: a compiled block": (lambda: a.convert(compiled_block(), "*: linear"), NoModel),
+    "attention_maps: a method of a block": (lambda: t.attention_maps(replaced("blocks.0"), X), NoModel),
+    "DualViT: a method of the teacher": (lambda: dual(replaced("", "forward_features"), vit()), NoModel),
+    "Alignment: a method of the teacher": (
+        lambda: a.Alignment(replaced("blocks.1"), a.convert(one(), "*: linear")),
+        NoModel,
+    ),
+    "save: a method of the model": (lambda: a.save(replaced("", "forward_features"), "out"), CheckpointError),
+    "save: a compiled block": (lambda: a.save(compiled_block(), "out"), NoModel),
     "convert: a projection": (lambda: a.convert(attending(proj=nn.Identity()), "*: linear"), NoModel),
     "convert: hooks": (lambda: a.convert(watched(), "*: linear"), NoModel),
     "convert: shared attention": (lambda: a.convert(sharing(), "0: linear; 1: softmax"), NoModel),

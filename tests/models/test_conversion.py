@@ -39,6 +39,7 @@ from graftvit.models.families import (
 from graftvit.models.hosting import host_attention, release_attention
 from graftvit.models.layer_plan import OPERATORS, Choice
 from graftvit.models.small import without_memory
+from graftvit.transfer import attention_maps
 from support.models import dense, pyramids, tiny_families
 from support.models.operator_cases import CASES
 from support.models.tiny_students import save_folder
@@ -602,3 +603,15 @@ def test_a_layer_that_does_not_show_its_tokens_takes_no_gate(kind: str) -> None:
     without = ["bias"] if tiny_families.TINY[kind].gives_up else []
     with pytest.raises(UnsupportedModelError, match="gate=true"):
         convert(model, "*: linear(gate=true)", without=without)
+
+
+def test_what_a_hook_kept_in_a_model_does_not_keep_it_from_conversion() -> None:
+    """A notebook's hook that stores the output of a block leaves a tensor with its graph in the model."""
+    model = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=2, num_classes=3).eval()
+    model.blocks[0].register_forward_hook(lambda block, inputs, out: setattr(block, "seen", out))
+    images = torch.randn(2, 3, 32, 32)
+    model(images)
+    student = convert(model, "*: linear")
+    student(images).sum().backward()
+    assert all(weight.grad is None for weight in model.parameters())
+    assert set(attention_maps(model, images)) == {0, 1}

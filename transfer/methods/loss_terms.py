@@ -23,7 +23,14 @@ from ...models.copied import copied_layers
 from ...models.copying.tape import Link, Step, Tape
 from ...models.copying.teacher_view import LARGEST, Normalization, ShownImages, TeacherInput, WholeInput
 from ...models.errors import ConfigError, GraftError, TransferError, UnsupportedModelError, did_you_mean
-from ...models.families import check_supported, find_family, image_size, is_supported, refuse_hooks
+from ...models.families import (
+    check_supported,
+    find_family,
+    image_size,
+    is_supported,
+    refuse_hooks,
+    refuse_replaced,
+)
 from ...models.given import Model, as_model, computes_with
 from ...models.parts import OutsideTeacher as OutsideTeacher
 from ...models.parts import check_takes, image_channels
@@ -316,6 +323,7 @@ def check_teacher(teacher: nn.Module, method: TransferMethod) -> None:
         check_supported(teacher, copied=True, attention=method.uses_heads)
         if method.uses_heads:
             refuse_hooks(teacher, "teacher")
+        refuse_replaced(teacher)
     except UnsupportedModelError as error:
         raise UnsupportedModelError(
             f"transfer.method={method.name} reads the layers of its teacher, and {error}; feature and logits take any "
