@@ -118,9 +118,10 @@ def _rate(optim: Json) -> str | None:
         rate = f"{number(optim['blr'])} x effective batch / 256"
     if rate is None or "warmup_epochs" not in optim:
         return rate
-    warm = optim["warmup_epochs"]
-    length = "at most a tenth of the run" if warm is None else f"{number(warm)} epochs"
-    return f"{rate}, warm-up of {length}, then a cosine"
+    known = ((optim.get(f"warmup_{unit}"), unit) for unit in ("epochs", "steps"))
+    given = (f"{number(length)} {unit}" for length, unit in known if length is not None)
+    warm_up = next(given, "at most a tenth of the run")
+    return f"{rate}, warm-up of {warm_up}, then {code(optim.get('schedule', 'cosine'))}"
 
 
 def _batch(data: Json, optim: Json) -> str | None:

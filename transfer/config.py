@@ -460,6 +460,7 @@ def scheduled(kind: str) -> Need:
     return Need(lambda run: run.optim.schedule == kind, why)
 
 
+ScheduleKind = Literal["cosine", "steps", "poly"]
 BELOW_LENGTH = Need(
     lambda optim: optim.max_steps is not None or not 0 < optim.warmup_epochs >= optim.epochs,
     "optim.epochs={run.epochs}, so the learning rate would never reach its peak: leave it out, or lower it (0 for no "
@@ -486,7 +487,7 @@ class OptimConfig(Section):
         1e-3, "base learning rate for 256 images", beside("optim.lr", "the learning rate itself"), gt=0
     )
     min_lr: float = setting(1e-6, "least learning rate, that of the end", ge=0)
-    schedule: Literal["cosine", "steps", "poly"] = setting(
+    schedule: ScheduleKind = setting(
         "cosine",
         "fall of the learning rate: half a cosine, a tenth after each of optim.milestones, or optim.power of the part "
         "of the run that is left",

@@ -178,6 +178,21 @@ def test_settings_that_are_on_are_all_in_the_table() -> None:
     assert "layer decay" not in row(card, "optimizer")
 
 
+@pytest.mark.parametrize(
+    ("optim", "words"),
+    [
+        ({"lr": 0.1}, "0.1, warm-up of at most a tenth of the run, then `cosine`"),
+        ({"warmup_epochs": 2.0}, "0.001 x effective batch / 256, warm-up of 2 epochs, then `cosine`"),
+        (
+            {"lr": 0.1, "warmup_steps": 9, "schedule": "poly"},
+            "0.1, warm-up of 9 steps, then `poly`",
+        ),
+    ],
+)
+def test_the_learning_rate_is_that_of_the_schedule(optim: dict[str, Any], words: str) -> None:
+    assert row(student_card(config(optim=optim), FACTS), "learning rate") == words
+
+
 def test_a_state_that_was_picked_says_by_what_and_when() -> None:
     made = config()
     made["graftvit"] |= {"step": 7, "picked": "top1"}

@@ -8,7 +8,6 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from timm.optim._optim_factory import create_optimizer_v2, get_optimizer_info, list_optimizers
@@ -18,7 +17,7 @@ from torch import Tensor, nn
 from ...models.errors import ConfigError, JsonDict, counted, did_you_mean, one_sentence
 from ...models.families import classifier_of
 from ...models.lora import DOWN, UP
-from ..config import OptimConfig
+from ..config import OptimConfig, ScheduleKind
 from .parallel import local
 
 # Exponential moving average of the student's weights.
@@ -112,35 +111,6 @@ def describe_batch(config: OptimConfig, batch_size: int, world_size: int, images
             f"recipe's {published}; {keep} keeps both"
         )
     return f"a step has {effective:,} images, and the recipe's {recipe:,}, for its learning rate; {keep} keeps it"
-
-
-@dataclass(frozen=True)
-class Fall:
-    """How the learning rate falls from `peak` to `minimum`: a pure function of the step, from 0, of `total` steps.
-
-    A restart has nothing to restore.
-    """
-
-    kind: Literal["cosine", "steps", "poly"] = "cosine"
-    milestones: tuple[float, ...] = ()
-    """In steps."""
-    power: float = 0.9
-
-    def rate(self, step: int, *, peak: float, minimum: float, warmup: float, total: int) -> float:
-        """Return the rate of `step`: linear from zero to `peak` in the warm-up, then
-
-        - cosine: minimum + (peak - minimum) (1 + cos(pi (step - warmup) / (total - warmup))) / 2, as in MAE;
-        - steps: peak / 10^n after n milestones, at least `minimum`, as in Faster R-CNN;
-        - poly: minimum + (peak - minimum) (1 - step / total)^power, as in DeepLab (arXiv:1606.00915).
-        """
-        if step < warmup:
-            return peak * step / warmup
-        if self.kind == "steps":
-            return max(minimum, peak * 0.1 ** sum(step >= each for each in self.milestones))
-        if self.kind == "poly":
-            return minimum + (peak - minimum) * math.pow(max(0.0, 1 - step / total), self.power)
-        progress = (step - warmup) / max(1.0, total - warmup)
-        return minimum + (peak - minimum) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
@@ -289,7 +259,10 @@ def _betas(config: OptimConfig) -> JsonDict:
 
 @dataclass(frozen=True)
 class Schedule:
-    """The schedule in optimizer steps of `accum` batches. An epoch's remaining batches are not used."""
+    """The schedule in optimizer steps of `accum` batches. An epoch's remaining batches are not used.
+
+    The rate is a pure function of the step, so that a restart has nothing to restore.
+    """
 
     accum: int
     steps_per_epoch: int
@@ -298,13 +271,27 @@ class Schedule:
     minimum: float
     warmup_steps: float
     effective_batch: int
-    fall: Fall = Fall()
+    kind: ScheduleKind = "cosine"
+    milestones: tuple[float, ...] = ()
+    """In steps."""
+    power: float = 0.9
 
     def rate(self, step: int) -> float:
-        """Return the learning rate of `step`, counted from 0."""
-        return self.fall.rate(
-            step, peak=self.peak, minimum=self.minimum, warmup=self.warmup_steps, total=self.total_steps
-        )
+        """Return the learning rate of `step`, counted from 0: linear from zero to `peak` in the warm-up, then
+
+        - cosine: minimum + (peak - minimum) (1 + cos(pi (step - warmup) / (total - warmup))) / 2, as in MAE;
+        - steps: peak / 10^n after n milestones, at least `minimum`, as in Faster R-CNN;
+        - poly: minimum + (peak - minimum) (1 - step / total)^power, as in DeepLab (arXiv:1606.00915).
+        """
+        peak, minimum, warmup, total = self.peak, self.minimum, self.warmup_steps, self.total_steps
+        if step < warmup:
+            return peak * step / warmup
+        if self.kind == "steps":
+            return max(minimum, peak * 0.1 ** sum(step >= each for each in self.milestones))
+        if self.kind == "poly":
+            return minimum + (peak - minimum) * math.pow(max(0.0, 1 - step / total), self.power)
+        progress = (step - warmup) / max(1.0, total - warmup)
+        return minimum + (peak - minimum) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
 
 
 WARMUP = 5
@@ -348,5 +335,7 @@ def plan_schedule(config: OptimConfig, batches_per_epoch: int, batch_size: int, 
         minimum=min(config.min_lr, peak),
         warmup_steps=warmup_steps(config, steps_per_epoch, total_steps),
         effective_batch=effective,
-        fall=Fall(config.schedule, tuple(each * steps_per_epoch for each in config.milestones), config.power),
+        kind=config.schedule,
+        milestones=tuple(each * steps_per_epoch for each in config.milestones),
+        power=config.power,
     )

@@ -20,7 +20,7 @@ from graftvit.models.mae import MaskedAutoencoder
 from graftvit.transfer.config import OptimConfig, RunConfig
 from graftvit.transfer.engine.dry_run import dry_run
 from graftvit.transfer.engine.optim import (
-    Fall,
+    Schedule,
     WeightAverage,
     check_adapters,
     create_optimizer,
@@ -108,9 +108,7 @@ def test_an_optimizer_that_cannot_run_is_refused(settings: dict[str, Any], sente
 
 
 def test_warm_up_starts_at_zero_and_the_cosine_ends_at_the_minimum() -> None:
-    def rate(step: int) -> float:
-        return Fall().rate(step, peak=1.0, minimum=0.1, warmup=10, total=110)
-
+    rate = Schedule(1, 10, 110, peak=1.0, minimum=0.1, warmup_steps=10, effective_batch=8).rate
     assert rate(0) == 0
     assert rate(5) == pytest.approx(0.5)
     assert rate(10) == 1.0
