@@ -230,9 +230,7 @@ def create(
         raise
     except ImportError as error:
         raise DataError(f"data.dataset={name} needs a package that is missing: {error}") from error
-    except (
-        Exception
-    ) as error:  # each reader fails in its own way: asserts, RuntimeError, errors of the network
+    except Exception as error:  # each reader fails in its own way: asserts, errors of the network
         damaged = None if isinstance(error, OSError) else _find_damaged(error)
         if damaged is not None:
             reason = f"{damaged} is missing or damaged: remove it, then copy it again or give --download"
