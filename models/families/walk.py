@@ -283,11 +283,16 @@ def refuse_hooks(model: nn.Module, role: str) -> None:
     for index, block in enumerate(blocks_of(model)):
         layer = attention_of(block)
         layer = getattr(layer, "original", layer)
-        if layer is not None and (layer._forward_hooks or layer._forward_pre_hooks):
-            raise UnsupportedModelError(
-                f"the attention of block {index} of the {role} has hooks, which would not run: remove them, or put "
-                "them on the block"
-            )
+        for part in (
+            layer,
+            getattr(layer, "attn_drop", None),
+            getattr(layer, "softmax", None),
+        ):  # form the map
+            if isinstance(part, nn.Module) and (part._forward_hooks or part._forward_pre_hooks):
+                raise UnsupportedModelError(
+                    f"the attention of block {index} of the {role} has hooks, which would not run: remove them, or "
+                    "put them on the block"
+                )
 
 
 def replaced_methods(model: nn.Module) -> dict[str, Any]:

@@ -60,9 +60,9 @@ def attending(kind: type[nn.Module] | None = Attention, **parts: Any) -> nn.Modu
     return model
 
 
-def watched() -> nn.Module:
+def watched(part: str = "") -> nn.Module:
     model = vit()
-    model.blocks[1].attn.register_forward_hook(lambda module, inputs, out: 2 * out)
+    model.blocks[1].attn.get_submodule(part).register_forward_hook(lambda module, inputs, out: 2 * out)
     return model
 
 
@@ -331,6 +331,8 @@ OTHERS: dict[str, tuple[Callable[[], Any], type[GraftError]]] = {
     "DualViT: attention of a subclass": (lambda: dual(vit(), attending(Doubled)), NoModel),
     "DualViT: a teacher of a subclass": (lambda: dual(attending(Doubled), vit()), NoModel),
     "DualViT: a projection": (lambda: dual(vit(), attending(qkv=nn.Identity())), NoModel),
+    "DualViT: hooks on the map": (lambda: dual(vit(), watched("attn_drop")), NoModel),
+    "DualViT: a teacher with hooks on the map": (lambda: dual(watched("attn_drop"), vit()), NoModel),
     "DualViT: hooks": (lambda: dual(vit(), watched()), NoModel),
     "DualViT: a teacher with hooks": (lambda: dual(watched(), vit()), NoModel),
     "attention_maps: sparse": (lambda: t.attention_maps(one(), X.to_sparse()), DataError),
