@@ -283,11 +283,7 @@ def refuse_hooks(model: nn.Module, role: str) -> None:
     for index, block in enumerate(blocks_of(model)):
         layer = attention_of(block)
         layer = getattr(layer, "original", layer)
-        for part in (
-            layer,
-            getattr(layer, "attn_drop", None),
-            getattr(layer, "softmax", None),
-        ):  # form the map
+        for part in (layer, getattr(layer, "attn_drop", None), getattr(layer, "softmax", None)):
             if isinstance(part, nn.Module) and (part._forward_hooks or part._forward_pre_hooks):
                 raise UnsupportedModelError(
                     f"the attention of block {index} of the {role} has hooks, which would not run: remove them, or "

@@ -352,8 +352,9 @@ def test_talking_heads_are_converted_and_looked_at_but_not_distilled() -> None:
     )
     torch.testing.assert_close(convert(model, "*: linear")(pictures("cait")), expected, rtol=1e-9, atol=1e-10)
     own: list[Tensor] = []
-    model.blocks[0].attn.attn_drop.register_forward_hook(lambda _, given, out: own.append(out))
+    hook = model.blocks[0].attn.attn_drop.register_forward_hook(lambda _, given, out: own.append(out))
     model(pictures("cait"))
+    hook.remove()
     torch.testing.assert_close(
         attention_maps(model, pictures("cait"), [0])[0], own[0].float(), rtol=1e-4, atol=1e-5
     )
