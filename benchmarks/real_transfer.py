@@ -3,6 +3,7 @@
 python -m benchmarks.real_transfer                  everything, one thread, about three hours; a stopped one is resumed
 python -m benchmarks.real_transfer --labels 10      a part: labels a class, --students and --seeds choose it
 python -m benchmarks.real_transfer --report         write the page from the results that are there
+python -m benchmarks.real_transfer --kernels CELLS.JSON   print how far those of another --out and kernel are away
 
 The teacher is the ViT-S/14 of a saliency package (`python -m benchmarks.real_data`), the images are those of
 Fashion-MNIST, 28 pixels upsampled to 56: 16 patches and the class token. Each cell is one `graftvit train` of the same
@@ -162,7 +163,11 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, choices=SEEDS, default=list(SEEDS))
     parser.add_argument("--out", type=Path, default=Path("runs/real_transfer"))
     parser.add_argument("--report", action="store_true", help="measure nothing")
+    parser.add_argument("--kernels", type=Path, metavar="CELLS.JSON", help="measure nothing, and compare")
     arguments = parser.parse_args()
+    if arguments.kernels is not None:
+        print(kernel_table(load(RESULTS), load(arguments.kernels)))
+        return
     torch.set_num_threads(1)  # so that numbers do not depend on the number of cores
     if not arguments.report:
         data = first_images(real_data.fashion_mnist(), arguments.out / "data", IMAGES)
@@ -218,12 +223,38 @@ def table(outcomes: Sequence[Outcome]) -> str:
         header += [f"{count} a class", "against scratch"]
     header.append("in the mean")
     rows = []
-    for student, methods in sorted(METHODS, key=lambda block: list(STUDENTS).index(block[0])):
-        for method in methods:
-            numbers = [text for count in counts for text in columns(outcomes, student, method, count)]
-            if any(numbers):
-                mean = mean_gain(gains(outcomes, student, method, counts))
-                rows.append([student, method, TAKES[method.partition(" ")[0]], *numbers, mean])
+    for student, method in pairs():
+        numbers = [text for count in counts for text in columns(outcomes, student, method, count)]
+        if any(numbers):
+            mean = mean_gain(gains(outcomes, student, method, counts))
+            rows.append([student, method, TAKES[method.partition(" ")[0]], *numbers, mean])
+    return Table(header, rows).to_markdown()
+
+
+def pairs() -> list[tuple[str, str]]:
+    """Return students and their methods, those of a student together."""
+    blocks = sorted(METHODS, key=lambda block: list(STUDENTS).index(block[0]))
+    return [(student, method) for student, methods in blocks for method in methods]
+
+
+def kernel_table(outcomes: Sequence[Outcome], others: Sequence[Outcome]) -> str:
+    """Return the mean gains with two kernels, and by how many points means over seeds and single students differ."""
+    header = [
+        "student",
+        "method",
+        "against scratch",
+        "with the other",
+        "largest difference of a mean",
+        "of a student",
+    ]
+    rows = []
+    for student, method in pairs():
+        found = [[by_seed(each, student, method, count) for count in LABELS] for each in (outcomes, others)]
+        means = [[statistics.mean(top1.values()) for top1 in each] for each in found]
+        apart = [abs(one[seed] - other[seed]) for one, other in zip(*found, strict=True) for seed in SEEDS]
+        largest = max(abs(one - other) for one, other in zip(*means, strict=True))
+        both = [mean_gain(gains(each, student, method, LABELS)) for each in (outcomes, others)]
+        rows.append([student, method, *both, f"{largest:.1f}", f"{max(apart):.1f}"])
     return Table(header, rows).to_markdown()
 
 

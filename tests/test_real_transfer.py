@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import struct
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -125,6 +126,20 @@ def test_the_mean_gain_is_of_seeds_that_have_every_number_of_labels() -> None:
     assert benchmark.gains(outcomes, "same", "copy", [10, 40]) == [3, 4]
     assert benchmark.gains(outcomes, "same", "copy", [10]) == [2, 6, 0]
     assert benchmark.mean_gain([3, 4]) == "+3.5 ± 0.5"
+
+
+def test_results_of_two_kernels_are_compared() -> None:
+    found = benchmark.load(benchmark.RESULTS)
+    moved = Outcome(replace(found[-1].cell, seed=0), benchmark.by_seed(found, *of(found[-1].cell))[0] + 3)
+    others = [moved if each.cell == moved.cell else each for each in found]
+    rows = [line.split(" | ") for line in benchmark.kernel_table(found, others).splitlines()[2:]]
+    apart = {(row[0].strip("| "), row[1]): row[-2:] for row in rows}
+    assert apart.pop((moved.cell.student, moved.cell.method)) == ["1.0", "3.0 |"]
+    assert all(each == ["0.0", "0.0 |"] for each in apart.values())
+
+
+def of(cell: Any) -> tuple[str, str, int]:
+    return cell.student, cell.method, cell.labels
 
 
 def test_the_page_has_the_table_of_the_results() -> None:
