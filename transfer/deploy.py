@@ -23,6 +23,7 @@ from ..checkpoints.licenses import public_text
 from ..checkpoints.pretrained import describe
 from ..checkpoints.provenance import Pretrained
 from ..checkpoints.report import some
+from ..checkpoints.student import check_values
 from ..checkpoints.targets import FILES, LOADER, Target, check_target, write_target
 from ..models.errors import CheckpointError, ConfigError, RunFailedError, check_types
 from ..models.families import evaluating
@@ -123,6 +124,7 @@ def deploy(
     folder = place(folder)
     check_deployment(folder, target, dense=dense_of(model) is not None, overwrite=overwrite)
     known = describe(model)
+    check_values(known.model)
     if not known.has_head:
         raise ConfigError(
             f"{known.source!r} has no classification head, and so no accuracy to hold a file to: `graftvit export` "

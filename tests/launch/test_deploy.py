@@ -100,6 +100,8 @@ def test_a_model_in_memory_is_deployed_and_stays_as_it_is(model: Path, tmp_path:
         with pytest.raises(CheckpointError):
             graftvit.deploy(known, tmp_path / place, data, overwrite=place != "out")
     assert (tmp_path / "file").read_text() == "dear"
+    with pytest.raises(CheckpointError):
+        graftvit.deploy(known.model.to("meta"), tmp_path / "new", data)
 
 
 def test_a_file_that_loses_too_much_is_not_kept(
