@@ -239,14 +239,7 @@ def pairs() -> list[tuple[str, str]]:
 
 def kernel_table(outcomes: Sequence[Outcome], others: Sequence[Outcome]) -> str:
     """Return the mean gains with two kernels, and by how many points means over seeds and single students differ."""
-    header = [
-        "student",
-        "method",
-        "against scratch",
-        "with the other",
-        "largest difference of a mean",
-        "of a student",
-    ]
+    words = "student, method, against scratch, with the other, largest difference of a mean, of a student"
     rows = []
     for student, method in pairs():
         found = [[by_seed(each, student, method, count) for count in LABELS] for each in (outcomes, others)]
@@ -255,7 +248,7 @@ def kernel_table(outcomes: Sequence[Outcome], others: Sequence[Outcome]) -> str:
         largest = max(abs(one - other) for one, other in zip(*means, strict=True))
         both = [mean_gain(gains(each, student, method, LABELS)) for each in (outcomes, others)]
         rows.append([student, method, *both, f"{largest:.1f}", f"{max(apart):.1f}"])
-    return Table(header, rows).to_markdown()
+    return Table(words.split(", "), rows).to_markdown()
 
 
 def columns(outcomes: Sequence[Outcome], student: str, method: str, count: int) -> tuple[str, str]:

@@ -130,16 +130,13 @@ def test_the_mean_gain_is_of_seeds_that_have_every_number_of_labels() -> None:
 
 def test_results_of_two_kernels_are_compared() -> None:
     found = benchmark.load(benchmark.RESULTS)
-    moved = Outcome(replace(found[-1].cell, seed=0), benchmark.by_seed(found, *of(found[-1].cell))[0] + 3)
-    others = [moved if each.cell == moved.cell else each for each in found]
+    first = next(each for each in found if each.cell.seed == 0)
+    moved = replace(first, top1=first.top1 + 3)
+    others = [moved if each is first else each for each in found]
     rows = [line.split(" | ") for line in benchmark.kernel_table(found, others).splitlines()[2:]]
     apart = {(row[0].strip("| "), row[1]): row[-2:] for row in rows}
     assert apart.pop((moved.cell.student, moved.cell.method)) == ["1.0", "3.0 |"]
     assert all(each == ["0.0", "0.0 |"] for each in apart.values())
-
-
-def of(cell: Any) -> tuple[str, str, int]:
-    return cell.student, cell.method, cell.labels
 
 
 def test_the_page_has_the_table_of_the_results() -> None:

@@ -43,7 +43,6 @@ WRITTEN = {REPORT, LOADER, *FILES.values(), *(f"{name}.data" for name in FILES.v
 """What a folder may have that is replaced."""
 ROUNDS = 15
 """Rounds of the timing; each takes the model and the file in turn."""
-CALIBRATE = 128
 Classify = Callable[[Tensor], Tensor]
 
 
@@ -91,7 +90,7 @@ def deploy(
     *,
     target: Target = "onnx",
     drop: float = 0.5,
-    calibrate: int = CALIBRATE,
+    calibrate: int = 128,
     overwrite: bool = False,
 ) -> Worth:
     """Write a classifier, in float32, as a file of another runtime, with a script that runs it and a report.
@@ -130,7 +129,7 @@ def deploy(
             f"{known.source!r} has no classification head, and so no accuracy to hold a file to: `graftvit export` "
             "writes its features"
         )
-    settings = DataConfig(data_path=str(data)) if not isinstance(data, DataConfig) else data
+    settings = data if isinstance(data, DataConfig) else DataConfig(data_path=str(data))
     model = in_float32(known.model)
     known = replace(known, model=model, preprocessing=with_settings(known.preprocessing, settings))
     deployment = _Deployment(known, stage_together(settings, None), target, drop, calibrate)
@@ -189,7 +188,7 @@ class _Deployment:
         if not lost <= self.drop:
             raise WorseFileError(
                 f"{path.name} is not kept: its top-1 on {samples} images is {top1:.2f} %, {lost:.2f} points below the "
-                f"model's, and --drop allows {self.drop:g}; one image is {100 / samples:.2g} points"
+                f"model's, and drop allows {self.drop:g}; one image is {100 / samples:.2g} points"
             )
         times = self._time(_of_tensors(alone))
         size = sum(each.stat().st_size for each in folder.glob("model.*"))

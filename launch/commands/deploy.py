@@ -21,7 +21,6 @@ EXAMPLES = (
     "graftvit deploy vit_base_patch16_224.augreg_in1k --to aoti --data_path /data/imagenet --output_dir server",
 )
 SETTINGS = (*(f"data.{name}" for name in DATA), *SOURCE_SETTINGS, "imports")
-CALIBRATE = 128
 TARGETS = ("onnx", "onnx-int8", "aoti", "executorch")
 
 
@@ -35,9 +34,9 @@ def run(argv: list[str]) -> int:
     data = asked.config().data  # first, because it imports what the run did
     how = load_config(None, asked.section("teacher")).teacher
     known = load_pretrained(arguments.model, **source_keywords(how))
+    images = {} if arguments.calibrate is None else {"calibrate": arguments.calibrate}
     report = deploy(
-        known, arguments.output_dir, data, target=arguments.to, drop=arguments.drop,
-        calibrate=arguments.calibrate or CALIBRATE, overwrite=arguments.force,
+        known, arguments.output_dir, data, target=arguments.to, drop=arguments.drop, overwrite=arguments.force, **images
     )  # fmt: skip
     say("\n".join([f"wrote    {arguments.output_dir}", *report.lines()]) + "\n")
     return 0
@@ -63,7 +62,7 @@ def _parse(argv: list[str]) -> tuple[argparse.Namespace, Evaluation]:
     parser.output_dir("new folder of the file, its script load.py and its report", required=True)
     text = "points of top-1 that the file may lose against the model"
     parser.flag("--drop", text, type=_points, default=0.5, metavar="POINTS")
-    text = f"training images that int8 is calibrated on (default: {CALIBRATE})"
+    text = "training images that int8 is calibrated on (default: 128)"
     parser.flag("--calibrate", text, type=whole(1), metavar="N")
     parser.switch("--force", "replace the folder of an earlier file")
     arguments, settings = parse_command(parser, argv, only=SETTINGS)

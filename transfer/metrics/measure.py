@@ -91,10 +91,10 @@ def evaluate(
 
     Args:
         models: one as of `graftvit.save`, or several by name. A `DualViT` predicts with its student.
-        data: the folder of a data set, or its `DataConfig`, whose validation split each model sees as its own
-            preprocessing makes it but for what the settings say, and whose classes go by the names that the model has,
-            if any; or batches of images, normalized for all of the models, and labels; for a detector
-            or segmenter, of images and targets as `DenseModel` takes them.
+        data: the folder of a data set, or its `DataConfig`: each model sees the validation split as its own
+            preprocessing and the settings make it, and a class has the number that it has among the names of the
+            model's classes, if they are known. Or batches of images, normalized for all of the models, and labels; for
+            a detector or segmenter, of images and targets as `DenseModel` takes them.
 
     Raises:
         DataError: the model has other classes than the labels, cannot take the images, or no image is given.
